@@ -1,0 +1,1 @@
+"""The only code that imports sglang: both entry points, the hooks (as data) and their preflight check."""
