@@ -74,7 +74,30 @@ class PlanError(UserInputError):
 
 
 class BudgetExceeded(UserInputError):
-    """The experts or KV of the wish do not fit the devices' budgets."""
+    """The experts or KV of the wish do not fit the devices' budgets.
+
+    Args:
+        device: the device that is too small.
+        needed, free, budget: bytes: asked for, left of the budget, the budget.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        device: int | None = None,
+        needed: int | None = None,
+        free: int | None = None,
+        budget: int | None = None,
+        seat: int | None = None,
+        operation: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.device = device
+        self.needed = needed
+        self.free = free
+        self.budget = budget
+        super().__init__(what, seat=seat, operation=operation, hint=hint)
 
 
 class OperationInProgress(ElasticMoEError):
