@@ -1,0 +1,1 @@
+"""HMM: the sidecar that owns device memory, and what its clients need."""
