@@ -1,0 +1,204 @@
+"""The planner against brute force and against a minimum-cost flow, for any old and new membership."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import networkx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elasticmoe_sglang.errors import PlanError
+from elasticmoe_sglang.planner import (
+    Placement,
+    RetireSeats,
+    ScalePlan,
+    ScaleTo,
+    Wish,
+    initial_placement,
+    plan_scale,
+)
+from elasticmoe_sglang.seats.membership import Membership
+
+
+def members(*seats: int, capacity: int = 4, epoch: int = 7) -> Membership:
+    return Membership(seats=tuple(seats), epoch=epoch, capacity=capacity)
+
+
+@st.composite
+def memberships(draw: st.DrawFn, max_capacity: int = 12) -> Membership:
+    capacity = draw(st.integers(1, max_capacity))
+    others = draw(st.sets(st.integers(1, capacity - 1))) if capacity > 1 else set()
+    return Membership(seats=(0, *sorted(others)), epoch=draw(st.integers(0, 1 << 40)), capacity=capacity)
+
+
+@st.composite
+def questions(draw: st.DrawFn, max_capacity: int = 12, max_columns: int = 40) -> tuple[Membership, Placement, Wish]:
+    """A membership, any placement of columns over its seats (balanced or not) and a legal wish."""
+    membership = draw(memberships(max_capacity))
+    owners = st.lists(st.sampled_from(membership.seats), min_size=1, max_size=max_columns)
+    placement = Placement(owners=tuple(draw(owners)))
+    sizes: st.SearchStrategy[Wish] = st.builds(ScaleTo, size=st.integers(1, membership.capacity))
+    if len(membership.seats) == 1:
+        return membership, placement, draw(sizes)
+    retirable = st.sets(st.sampled_from(membership.seats[1:]), min_size=1)
+    retire: st.SearchStrategy[Wish] = retirable.map(lambda seats: RetireSeats(seats=tuple(seats)))
+    return membership, placement, draw(sizes | retire)
+
+
+def fewest_moves_by_flow(placement: Placement, seats: tuple[int, ...]) -> int:
+    """Minimum-cost flow: each column to one seat, each seat n // k columns and at most one odd one, staying is free."""
+    share, odd = divmod(placement.num_columns, len(seats))
+    graph = networkx.DiGraph()
+    graph.add_node("odd", demand=odd)
+    for seat in seats:
+        graph.add_node(("seat", seat), demand=share)
+        graph.add_edge(("seat", seat), "odd", capacity=1, weight=0)
+    for column, owner in enumerate(placement.owners):
+        graph.add_node(("column", column), demand=-1)
+        for seat in seats:
+            graph.add_edge(("column", column), ("seat", seat), capacity=1, weight=int(owner != seat))
+    return int(networkx.min_cost_flow_cost(graph))
+
+
+def fewest_moves_by_trying(placement: Placement, seats: tuple[int, ...]) -> int:
+    def balanced(owners: tuple[int, ...]) -> bool:
+        counts = [owners.count(seat) for seat in seats]
+        return max(counts) - min(counts) <= 1
+
+    return min(
+        sum(a != b for a, b in zip(owners, placement.owners, strict=True))
+        for owners in product(seats, repeat=placement.num_columns)
+        if balanced(owners)
+    )
+
+
+def check(plan: ScalePlan) -> None:
+    """What holds for every plan, whatever was wished."""
+    assert plan.placement_after.is_balanced_over(plan.after.seats)
+    assert plan.after.seats == tuple(sorted(set(plan.after.seats))) and plan.after.seats[0] == 0
+    assert set(plan.joining) == set(plan.after.seats) - set(plan.before.seats)
+    assert set(plan.leaving) == set(plan.before.seats) - set(plan.after.seats)
+    assert set(plan.survivors) == set(plan.before.seats) & set(plan.after.seats)
+    moved = {move.column: move for move in plan.moves}
+    assert len(moved) == len(plan.moves)
+    for column, (old, new) in enumerate(zip(plan.placement_before.owners, plan.placement_after.owners, strict=True)):
+        assert (old != new) == (column in moved)
+        if old != new:
+            assert (moved[column].source, moved[column].target) == (old, new)
+    assert plan.is_noop == (plan.before == plan.after)
+    assert plan.after.epoch == plan.before.epoch + (not plan.is_noop)
+    assert plan.after.capacity == plan.before.capacity
+
+
+@given(questions())
+@settings(max_examples=300, deadline=None)
+def test_plan_is_balanced_deterministic_and_moves_as_few_columns_as_a_flow(
+    question: tuple[Membership, Placement, Wish],
+) -> None:
+    plan = plan_scale(*question)
+    check(plan)
+    assert plan == plan_scale(*question)
+    assert len(plan.moves) == fewest_moves_by_flow(plan.placement_before, plan.after.seats)
+
+
+@given(questions(max_capacity=4, max_columns=6))
+@settings(max_examples=60, deadline=None)
+def test_moves_equal_the_best_of_all_placements(question: tuple[Membership, Placement, Wish]) -> None:
+    plan = plan_scale(*question)
+    assert len(plan.moves) == fewest_moves_by_trying(plan.placement_before, plan.after.seats)
+
+
+@given(memberships(), st.integers(1, 200), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_chain_of_changes_stays_balanced(membership: Membership, num_columns: int, data: st.DataObject) -> None:
+    placement = initial_placement(num_columns, membership.seats)
+    for _ in range(6):
+        size = data.draw(st.integers(1, membership.capacity))
+        plan = plan_scale(membership, placement, ScaleTo(size=size))
+        check(plan)
+        assert len(plan.after.seats) == size
+        membership, placement = plan.after, plan.placement_after
+
+
+@given(memberships(), st.integers(1, 300))
+@settings(max_examples=100, deadline=None)
+def test_initial_placement_is_balanced_and_contiguous(membership: Membership, num_columns: int) -> None:
+    placement = initial_placement(num_columns, membership.seats)
+    assert placement.num_columns == num_columns
+    assert placement.is_balanced_over(membership.seats)
+    assert list(placement.owners) == sorted(placement.owners)
+
+
+def test_uneven_split_of_128_columns_over_3_seats() -> None:
+    assert initial_placement(128, (0, 1, 2)).counts() == {0: 43, 1: 43, 2: 42}
+
+
+def test_growth_takes_the_lowest_empty_seats() -> None:
+    plan = plan_scale(members(0, 2, capacity=5), initial_placement(8, (0, 2)), ScaleTo(size=4))
+    assert plan.joining == (1, 3)
+    assert len(plan.moves) == 4
+
+
+def test_shrinking_by_size_retires_the_highest_seats() -> None:
+    plan = plan_scale(members(0, 1, 3), initial_placement(9, (0, 1, 3)), ScaleTo(size=1))
+    assert plan.leaving == (1, 3) and plan.after.seats == (0,)
+    assert {move.source for move in plan.moves} == {1, 3}
+
+
+def test_retiring_an_inner_seat_moves_its_columns_alone() -> None:
+    placement = initial_placement(12, (0, 1, 2, 3))
+    plan = plan_scale(members(0, 1, 2, 3), placement, RetireSeats(seats=(2,)))
+    assert plan.after.seats == (0, 1, 3)
+    assert tuple(move.column for move in plan.moves) == placement.columns_of(2)
+
+
+def test_a_receiver_pulls_from_all_sources() -> None:
+    plan = plan_scale(members(0, 1, 2), initial_placement(12, (0, 1, 2)), ScaleTo(size=4))
+    assert sorted(move.source for move in plan.incoming(3)) == [0, 1, 2]
+
+
+def test_the_same_size_is_a_noop_and_keeps_the_epoch() -> None:
+    plan = plan_scale(members(0, 1), initial_placement(8, (0, 1)), ScaleTo(size=2))
+    assert plan.is_noop and plan.after == plan.before and plan.placement_after == plan.placement_before
+
+
+def test_the_same_size_mends_an_unbalanced_placement() -> None:
+    plan = plan_scale(members(0, 1), Placement(owners=(0, 0, 0, 1)), ScaleTo(size=2))
+    assert not plan.is_noop and len(plan.moves) == 1 and plan.after.epoch == 8
+
+
+def test_columns_of_a_seat_that_is_gone_are_placed_again() -> None:
+    plan = plan_scale(members(0, 1), Placement(owners=(0, 1, 3, 3)), ScaleTo(size=2))
+    assert [(move.source, move.target) for move in plan.moves] == [(3, 0), (3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("wish", "sentence"),
+    [
+        (ScaleTo(size=0), "from 1 to 4"),
+        (ScaleTo(size=-1), "from 1 to 4"),
+        (ScaleTo(size=5), "It has 4 seats"),
+        (RetireSeats(seats=()), "Seats that can be retired now: 1, 2"),
+        (RetireSeats(seats=(0,)), "seat 0 cannot be retired"),
+        (RetireSeats(seats=(0, 1)), "seat 0 cannot be retired"),
+        (RetireSeats(seats=(3,)), "seat 3 is not occupied"),
+        (RetireSeats(seats=(-1, 9)), "seats -1, 9 are not occupied"),
+        (RetireSeats(seats=(1, 1)), "named twice"),
+    ],
+)
+def test_an_impossible_wish_says_what_is_allowed(wish: Wish, sentence: str) -> None:
+    with pytest.raises(PlanError, match=sentence):
+        plan_scale(members(0, 1, 2), initial_placement(6, (0, 1, 2)), wish)
+
+
+def test_nothing_can_be_retired_from_a_single_seat() -> None:
+    with pytest.raises(PlanError, match="Only seat 0 is occupied"):
+        plan_scale(members(0), initial_placement(6, (0,)), RetireSeats(seats=(1,)))
+
+
+@pytest.mark.parametrize(("columns", "seats"), [(0, (0,)), (4, ()), (4, (0, 0))])
+def test_initial_placement_refuses_nonsense(columns: int, seats: tuple[int, ...]) -> None:
+    with pytest.raises(PlanError):
+        initial_placement(columns, seats)
