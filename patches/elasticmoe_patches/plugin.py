@@ -1,0 +1,102 @@
+"""Entry point of `sglang.srt.plugins`: SGLang calls `register` in every process that loads plugins.
+
+What it does depends on how SGLang was started.
+
+- Without our flags: only the hooks of scope `flags` (they add the command-line flags and read them) and, where our CPU
+  platform is active, those of scope `platform`. With an SGLang version or signature that does not fit, one warning, and
+  SGLang goes on untouched.
+- With `--elasticmoe-*` on the command line: all hooks of all processes are checked here, before any process is started;
+  a mismatch ends the launch. Reading the flags then calls `install_for_process("main")`.
+- In a child process of such a launch (ELASTICMOE_CONFIG is set): `install_for_process` with the name of that process.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from elasticmoe_patches import preflight
+from elasticmoe_patches.catalogue import all_hooks, select
+from elasticmoe_patches.spec import PROCESSES, HookSpec, Process, Scope
+from elasticmoe_sglang.errors import HookError
+
+logger = logging.getLogger(__name__)
+
+CONFIG_ENV = "ELASTICMOE_CONFIG"
+"""Environment variable with the launch's elastic configuration as JSON; the main process sets it for its children."""
+PROCESS_ENV = "ELASTICMOE_PROCESS"
+"""Environment variable with the name of a child process (main, dpc, seat or standby); a child without it is a seat."""
+FLAG_PREFIX = "--elasticmoe-"
+
+
+def register() -> None:
+    """Install what this process needs; ends it where our flags are used and something does not fit."""
+    if CONFIG_ENV in os.environ:
+        install_for_process(process_name())
+        return
+    elastic = flags_used(sys.argv[1:], os.environ)
+    platform = platform_active()
+    try:
+        if elastic:
+            preflight.check(spec for spec in all_hooks() if platform or spec.scope != "platform")
+        scopes: tuple[Scope, ...] = ("flags", "platform") if platform else ("flags",)
+        preflight.install(select("main", scopes), "main")
+    except HookError as error:
+        # A platform of ours with half its hooks would serve wrongly, flags or not.
+        if elastic or platform:
+            preflight.fail_closed(error)
+        logger.warning("elasticmoe is inactive, SGLang goes on without it: %s", error)
+
+
+def install_for_process(process: Process) -> tuple[HookSpec, ...]:
+    """Install all hooks of an elastic launch which a process of this name needs; ends the process on a mismatch.
+
+    Idempotent, and additive: a standby that becomes a seat calls it again with the new name. Returns the hooks that
+    this call installed.
+    """
+    try:
+        return preflight.install(select(process, elastic_scopes()), process)
+    except HookError as error:
+        preflight.fail_closed(error)
+
+
+def verify_for_process(process: Process) -> None:
+    """Check once the server stands that every hook is in place; ends the process and its children where one is not."""
+    try:
+        preflight.verify_installed(select(process, elastic_scopes()), process)
+    except HookError as error:
+        preflight.end_process(error)
+
+
+def elastic_scopes() -> tuple[Scope, ...]:
+    """The scopes that belong to an elastic launch on this machine."""
+    return ("flags", "platform", "elastic") if platform_active() else ("flags", "elastic")
+
+
+def flags_used(argv: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Whether this launch asks for elasticity: one of our flags, or the configuration a parent has set."""
+    return CONFIG_ENV in environ or any(argument.startswith(FLAG_PREFIX) for argument in argv)
+
+
+def process_name() -> Process:
+    """The name of this process: what PROCESS_ENV says, else `seat` in a child started by multiprocessing, else `main`.
+
+    Raises:
+        HookError: PROCESS_ENV names no process.
+    """
+    name = os.environ.get(PROCESS_ENV)
+    if name is None:
+        return "main" if multiprocessing.parent_process() is None else "seat"
+    if name not in PROCESSES:
+        raise HookError(f"{PROCESS_ENV}={name!r} names no process", hint=f"It must be one of {', '.join(PROCESSES)}")
+    return name
+
+
+def platform_active() -> bool:
+    """Whether SGLang runs on the CPU platform of this package."""
+    from sglang.srt.platforms import current_platform
+
+    return type(current_platform).__module__.startswith("elasticmoe_patches.platform")

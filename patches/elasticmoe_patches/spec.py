@@ -1,0 +1,84 @@
+"""What one hook into SGLang is, as data.
+
+A hook is declared once, next to the code it runs, in a module under `elasticmoe_patches/srt/` which mirrors the path of the
+SGLang file it reaches into. `catalogue` collects the declarations, `preflight` checks and installs them, `hookdocs` prints
+them. Modules that declare hooks import sglang inside functions only, so that the declarations can be read without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from elasticmoe_sglang import SUPPORTED_SGLANG
+
+Kind = Literal["before", "after", "around", "replace", "attribute"]
+Process = Literal["main", "dpc", "seat", "standby", "any"]
+Scope = Literal["flags", "platform", "elastic"]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+PROCESSES: tuple[Process, ...] = get_args(Process)
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookSpec:
+    """One hook: where it goes, what it does there, and for how long it is needed.
+
+    Raises:
+        ValueError: a field is not what its description below says.
+    """
+
+    target: str
+    """Dotted path of a function, method, class or attribute: `sglang.srt.managers.scheduler.Scheduler.run_batch`."""
+    kind: Kind
+    """How the hook relates to its target; the hook is called as
+
+    - before: `hook(*args, **kwargs)`, returns None or a new `(args, kwargs)`
+    - after: `hook(result, *args, **kwargs)`, returns None or a new result
+    - around: `hook(original, *args, **kwargs)`, returns the result
+    - replace: `hook(*args, **kwargs)`, or a class that takes the place of a class
+    - attribute: `hook(current_value)`, once, at installing; returns the value to put there (properties too)
+
+    The first four are SGLang's own hook types (`sglang/srt/plugins/hook_registry.py`).
+    """
+    hook: str
+    """`module:function`, imported when the hook is installed."""
+    signature: str
+    """What `python -m elasticmoe_patches.preflight --signature TARGET` prints for the supported SGLang: parameter names,
+    kinds and defaults without annotations; for something that cannot be called, the name of its type."""
+    reason: str
+    """Why the hook is needed: one or two sentences."""
+    expires: str
+    """What has to happen upstream before the hook can go."""
+    scope: Scope = "elastic"
+    """flags: our command-line flags, always. platform: on our CPU platform, with or without our flags. elastic: with our
+    flags only."""
+    processes: frozenset[Process] = field(default_factory=lambda: frozenset[Process](("any",)))
+    """The processes which need it."""
+    versions: tuple[str, ...] = (SUPPORTED_SGLANG,)
+    """The SGLang versions whose source was read for it."""
+    rebind: tuple[str, ...] = ()
+    """Further names under which SGLang holds the target and which would miss the hook: `module.name` of a by-name import
+    or `module.Class.name` of an alias. Checked again once the server stands."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"{self.target}: kind {self.kind!r} is none of {', '.join(KINDS)}")
+        if self.scope not in SCOPES:
+            raise ValueError(f"{self.target}: scope {self.scope!r} is none of {', '.join(SCOPES)}")
+        if not self.processes or not self.processes <= set(PROCESSES):
+            raise ValueError(
+                f"{self.target}: processes {sorted(self.processes)} must be some of {', '.join(PROCESSES)}"
+            )
+        if self.hook.count(":") != 1:
+            raise ValueError(f"{self.target}: hook {self.hook!r} must read module:function")
+        if any("." not in path for path in (self.target, *self.rebind)):
+            raise ValueError(f"{self.target}: target and rebind need a module and a name in it")
+        missing = [name for name in ("signature", "reason", "expires", "versions") if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"{self.target}: {', '.join(missing)} must not be empty")
+
+    def runs_in(self, process: Process) -> bool:
+        """Whether a process of this name needs the hook; the name `any` means every hook."""
+        return process == "any" or process in self.processes or "any" in self.processes
