@@ -57,9 +57,7 @@ def _processes(spec: HookSpec) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check the page; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m elasticmoe_patches.hookdocs", description="Write docs/hooks.md."
-    )
+    parser = argparse.ArgumentParser(prog="python -m elasticmoe_patches.hookdocs", description="Write docs/hooks.md.")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("path", type=Path)
     args = parser.parse_args(argv)

@@ -119,8 +119,8 @@ def install(specs: Iterable[HookSpec], process: Process) -> tuple[HookSpec, ...]
 def verify_installed(specs: Iterable[HookSpec], process: Process) -> None:
     """Check that every hook which a process of this name needs is really reached through SGLang's modules.
 
-    To be called once more when the server stands: by then a module may have been imported again, another plugin may have
-    overwritten a target, or a by-name import made before may have come to light.
+    To be called once more when the server stands: by then a module may have been imported again, another plugin may
+    have overwritten a target, or a by-name import made before may have come to light.
 
     Raises:
         HookError: one error that lists all hooks which are not in place.
@@ -135,8 +135,8 @@ def verify_installed(specs: Iterable[HookSpec], process: Process) -> None:
 def fail_closed(error: HookError) -> NoReturn:
     """Print the error and end the process before it serves anything, with exit status 78.
 
-    On the main thread by `HookExit`, so that SGLang's own clean-up runs; elsewhere, where that would end one thread only,
-    at once.
+    On the main thread by `HookExit`, so that SGLang's own clean-up runs; elsewhere, where that would end one thread
+    only, at once.
     """
     _print(error)
     if threading.current_thread() is threading.main_thread():
@@ -194,8 +194,9 @@ def _error(what: str, mismatches: Sequence[Mismatch]) -> HookError:
     lines = "".join(f"\n  - {reason}" for reason in [*reasons, *listed])
     return HookError(
         f"SGLang {version or '(not installed)'} {what}; the launch ends here:{lines}\n",
-        hint=f"Install the supported version (pip install --no-deps sglang=={versions[-1]}) without local changes and without "
-        "plugins that touch the same functions, or start it without --elasticmoe-* flags. `elasticmoe doctor` shows all hooks",
+        hint=f"Install the supported version (pip install --no-deps sglang=={versions[-1]}) without local changes and "
+        "without plugins that touch the same functions, or start it without --elasticmoe-* flags. "
+        "`elasticmoe doctor` shows all hooks",
     )
 
 
@@ -334,9 +335,7 @@ def _main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m elasticmoe_patches.preflight", description="Check the hooks.")
     parser.add_argument("--json", action="store_true", help="print the table for programs")
-    parser.add_argument(
-        "--signature", metavar="TARGET", nargs="+", help="print the signature text of these dotted paths"
-    )
+    parser.add_argument("--signature", metavar="TARGET", nargs="+", help="print signature texts")
     args = parser.parse_args(argv)
     if args.signature:
         for path in args.signature:
