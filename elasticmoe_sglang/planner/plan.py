@@ -73,9 +73,9 @@ class ScalePlan:
 def plan_scale(membership: Membership, placement: Placement, wish: Wish) -> ScalePlan:
     """The change that fulfils `wish`.
 
-    Growing takes the lowest empty seats, shrinking by size retires the highest ones, seat 0 never leaves. A column moves
-    only if its seat leaves or holds more than its share, so the number of moves is the smallest that any balanced
-    placement over the new seats needs. The same arguments give the same plan.
+    Growing takes the lowest empty seats, shrinking by size retires the highest ones, seat 0 never leaves. A column
+    moves only if its seat leaves or holds more than its share, so the number of moves is the smallest that any
+    balanced placement over the new seats needs. The same arguments give the same plan.
 
     Raises:
         PlanError: the wish does not lead to a legal membership; the text says what is allowed.

@@ -1,0 +1,201 @@
+"""The settings of one elastic server, and the `--elasticmoe-*` flags they come from."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.units import parse_bytes
+
+FLAG_PREFIX = "--elasticmoe-"
+_ENDPOINT_SCHEMES = ("ipc://", "tcp://")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticConfig:
+    """Settings of one elastic server. Plain values only, so it can be pickled and written as JSON.
+
+    Raises:
+        UserInputError: a value is impossible; the text names the flag and says what is allowed.
+    """
+
+    ep_size: int
+    """Seats that are occupied when the server starts: the expert-parallel size to begin with."""
+
+    max_ep_size: int
+    """Seats that exist. SGLang runs with tp = dp = ep of this size; no change can go beyond it."""
+
+    seats_per_device: int = 1
+    """Seats that share one device: seat i sits on device i // seats_per_device."""
+
+    standbys: int = 1
+    """Processes kept warm (SGLang imported, waiting), so that a joiner does not pay for the start of one."""
+
+    hmm_endpoint: str | None = None
+    """Endpoint of a running HMM, ipc://PATH. None: the server starts one and takes it down again."""
+
+    device_budget: int | None = None
+    """Bytes of each device that the HMM may hand out. None: what the device offers."""
+
+    run_dir: str | None = None
+    """Folder for the sockets, made with mode 0700. None: a fresh one for each launch."""
+
+    prepare_deadline_s: float = 120.0
+    """Seconds for boot, attach and column pulls of one change before it is rolled back. Serving goes on meanwhile."""
+
+    commit_deadline_s: float = 10.0
+    """Seconds in which all seats have to meet at the commit gate; a running batch and its prefill count too."""
+
+    finish_deadline_s: float = 30.0
+    """Seconds for giving departed columns back and for leavers to exit; also for each undo step of a rollback."""
+
+    pull_bandwidth: int | None = None
+    """Bytes a second that one seat may pull during a change, to protect serving. None: no limit."""
+
+    collective_deadline_s: float = 60.0
+    """Seconds that a collective waits for a seat before it raises `PeerTimeout` naming that seat."""
+
+    window_bytes: int = 4 << 20
+    """Bytes of one seat's window in the shared region of a process group; larger messages go in chunks."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "ep_size", 1)
+        _at_least(self, "max_ep_size", 1)
+        _at_least(self, "seats_per_device", 1)
+        _at_least(self, "standbys", 0)
+        _at_least(self, "window_bytes", 4096)
+        for name in ("device_budget", "pull_bandwidth"):
+            if getattr(self, name) is not None:
+                _at_least(self, name, 1)
+        for name in ("prepare_deadline_s", "commit_deadline_s", "finish_deadline_s", "collective_deadline_s"):
+            _is_duration(self, name)
+        if self.ep_size > self.max_ep_size:
+            raise UserInputError(
+                f"{flag('ep_size')} {self.ep_size} is larger than {flag('max_ep_size')} {self.max_ep_size}",
+                hint="Raise the maximum; it is fixed for the life of the server",
+            )
+        if self.hmm_endpoint is not None and not self.hmm_endpoint.startswith(_ENDPOINT_SCHEMES):
+            raise UserInputError(
+                f"{flag('hmm_endpoint')} {self.hmm_endpoint!r} is not an endpoint",
+                hint="Write it like ipc:///run/user/1000/elasticmoe/hmm.sock",
+            )
+
+    def device_of(self, seat: int) -> int:
+        """The device on which `seat` sits."""
+        return seat // self.seats_per_device
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that the seats take."""
+        return self.device_of(self.max_ep_size - 1) + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ElasticConfig:
+        """Raises UserInputError for a setting that does not exist or is impossible."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserInputError(f"no such setting: {', '.join(unknown)}", hint=f"Known: {', '.join(sorted(known))}")
+        missing = sorted({"ep_size", "max_ep_size"} - set(values))
+        if missing:
+            raise UserInputError(f"missing setting: {', '.join(missing)}")
+        return cls(**values)
+
+    @classmethod
+    def from_namespace(cls, args: argparse.Namespace) -> ElasticConfig | None:
+        """From parsed `--elasticmoe-*` flags; None when none of them was given, so that SGLang stays as it was.
+
+        One of the two sizes is enough: without the maximum the server cannot grow, without the start it begins full.
+
+        Raises:
+            UserInputError: some other flag of ours was given without a size, or a value is impossible.
+        """
+        given = {
+            field.name: value
+            for field in fields(cls)
+            if (value := getattr(args, _destination(field.name), None)) is not None
+        }
+        if not given:
+            return None
+        sizes = given.get("ep_size", given.get("max_ep_size"))
+        if sizes is None:
+            names = ", ".join(flag(name) for name in given)
+            raise UserInputError(
+                f"{names} was given without a size", hint=f"Add {flag('ep_size')} and {flag('max_ep_size')}"
+            )
+        return cls(**{"ep_size": sizes, "max_ep_size": sizes, **given})
+
+
+def flag(field: str) -> str:
+    """The flag of a setting: "max_ep_size" -> "--elasticmoe-max-ep-size"."""
+    unit_free = field.removesuffix("_s") if field.endswith("_deadline_s") else field
+    return FLAG_PREFIX + unit_free.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the `--elasticmoe-*` flags; all default to None, so that `from_namespace` can tell what was given."""
+    group = parser.add_argument_group(
+        "ElasticMoE", "Change the expert-parallel size of the running server. Active when one of these is given."
+    )
+
+    def add(field: str, kind: Any, metavar: str, text: str) -> None:
+        group.add_argument(flag(field), dest=_destination(field), type=kind, metavar=metavar, default=None, help=text)
+
+    defaults = {field.name: field.default for field in fields(ElasticConfig)}
+    add("ep_size", int, "N", "Seats occupied at the start: the first expert-parallel size.")
+    add("max_ep_size", int, "N", "Seats that exist: the largest size the server can be scaled to. Fixed at launch.")
+    add("seats_per_device", int, "N", f"Seats that share one device. Default: {defaults['seats_per_device']}.")
+    add("standbys", int, "N", f"Warm processes kept ready to take a seat. Default: {defaults['standbys']}.")
+    add("hmm_endpoint", str, "ENDPOINT", "Use the HMM that runs there (ipc://PATH) instead of starting one.")
+    add(
+        "device_budget",
+        _size,
+        "SIZE",
+        "Memory of each device that the HMM may hand out, like 2GiB. Default: all of it.",
+    )
+    add("run_dir", str, "DIR", "Folder for the sockets (mode 0700). Keep the path short. Default: a fresh one.")
+    add(
+        "pull_bandwidth",
+        _size,
+        "SIZE",
+        "Bytes a second one seat may pull during a change, like 1GiB. Default: no limit.",
+    )
+    add("window_bytes", _size, "SIZE", "Shared window of one seat for collectives. Default: 4MiB.")
+    for field, what in (
+        ("prepare_deadline_s", "boot and column pulls of a change; then it is rolled back"),
+        ("commit_deadline_s", "all seats to meet at the commit gate"),
+        ("finish_deadline_s", "giving memory back after a change, and each undo step of a rollback"),
+        ("collective_deadline_s", "a seat to take part in a collective"),
+    ):
+        add(field, float, "SECONDS", f"Time allowed for {what}. Default: {defaults[field]:g}.")
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except UserInputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _destination(field: str) -> str:
+    return f"elasticmoe_{field}"
+
+
+def _at_least(config: ElasticConfig, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserInputError(f"{flag(name)} must be a whole number of at least {least}, not {value!r}")
+
+
+def _is_duration(config: ElasticConfig, name: str) -> None:
+    value = getattr(config, name)
+    # Not a number fails the comparison, so it needs no case of its own.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise UserInputError(f"{flag(name)} must be a number of seconds larger than zero, not {value!r}")
