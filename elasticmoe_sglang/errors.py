@@ -8,13 +8,26 @@ ElasticMoEError
 ├── HmmError                              the memory sidecar refused or failed
 │   ├── HmmUnavailable                    nobody answers at its endpoint; HTTP 503
 │   ├── ModelMismatch                     the HMM holds a different model, dtype or revision
+│   ├── BlockNotFound                     no such block, or it was released
+│   ├── RegionMismatch                    a shared region exists with another size
+│   ├── SealTimeout                       awaited blocks were not filled in time
+│   ├── TransactionError                  a transaction is unknown, over, expired or somebody else's
+│   │   └── UndoFailed                    a step could not be undone; the ledger needs a look
 │   └── ProtocolError                     a malformed or unexpected message
+│       └── MalformedMessage              bytes that are no valid message
 ├── VmmError                              a virtual-memory call failed
+│   └── DriverError                       a device driver answered with an error code
+│       ├── BadDriverCall                 the call broke a rule of the driver
+│       ├── OutOfDeviceMemory             the device has no room left
+│       ├── DriverRefused                 the process may not do that
+│       ├── DriverUnsupported             the driver or the device cannot do that
+│       └── DeviceFault                   the device or its driver is broken
 ├── CollectiveError                       a collective among the seats could not finish
 │   ├── PeerTimeout                       a seat stalled past the deadline
 │   ├── PeerDied                          a seat's process is gone
 │   └── CollectiveMismatch                seats called different collectives, or with different sizes
 ├── CommitError                           the commit gate was not passed; the change is rolled back
+├── PhaseTimeout                          a phase of a change took longer than its deadline
 ├── SeatError                             a seat's process failed to boot, join or leave
 └── HookError                             SGLang is not what the hooks were written for; ends the launch
 """
@@ -116,12 +129,72 @@ class ModelMismatch(HmmError):
     """The HMM holds a different model, dtype or revision."""
 
 
+class BlockNotFound(HmmError):
+    """No such block of memory, or it was released."""
+
+
+class RegionMismatch(HmmError):
+    """A shared region of that name exists with another size."""
+
+
+class SealTimeout(HmmError):
+    """Blocks that somebody waited for were not filled and sealed in time."""
+
+
+class TransactionError(HmmError):
+    """A transaction is unknown, over already, expired, or belongs to another client."""
+
+
+class UndoFailed(TransactionError):
+    """A step of a transaction could not be undone. What is left over is listed in the text."""
+
+
 class ProtocolError(HmmError):
     """A malformed or unexpected message."""
 
 
+class MalformedMessage(ProtocolError):
+    """Bytes that are no valid message; `request_id` is "" where not even that could be read."""
+
+    def __init__(self, what: str, *, request_id: str = "", hint: str | None = None) -> None:
+        self.request_id = request_id
+        super().__init__(what, hint=hint)
+
+
 class VmmError(ElasticMoEError):
     """A virtual-memory call failed."""
+
+
+class DriverError(VmmError):
+    """A device driver answered a memory call with an error code.
+
+    Args:
+        code: the driver's own number (ACL: aclError); 0 where a call does not exist at all.
+    """
+
+    def __init__(self, what: str, *, code: int, operation: str | None = None, hint: str | None = None) -> None:
+        self.code = code
+        super().__init__(what, operation=operation, hint=hint)
+
+
+class BadDriverCall(DriverError):
+    """The call broke a rule of the driver: an argument, a handle or an order of calls."""
+
+
+class OutOfDeviceMemory(DriverError):
+    """The device has no room left."""
+
+
+class DriverRefused(DriverError):
+    """The process may not do that."""
+
+
+class DriverUnsupported(DriverError):
+    """The driver or the device cannot do that."""
+
+
+class DeviceFault(DriverError):
+    """The device or its driver is broken, or cannot be reached."""
 
 
 class CollectiveError(ElasticMoEError):
@@ -142,6 +215,10 @@ class CollectiveMismatch(CollectiveError):
 
 class CommitError(ElasticMoEError):
     """The commit gate was not passed; the change is rolled back."""
+
+
+class PhaseTimeout(ElasticMoEError):
+    """A phase of a change took longer than its deadline."""
 
 
 class SeatError(ElasticMoEError):
