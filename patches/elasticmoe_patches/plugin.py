@@ -4,7 +4,7 @@ What it does depends on how SGLang was started.
 
 - Without our flags: only the hooks of scope `flags` (they add the command-line flags and read them) and, where our CPU
   platform is active, those of scope `platform`. With an SGLang version or signature that does not fit, one warning, and
-  SGLang goes on untouched.
+  SGLang goes on untouched; only the CPU platform itself refuses to build a model then (`install_for_platform`).
 - With `--elasticmoe-*` on the command line: all hooks of all processes are checked here, before any process is started;
   a mismatch ends the launch. Reading the flags then calls `install_for_process("main")`.
 - In a child process of such a launch (ELASTICMOE_CONFIG is set): `install_for_process` with the name of that process.
@@ -30,6 +30,7 @@ CONFIG_ENV = "ELASTICMOE_CONFIG"
 PROCESS_ENV = "ELASTICMOE_PROCESS"
 """Environment variable with the name of a child process (main, dpc, seat or standby); a child without it is a seat."""
 FLAG_PREFIX = "--elasticmoe-"
+_PLATFORM_ONLY: tuple[Scope, ...] = ("platform",)
 
 
 def register() -> None:
@@ -40,15 +41,27 @@ def register() -> None:
     elastic = flags_used(sys.argv[1:], os.environ)
     platform = platform_active()
     try:
+        preflight.check_version()
         if elastic:
             preflight.check(spec for spec in all_hooks() if platform or spec.scope != "platform")
         scopes: tuple[Scope, ...] = ("flags", "platform") if platform else ("flags",)
         preflight.install(select("main", scopes), "main")
     except HookError as error:
-        # A platform of ours with half its hooks would serve wrongly, flags or not.
-        if elastic or platform:
+        if elastic:
             preflight.fail_closed(error)
         logger.warning("elasticmoe is inactive, SGLang goes on without it: %s", error)
+
+
+def install_for_platform(process: Process) -> tuple[HookSpec, ...]:
+    """Install the hooks of the CPU platform; ends the process on a mismatch, since that platform must not run without.
+
+    For `SRTPlatform.init_backend`, which SGLang calls in every scheduler process before the model is built.
+    """
+    try:
+        preflight.check_version()
+        return preflight.install(select(process, _PLATFORM_ONLY), process)
+    except HookError as error:
+        preflight.fail_closed(error)
 
 
 def install_for_process(process: Process) -> tuple[HookSpec, ...]:
@@ -58,6 +71,7 @@ def install_for_process(process: Process) -> tuple[HookSpec, ...]:
     this call installed.
     """
     try:
+        preflight.check_version()
         return preflight.install(select(process, elastic_scopes()), process)
     except HookError as error:
         preflight.fail_closed(error)

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from elasticmoe_patches.spec import HookSpec, Process
 from elasticmoe_patches.targets import Target, resolve, resolve_loaded, signature_text
+from elasticmoe_sglang import SUPPORTED_SGLANG
 from elasticmoe_sglang.errors import HookError
 
 EXIT_STATUS = 78
@@ -69,6 +70,16 @@ def sglang_version() -> str | None:
         return importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def check_version() -> None:
+    """Compare the installed SGLang's version with the supported one.
+
+    Raises:
+        HookError: they differ, or SGLang is not installed.
+    """
+    if sglang_version() != SUPPORTED_SGLANG:
+        raise _error("cannot be hooked, nothing was changed in it", [])
 
 
 def find_mismatches(specs: Iterable[HookSpec]) -> list[Mismatch]:
@@ -184,7 +195,7 @@ def _print(error: HookError) -> None:
 
 def _error(what: str, mismatches: Sequence[Mismatch]) -> HookError:
     version = sglang_version()
-    versions = sorted({version for mismatch in mismatches for version in mismatch.spec.versions})
+    versions = sorted({version for mismatch in mismatches for version in mismatch.spec.versions}) or [SUPPORTED_SGLANG]
     wrong_version = version not in versions
     listed = [mismatch for mismatch in mismatches if not (wrong_version and _version_problem(mismatch.spec, version))]
     if wrong_version:

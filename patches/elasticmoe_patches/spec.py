@@ -1,8 +1,8 @@
 """What one hook into SGLang is, as data.
 
-A hook is declared once, next to the code it runs, in a module under `elasticmoe_patches/srt/` which mirrors the path of the
-SGLang file it reaches into. `catalogue` collects the declarations, `preflight` checks and installs them, `hookdocs` prints
-them. Modules that declare hooks import sglang inside functions only, so that the declarations can be read without it.
+A hook is declared once, next to the code it runs, in a module under `elasticmoe_patches/srt/` which mirrors the path of
+the SGLang file it reaches into. `catalogue` collects the declarations, `preflight` checks and installs them, `hookdocs`
+prints them. Modules that declare hooks import sglang inside functions only: the declarations are read without it.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ class HookSpec:
     hook: str
     """`module:function`, imported when the hook is installed."""
     signature: str
-    """What `python -m elasticmoe_patches.preflight --signature TARGET` prints for the supported SGLang: parameter names,
-    kinds and defaults without annotations; for something that cannot be called, the name of its type."""
+    """What `python -m elasticmoe_patches.preflight --signature TARGET` prints for the supported SGLang: parameter
+    names, kinds and defaults without annotations; for something that cannot be called, the name of its type."""
     reason: str
     """Why the hook is needed: one or two sentences."""
     expires: str
     """What has to happen upstream before the hook can go."""
     scope: Scope = "elastic"
-    """flags: our command-line flags, always. platform: on our CPU platform, with or without our flags. elastic: with our
-    flags only."""
+    """flags: our command-line flags, always. platform: on our CPU platform, with or without our flags. elastic: with
+    our flags only."""
     processes: frozenset[Process] = field(default_factory=lambda: frozenset[Process](("any",)))
     """The processes which need it."""
     versions: tuple[str, ...] = (SUPPORTED_SGLANG,)
     """The SGLang versions whose source was read for it."""
     rebind: tuple[str, ...] = ()
-    """Further names under which SGLang holds the target and which would miss the hook: `module.name` of a by-name import
-    or `module.Class.name` of an alias. Checked again once the server stands."""
+    """Further names under which SGLang holds the target and which would miss the hook: `module.name` of a by-name
+    import or `module.Class.name` of an alias. Checked again once the server stands."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -14,7 +14,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a dotted path names: attribute `name` of `parent` (a module or a class), unbound and undecorated in `raw`."""
+    """What a dotted path names: attribute `name` of `parent` (module or class); `raw` is it, unbound."""
 
     parent: Any
     name: str
