@@ -3,6 +3,7 @@
 ElasticMoEError
 ├── UserInputError (also ValueError)      what a caller asked for is malformed or impossible; HTTP 400
 │   ├── PlanError                         the wish does not lead to a legal membership
+│   ├── UnsupportedFeature                the model or a flag needs what this project does not do
 │   └── BudgetExceeded                    the experts or KV of the wish do not fit the devices' budgets
 ├── OperationInProgress                   a change is running already; HTTP 409
 ├── HmmError                              the memory sidecar refused or failed
@@ -84,6 +85,10 @@ class UserInputError(ElasticMoEError, ValueError):
 
 class PlanError(UserInputError):
     """The wish does not lead to a legal membership."""
+
+
+class UnsupportedFeature(UserInputError):
+    """The model or a flag needs what this project does not do; refused at launch."""
 
 
 class BudgetExceeded(UserInputError):
