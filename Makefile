@@ -1,0 +1,80 @@
+# make demo and make test work on a fresh machine: both set everything up first. `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
+ARGS ?=
+
+TORCH := torch==2.13.0
+TORCHVISION := torchvision==0.28.0
+SGLANG := sglang==0.5.21
+
+.PHONY: help venv demo test check hooks-doc format soak gpu-test gpu-test-nvlink clean distclean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Build the virtual environment with SGLang in it (about two minutes, once).
+
+# SGLang and torchvision come without their dependencies: those are CUDA-only; requirements-sglang-cpu.txt lists the rest.
+$(STAMP): requirements-sglang-cpu.txt requirements-dev.txt pyproject.toml Makefile scripts/bootstrap.sh
+	@PYTHON="$(PYTHON)" scripts/bootstrap.sh
+	@test -x $(RUN) || { echo "make venv: creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "make venv: installing $(TORCH), $(SGLANG) and what they need"
+	@$(PIP) --upgrade pip setuptools wheel
+	@$(PIP) $(TORCH)
+	@$(PIP) --no-deps $(SGLANG) $(TORCHVISION)
+	@$(PIP) -r requirements-sglang-cpu.txt -r requirements-dev.txt
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP) ## Show the main job: a small MoE is served and changes its EP size while streams decode.
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.demo $(ARGS)
+
+test: $(STAMP) ## Run all tests that need no GPU (ARGS="-k name" selects).
+	@$(PYTEST) -m "not soak and not gpu" $(ARGS)
+
+check: $(STAMP) ## Linters, types, import directions, generated pages.
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(PYTEST) -q --no-header tests/unit/test_import_directions.py tests/unit/test_project.py
+	@$(RUN) -m elasticmoe_patches.hookdocs --check docs/hooks.md
+
+hooks-doc: $(STAMP) ## Write docs/hooks.md from the declared hooks.
+	@$(RUN) -m elasticmoe_patches.hookdocs docs/hooks.md
+
+format: $(STAMP) ## Format the code and sort its imports.
+	@$(VENV)/bin/ruff check --fix-only --quiet .
+	@$(VENV)/bin/ruff format .
+
+soak: $(STAMP) ## Long runs: many random changes under load.
+	@$(PYTEST) -m soak $(ARGS)
+
+gpu-test: ## Tests on an NVIDIA GPU; skipped with the reason where there is none.
+	@scripts/with_gpus.sh 1 "$@" $(MAKE) --no-print-directory gpu-test-run
+
+gpu-test-nvlink: ## Tests across two GPUs; skipped with the reason where there are fewer.
+	@scripts/with_gpus.sh 2 "$@" $(MAKE) --no-print-directory gpu-test-nvlink-run
+
+.PHONY: gpu-test-run gpu-test-nvlink-run
+gpu-test-run: $(STAMP)
+	@$(PYTEST) -m "gpu and not nvlink" $(ARGS)
+
+gpu-test-nvlink-run: $(STAMP)
+	@$(PYTEST) -m nvlink $(ARGS)
+
+clean: ## Remove caches and outputs.
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo-out
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the virtual environment as well.
+	@rm -rf $(VENV) *.egg-info

@@ -1,0 +1,34 @@
+"""What holds for all tests: one thread for tensor code, a time limit for every test, and a fixture against leaks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch: the machine has two cores, and tests start many processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tests.helpers.leaks import no_leaks as check_no_leaks  # noqa: E402
+
+TESTS = Path(__file__).parent
+
+TIME_LIMITS_S = {"unit": 60, "contract": 60, "fault": 180, "e2e": 600, "gpu": 300}
+"""Time limit of one test by the folder it lies in; a `timeout` marker on the test overrides it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in TIME_LIMITS_S and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIME_LIMITS_S[folder]))
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """The test leaves no descriptor, no file in /dev/shm and no child process behind in this process."""
+    with check_no_leaks():
+        yield
