@@ -1,0 +1,79 @@
+"""The CPU platform: SGLang serves text on a machine with no accelerator and no ``sgl_kernel``.
+
+Everything SGLang lets a platform supply is supplied here (attention backend, pools, allocator, operators); what it
+decides by a module-level flag instead is corrected by the few hooks in ``elasticmoe_patches.srt``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+from elasticmoe_patches.platform import environment
+
+DISPATCH_KEY = "elasticmoe_cpu"
+ATTENTION_BACKEND = "torch_native"
+KV_TOKENS = 65536
+"""KV rows of a rank where neither --max-total-tokens nor --mem-fraction-static is given. SGLang's own rule would take
+most of the machine's memory in every rank and write zeros to all of it: 14 s of a launch for 4.3 GiB."""
+
+
+class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
+    """Out-of-tree platform on plain PyTorch CPU operators and this project's MoE kernels."""
+
+    _enum = PlatformEnum.OOT
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Server defaults: the backends that exist here, and a KV pool that leaves the machine usable."""
+        if server_args.attention_backend is None:
+            server_args.attention_backend = ATTENTION_BACKEND
+        if server_args.mem_fraction_static is None and server_args.max_total_tokens is None:
+            server_args.max_total_tokens = KV_TOKENS
+        environment.set_rank_defaults(ranks(server_args))
+
+    def get_device(self, local_rank: int | None = None) -> str:
+        # A string, as for the accelerators: SGLang splits what it detects at the colon.
+        return "cpu"
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def get_dispatch_key_name(self) -> str:
+        return DISPATCH_KEY
+
+    def get_mha_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return MHATokenToKVPool  # type: ignore[no-any-return]
+
+    def get_mla_kv_pool_cls(self) -> type:
+        from elasticmoe_patches.srt.mem_cache.memory_pool import CpuMLATokenToKVPool
+
+        return CpuMLATokenToKVPool
+
+    def get_paged_allocator_cls(self) -> type:
+        from elasticmoe_patches.srt.mem_cache.allocator import allocator_class
+
+        return allocator_class()
+
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
+    def init_backend(self) -> None:
+        """Called once in every scheduler process, before the model is built."""
+        from elasticmoe_patches.platform.install import install
+
+        install()
+
+
+def ranks(server_args: Any) -> int:
+    """Scheduler processes that this node will run."""
+    replicas = 1 if server_args.enable_dp_attention else server_args.dp_size
+    return max(1, server_args.tp_size * server_args.pp_size * replicas // server_args.nnodes)

@@ -1,0 +1,32 @@
+"""Environment defaults of the CPU platform. A variable that the user set is never touched."""
+
+from __future__ import annotations
+
+import os
+
+
+def usable_cores() -> list[int]:
+    """Cores this process may run on, ascending."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def set_defaults() -> None:
+    """Defaults that every process of the server needs; children inherit them."""
+    # The shared-memory broadcaster spins and waits for every rank at start; the process group is used instead.
+    os.environ.setdefault("SGLANG_USE_MESSAGE_QUEUE_BROADCASTER", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def set_rank_defaults(ranks: int) -> None:
+    """Share the cores among `ranks` scheduler processes of this machine.
+
+    SGLang refuses more ranks than NUMA nodes unless SGLANG_CPU_OMP_THREADS_BIND has one entry a rank
+    (``utils/numa_utils.py``). Without sgl_kernel the entries are checked but bind nothing, so the thread count is what
+    keeps the ranks from fighting for cores.
+    """
+    cores = usable_cores()
+    if ranks > 1:
+        per_rank = max(1, len(cores) // ranks)
+        groups = [[cores[(rank * per_rank + i) % len(cores)] for i in range(per_rank)] for rank in range(ranks)]
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, g)) for g in groups))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores) // ranks)))

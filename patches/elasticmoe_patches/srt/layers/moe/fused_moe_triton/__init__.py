@@ -1,0 +1,1 @@
+"""Mirrors sglang/srt/layers/moe/fused_moe_triton."""

@@ -1,0 +1,76 @@
+"""Expert columns under SGLang's MoE layer (mirrors sglang/srt/layers/moe/fused_moe_triton/layer.py).
+
+Every seat builds the layer with room for all experts, one slot an expert (docs/adr/0001-slots-are-columns.md), on the
+meta device: nothing is allocated. The loader then binds the weights to the seat's column space, where only the slots of
+its own columns are mapped, and the dispatcher's table sends every other expert id to -1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elasticmoe_patches.spec import HookSpec, Process
+
+
+class _AllExpertsHere:
+    """SGLang's parallel context, except that this rank seems to hold all experts."""
+
+    moe_ep_size = 1
+    moe_ep_rank = 0
+
+    def __init__(self, parallel: Any) -> None:
+        self._parallel = parallel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parallel, name)
+
+
+def around_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    from sglang.srt.layers.moe.fused_moe_triton import layer
+
+    real = layer.get_parallel
+    layer.get_parallel = lambda: _AllExpertsHere(real())
+    try:
+        original(self, *args, **kwargs)
+    finally:
+        layer.get_parallel = real
+    # What the forward pass asks for; weights and their loader keep one slot an expert.
+    self.moe_ep_size = real().moe_ep_size
+    self.moe_ep_rank = real().moe_ep_rank
+
+
+def around_create_weights(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    import torch
+
+    with torch.device("meta"):
+        original(self, *args, **kwargs)
+
+
+_SEATS: frozenset[Process] = frozenset(("seat", "standby"))
+
+HOOKS = (
+    HookSpec(
+        target="sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.__init__",
+        kind="around",
+        hook=f"{__name__}:around_init",
+        signature="(self, num_experts, hidden_size, intermediate_size, layer_id, top_k=None, num_fused_shared_experts=0, "
+        "params_dtype=None, reduce_results=False, quant_config=None, prefix='', activation='silu', "
+        "apply_router_weight_on_input=False, use_presharded_weights=False, inplace=True, no_combine=False, "
+        "routed_scaling_factor=None, gemm1_alpha=None, gemm1_beta=None, gemm1_clamp_limit=None, swiglu_limit=None, "
+        "use_weight_loader_fused=False, with_bias=False, routing_method_type=None, is_gated=True, "
+        "gate_up_interleaved=True, enable_qwen35_fp8_deferred_finalize=False, quant_method=None)",
+        reason="A slot for every expert on every seat, and no divisibility of experts by seats.",
+        expires="FusedMoE takes its expert placement as an argument.",
+        processes=_SEATS,
+    ),
+    HookSpec(
+        target="sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.create_weights",
+        kind="around",
+        hook=f"{__name__}:around_create_weights",
+        signature="(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, "
+        "with_bias=False, **extra_weight_attrs)",
+        reason="Expert weights belong to the HMM; the layer must not allocate its own.",
+        expires="FusedMoE takes its weights' storage as an argument.",
+        processes=_SEATS,
+    ),
+)
