@@ -21,21 +21,20 @@ from collections.abc import Mapping, Sequence
 from elasticmoe_patches import preflight
 from elasticmoe_patches.catalogue import all_hooks, select
 from elasticmoe_patches.spec import PROCESSES, HookSpec, Process, Scope
+from elasticmoe_sglang.config import FLAG_PREFIX
 from elasticmoe_sglang.errors import HookError
+from elasticmoe_sglang.runtime import ENV_CONFIG
 
 logger = logging.getLogger(__name__)
 
-CONFIG_ENV = "ELASTICMOE_CONFIG"
-"""Environment variable with the launch's elastic configuration as JSON; the main process sets it for its children."""
 PROCESS_ENV = "ELASTICMOE_PROCESS"
 """Environment variable with the name of a child process (main, dpc, seat or standby); a child without it is a seat."""
-FLAG_PREFIX = "--elasticmoe-"
 _PLATFORM_ONLY: tuple[Scope, ...] = ("platform",)
 
 
 def register() -> None:
     """Install what this process needs; ends it where our flags are used and something does not fit."""
-    if CONFIG_ENV in os.environ:
+    if ENV_CONFIG in os.environ:
         install_for_process(process_name())
         return
     elastic = flags_used(sys.argv[1:], os.environ)
@@ -92,7 +91,7 @@ def elastic_scopes() -> tuple[Scope, ...]:
 
 def flags_used(argv: Sequence[str], environ: Mapping[str, str]) -> bool:
     """Whether this launch asks for elasticity: one of our flags, or the configuration a parent has set."""
-    return CONFIG_ENV in environ or any(argument.startswith(FLAG_PREFIX) for argument in argv)
+    return ENV_CONFIG in environ or any(argument.startswith(FLAG_PREFIX) for argument in argv)
 
 
 def process_name() -> Process:

@@ -19,6 +19,7 @@ import pytest
 from elasticmoe_patches import catalogue, hookdocs, plugin, preflight, targets
 from elasticmoe_patches.spec import HookSpec
 from elasticmoe_sglang.errors import HookError
+from elasticmoe_sglang.runtime import ENV_CONFIG
 
 REPOSITORY = Path(__file__).parents[2]
 REAL_TARGET = "sglang.srt.server_args.ServerArgs.from_cli_args"
@@ -468,7 +469,7 @@ def test_ending_a_standing_server_takes_its_children_along() -> None:
 
 def test_what_counts_as_using_our_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plugin.flags_used(["--model-path", "m", "--elasticmoe-ep-size=2"], {})
-    assert plugin.flags_used([], {plugin.CONFIG_ENV: "{}"})
+    assert plugin.flags_used([], {ENV_CONFIG: "{}"})
     assert not plugin.flags_used(["--ep-size", "2"], {})
     monkeypatch.setenv(plugin.PROCESS_ENV, "standby")
     assert plugin.process_name() == "standby"

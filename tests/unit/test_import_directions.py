@@ -1,0 +1,134 @@
+"""Who may import whom: the three packages, and the layers inside elasticmoe_sglang.
+
+Read from the source (every import statement, inside functions too), so that an import on a path no test runs counts.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+PACKAGES = {
+    "elasticmoe_sglang": REPOSITORY / "elasticmoe_sglang",
+    "elasticmoe_kernels": REPOSITORY / "kernels" / "elasticmoe_kernels",
+    "elasticmoe_patches": REPOSITORY / "patches" / "elasticmoe_patches",
+}
+
+FORBIDDEN = {
+    # Behaviour knows nothing of SGLang; where it needs a fact about it, it runs elasticmoe_patches as a program.
+    "elasticmoe_sglang": ("sglang", "sgl_kernel", "elasticmoe_patches"),
+    # Device code works on raw tensors.
+    "elasticmoe_kernels": ("sglang", "sgl_kernel", "elasticmoe_patches", "elasticmoe_sglang"),
+    "elasticmoe_patches": (),
+}
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("", "errors"),
+    ("units", "messages", "tiny_model"),
+    ("config", "seats.membership"),
+    ("runtime",),
+    ("hmm", "planner", "moe"),
+    ("seats",),
+    ("imm",),
+    ("coordinator",),
+    ("api",),
+    ("cli",),
+)
+"""elasticmoe_sglang from the bottom up. A module imports from its own entry and from lower layers, never from another
+entry of its layer. The longest entry that a module's name starts with is its own; "" is the package itself."""
+
+
+def modules(package: str) -> Iterator[tuple[str, Path]]:
+    root = PACKAGES[package]
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        yield ".".join((package, *(parts[:-1] if parts[-1] == "__init__" else parts))), path
+
+
+def imported_names(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything a file imports, by statement or by a literal given to import_module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; the project imports by full name"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if function in ("import_module", "__import__", "resolve_name"):
+                yield node.lineno, str(node.args[0].value)
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def layer_entry(module: str) -> tuple[int, str]:
+    """Layer number and entry of a module or imported name of elasticmoe_sglang."""
+    name = module.removeprefix("elasticmoe_sglang").removeprefix(".")
+    found = [
+        (len(entry), number, entry)
+        for number, layer in enumerate(LAYERS)
+        for entry in layer
+        if entry and inside(name, entry)
+    ]
+    if found:
+        _, number, entry = max(found)
+        return number, entry
+    return 0, ""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_in_one_direction(package: str) -> None:
+    wrong = [
+        f"{path.relative_to(REPOSITORY)}:{line} imports {name}"
+        for _, path in modules(package)
+        for line, name in imported_names(path)
+        if any(inside(name, forbidden) for forbidden in FORBIDDEN[package])
+    ]
+    assert wrong == []
+
+
+def test_layers_import_downwards() -> None:
+    wrong = []
+    for module, path in modules("elasticmoe_sglang"):
+        own_layer, own_entry = layer_entry(module)
+        for line, name in imported_names(path):
+            if not inside(name, "elasticmoe_sglang"):
+                continue
+            layer, entry = layer_entry(name)
+            if entry != own_entry and layer >= own_layer:
+                wrong.append(f"{path.relative_to(REPOSITORY)}:{line}: {own_entry or 'the package'} imports {name}")
+    assert wrong == []
+
+
+def test_every_part_has_its_layer() -> None:
+    known = {entry.split(".")[0] for layer in LAYERS for entry in layer}
+    parts = {
+        path.stem if path.is_file() else path.name
+        for path in PACKAGES["elasticmoe_sglang"].iterdir()
+        if path.suffix == ".py" or list(path.glob("*.py"))
+    }
+    assert parts - known - {"__init__"} == set(), "name the new part in LAYERS"
+
+
+def test_the_check_itself_sees_imports(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text(
+        "import sglang.srt\nfrom sglang import x\n"
+        "def f():\n    import importlib\n    importlib.import_module('sglang.y')\n"
+    )
+    assert [name for _, name in imported_names(source) if inside(name, "sglang")] == [
+        "sglang.srt",
+        "sglang.x",
+        "sglang.y",
+    ]
+    assert not inside("sglang_other", "sglang")
+    assert layer_entry("elasticmoe_sglang.seats.membership") == (2, "seats.membership")
+    assert layer_entry("elasticmoe_sglang.seats.gate")[1] == "seats"
+    assert layer_entry("elasticmoe_sglang.SUPPORTED_SGLANG") == (0, "")
