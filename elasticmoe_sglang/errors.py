@@ -26,7 +26,8 @@ ElasticMoEError
 ├── CollectiveError                       a collective among the seats could not finish
 │   ├── PeerTimeout                       a seat stalled past the deadline
 │   ├── PeerDied                          a seat's process is gone
-│   └── CollectiveMismatch                seats called different collectives, or with different sizes
+│   ├── CollectiveMismatch                seats called different collectives, or with different sizes
+│   └── SeatAbsent                        a root or peer that is not among the occupied seats
 ├── CommitError                           the commit gate was not passed; the change is rolled back
 ├── PhaseTimeout                          a phase of a change took longer than its deadline
 ├── SeatError                             a seat's process failed to boot, join or leave
@@ -216,6 +217,10 @@ class PeerDied(CollectiveError):
 
 class CollectiveMismatch(CollectiveError):
     """Seats called different collectives, or with different sizes."""
+
+
+class SeatAbsent(CollectiveError):
+    """A collective names a root or a peer that is not among the occupied seats."""
 
 
 class CommitError(ElasticMoEError):
