@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 ARGS ?=
 
@@ -29,11 +29,9 @@ $(STAMP): requirements-sglang-cpu.txt requirements-dev.txt pyproject.toml Makefi
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh
 	@test -x $(RUN) || { echo "make venv: creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "make venv: installing $(TORCH), $(SGLANG) and what they need"
-	@$(PIP) --upgrade pip setuptools wheel
-	@$(PIP) $(TORCH)
+	@$(PIP) $(TORCH) -r requirements-sglang-cpu.txt -r requirements-dev.txt
 	@$(PIP) --no-deps $(SGLANG) $(TORCHVISION)
-	@$(PIP) -r requirements-sglang-cpu.txt -r requirements-dev.txt
-	@$(PIP) --no-deps --no-build-isolation -e .
+	@$(PIP) --no-deps -e .
 	@touch $@
 
 demo: $(STAMP) ## Show the main job: a small MoE is served and changes its EP size while streams decode.

@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tests.helpers.leaks import no_leaks as check_no_leaks  # noqa: E402
+from tests.helpers.leaks import no_leaks as check_no_leaks
 
 TESTS = Path(__file__).parent
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 PROCESS_ENV = "ELASTICMOE_PROCESS"
 """Environment variable with the name of a child process (main, dpc, seat or standby); a child without it is a seat."""
+_named: Process | None = None
 _PLATFORM_ONLY: tuple[Scope, ...] = ("platform",)
 
 
@@ -69,6 +70,8 @@ def install_for_process(process: Process) -> tuple[HookSpec, ...]:
     Idempotent, and additive: a standby that becomes a seat calls it again with the new name. Returns the hooks that
     this call installed.
     """
+    global _named
+    _named = process
     try:
         preflight.check_version()
         return preflight.install(select(process, elastic_scopes()), process)
@@ -95,11 +98,16 @@ def flags_used(argv: Sequence[str], environ: Mapping[str, str]) -> bool:
 
 
 def process_name() -> Process:
-    """The name of this process: what PROCESS_ENV says, else `seat` in a child started by multiprocessing, else `main`.
+    """The name of this process.
+
+    What it, or the parent it was forked from, last called `install_for_process` with; else what PROCESS_ENV says; else
+    `seat` in a child started by multiprocessing and `main` elsewhere.
 
     Raises:
         HookError: PROCESS_ENV names no process.
     """
+    if _named is not None:
+        return _named
     name = os.environ.get(PROCESS_ENV)
     if name is None:
         return "main" if multiprocessing.parent_process() is None else "seat"

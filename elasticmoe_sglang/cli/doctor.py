@@ -1,0 +1,90 @@
+"""`elasticmoe doctor`: would serving work here, and if not, which command mends it?
+
+Every check says what was found, and where it failed the exact command to run. Exit status 0 only if all checks that
+serving needs have passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from elasticmoe_sglang.cli import doctor_checks
+from elasticmoe_sglang.cli.doctor_checks import Check, Device, HookReport
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `doctor` command; its namespace carries `run`."""
+    text = "Check versions, hooks, devices and memory, and say what is missing and which command mends it."
+    parser = subparsers.add_parser("doctor", help=text, description=text)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check and print; returns 0 only if serving would work."""
+    devices = doctor_checks.devices()
+    hooks = doctor_checks.hooks()
+    checks = [
+        *doctor_checks.versions(),
+        *doctor_checks.installation(),
+        doctor_checks.hooks_check(hooks),
+        *doctor_checks.memory(devices[0].kind),
+        *doctor_checks.system(),
+    ]
+    ok = all(check.ok or not check.required for check in checks)
+    if args.json:
+        print(json.dumps(as_json(ok, checks, hooks, devices), indent=2))
+    else:
+        print(as_text(ok, checks, hooks, devices))
+    return 0 if ok else 1
+
+
+def as_json(ok: bool, checks: Sequence[Check], hooks: HookReport, devices: Sequence[Device]) -> dict[str, object]:
+    """The report for programs: `ok`, `checks`, `hooks` and `devices`."""
+    return {
+        "ok": ok,
+        "checks": [asdict(check) for check in checks],
+        "hooks": hooks.rows,
+        "devices": [asdict(device) for device in devices],
+    }
+
+
+def as_text(ok: bool, checks: Sequence[Check], hooks: HookReport, devices: Sequence[Device]) -> str:
+    """The report for people: a line a check, a line a device, a line a hook, and the commands that mend what failed."""
+    width = max(len(check.name) for check in checks)
+    lines = [f"{_mark(check)} {check.name:<{width}}  {check.found}" for check in checks]
+    lines.append("\ndevices")
+    lines.extend(f"  {device.kind} {device.number}: {device.name}, {device.memory}" for device in devices)
+    lines.append("\nhooks into SGLang")
+    for row in hooks.rows:
+        problem = f": {row['problem']}" if row["problem"] else ""
+        lines.append(f"  {'ok  ' if row['ok'] else 'FAIL'} {row['target']} [{row['kind']}, {row['scope']}]{problem}")
+    if not hooks.rows:
+        lines.append(f"  not known: {hooks.error}")
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        lines.append("\nto mend it")
+        lines.extend(f"  {check.name}: {check.fix}" for check in failed)
+    lines.append("\nserving would work here" if ok else "\nserving would not work here")
+    return "\n".join(lines)
+
+
+def _mark(check: Check) -> str:
+    if check.ok:
+        return "ok  "
+    return "FAIL" if check.required else "warn"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command on its own: `python -m elasticmoe_sglang.cli.doctor`."""
+    parser = argparse.ArgumentParser(prog="elasticmoe doctor")
+    parser.add_argument("--json", action="store_true")
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""The single checks of `elasticmoe doctor`.
+
+Facts about SGLang come from `python -m elasticmoe_patches.preflight --json`, run as a program: this package never
+imports SGLang, and a broken installation of it must not take the doctor down.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from elasticmoe_sglang import SUPPORTED_SGLANG
+from elasticmoe_sglang.errors import ElasticMoEError, UserInputError, VmmError
+from elasticmoe_sglang.units import format_bytes
+
+HOOKS_TIMEOUT_S = 180.0
+"""SGLang's modules take some ten seconds to import on two cores; a cold disk cache takes several times that."""
+MIN_DESCRIPTORS = 4096
+"""Each mapped expert column is one descriptor in the HMM, and each connection a few."""
+MIN_FREE_MEMORY = 2 << 30
+"""Bytes below which not even a small model's server starts: each seat's SGLang takes some 600 MiB."""
+
+# Distribution -> exact version needed, or None for any.
+_PACKAGES: dict[str, str | None] = {
+    "torch": "2.13.0",
+    "sglang": SUPPORTED_SGLANG,
+    "torchvision": None,
+    "transformers": "5.12.1",
+    "pyzmq": None,
+    "msgspec": None,
+    "numpy": None,
+    "psutil": None,
+    "safetensors": None,
+    "uvloop": None,
+    "fastapi": None,
+    "triton": None,
+}
+_ENTRY_POINTS = (("sglang.srt.plugins", "elasticmoe"), ("sglang.srt.platforms", "elasticmoe_cpu"))
+_REINSTALL = "pip install --no-deps elasticmoe-sglang (in a checkout: make venv)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing looked at."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+    """The command that mends it; empty where `ok`."""
+    required: bool = True
+    """Whether serving needs it; a failed check that is not required is a warning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device that seats can sit on; on a machine without accelerator one entry stands for the host."""
+
+    kind: str
+    number: int
+    name: str
+    memory: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookReport:
+    """What preflight says: a row a hook, or why it could not say anything."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    error: str = ""
+
+
+def versions() -> list[Check]:
+    """Python and the packages that serving imports."""
+    python = sys.version_info[:2]
+    supported = (3, 10) <= python < (3, 14)
+    checks = [
+        Check(
+            name="python",
+            ok=supported,
+            found=platform.python_version(),
+            fix="" if supported else "make distclean && make PYTHON=python3.12 venv",
+        )
+    ]
+    return checks + [_package(name, wanted) for name, wanted in _PACKAGES.items()]
+
+
+def _package(name: str, wanted: str | None) -> Check:
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        found = ""
+    # A build tag such as 2.13.0+cpu is the same version.
+    ok = bool(found) and (wanted is None or found.split("+")[0] == wanted)
+    text = found or "not installed"
+    no_deps = "--no-deps " if name in ("sglang", "torchvision") else ""
+    fix = f"{sys.executable} -m pip install {no_deps}{name}" + (f"=={wanted}" if wanted else "")
+    return Check(
+        name=name,
+        ok=ok,
+        found=text if ok or not wanted else f"{text}, needs {wanted}",
+        fix="" if ok else fix,
+    )
+
+
+def installation() -> list[Check]:
+    """Whether SGLang will find the plugin and the CPU platform."""
+    missing = [
+        name
+        for group, name in _ENTRY_POINTS
+        if not any(entry.name == name for entry in importlib.metadata.entry_points(group=group))
+    ]
+    plugins = os.environ.get("SGLANG_PLUGINS", "")
+    allowed = not plugins or "elasticmoe" in [name.strip() for name in plugins.split(",")]
+    return [
+        Check(
+            name="entry points",
+            ok=not missing,
+            found="registered with SGLang" if not missing else f"not registered: {', '.join(missing)}",
+            fix="" if not missing else _REINSTALL,
+        ),
+        Check(
+            name="SGLANG_PLUGINS",
+            ok=allowed,
+            found=plugins or "not set: all plugins are loaded",
+            fix="" if allowed else f"export SGLANG_PLUGINS={plugins},elasticmoe",
+        ),
+    ]
+
+
+def hooks() -> HookReport:
+    """Run preflight in a process of its own."""
+    command = [sys.executable, "-m", "elasticmoe_patches.preflight", "--json"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HOOKS_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return HookReport(error=f"no answer from `{' '.join(command)}` within {HOOKS_TIMEOUT_S:.0f} s")
+    try:
+        # SGLang may print while it is imported; the report is the last line.
+        return HookReport(rows=json.loads(done.stdout.strip().rpartition("\n")[2])["hooks"])
+    except (ValueError, KeyError):
+        return HookReport(error=(done.stderr.strip().splitlines() or ["no output"])[-1])
+
+
+def hooks_check(report: HookReport) -> Check:
+    """All hooks together as one check."""
+    bad = [row["target"] for row in report.rows if not row["ok"]]
+    ok = bool(report.rows) and not bad
+    if report.error:
+        found = f"not known: {report.error}"
+    else:
+        found = f"{len(report.rows)} fit" if ok else f"{len(bad)} of {len(report.rows)} do not fit SGLang"
+    fix = f"{sys.executable} -m pip install --force-reinstall --no-deps sglang=={SUPPORTED_SGLANG}"
+    return Check(name="hooks", ok=ok, found=found, fix="" if ok else fix)
+
+
+def devices() -> list[Device]:
+    """NVIDIA GPUs and Ascend NPUs by their drivers' tools; where there is none, the host's cores."""
+    found = _nvidia_devices() or _ascend_devices()
+    if found:
+        return found
+    memory = f"{format_bytes(psutil.virtual_memory().total)} shared by the HMM's arenas"
+    return [Device(kind="cpu", number=0, name=f"{len(os.sched_getaffinity(0))} cores", memory=memory)]
+
+
+def _nvidia_devices() -> list[Device]:
+    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES", "0") == "":
+        return []
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    rows = [line.split(", ") for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    return [Device(kind="cuda", number=int(row[0]), name=row[1], memory=row[2]) for row in rows if len(row) == 3]
+
+
+def _ascend_devices() -> list[Device]:
+    numbers = sorted(int(path.name.removeprefix("davinci")) for path in Path("/dev").glob("davinci[0-9]*"))
+    return [Device(kind="npu", number=number, name="Ascend NPU", memory="see npu-smi info") for number in numbers]
+
+
+def memory(kind: str) -> list[Check]:
+    """Free host memory, and a real round trip through the memory backend of this kind of device."""
+    free = psutil.virtual_memory().available
+    return [
+        Check(
+            name="free memory",
+            ok=free >= MIN_FREE_MEMORY,
+            found=format_bytes(free),
+            fix="" if free >= MIN_FREE_MEMORY else "ps aux --sort=-rss | head   # then end what is not needed",
+        ),
+        _backend_check(kind),
+    ]
+
+
+def _backend_check(kind: str) -> Check:
+    name = f"memory backend {kind}"
+    try:
+        nbytes = _round_trip(kind)
+    except (ElasticMoEError, ImportError) as error:
+        serve_on_cpu = "CUDA_VISIBLE_DEVICES= elasticmoe serve ...   # serves on the host's cores"
+        return Check(name=name, ok=False, found=str(error), fix=_BACKEND_FIXES.get(kind, serve_on_cpu))
+    return Check(name=name, ok=True, found=f"reserved, mapped and shared {format_bytes(nbytes)}")
+
+
+_BACKEND_FIXES = {
+    "cpu": "ulimit -v unlimited; ulimit -n 65536",
+    "npu": "source /usr/local/Ascend/ascend-toolkit/set_env.sh",
+}
+
+
+def _round_trip(kind: str) -> int:
+    """Reserve address space, make memory, hand it over by descriptor, map it, and give everything back.
+
+    Raises:
+        VmmError: there is no such backend, or a driver call failed.
+    """
+    from elasticmoe_sglang.hmm.vmm import backend_names, get_backend
+
+    if kind not in backend_names():
+        raise VmmError(f"there is no memory backend for {kind}; known: {', '.join(backend_names())}")
+    backend = get_backend(kind)
+    nbytes = backend.granularity
+    space = backend.reserve(nbytes)
+    try:
+        made = backend.create(nbytes, 0)
+        descriptor = backend.export(made)
+        taken = backend.import_(descriptor, nbytes, 0)
+        backend.map(space.base, taken)
+        backend.unmap(space.base, nbytes)
+        backend.close(taken)
+        backend.close(made)
+    finally:
+        backend.release_va(space)
+    return nbytes
+
+
+def system() -> list[Check]:
+    """Limits and tools of the operating system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    compilers = [name for name in ("gcc", "g++") if shutil.which(name) is None]
+    enough = soft == resource.RLIM_INFINITY or soft >= MIN_DESCRIPTORS
+    wanted = MIN_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MIN_DESCRIPTORS)
+    return [
+        Check(name="open files", ok=enough, found=f"limit {soft}", fix="" if enough else f"ulimit -n {wanted}"),
+        Check(
+            name="compilers",
+            ok=not compilers,
+            found="gcc, g++" if not compilers else f"missing: {', '.join(compilers)}",
+            fix="" if not compilers else f"apt-get install -y {' '.join(compilers)}",
+            required=False,
+        ),
+        _run_folder(),
+    ]
+
+
+def _run_folder() -> Check:
+    from elasticmoe_sglang.config import ElasticConfig
+    from elasticmoe_sglang.runtime import new_runtime
+
+    try:
+        runtime = new_runtime(ElasticConfig(ep_size=1, max_ep_size=1))
+        runtime.paths.run_dir.rmdir()
+    except (UserInputError, OSError) as error:
+        return Check(name="run folder", ok=False, found=str(error), fix="export TMPDIR=/tmp")
+    return Check(name="run folder", ok=True, found=tempfile.gettempdir())
