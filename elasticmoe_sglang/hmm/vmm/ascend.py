@@ -16,6 +16,9 @@ each shapes something here:
 A shareable number is 64 bits, not a descriptor. `export` therefore writes it into a sealed memfd and passes that, so
 that the same SCM_RIGHTS socket carries every backend's handles. Numbers are exported without CANN's list of admitted
 processes: who gets one is decided by that socket, which checks the peer's user.
+
+Device -1 is host memory: plain memfd, as the CPU backend makes it. It is mapped with mmap, not here: ACL's address
+ranges hold device pages.
 """
 
 from __future__ import annotations
@@ -32,10 +35,12 @@ from typing import ClassVar
 from elasticmoe_sglang.errors import VmmError
 from elasticmoe_sglang.hmm.vmm import acl as _acl
 from elasticmoe_sglang.hmm.vmm.base import VaRange, VmmBackend, VmmHandle
+from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
 
 _TOKEN = struct.Struct("<8sQQiI")  # magic, shareable number, bytes, device, exporting process
 _MAGIC = b"EMoEnpu1"
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034  # <linux/fcntl.h>; Python 3.10 does not name them
+_HOST = -1
 _ALL_SEALS = 0x1 | 0x2 | 0x4 | 0x8  # seal, shrink, grow, write
 
 
@@ -68,6 +73,7 @@ class AscendBackend(VmmBackend):
     def __init__(self) -> None:
         super().__init__()
         self._acl = _acl.load()
+        self._host = CpuBackend()
         self._physical: dict[int, _Physical] = {}
         self._by_number: dict[int, int] = {}  # shareable number -> driver handle, exports and imports
         self._bindings: dict[int, _Binding] = {}  # reservation base -> what it is tied to
@@ -110,6 +116,8 @@ class AscendBackend(VmmBackend):
     # Physical memory -------------------------------------------------------------------------------------------
 
     def _create(self, nbytes: int, device: int) -> int:
+        if device == _HOST:
+            return self._host._create(nbytes, device)
         handle = ctypes.c_void_p()
         with self._on(device):
             self._acl("aclrtMallocPhysical", handle, nbytes, _property(device), 0)
@@ -136,6 +144,8 @@ class AscendBackend(VmmBackend):
             self._acl("aclrtReleaseMemAddress", base)
 
     def _close(self, handle: VmmHandle) -> None:
+        if handle.device == _HOST:
+            return self._host._close(handle)
         with self._lock:
             self._physical[handle.native].handles -= 1
             self._free_if_unused(handle.native)
@@ -154,6 +164,8 @@ class AscendBackend(VmmBackend):
     # Mappings --------------------------------------------------------------------------------------------------
 
     def _map(self, va: int, handle: VmmHandle) -> None:
+        if handle.device == _HOST:
+            raise VmmError("host memory cannot lie in an NPU's address range", hint="Map its descriptor with mmap.")
         physical = self._physical[handle.native]
         imported = physical.imported_as is not None
         base = self._reservation_of(va, handle.nbytes).va.base
@@ -192,6 +204,8 @@ class AscendBackend(VmmBackend):
     # Between processes -----------------------------------------------------------------------------------------
 
     def _export(self, handle: VmmHandle) -> int:
+        if handle.device == _HOST:
+            return self._host._export(handle)
         with self._lock:
             physical = self._physical[handle.native]
             if physical.token is None:
@@ -213,6 +227,8 @@ class AscendBackend(VmmBackend):
             return os.dup(physical.token)
 
     def _import(self, fd: int, nbytes: int, device: int) -> int:
+        if device == _HOST:
+            return self._host._import(fd, nbytes, device)
         number, held, home, exporter = _read_token(fd)
         if held != nbytes or home != device:
             raise VmmError(
