@@ -6,6 +6,8 @@ decides by a module-level flag instead is corrected by the few hooks in ``elasti
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Server defaults: the backends that exist here, and a KV pool that leaves the machine usable."""
+        if server_args.dtype == "auto" and checkpoint_dtype(server_args.model_path) == "float32":
+            server_args.dtype = "float32"  # SGLang would take float16, which this processor computes in float32 anyway
         if server_args.attention_backend is None:
             server_args.attention_backend = ATTENTION_BACKEND
         if server_args.mem_fraction_static is None and server_args.max_total_tokens is None:
@@ -60,6 +64,9 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
         return allocator_class()
 
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager"
+
     def get_torch_profiler_activity_str(self) -> str:
         return "CPU"
 
@@ -71,6 +78,15 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         from elasticmoe_patches.platform.install import install
 
         install()
+
+
+def checkpoint_dtype(model_path: str) -> str | None:
+    """Dtype that a local checkpoint's config names; None for a model that is not a local folder."""
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        return None
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config.get("torch_dtype") or config.get("dtype")
 
 
 def ranks(server_args: Any) -> int:

@@ -15,6 +15,10 @@ def set_defaults() -> None:
     # The shared-memory broadcaster spins and waits for every rank at start; the process group is used instead.
     os.environ.setdefault("SGLANG_USE_MESSAGE_QUEUE_BROADCASTER", "false")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # SGLang compiles routing and sampling helpers at their first call and again for new shapes. Without an accelerator
+    # that means a C++ compiler in the middle of serving (29 s for the first DeepSeek-V2 request on 2 cores) and gains
+    # nothing: the helpers are a few element-wise operators.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def set_rank_defaults(ranks: int) -> None:
