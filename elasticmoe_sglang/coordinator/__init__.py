@@ -1,0 +1,41 @@
+"""[2] The coordinator: one change at a time, as a transaction.
+
+Receives a wish from the api [1], lets the planner [3] make a plan of it, and drives the HMM [4] and the seats [5, 6]
+through prepare, commit and finish by way of two ports (`ports.py`). What goes wrong before the commit is undone, each
+step exactly once; what goes wrong after it is reported loudly, and the new membership stays.
+"""
+
+from elasticmoe_sglang.coordinator.coordinator import HISTORY, Coordinator
+from elasticmoe_sglang.coordinator.ports import (
+    BootTicket,
+    CommitReport,
+    MemoryPort,
+    PullReport,
+    SeatsPort,
+)
+from elasticmoe_sglang.coordinator.views import (
+    DeviceMemory,
+    MemoryStatus,
+    Operation,
+    Phase,
+    SeatInfo,
+    SeatState,
+    Status,
+)
+
+__all__ = [
+    "HISTORY",
+    "BootTicket",
+    "CommitReport",
+    "Coordinator",
+    "DeviceMemory",
+    "MemoryPort",
+    "MemoryStatus",
+    "Operation",
+    "Phase",
+    "PullReport",
+    "SeatInfo",
+    "SeatState",
+    "SeatsPort",
+    "Status",
+]

@@ -1,0 +1,217 @@
+"""One change, driven through its phases as a transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.coordinator.operation import RunningOperation
+from elasticmoe_sglang.coordinator.ports import BootTicket, CommitReport, MemoryPort, PullReport, SeatsPort
+from elasticmoe_sglang.coordinator.views import Phase
+from elasticmoe_sglang.errors import ElasticMoEError, PhaseTimeout, SeatError
+from elasticmoe_sglang.planner import ColumnMove, ScalePlan
+
+logger = logging.getLogger(__name__)
+
+# The gate decides within the commit deadline; this is for its answer to arrive.
+_COMMIT_ANSWER_S = 1.0
+
+# What it is, for the error text, and how to do it.
+Step = tuple[str, Callable[[], Awaitable[None]]]
+
+
+class Change:
+    """Runs one operation: begin, boot and pull, commit, keep, dismiss, release; or the undo of what was begun.
+
+    An undo is noted before a seat starts its step, because a step that failed half-way needs it too, and it runs
+    exactly once. Undos of seats run together, then the HMM's rollback: nothing is freed while a seat maps it.
+    """
+
+    def __init__(
+        self,
+        operation: RunningOperation,
+        *,
+        memory: MemoryPort,
+        seats: SeatsPort,
+        config: ElasticConfig,
+        on_committed: Callable[[ScalePlan], None],
+    ) -> None:
+        self._operation = operation
+        self._plan = operation.plan
+        self._memory = memory
+        self._seats = seats
+        self._config = config
+        self._on_committed = on_committed
+        self._txn: str | None = None
+        self._undos: list[Step] = []
+
+    async def run(self) -> None:
+        """To the operation's end. Never raises for what the ports do; a cancellation during prepare rolls back."""
+        operation = self._operation
+        operation.advance(Phase.PREPARING)
+        try:
+            await _within(self._config.prepare_deadline_s, "preparing", [self._prepare()])
+        except asyncio.CancelledError:
+            await self._roll_back("the server is shutting down")
+            return
+        except Exception as error:
+            logger.warning("operation %s: prepare failed", operation.operation_id, exc_info=True)
+            await self._roll_back(_text(error))
+            return
+        operation.advance(Phase.COMMITTING)
+        report = await self._commit()
+        operation.set_commit(report)
+        if not report.committed:
+            await self._roll_back(report.reason or "the seats did not pass the commit gate")
+            return
+        self._on_committed(self._plan)
+        operation.advance(Phase.FINISHING)
+        problems = await self._finish()
+        if problems:
+            held = f"epoch {self._plan.after.epoch} serves, but was not tidied up"
+            operation.end(Phase.FAILED, f"{held}: {'; '.join(problems)}")
+        else:
+            operation.end(Phase.DONE)
+
+    async def _prepare(self) -> None:
+        self._txn = txn = await self._memory.begin(self._operation.operation_id)
+        boots = [self._boot(seat, txn) for seat in self._plan.joining]
+        pulls = [self._pull(seat, txn, moves) for seat in self._plan.survivors if (moves := self._plan.incoming(seat))]
+        await _within(None, "preparing", [*boots, *pulls])
+
+    async def _boot(self, seat: int, txn: str) -> None:
+        plan = self._plan
+        ticket = BootTicket(
+            operation_id=self._operation.operation_id,
+            txn=txn,
+            seat=seat,
+            membership=plan.after,
+            placement=plan.placement_after,
+            moves=plan.incoming(seat),
+            deadline_s=self._config.prepare_deadline_s,
+        )
+        self._undos.append((f"dismiss joiner {seat}", lambda: self._seats.dismiss(seat)))
+        self._count(seat, ticket.moves, await self._seats.boot(seat, ticket))
+
+    async def _pull(self, seat: int, txn: str, moves: tuple[ColumnMove, ...]) -> None:
+        self._undos.append((f"drop what seat {seat} pulled", lambda: self._seats.drop(seat, txn, moves)))
+        self._count(seat, moves, await self._seats.pull(seat, txn, moves))
+
+    def _count(self, seat: int, moves: Sequence[ColumnMove], report: PullReport) -> None:
+        if report.columns != len(moves):
+            raise SeatError(
+                f"only {report.columns} of {len(moves)} columns arrived",
+                seat=seat,
+                operation=self._operation.operation_id,
+            )
+        self._operation.add_pull(report)
+
+    async def _commit(self) -> CommitReport:
+        """The seats' report, or, when there is none, what their control page says."""
+        deadline = self._config.commit_deadline_s
+        reports: list[CommitReport] = []
+
+        async def commit() -> None:
+            reports.append(await self._seats.commit(self._plan, deadline))
+
+        try:
+            await _within(deadline + _COMMIT_ANSWER_S, "committing", [commit()])
+        except Exception as error:
+            logger.warning("operation %s: commit gave no report", self._operation.operation_id, exc_info=True)
+            now = self._seats.membership()
+            after = self._plan.after
+            committed = (now.seats, now.epoch) == (after.seats, after.epoch)
+            return CommitReport(committed=committed, epoch=now.epoch, reason=_text(error))
+        return reports[0]
+
+    async def _finish(self) -> list[str]:
+        plan, txn = self._plan, self._txn
+        assert txn is not None, "a commit without a transaction"
+        problems = await self._each([("keep the HMM transaction", lambda: self._memory.commit(txn))])
+        gone: set[int] = set()
+        steps = [self._release(seat) for seat in plan.survivors if plan.outgoing(seat)]
+        steps += [self._dismiss_leaver(seat, gone) for seat in plan.leaving]
+        problems += await self._each(steps)
+        # A leaver that may still be there may still map its columns: they stay in the ledger, and the error tells.
+        problems += await self._each(
+            [self._release(seat) for seat in plan.leaving if seat in gone and plan.outgoing(seat)]
+        )
+        return problems
+
+    def _release(self, seat: int) -> Step:
+        departed = [move.column for move in self._plan.outgoing(seat)]
+        return f"release the columns that left seat {seat}", lambda: self._seats.release(seat, departed)
+
+    def _dismiss_leaver(self, seat: int, gone: set[int]) -> Step:
+        async def dismiss() -> None:
+            await self._seats.dismiss(seat)
+            gone.add(seat)
+
+        return f"dismiss leaver {seat}", dismiss
+
+    async def _roll_back(self, reason: str) -> None:
+        problems = await self._each(self._undos)
+        if self._txn is not None:
+            txn = self._txn
+            problems += await self._each([("roll back the HMM transaction", lambda: self._memory.rollback(txn))])
+        if problems:
+            held = f"{reason}; epoch {self._plan.before.epoch} goes on, but the undo was incomplete"
+            self._operation.end(Phase.FAILED, f"{held}: {'; '.join(problems)}")
+        else:
+            self._operation.end(Phase.ROLLED_BACK, reason)
+
+    async def _each(self, steps: Sequence[Step]) -> list[str]:
+        """Do all steps together, each within the finish deadline; a failure of one does not stop another.
+
+        Returns:
+            One sentence for each step that failed.
+        """
+
+        async def attempt(what: str, step: Callable[[], Awaitable[None]]) -> str | None:
+            try:
+                await _within(self._config.finish_deadline_s, what, [_awaited(step)])
+            except Exception as error:
+                logger.error("operation %s: could not %s", self._operation.operation_id, what, exc_info=True)
+                return f"could not {what}: {_text(error)}"
+            return None
+
+        results = await asyncio.gather(*(attempt(what, step) for what, step in steps))
+        return [result for result in results if result is not None]
+
+
+async def _awaited(step: Callable[[], Awaitable[None]]) -> None:
+    await step()
+
+
+async def _within(seconds: float | None, what: str, steps: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Run steps together. The first failure, the deadline or a cancellation ends the others before it is raised.
+
+    Raises:
+        PhaseTimeout: the deadline was over first.
+    """
+    tasks = [asyncio.ensure_future(step) for step in steps]
+    if not tasks:
+        return
+    try:
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        late = [task for task in tasks if not task.done()]
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late)
+    errors = [task.exception() for task in tasks if not task.cancelled()]
+    for error in errors:
+        if error is not None:
+            raise error
+    if late:
+        raise PhaseTimeout(f"{what} took longer than {seconds:g} s")
+    if len(errors) < len(tasks):
+        raise ElasticMoEError(f"{what} was cancelled from elsewhere")
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, ElasticMoEError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,249 @@
+"""Takes wishes, allows one change at a time, remembers the last ones."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections import OrderedDict
+
+from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.coordinator.change import Change
+from elasticmoe_sglang.coordinator.operation import RunningOperation, wish_words
+from elasticmoe_sglang.coordinator.ports import MemoryPort, SeatsPort
+from elasticmoe_sglang.coordinator.views import MemoryStatus, Operation, Phase, Status
+from elasticmoe_sglang.errors import ElasticMoEError, HmmUnavailable, OperationInProgress, UserInputError
+from elasticmoe_sglang.planner import (
+    DeviceRoom,
+    ModelNeeds,
+    Placement,
+    ScalePlan,
+    Wish,
+    check_budgets,
+    plan_scale,
+)
+from elasticmoe_sglang.seats.membership import Membership
+
+logger = logging.getLogger(__name__)
+
+HISTORY = 256
+_MEMORY_STATUS_S = 5.0
+_OPERATION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class Coordinator:
+    """Lives in one event loop; all methods are called from there.
+
+    Args:
+        membership, placement: as the server started.
+        seat_bytes: bytes that an occupied seat takes for itself, counted when a joiner is checked against a budget.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: ElasticConfig,
+        membership: Membership,
+        placement: Placement,
+        memory: MemoryPort,
+        seats: SeatsPort,
+        seat_bytes: int = 0,
+    ) -> None:
+        self._config = config
+        self._membership = membership
+        self._placement = placement
+        self._memory = memory
+        self._seats = seats
+        self._seat_bytes = seat_bytes
+        self._operations: OrderedDict[str, RunningOperation] = OrderedDict()
+        self._latest: RunningOperation | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._submitting = asyncio.Lock()
+        self._closed = False
+
+    @property
+    def membership(self) -> Membership:
+        return self._membership
+
+    @property
+    def placement(self) -> Placement:
+        return self._placement
+
+    @property
+    def running(self) -> Operation | None:
+        """The operation that has not ended yet."""
+        return self._latest.view() if self._latest is not None and not self._latest.phase.ended else None
+
+    @property
+    def last(self) -> Operation | None:
+        """The operation that ended last."""
+        ended = (operation for operation in reversed(self._operations.values()) if operation.phase.ended)
+        latest = next(ended, None)
+        return latest.view() if latest is not None else None
+
+    async def submit(self, wish: Wish, operation_id: str | None = None) -> Operation:
+        """Start the change that fulfils `wish`, or return the operation that already has this id.
+
+        Returns as soon as the change is planned and known to fit; a wish that is fulfilled already is done at once.
+
+        Raises:
+            PlanError, BudgetExceeded, UserInputError: the wish is impossible, or its id belongs to another wish.
+            OperationInProgress: a change is running.
+            HmmUnavailable: the HMM does not answer, so no change can be made; serving is not affected.
+        """
+        if operation_id is not None and not _OPERATION_ID.fullmatch(operation_id):
+            raise UserInputError(
+                "operation_id is not usable as a name",
+                hint="Use 1 to 128 letters, digits, '.', '_', ':' or '-'",
+            )
+        # Held over the HMM's answer, so that of two equal requests the second finds the operation of the first.
+        async with self._submitting:
+            known = self._operations.get(operation_id) if operation_id is not None else None
+            if known is not None:
+                return _same_wish(known, wish).view()
+            return await self._start(wish, operation_id or uuid.uuid4().hex)
+
+    async def _start(self, wish: Wish, operation_id: str) -> Operation:
+        started = time.monotonic()
+        running = self.running
+        if running is not None:
+            raise OperationInProgress(
+                f"a change to EP size {running.new_ep_size} is {running.phase.value}",
+                operation=running.operation_id,
+                hint="Wait for its end; one change runs at a time",
+            )
+        if self._closed:
+            raise OperationInProgress("the server is shutting down")
+        plan = plan_scale(self._membership, self._placement, wish)
+        if not plan.is_noop:
+            await self._check_room(plan)
+        operation = RunningOperation(operation_id, wish, plan, started)
+        self._remember(operation)
+        if plan.is_noop:
+            operation.end(Phase.DONE)
+        else:
+            logger.info("operation %s: EP size %d -> %d", operation_id, len(plan.before.seats), len(plan.after.seats))
+            change = Change(
+                operation,
+                memory=self._memory,
+                seats=self._seats,
+                config=self._config,
+                on_committed=self._adopt,
+            )
+            self._task = asyncio.get_running_loop().create_task(self._run(change, operation))
+        return operation.view()
+
+    async def _run(self, change: Change, operation: RunningOperation) -> None:
+        try:
+            await change.run()
+        finally:
+            if not operation.phase.ended:
+                operation.end(Phase.FAILED, "the coordinator stopped in the middle of the change; its log says why")
+            ended = operation.view()
+            log = logger.info if ended.phase is Phase.DONE else logger.error
+            log(
+                "operation %s: %s after %s ms: %s",
+                ended.operation_id,
+                ended.phase.value,
+                ended.timings.total_ms,
+                ended.error,
+            )
+
+    def _adopt(self, plan: ScalePlan) -> None:
+        self._membership = plan.after
+        self._placement = plan.placement_after
+
+    def _remember(self, operation: RunningOperation) -> None:
+        self._latest = operation
+        self._operations[operation.operation_id] = operation
+        # Only ended operations are ever dropped: at most one runs, and it is the newest.
+        while len(self._operations) > HISTORY:
+            self._operations.popitem(last=False)
+
+    async def _check_room(self, plan: ScalePlan) -> None:
+        memory = await self._memory_status()
+        if not memory.available:
+            raise HmmUnavailable(
+                memory.error or "the HMM does not answer", hint="Serving goes on; start an HMM and ask again"
+            )
+        if memory.column_bytes is None or memory.dense_bytes is None:
+            raise HmmUnavailable("the HMM holds no model yet", hint="Ask again when the server has loaded it")
+        model = ModelNeeds(
+            column_bytes=memory.column_bytes, dense_bytes=memory.dense_bytes, seat_bytes=self._seat_bytes
+        )
+        seats = self._seats.seats()
+        rooms = [
+            DeviceRoom(
+                device=device.device,
+                seats=tuple(seat.seat for seat in seats if seat.device == device.device),
+                budget=device.budget,
+                used=device.used,
+                holds_dense=device.by_kind.get("dense", 0) > 0,
+            )
+            for device in memory.devices
+        ]
+        check_budgets(plan, model, rooms)
+
+    async def _memory_status(self) -> MemoryStatus:
+        """The HMM's answer, or why there is none: the rest of the server's status does not depend on it."""
+        try:
+            return await asyncio.wait_for(self._memory.status(), _MEMORY_STATUS_S)
+        except asyncio.TimeoutError:
+            why = f"the HMM did not answer within {_MEMORY_STATUS_S:g} s"
+        except (ElasticMoEError, OSError) as error:
+            why = str(error)
+        return MemoryStatus(available=False, endpoint=self._config.hmm_endpoint, error=why)
+
+    def get(self, operation_id: str) -> Operation | None:
+        """One of the last 256 operations."""
+        operation = self._operations.get(operation_id)
+        return operation.view() if operation is not None else None
+
+    def operations(self) -> list[Operation]:
+        """The last 256 operations, newest first."""
+        return [operation.view() for operation in reversed(self._operations.values())]
+
+    async def wait(self, operation_id: str) -> Operation:
+        """The operation once it has ended. Raises KeyError for an operation that is not known."""
+        operation = self._operations[operation_id]
+        await operation.ended.wait()
+        return operation.view()
+
+    async def status(self) -> Status:
+        """Everything at this moment; waits for the HMM's answer for a few seconds at most."""
+        memory = await self._memory_status()
+        return Status(
+            ep_size=len(self._membership.seats),
+            max_ep_size=self._membership.capacity,
+            epoch=self._membership.epoch,
+            membership=list(self._membership.seats),
+            seats=list(self._seats.seats()),
+            placement=list(self._placement.owners),
+            memory=memory,
+            running=self.running,
+            last=self.last,
+        )
+
+    async def close(self) -> None:
+        """Take no more wishes. A change that is still preparing is rolled back, a later one is brought to its end."""
+        self._closed = True
+        if self._task is None or self._task.done() or self._latest is None:
+            return
+        if self._latest.phase is Phase.PLANNED:
+            # A task that is cancelled before its first step never runs, and could not end its operation.
+            await asyncio.sleep(0)
+        if self._latest.phase is Phase.PREPARING:
+            self._task.cancel()
+        await asyncio.wait({self._task})
+
+
+def _same_wish(known: RunningOperation, wish: Wish) -> RunningOperation:
+    if known.wish != wish:
+        raise UserInputError(
+            f"operation_id was used for another wish, {wish_words(known.wish)}",
+            operation=known.operation_id,
+            hint="Use a new operation_id for a new wish",
+        )
+    return known

@@ -1,0 +1,119 @@
+"""What the coordinator needs from the rest of the system, as two protocols.
+
+A call may be cancelled when its deadline is over, and it may raise anything; the coordinator then undoes the step as
+written at each call. It never retries: retries are the implementation's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from elasticmoe_sglang.coordinator.views import MemoryStatus, SeatInfo
+from elasticmoe_sglang.planner import ColumnMove, Placement, ScalePlan
+from elasticmoe_sglang.seats.membership import Membership
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootTicket:
+    """What a standby is told when it takes a seat.
+
+    Attributes:
+        txn: the HMM transaction in which it allocates.
+        membership, placement: as they will be after the commit; the joiner is in both.
+        moves: the columns that it pulls, all with itself as target.
+        deadline_s: seconds it has until it must wait at the gate.
+    """
+
+    operation_id: str
+    txn: str
+    seat: int
+    membership: Membership
+    placement: Placement
+    moves: tuple[ColumnMove, ...]
+    deadline_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullReport:
+    """What one seat has pulled."""
+
+    columns: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitReport:
+    """How the seats left the gate.
+
+    Attributes:
+        epoch: the epoch that holds now, the old one when not committed.
+        pause_ms: milliseconds that each seat stood still.
+        moved_requests: requests handed over by the leavers.
+        reason: why it was not committed.
+    """
+
+    committed: bool
+    epoch: int
+    pause_ms: Mapping[int, float] = field(default_factory=dict)
+    moved_requests: int = 0
+    reason: str | None = None
+
+
+class MemoryPort(Protocol):
+    """The HMM."""
+
+    async def status(self) -> MemoryStatus:
+        """The ledger now. Raises HmmUnavailable when nobody answers."""
+
+    async def begin(self, operation_id: str) -> str:
+        """Open a transaction. If the call fails, nothing stays open: the HMM drops transactions without an owner."""
+
+    async def commit(self, txn: str) -> None:
+        """Keep what was allocated in the transaction. Called once, after the seats have committed."""
+
+    async def rollback(self, txn: str) -> None:
+        """Free all that was allocated in the transaction. Called once for each begin that returned and was undone."""
+
+
+class SeatsPort(Protocol):
+    """The processes in the seats, by way of the IMM and the seats' agents."""
+
+    def seats(self) -> Sequence[SeatInfo]:
+        """All seats, ascending, from what is known here: does not wait for anybody."""
+
+    def membership(self) -> Membership:
+        """The membership committed last, read from the gate's control page: the truth when a commit gave no answer."""
+
+    async def boot(self, seat: int, ticket: BootTicket) -> PullReport:
+        """A standby takes the seat, boots, attaches, pulls its columns and waits at the gate. Raises SeatError.
+
+        Undone by `dismiss`, which is called once for each boot that was started, however it ended.
+        """
+
+    async def pull(self, seat: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
+        """A survivor pulls columns into free slots while it goes on serving; no table points at them yet.
+
+        Undone by `drop`, which is called once for each pull that was started, however it ended.
+        """
+
+    async def drop(self, seat: int, txn: str, moves: Sequence[ColumnMove]) -> None:
+        """The survivor stops pulling and unmaps what it had of these columns. The HMM frees them by its rollback."""
+
+    async def commit(self, plan: ScalePlan, deadline_s: float) -> CommitReport:
+        """All seats switch to `plan.after` between the same two batches, or none does.
+
+        When this has returned, has raised, or `deadline_s` is over, the change cannot happen any more unless it has
+        happened already: a command that reaches the leader later is refused by it.
+        """
+
+    async def release(self, seat: int, columns: Sequence[int]) -> None:
+        """Give columns that departed from `seat` back to the HMM: unmap them if the seat is occupied, then free them.
+
+        For a leaver it is called after `dismiss`, so nobody maps them any more.
+        """
+
+    async def dismiss(self, seat: int) -> None:
+        """Make the seat a standby again: end a joiner in whatever state its boot is, or wait for a leaver's exit."""

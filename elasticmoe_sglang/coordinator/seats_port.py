@@ -1,0 +1,270 @@
+"""The coordinator's `SeatsPort` over the real processes: IMM, seat agents, and SGLang's message ways for the commit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.coordinator.ports import BootTicket, CommitReport, PullReport
+from elasticmoe_sglang.coordinator.seat_lines import Heard, SeatLines
+from elasticmoe_sglang.coordinator.views import SeatInfo, SeatState
+from elasticmoe_sglang.errors import SeatError
+from elasticmoe_sglang.hmm.client import AsyncHmmClient
+from elasticmoe_sglang.imm import messages as imm
+from elasticmoe_sglang.planner import ColumnMove, Placement, ScalePlan
+from elasticmoe_sglang.seats import messages as sm
+from elasticmoe_sglang.seats.control import ControlPage
+from elasticmoe_sglang.seats.membership import Membership
+from elasticmoe_sglang.seats.ticket import SeatTicket, encode_ticket
+
+logger = logging.getLogger(__name__)
+
+# How long a leaver's last tokens may take through the detokenizer before its requests go on regardless.
+_OUTPUT_FENCE_S = 5.0
+# How long after the commit the seats' measured pauses are waited for; an idle server reports none.
+_PAUSE_REPORT_S = 0.25
+
+
+@dataclass
+class _Departure:
+    """A leaver between its commit and its exit."""
+
+    operation_id: str
+    survivors: tuple[int, ...]
+    fence: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class ProcessSeats:
+    """Args:
+    send_command: puts an encoded CommitCommand on SGLang's way to all seats.
+    send_route: tells SGLang's controller which seats get new requests.
+    on_seat_lost: an occupied seat's process ended outside of a change (seat, sentence).
+    """
+
+    def __init__(
+        self,
+        *,
+        config: ElasticConfig,
+        lines: SeatLines,
+        hmm: AsyncHmmClient,
+        control: ControlPage,
+        placement: Placement,
+        send_command: Callable[[bytes], Awaitable[None]],
+        send_route: Callable[[Sequence[int]], Awaitable[None]],
+        on_seat_lost: Callable[[int, str], None],
+    ) -> None:
+        self._config = config
+        self._lines = lines
+        self._hmm = hmm
+        self._control = control
+        self._placement = placement
+        self._send_command = send_command
+        self._send_route = send_route
+        self._on_seat_lost = on_seat_lost
+        self._pids: dict[int, int] = {}
+        self._standbys: list[int] = []
+        self._booting: set[int] = set()
+        self._departures: dict[int, _Departure] = {}
+        self._attempt = 0
+        self.pauses: dict[int, float] = {}
+
+    # -- what is known ------------------------------------------------------------------------------------------
+
+    def heard(self, message: Heard) -> None:
+        """Keep the picture of who is where; called for every message."""
+        if isinstance(message, imm.Population):
+            self._pids, self._standbys = dict(message.seats), list(message.standbys)
+        elif isinstance(message, imm.Assigned):
+            self._pids[message.seat] = message.pid
+        elif isinstance(message, imm.SeatExited):
+            self._pids.pop(message.seat, None)
+            self._check_loss(message)
+        elif isinstance(message, sm.Paused):
+            self.pauses[message.seat] = message.pause_ms
+
+    def _check_loss(self, message: imm.SeatExited) -> None:
+        expected = message.seat in self._departures or message.seat in self._booting
+        if not expected and message.seat in self.membership().seats:
+            self._on_seat_lost(
+                message.seat,
+                f"seat {message.seat} (pid {message.pid}) was serving and ended with status {message.status}",
+            )
+
+    def membership(self) -> Membership:
+        return self._control.read_membership()
+
+    def seats(self) -> Sequence[SeatInfo]:
+        occupied = self.membership().seats
+        standbys = iter(self._standbys)
+        infos = []
+        for seat in range(self._config.max_ep_size):
+            pid = self._pids.get(seat)
+            if seat in self._departures:
+                state = SeatState.LEAVING
+            elif seat in self._booting:
+                state = SeatState.BOOTING
+            elif seat in occupied:
+                state = SeatState.OCCUPIED
+            else:
+                pid = next(standbys, None)
+                state = SeatState.STANDBY if pid is not None else SeatState.EMPTY
+            infos.append(SeatInfo(seat=seat, state=state, device=self._config.device_of(seat), pid=pid))
+        return infos
+
+    # -- prepare ------------------------------------------------------------------------------------------------
+
+    async def boot(self, seat: int, ticket: BootTicket) -> PullReport:
+        self._booting.add(seat)
+        device = self._config.device_of
+        message = SeatTicket(
+            seat=seat,
+            members=ticket.membership.seats,
+            epoch=ticket.membership.epoch,
+            joiner=True,
+            placement=ticket.placement.owners,
+            sources={move.column: device(move.source) for move in ticket.moves},
+            dense_source=device(0),
+            txn=ticket.txn,
+            operation_id=ticket.operation_id,
+        )
+        self._lines.forget(lambda heard: getattr(heard, "seat", None) == seat)
+        self._lines.tell_imm(imm.Assign(seat=seat, ticket=encode_ticket(message)))
+        started = time.monotonic()
+        hello = await self._lines.expect(sm.Hello, seat=seat)
+        if hello.checkpoint_bytes:
+            logger.warning("seat %d read %d bytes of the checkpoint to join", seat, hello.checkpoint_bytes)
+        return PullReport(columns=len(ticket.moves), bytes=hello.pulled_bytes, seconds=time.monotonic() - started)
+
+    async def pull(self, seat: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
+        pulls = tuple(sm.ColumnPull(column=move.column, source=self._config.device_of(move.source)) for move in moves)
+        await self._lines.tell_seat(seat, sm.PullColumns(operation_id=txn, txn=txn, columns=pulls))
+        pulled = await self._lines.expect(sm.Pulled, seat=seat, operation_id=txn)
+        return PullReport(columns=pulled.columns, bytes=pulled.bytes, seconds=pulled.seconds)
+
+    async def drop(self, seat: int, txn: str, moves: Sequence[ColumnMove]) -> None:
+        columns = tuple(move.column for move in moves)
+        await self._lines.tell_seat(seat, sm.DropColumns(operation_id=f"drop-{txn}", columns=columns, release=False))
+        await self._lines.expect(sm.Dropped, seat=seat, operation_id=f"drop-{txn}")
+
+    # -- commit -------------------------------------------------------------------------------------------------
+
+    async def commit(self, plan: ScalePlan, deadline_s: float) -> CommitReport:
+        self._attempt += 1
+        operation_id = f"{plan.after.epoch}.{self._attempt}"
+        command = sm.CommitCommand(
+            operation_id=operation_id,
+            before=plan.before.seats,
+            members=plan.after.seats,
+            epoch=plan.after.epoch,
+            attempt=self._attempt,
+            placement=plan.placement_after.owners,
+            expires=time.monotonic() + deadline_s,
+        )
+        self.pauses = {}
+        for seat in plan.leaving:
+            self._departures[seat] = _Departure(operation_id=operation_id, survivors=plan.survivors)
+        try:
+            await self._send_command(sm.encode_command(command))
+            reports = await asyncio.gather(
+                *(self._lines.expect(sm.Committed, seat=seat, operation_id=operation_id) for seat in command.before)
+            )
+        except BaseException:
+            # Whether it has happened is read from the control page by the caller.
+            await self._settle(plan, self.membership().epoch == plan.after.epoch)
+            raise
+        committed = all(report.committed for report in reports)
+        await self._settle(plan, committed)
+        if not committed:
+            reason = next((report.reason for report in reports if report.reason), "the gate decided to abort")
+            return CommitReport(committed=False, epoch=plan.before.epoch, reason=reason)
+        await self._wait_for_pauses(plan)
+        pauses = {report.seat: self.pauses.get(report.seat, report.gate_ms) for report in reports}
+        return CommitReport(committed=True, epoch=plan.after.epoch, pause_ms=pauses)
+
+    async def _settle(self, plan: ScalePlan, committed: bool) -> None:
+        if committed:
+            self._placement = plan.placement_after
+            self._booting -= set(plan.joining)
+        else:
+            for seat in plan.leaving:
+                self._departures.pop(seat, None)
+        await self._send_route((plan.after if committed else plan.before).seats)
+
+    async def _wait_for_pauses(self, plan: ScalePlan) -> None:
+        deadline = time.monotonic() + _PAUSE_REPORT_S
+        while time.monotonic() < deadline and not set(plan.survivors) <= set(self.pauses):
+            await asyncio.sleep(0.01)
+
+    # -- finish -------------------------------------------------------------------------------------------------
+
+    async def release(self, seat: int, columns: Sequence[int]) -> None:
+        if seat in self._pids:
+            operation = f"release-{seat}-{time.monotonic_ns()}"
+            await self._lines.tell_seat(
+                seat, sm.DropColumns(operation_id=operation, columns=tuple(columns), release=True)
+            )
+            await self._lines.expect(sm.Dropped, seat=seat, operation_id=operation)
+        device = self._config.device_of(seat)
+        # A column that another seat of the same device took over stays where it is.
+        gone = [c for c in columns if self._config.device_of(self._placement.owners[c]) != device]
+        blocks = await self._hmm.lookup(kind="column", device=device, columns=gone) if gone else []
+        if blocks:
+            await self._hmm.release([block.block_id for block in blocks])
+
+    async def dismiss(self, seat: int) -> None:
+        departure = self._departures.get(seat)
+        if departure is None:
+            await self._cancel_joiner(seat)
+            return
+        left = await self._lines.expect(sm.Left, seat=seat, operation_id=departure.operation_id, exits=False)
+        await self._hand_over(seat, departure, left)
+        if seat in self._pids:
+            await self._lines.expect(imm.SeatExited, seat=seat, exits=False)
+        del self._departures[seat]
+        await self._release_dense(seat)
+
+    async def _hand_over(self, seat: int, departure: _Departure, left: sm.Left) -> None:
+        """Let the survivors go on with the leaver's requests once its last tokens have been delivered."""
+        try:
+            await asyncio.wait_for(departure.fence.wait(), _OUTPUT_FENCE_S)
+        except asyncio.TimeoutError:
+            logger.error("seat %d's last output did not pass within %.0f s; going on", seat, _OUTPUT_FENCE_S)
+        for survivor in left.handed:
+            await self._lines.tell_seat(survivor, sm.ReleaseAdopted(operation_id=departure.operation_id, leaver=seat))
+        adopted = await asyncio.gather(*(self._adopted(survivor, seat) for survivor in left.handed))
+        lost = sum(left.handed.values()) - sum(message.requests for message in adopted)
+        if lost:
+            raise SeatError(f"{lost} requests of seat {seat} did not arrive", seat=seat)
+
+    async def _adopted(self, survivor: int, leaver: int) -> sm.Adopted:
+        while True:
+            message = await self._lines.expect(sm.Adopted, seat=survivor)
+            if message.leaver == leaver:
+                return message
+
+    def output_passed(self, seat: int) -> None:
+        """The fence behind a leaver's last output has come through the detokenizer."""
+        departure = self._departures.get(seat)
+        if departure is not None:
+            departure.fence.set()
+
+    async def _cancel_joiner(self, seat: int) -> None:
+        try:
+            if seat in self._pids:
+                self._lines.tell_imm(imm.KillSeat(seat=seat))
+                await self._lines.expect(imm.SeatExited, seat=seat, exits=False)
+        finally:
+            self._booting.discard(seat)
+
+    async def _release_dense(self, seat: int) -> None:
+        """The last seat of a device takes the device's copy of the dense weights along."""
+        device = self._config.device_of(seat)
+        if any(self._config.device_of(other) == device for other in self.membership().seats):
+            return
+        blocks = await self._hmm.lookup(kind="dense", device=device)
+        if blocks:
+            await self._hmm.release([block.block_id for block in blocks])

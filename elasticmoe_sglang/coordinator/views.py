@@ -1,0 +1,135 @@
+"""What the coordinator tells about itself: frozen, plain values, ready for JSON. Imports nothing but msgspec.
+
+The HTTP payloads are these structs as they are; `api.types` names them again for clients.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import msgspec
+
+
+class Phase(str, Enum):
+    """Where an operation stands. planned, preparing, committing, finishing, done; or one of two bad ends."""
+
+    PLANNED = "planned"
+    PREPARING = "preparing"
+    COMMITTING = "committing"
+    FINISHING = "finishing"
+    DONE = "done"
+    FAILED = "failed"
+    ROLLED_BACK = "rolled_back"
+
+    @property
+    def ended(self) -> bool:
+        return self in (Phase.DONE, Phase.FAILED, Phase.ROLLED_BACK)
+
+
+class SeatState(str, Enum):
+    """What is in a seat."""
+
+    OCCUPIED = "occupied"
+    STANDBY = "standby"
+    BOOTING = "booting"
+    LEAVING = "leaving"
+    EMPTY = "empty"
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """Expert column `column` goes from seat `source` to seat `target`."""
+
+    column: int
+    source: int
+    target: int
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds spent in each phase; None: not reached. `total_ms` runs until the operation ends."""
+
+    planned_ms: float | None = None
+    preparing_ms: float | None = None
+    committing_ms: float | None = None
+    finishing_ms: float | None = None
+    total_ms: float | None = None
+
+
+class Operation(msgspec.Struct, frozen=True, kw_only=True):
+    """One change of membership, from the wish to its end.
+
+    Attributes:
+        wish: the words of the request, {"new_ep_size": n} or {"retire_seats": [...]}.
+        epoch: the epoch that the change leads to.
+        columns_planned, columns_moved, bytes_moved: expert columns, and the bytes that the receivers pulled so far.
+        moved_requests: requests handed from leaving seats to others.
+        pause_ms: milliseconds that each seat stood at the commit gate; `max_pause_ms` is the largest.
+        error: what went wrong, None while nothing did.
+        created_at: Unix time in seconds.
+    """
+
+    operation_id: str
+    phase: Phase
+    message: str
+    wish: dict[str, int | list[int]]
+    old_ep_size: int
+    new_ep_size: int
+    seats_before: list[int]
+    seats_after: list[int]
+    joining: list[int]
+    leaving: list[int]
+    moves: list[Move]
+    epoch: int
+    timings: Timings
+    created_at: float
+    columns_planned: int
+    columns_moved: int = 0
+    bytes_moved: int = 0
+    moved_requests: int = 0
+    pause_ms: dict[int, float] = {}
+    max_pause_ms: float | None = None
+    error: str | None = None
+
+
+class SeatInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One seat. `pid` is None when no process sits in it."""
+
+    seat: int
+    state: SeatState
+    device: int
+    pid: int | None = None
+
+
+class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """One device in the HMM's ledger, in bytes; `by_kind` splits `used` (dense, column, window, kv, other)."""
+
+    device: int
+    budget: int
+    used: int
+    peak: int
+    by_kind: dict[str, int]
+
+
+class MemoryStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The HMM as it answers now; `available` False: it does not, and `error` says why."""
+
+    available: bool
+    endpoint: str | None = None
+    pid: int | None = None
+    devices: list[DeviceMemory] = []
+    column_bytes: int | None = None
+    dense_bytes: int | None = None
+    error: str | None = None
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole server at one moment. `placement[c]` is the seat that holds expert column c."""
+
+    ep_size: int
+    max_ep_size: int
+    epoch: int
+    membership: list[int]
+    seats: list[SeatInfo]
+    placement: list[int]
+    memory: MemoryStatus
+    running: Operation | None
+    last: Operation | None
