@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from elasticmoe_kernels.reference.gemm_down import gemm_down
+from elasticmoe_kernels.reference.gemm_swiglu import gemm_swiglu
+from elasticmoe_kernels.reference.quantize import dequantize, dequantize_weight, quantize
 
 
 def moe_experts(
@@ -28,17 +31,49 @@ def moe_experts(
     Returns: [T, H] in `compute_dtype`, so that a caller can compare before any rounding.
     """
     tokens, hidden = x.shape
-    inter = w2.shape[2]
     out = torch.zeros(tokens, hidden, dtype=compute_dtype, device=x.device)
-    for slot in sorted(set(topk_slots.flatten().tolist())):
-        if slot < 0:
-            continue
+    for slot in _slots_in(topk_slots):
         token, k = (topk_slots == slot).nonzero(as_tuple=True)
-        gate_up = x[token].to(compute_dtype) @ w13[slot].to(compute_dtype).T
-        activated = F.silu(gate_up[:, :inter]) * gate_up[:, inter:]
-        y = activated @ w2[slot].to(compute_dtype).T
+        h = gemm_swiglu(x[token].to(compute_dtype), w13[slot].to(compute_dtype))
+        y = gemm_down(h, w2[slot].to(compute_dtype))
         out.index_add_(0, token, y * topk_weights[token, k].to(compute_dtype)[:, None])
     return out
+
+
+def moe_experts_fp8(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_slots: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    quantize_activations: bool = True,
+    compute_dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """`moe_experts` with e4m3 weights and their 128 x 128 scales: w13_scale [S, 2I/128, H/128], w2_scale
+    [S, H/128, I/128].
+
+    quantize_activations: x and h pass through e4m3 by token and group of 128, as the fast kernels have it; False gives
+    what the weights alone say.
+    """
+
+    def through(a: torch.Tensor) -> torch.Tensor:
+        return dequantize(*quantize(a), compute_dtype) if quantize_activations else a.to(compute_dtype)
+
+    out = torch.zeros(x.shape, dtype=compute_dtype, device=x.device)
+    x_wide = through(x)
+    for slot in _slots_in(topk_slots):
+        token, k = (topk_slots == slot).nonzero(as_tuple=True)
+        h = gemm_swiglu(x_wide[token], dequantize_weight(w13[slot], w13_scale[slot], compute_dtype))
+        y = gemm_down(through(h), dequantize_weight(w2[slot], w2_scale[slot], compute_dtype))
+        out.index_add_(0, token, y * topk_weights[token, k].to(compute_dtype)[:, None])
+    return out
+
+
+def _slots_in(topk_slots: torch.Tensor) -> list[int]:
+    return sorted(set(topk_slots.flatten().tolist()) - {-1})
 
 
 def moe_experts_like_input(
