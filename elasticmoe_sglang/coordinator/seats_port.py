@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # How long a leaver's last tokens may take through the detokenizer before its requests go on regardless.
 _OUTPUT_FENCE_S = 5.0
 # How long after the commit the seats' measured pauses are waited for; an idle server reports none.
-_PAUSE_REPORT_S = 0.25
+_PAUSE_REPORT_S = 0.1
 
 
 @dataclass
@@ -36,6 +36,7 @@ class _Departure:
     operation_id: str
     survivors: tuple[int, ...]
     fence: asyncio.Event = field(default_factory=asyncio.Event)
+    handover: asyncio.Task[int] | None = None
 
 
 class ProcessSeats:
@@ -189,6 +190,10 @@ class ProcessSeats:
         if committed:
             self._placement = plan.placement_after
             self._booting -= set(plan.joining)
+            # At once, not with the rest of finishing: clients of the moved requests are waiting.
+            for seat in plan.leaving:
+                departure = self._departures[seat]
+                departure.handover = asyncio.get_running_loop().create_task(self._hand_over(seat, departure))
         else:
             for seat in plan.leaving:
                 self._departures.pop(seat, None)
@@ -215,20 +220,21 @@ class ProcessSeats:
         if blocks:
             await self._hmm.release([block.block_id for block in blocks])
 
-    async def dismiss(self, seat: int) -> None:
+    async def dismiss(self, seat: int) -> int:
         departure = self._departures.get(seat)
-        if departure is None:
+        if departure is None or departure.handover is None:
             await self._cancel_joiner(seat)
-            return
-        left = await self._lines.expect(sm.Left, seat=seat, operation_id=departure.operation_id, exits=False)
-        await self._hand_over(seat, departure, left)
+            return 0
+        moved = await departure.handover
         if seat in self._pids:
             await self._lines.expect(imm.SeatExited, seat=seat, exits=False)
         del self._departures[seat]
         await self._release_dense(seat)
+        return moved
 
-    async def _hand_over(self, seat: int, departure: _Departure, left: sm.Left) -> None:
+    async def _hand_over(self, seat: int, departure: _Departure) -> int:
         """Let the survivors go on with the leaver's requests once its last tokens have been delivered."""
+        left = await self._lines.expect(sm.Left, seat=seat, operation_id=departure.operation_id)
         try:
             await asyncio.wait_for(departure.fence.wait(), _OUTPUT_FENCE_S)
         except asyncio.TimeoutError:
@@ -239,6 +245,7 @@ class ProcessSeats:
         lost = sum(left.handed.values()) - sum(message.requests for message in adopted)
         if lost:
             raise SeatError(f"{lost} requests of seat {seat} did not arrive", seat=seat)
+        return sum(left.handed.values())
 
     async def _adopted(self, survivor: int, leaver: int) -> sm.Adopted:
         while True:

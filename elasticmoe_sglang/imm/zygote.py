@@ -1,0 +1,282 @@
+"""The IMM's process: imports everything a seat needs once, then forks standby processes.
+
+A fork shares the imported pages and takes milliseconds where a fresh interpreter needs several seconds of imports
+(docs/adr/0002-imm-forks.md). Forking is only sound from a single thread, so this process starts no thread, opens no
+ZMQ context and initialises no device; it checks that before every fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from elasticmoe_sglang.errors import SeatError
+from elasticmoe_sglang.imm import messages as m
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+# SGLang's scheduler sends this to its parent when it hits an exception.
+_CHILD_COMPLAINTS = (signal.SIGQUIT, signal.SIGUSR1)
+
+SeatMain = Callable[["StandbyChannel", m.Enter], int]
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@dataclass
+class StandbyChannel:
+    """A standby's or seat's end of its line to the IMM."""
+
+    sock: socket.socket
+
+    def note(self, seat: int, note: bytes) -> None:
+        """Tell every controller something about this seat."""
+        self.sock.send(m.encode(m.SeatNote(seat=seat, pid=os.getpid(), note=note)))
+
+    def wait_to_enter(self) -> m.Enter | None:
+        """Block until a seat is assigned; None when the IMM has gone."""
+        frame = self.sock.recv(m.MAX_FRAME)
+        if not frame:
+            return None
+        message = m.decode(frame)
+        assert isinstance(message, m.Enter)
+        return message
+
+
+@dataclass
+class _Child:
+    pid: int
+    sock: socket.socket
+    seat: int | None = None
+
+
+class Zygote:
+    """Serves the IMM's socket until its parent ends.
+
+    Args:
+        socket_path: where controllers connect (SEQPACKET, mode 0600; peers of another uid are refused).
+        seat_main: runs in the forked child once it is assigned a seat; returns the exit status.
+        standbys: how many idle processes to keep ready, never more than there are empty seats.
+        capacity: number of seats (max_ep_size).
+    """
+
+    def __init__(self, socket_path: str, seat_main: SeatMain, *, standbys: int, capacity: int) -> None:
+        self._path = socket_path
+        self._seat_main = seat_main
+        self._standbys = standbys
+        self._capacity = capacity
+        self._blobs: dict[int, bytes] = {}
+        self._children: dict[int, _Child] = {}
+        self._controllers: dict[int, socket.socket] = {}
+        self._selector = selectors.DefaultSelector()
+        self._listener = self._listen()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def _listen(self) -> socket.socket:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        old = os.umask(0o177)
+        try:
+            listener.bind(self._path)
+        finally:
+            os.umask(old)
+        listener.listen(16)
+        return listener
+
+    def serve(self) -> None:
+        """Runs until killed (its parent's end does that)."""
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for complaint in _CHILD_COMPLAINTS:
+            signal.signal(complaint, lambda *_: None)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._reap)
+        self._refill()
+        logger.info("IMM ready at %s with %d standbys", self._path, len(self._idle()))
+        while True:
+            for key, _ in self._selector.select():
+                key.data(key.fileobj)
+
+    # -- children -----------------------------------------------------------------------------------------------
+
+    def _idle(self) -> list[_Child]:
+        return [child for child in self._children.values() if child.seat is None]
+
+    def _refill(self) -> None:
+        seated = sum(child.seat is not None for child in self._children.values())
+        while len(self._idle()) < min(self._standbys, self._capacity - seated):
+            self._fork()
+        self._tell(self._population())
+
+    def _population(self) -> m.Population:
+        seats = {child.seat: child.pid for child in self._children.values() if child.seat is not None}
+        return m.Population(seats=seats, standbys=[child.pid for child in self._idle()])
+
+    def _fork(self) -> _Child:
+        threads = len(os.listdir("/proc/self/task"))
+        if threads != 1:
+            raise SeatError(
+                f"the IMM has {threads} threads and cannot fork safely",
+                hint="A module imported by the seats starts a thread at import; report it with `elasticmoe doctor`.",
+            )
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            self._run_child(ours, theirs)
+        theirs.close()
+        child = _Child(pid=pid, sock=ours)
+        self._children[pid] = child
+        self._selector.register(ours, selectors.EVENT_READ, self._child_says)
+        return child
+
+    def _run_child(self, ours: socket.socket, theirs: socket.socket) -> None:
+        status = 1
+        try:
+            die_with_parent()
+            self._forget_parent_state()
+            ours.close()
+            channel = StandbyChannel(theirs)
+            entered = channel.wait_to_enter()
+            status = 0 if entered is None else self._seat_main(channel, entered)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _forget_parent_state(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, *_CHILD_COMPLAINTS, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        # Ctrl-C goes to the whole foreground group; the launcher decides what ends when.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._selector.close()
+        self._listener.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        for controller in self._controllers.values():
+            controller.close()
+        for child in self._children.values():
+            child.sock.close()
+
+    def _reap(self, _fileobj: object) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            self._buried(pid, os.waitstatus_to_exitcode(status))
+        self._refill()
+
+    def _buried(self, pid: int, status: int) -> None:
+        child = self._children.pop(pid, None)
+        if child is None:
+            return
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(child.sock)
+        child.sock.close()
+        if child.seat is None:
+            logger.warning("a standby process (pid %d) ended with status %d; another takes its place", pid, status)
+            return
+        logger.info("the process in seat %d (pid %d) ended with status %d", child.seat, pid, status)
+        self._tell(m.SeatExited(seat=child.seat, pid=pid, status=status))
+
+    def _child_says(self, fileobj: object) -> None:
+        assert isinstance(fileobj, socket.socket)
+        try:
+            frame = fileobj.recv(m.MAX_FRAME)
+        except OSError:
+            frame = b""
+        if not frame:  # the child is ending; SIGCHLD follows
+            self._selector.unregister(fileobj)
+            return
+        self._tell(m.decode(frame))
+
+    # -- controllers --------------------------------------------------------------------------------------------
+
+    def _accept(self, _fileobj: object) -> None:
+        sock, _ = self._listener.accept()
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != os.getuid():
+            logger.warning("refused a connection from uid %d", uid)
+            sock.close()
+            return
+        self._controllers[sock.fileno()] = sock
+        self._selector.register(sock, selectors.EVENT_READ, self._controller_says)
+
+    def _controller_says(self, fileobj: object) -> None:
+        assert isinstance(fileobj, socket.socket)
+        try:
+            frame = fileobj.recv(m.MAX_FRAME)
+        except OSError:
+            frame = b""
+        if not frame:
+            self._controllers.pop(fileobj.fileno(), None)
+            self._selector.unregister(fileobj)
+            fileobj.close()
+            return
+        try:
+            message = m.decode(frame)
+        except msgspec.DecodeError as error:
+            fileobj.send(m.encode(m.Refused(seat=-1, reason=f"malformed message: {error}")))
+            return
+        self._handle(fileobj, message)
+
+    def _handle(self, sock: socket.socket, message: m.Message) -> None:
+        if isinstance(message, m.Register):
+            self._blobs[message.seat] = message.blob
+        elif isinstance(message, m.Assign):
+            self._assign(sock, message)
+        elif isinstance(message, m.KillSeat):
+            for child in self._children.values():
+                if child.seat == message.seat:
+                    os.kill(child.pid, signal.SIGKILL)
+        elif isinstance(message, m.Query):
+            sock.send(m.encode(self._population()))
+        else:
+            sock.send(m.encode(m.Refused(seat=-1, reason=f"{type(message).__name__} is not a request")))
+
+    def _assign(self, sock: socket.socket, message: m.Assign) -> None:
+        if any(child.seat == message.seat for child in self._children.values()):
+            sock.send(m.encode(m.Refused(seat=message.seat, reason=f"seat {message.seat} is taken")))
+            return
+        blob = self._blobs.get(message.seat)
+        if blob is None:
+            sock.send(m.encode(m.Refused(seat=message.seat, reason=f"seat {message.seat} was never registered")))
+            return
+        idle = self._idle()
+        child = idle[0] if idle else self._fork()
+        child.seat = message.seat
+        child.sock.send(m.encode(m.Enter(seat=message.seat, blob=blob, ticket=message.ticket)))
+        self._tell(m.Assigned(seat=message.seat, pid=child.pid))
+        self._refill()
+
+    def _tell(self, message: m.Message) -> None:
+        frame = m.encode(message)
+        for controller in list(self._controllers.values()):
+            with contextlib.suppress(OSError):  # its end of file is handled where it is read
+                controller.send(frame)

@@ -1,0 +1,34 @@
+"""The shared region of one server: named in the HMM, formatted by the launcher, opened by every seat."""
+
+from __future__ import annotations
+
+from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.hmm.client import HmmClient, RegionHandle
+from elasticmoe_sglang.seats.control import ControlPage, SharedRegion
+from elasticmoe_sglang.seats.fabric import Fabric
+from elasticmoe_sglang.seats.membership import Membership
+
+CHANNELS = 16
+
+
+def _name(run_id: str) -> str:
+    return f"fabric-{run_id}"
+
+
+def open_region(client: HmmClient, config: ElasticConfig, run_id: str) -> RegionHandle:
+    """The region of the server with this id; made by the first call."""
+    return client.region(_name(run_id), Fabric.region_bytes(config.max_ep_size, CHANNELS, config.window_bytes))
+
+
+def format_region(client: HmmClient, config: ElasticConfig, run_id: str) -> ControlPage:
+    """Before the first seat starts: empty seats, and the first membership in epoch 0."""
+    region = open_region(client, config, run_id)
+    control = Fabric.format(region.fd, capacity=config.max_ep_size, channels=CHANNELS, window_bytes=config.window_bytes)
+    control.publish_membership(
+        Membership(seats=tuple(range(config.ep_size)), epoch=0, capacity=config.max_ep_size)
+    )
+    shared = SharedRegion(region.fd)
+    region.close()
+    page = ControlPage(shared)
+    shared.close_fd()
+    return page

@@ -1,0 +1,47 @@
+"""The IMM's program: import everything a seat needs, then fork standbys (`python -m elasticmoe_patches.imm`)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from elasticmoe_sglang.imm.zygote import Zygote, die_with_parent
+from elasticmoe_sglang.runtime import current_runtime
+from elasticmoe_sglang.seats.idle import create_doorbells
+
+
+def _preload() -> None:
+    """Import what a scheduler imports; nothing here may start a thread or touch a device."""
+    from elasticmoe_patches.plugin import install_for_process
+
+    install_for_process("standby")
+    import sglang.srt.layers.moe.fused_moe_triton.layer
+    import sglang.srt.managers.scheduler
+    import sglang.srt.model_loader.loader
+    import sglang.srt.models.deepseek_v2
+    import sglang.srt.models.qwen3_moe  # noqa: F401
+
+    import elasticmoe_patches.seat  # noqa: F401
+
+
+def main() -> None:
+    die_with_parent()
+    if os.getppid() != int(os.environ["ELASTICMOE_DIE_WITH_PARENT"]):
+        sys.exit(0)  # the launcher ended before we could ask to end with it
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s IMM] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    runtime = current_runtime()
+    assert runtime is not None, "the IMM is started by the launcher, which sets its environment"
+    _preload()
+    # SGLang configures logging itself in each process; leave it a clean root logger.
+    from elasticmoe_patches.seat import seat_main
+
+    config = runtime.config
+    create_doorbells(config.max_ep_size)
+    Zygote(
+        runtime.paths.imm_socket, seat_main, standbys=max(config.standbys, 0), capacity=config.max_ep_size
+    ).serve()
+
+
+if __name__ == "__main__":
+    main()

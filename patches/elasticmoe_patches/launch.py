@@ -1,0 +1,109 @@
+"""From our flags to the SGLang arguments that a capacity-shaped server needs, and what is refused.
+
+SGLang is told tp = dp = ep = max_ep_size with DP attention, so that every seat is one attention replica and holds a
+share of the experts. What would make seats depend on each other in other ways is refused here, before anything starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.errors import UserInputError
+
+SUPPORTED_ARCHITECTURES: Mapping[str, str] = {
+    "Qwen3MoeForCausalLM": "num_experts",
+    "DeepseekV2ForCausalLM": "n_routed_experts",
+}
+"""Architecture -> the field of its config.json that counts the routed experts."""
+
+# flag -> (value that is fine, why others are not)
+_REFUSED: Mapping[str, tuple[Any, str]] = {
+    "pp_size": (1, "pipeline stages cannot change membership together"),
+    "nnodes": (1, "one host is supported so far"),
+    "moe_dp_size": (1, "experts are split over all seats"),
+    "disaggregation_mode": ("null", "prefill/decode disaggregation pins requests to ranks"),
+    "tokenizer_worker_num": (1, "the coordinator lives in the one tokenizer process"),
+    "detokenizer_worker_num": (1, "a moved request's output is ordered by the one detokenizer"),
+    "enable_dp_attention_local_control_broadcast": (False, "the commit relies on the global control broadcast"),
+    "elastic_ep_backend": (None, "SGLang's own elastic EP and this plugin exclude each other"),
+    "enable_eplb": (False, "expert placement is this plugin's"),
+    "ep_num_redundant_experts": (0, "redundant experts are not supported"),
+    "speculative_algorithm": (None, "draft models are not supported"),
+    "enable_lora": (None, "LoRA adapters are not supported"),
+    "enable_hierarchical_cache": (False, "the hierarchical cache is not supported"),
+    "quantization": (None, "only unquantised weights are supported"),
+    "load_balance_method": (("auto", "round_robin", "total_requests", "total_tokens"), "it routes by rank"),
+    "enforce_shared_experts_fusion": (False, "a fused shared expert is tied to a rank"),
+}
+
+
+def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
+    """Set the SGLang arguments of an elastic server in place.
+
+    Raises:
+        UserInputError: a flag or the model is not supported, with the reason.
+    """
+    _refuse_unsupported(args)
+    capacity = config.max_ep_size
+    for name, option in (("tp_size", "--tp-size"), ("dp_size", "--dp-size"), ("ep_size", "--ep-size")):
+        given = getattr(args, name)
+        if given not in (1, capacity):
+            raise UserInputError(
+                f"{option} {given} contradicts --elasticmoe-max-ep-size {capacity}",
+                hint=f"Leave {option} out: it is set to the number of seats",
+            )
+        setattr(args, name, capacity)
+    args.enable_dp_attention = True
+    args.enable_dp_lm_head = True
+    args.moe_dense_tp_size = 1
+    args.disable_shared_experts_fusion = True
+    if args.load_balance_method == "auto":
+        args.load_balance_method = "round_robin"
+    check_model(args.model_path, config)
+
+
+def _refuse_unsupported(args: argparse.Namespace) -> None:
+    for name, (fine, why) in _REFUSED.items():
+        value = getattr(args, name, None)
+        accepted = fine if isinstance(fine, tuple) else (fine,)
+        if value not in accepted and value is not None:
+            raise UserInputError(
+                f"--{name.replace('_', '-')} {value} is not supported by an elastic server: {why}",
+                hint="Leave the flag out",
+            )
+
+
+def read_model_config(model_path: str) -> dict[str, Any] | None:
+    """The model's config.json, or None when `model_path` is a name on a hub (checked once it is downloaded)."""
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        return None
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config
+
+
+def check_model(model_path: str, config: ElasticConfig) -> None:
+    """Raises UserInputError for a model that cannot be served elastically."""
+    model = read_model_config(model_path)
+    if model is None:
+        return
+    architecture = (model.get("architectures") or ["none"])[0]
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise UserInputError(
+            f"the model in {model_path} is a {architecture}; elastic serving knows "
+            f"{', '.join(SUPPORTED_ARCHITECTURES)}",
+            hint="Other MoE models shard something besides their routed experts over the ranks",
+        )
+    experts = int(model[SUPPORTED_ARCHITECTURES[architecture]])
+    if experts < config.max_ep_size:
+        raise UserInputError(
+            f"the model has {experts} experts, fewer than the {config.max_ep_size} seats",
+            hint=f"Use --elasticmoe-max-ep-size {experts} or less",
+        )
+    if model.get("quantization_config"):
+        raise UserInputError(f"the model in {model_path} is quantised; only unquantised weights are supported")

@@ -1,0 +1,259 @@
+"""The process in a seat: what it holds besides SGLang's scheduler, and how it comes in and goes.
+
+Started by the IMM in a forked standby. One seat a process; `current_seat` is how hooks find it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import time
+from typing import Any
+
+from elasticmoe_patches.srt.managers.handover import Arrivals
+from elasticmoe_sglang.errors import CommitError, SeatError
+from elasticmoe_sglang.hmm.client import HmmClient
+from elasticmoe_sglang.hmm.protocol import ModelSpec
+from elasticmoe_sglang.imm.messages import Enter
+from elasticmoe_sglang.imm.zygote import StandbyChannel
+from elasticmoe_sglang.runtime import Runtime, current_runtime
+from elasticmoe_sglang.seats import messages as sm
+from elasticmoe_sglang.seats.agent import SeatAgent
+from elasticmoe_sglang.seats.control import SeatState
+from elasticmoe_sglang.seats.fabric import Fabric
+from elasticmoe_sglang.seats.gate import CommitGate, Decision
+from elasticmoe_sglang.seats.idle import IdleWait
+from elasticmoe_sglang.seats.membership import Membership
+from elasticmoe_sglang.seats.memory import SeatMemory
+from elasticmoe_sglang.seats.pause import PauseMeter
+from elasticmoe_sglang.seats.process_group import init_elastic, install_backend
+from elasticmoe_sglang.seats.region import open_region
+from elasticmoe_sglang.seats.ticket import SeatTicket, decode_ticket
+
+logger = logging.getLogger(__name__)
+
+
+class SeatLeft(BaseException):
+    """Unwinds SGLang's event loop in a leaver; not an Exception, so that SGLang does not take it for a crash."""
+
+
+class Seat:
+    """Attributes:
+    me, ticket: which seat this is and how it came in.
+    pending: the commit to carry out at the top of the next iteration.
+    arrivals: requests that leavers have sent here.
+    aborted: (rid, abort_all) of aborts since a leaver's requests have been on their way.
+    fence: the operation whose input fence has been read (leaver only).
+    """
+
+    def __init__(self, runtime: Runtime, ticket: SeatTicket) -> None:
+        config = runtime.config
+        self.runtime = runtime
+        self.ticket = ticket
+        self.me = ticket.seat
+        self.device = config.device_of(ticket.seat)
+        self.started = time.monotonic()
+        self.client = HmmClient(runtime.hmm_endpoint, name=f"seat-{self.me}")
+        region = open_region(self.client, config, runtime.run_id)
+        self.fabric = Fabric(region.fd, self.me, timeout_s=config.collective_deadline_s)
+        region.close()
+        self.fabric.register(SeatState.BOOTING)
+        if ticket.joiner:
+            self.fabric.solo()
+        else:
+            self.fabric.set_membership(self._membership(ticket.members, ticket.epoch))
+        self.gate = CommitGate(self.fabric)
+        self.memory = SeatMemory(
+            self.client,
+            seat=self.me,
+            device=self.device,
+            bytes_per_second=config.pull_bandwidth,
+            deadline_s=config.prepare_deadline_s,
+        )
+        self.idle = IdleWait(self.fabric)
+        self.pause = PauseMeter()
+        self.arrivals = Arrivals()
+        self.adopting: dict[str, Any] = {}
+        self.aborted: list[tuple[str | None, bool]] = []
+        self.building: Any = None
+        self.pending: sm.CommitCommand | None = None
+        self.fence: str | None = None
+        self.left = False
+        self.spec: ModelSpec | None = None
+        self.checkpoint_bytes = 0
+        self.load_seconds = 0.0
+        self.agent = SeatAgent(
+            runtime.paths.coordinator_endpoint,
+            self.me,
+            {sm.PullColumns: self._pull, sm.DropColumns: self._drop, sm.ReleaseAdopted: self._release_adopted},
+        )
+        self.agent.start()
+
+    def _membership(self, seats: tuple[int, ...], epoch: int) -> Membership:
+        return Membership(seats=seats, epoch=epoch, capacity=self.runtime.config.max_ep_size)
+
+    def init_world(self, *, world_size: int, rank: int) -> None:
+        """torch.distributed over the fabric."""
+        install_backend(self.fabric)
+        init_elastic(self.fabric, rank=rank, world_size=world_size)
+
+    # -- the agent's thread -------------------------------------------------------------------------------------
+
+    def _pull(self, message: sm.Message) -> sm.Message:
+        assert isinstance(message, sm.PullColumns)
+        result = self.memory.pull(message.columns, message.txn)
+        return sm.Pulled(
+            seat=self.me,
+            operation_id=message.operation_id,
+            columns=result.columns,
+            bytes=result.bytes,
+            seconds=result.seconds,
+        )
+
+    def _drop(self, message: sm.Message) -> sm.Message:
+        assert isinstance(message, sm.DropColumns)
+        return sm.Dropped(seat=self.me, operation_id=message.operation_id, columns=self.memory.unmap(message.columns))
+
+    def _release_adopted(self, message: sm.Message) -> None:
+        assert isinstance(message, sm.ReleaseAdopted)
+        self.arrivals.released.add(message.leaver)
+        self.idle.wake_all()
+
+    # -- coming in ----------------------------------------------------------------------------------------------
+
+    def say_hello(self, stage: str) -> None:
+        """Tell the coordinator what this seat is and what it took to boot."""
+        assert self.spec is not None
+        self.agent.post(
+            sm.Hello(
+                seat=self.me,
+                pid=os.getpid(),
+                stage=stage,
+                columns=self.spec.num_columns,
+                column_bytes=self.spec.column_bytes,
+                dense_bytes=self.spec.dense_bytes,
+                checkpoint_bytes=self.checkpoint_bytes,
+                pulled_bytes=self.memory.pulled_bytes,
+                boot_s=time.monotonic() - self.started,
+            )
+        )
+
+    def join(self) -> None:
+        """A joiner, booted and alone: wait at the gate for the commit that brings it in.
+
+        Raises:
+            CommitError: the change was given up.
+        """
+        self.fabric.control.set_seat_state(self.me, SeatState.READY)
+        self.say_hello("gate")
+        decision = self.gate.join(self.ticket.epoch, timeout_s=self.runtime.config.prepare_deadline_s * 4)
+        if decision is not Decision.COMMIT:
+            raise CommitError("the change that would have brought this seat in was given up", seat=self.me)
+        self._enter(self.ticket.members, self.ticket.epoch)
+        logger.info("seat %d joined in epoch %d", self.me, self.ticket.epoch)
+
+    def serve(self) -> None:
+        """A seat of the server's first membership."""
+        self.fabric.control.set_seat_state(self.me, SeatState.SERVING)
+        self.say_hello("serving")
+
+    def _enter(self, members: tuple[int, ...], epoch: int) -> None:
+        self.fabric.set_membership(self._membership(members, epoch))
+        self.client.epoch = epoch
+        self.fabric.control.set_seat_state(self.me, SeatState.SERVING)
+
+    # -- changing -----------------------------------------------------------------------------------------------
+
+    def pass_gate(self, command: sm.CommitCommand) -> bool:
+        """Meet the others; when all have come, switch membership and placement. True when committed.
+
+        Raises:
+            CommitError: the leader has gone.
+        """
+        started = time.monotonic()
+        decision = self.gate.arrive(
+            epoch=command.epoch,
+            attempt=command.attempt,
+            participants=command.participants,
+            membership=self._membership(command.members, command.epoch),
+            timeout_s=max(0.0, command.expires - time.monotonic()),
+        )
+        committed = decision is Decision.COMMIT
+        if committed and self.me in command.members:
+            self._enter(command.members, command.epoch)
+            self.memory.switch([c for c, owner in enumerate(command.placement) if owner == self.me])
+            if command.leaving:
+                self.aborted.clear()
+        elif committed:
+            self.fabric.solo()
+            self.fabric.control.set_seat_state(self.me, SeatState.LEAVING)
+        self.agent.post(
+            sm.Committed(
+                seat=self.me,
+                operation_id=command.operation_id,
+                epoch=command.epoch,
+                committed=committed,
+                gate_ms=(time.monotonic() - started) * 1e3,
+                reason="" if committed else self.gate.reason,
+            )
+        )
+        if committed:
+            self.pause.committed(command.operation_id)
+        return committed
+
+    def close(self) -> None:
+        self.agent.stop(timeout_s=3.0)
+        self.fabric.close()
+        self.client.close()
+
+
+_seat: Seat | None = None
+
+
+def current_seat() -> Seat:
+    """The seat of this process."""
+    assert _seat is not None, "not a seat process"
+    return _seat
+
+
+class _ReadyPipe:
+    """Takes the place of the pipe on which SGLang's scheduler reports its initialisation."""
+
+    def __init__(self, channel: StandbyChannel, seat: int) -> None:
+        self._channel = channel
+        self._seat = seat
+
+    def send(self, info: dict[str, Any]) -> None:
+        self._channel.note(self._seat, json.dumps(info, default=str).encode())
+
+
+def seat_main(channel: StandbyChannel, enter: Enter) -> int:
+    """Run SGLang's scheduler in this seat until it leaves. Returns the process's exit status."""
+    global _seat
+    from elasticmoe_patches.plugin import install_for_process
+
+    install_for_process("seat")
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    from elasticmoe_patches.srt.managers.io_struct import register_types
+
+    register_types()
+    runtime = current_runtime()
+    assert runtime is not None
+    server_args, port_args, gpu_id = pickle.loads(enter.blob)
+    ticket = decode_ticket(enter.ticket)
+    _seat = Seat(runtime, ticket)
+    ranks = {"display_tp_rank": ticket.seat, "display_dp_rank": ticket.seat, "display_moe_ep_rank": ticket.seat}
+    try:
+        run_scheduler_process(
+            server_args, port_args, gpu_id, ticket.seat, 0, ticket.seat, _ReadyPipe(channel, ticket.seat), **ranks
+        )
+    except SeatLeft:
+        logger.info("seat %d left", ticket.seat)
+    finally:
+        _seat.close()
+    if not _seat.left:
+        raise SeatError("the scheduler ended", seat=ticket.seat, hint="Its traceback is above")
+    return 0

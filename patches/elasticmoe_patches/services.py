@@ -1,0 +1,182 @@
+"""What runs beside SGLang in the main process: the HMM and the IMM as child processes, the coordinator as a thread.
+
+The coordinator has an event loop of its own, so that neither a busy HTTP server nor an Engine without one can hold up
+a change; HTTP handlers reach it through `Handle`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import psutil
+
+from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.coordinator.coordinator import Coordinator
+from elasticmoe_sglang.coordinator.handle import CoordinatorHandle
+from elasticmoe_sglang.coordinator.memory_port import HmmMemory
+from elasticmoe_sglang.coordinator.seat_lines import Heard, SeatLines
+from elasticmoe_sglang.coordinator.seats_port import ProcessSeats
+from elasticmoe_sglang.errors import SeatError
+from elasticmoe_sglang.hmm.client import AsyncHmmClient, HmmClient
+from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
+from elasticmoe_sglang.imm.client import start_imm
+from elasticmoe_sglang.planner import initial_placement
+from elasticmoe_sglang.runtime import Runtime, current_runtime
+from elasticmoe_sglang.seats import messages as sm
+from elasticmoe_sglang.seats.control import ControlPage
+from elasticmoe_sglang.seats.region import format_region
+
+logger = logging.getLogger(__name__)
+
+_ResultT = TypeVar("_ResultT")
+_HELLO_DEADLINE_S = 60.0
+_services: Services | None = None
+
+
+def budgets(config: ElasticConfig) -> list[int]:
+    """Bytes of each device for the HMM. On the CPU a device is an equal share of the machine's memory."""
+    each = config.device_budget or psutil.virtual_memory().total // config.num_devices
+    return [each] * config.num_devices
+
+
+class Services:
+    """Started before SGLang's first child process; ends with the main process."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.coordinator: Coordinator | None = None
+        self.hmm: HmmProcess | None = None
+        if runtime.config.hmm_endpoint is None:
+            self.hmm = spawn_hmm(runtime.paths.hmm_endpoint, budgets(runtime.config))
+        with HmmClient(runtime.hmm_endpoint, name="launcher") as client:
+            self.control: ControlPage = format_region(client, runtime.config, runtime.run_id)
+            self._imm: subprocess.Popen[bytes] = start_imm("elasticmoe_patches.imm", [])
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="elasticmoe-coordinator", daemon=True)
+            self._thread.start()
+            self._tokenizer: Any = None
+            self._early: list[Heard] = []
+            self._seats: ProcessSeats | None = None
+            self._lines = SeatLines(runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._heard)
+            self.call(self._open_lines()).result()
+        atexit.register(self.stop)
+
+    async def _open_lines(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self._wait_for_imm)
+        self._lines.open()
+
+    def _wait_for_imm(self) -> None:
+        from elasticmoe_sglang.imm.client import ImmClient
+
+        ImmClient(self.runtime.paths.imm_socket, timeout_s=120.0).close()
+
+    def call(self, coroutine: Coroutine[Any, Any, _ResultT]) -> Any:
+        """Run in the coordinator's loop; a concurrent future."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _heard(self, message: Heard) -> None:
+        if self._seats is None:
+            self._early.append(message)
+        else:
+            self._seats.heard(message)
+
+    # -- once the server stands ---------------------------------------------------------------------------------
+
+    def start_coordinator(self, tokenizer_manager: Any) -> CoordinatorHandle:
+        """Called by the HTTP server's start, when all first seats serve."""
+        self._tokenizer = tokenizer_manager
+        self.coordinator = self.call(self._make_coordinator()).result(_HELLO_DEADLINE_S)
+        return CoordinatorHandle(self.coordinator, self._loop)
+
+    async def _make_coordinator(self) -> Coordinator:
+        config = self.runtime.config
+        membership = self.control.read_membership()
+        hellos = await asyncio.gather(*(self._lines.expect(sm.Hello, seat=seat) for seat in membership.seats))
+        placement = initial_placement(hellos[0].columns, membership.seats)
+        hmm = AsyncHmmClient(self.runtime.hmm_endpoint, name="coordinator")
+        self._seats = ProcessSeats(
+            config=config,
+            lines=self._lines,
+            hmm=hmm,
+            control=self.control,
+            placement=placement,
+            send_command=self._send_command,
+            send_route=self._send_route,
+            on_seat_lost=self._seat_lost,
+        )
+        for message in self._early:
+            self._seats.heard(message)
+        self._early.clear()
+        for hello in hellos:
+            logger.info(
+                "seat %d: booted in %.1f s, %.1f MiB from the checkpoint, %.1f MiB from other devices",
+                hello.seat,
+                hello.boot_s,
+                hello.checkpoint_bytes / 2**20,
+                hello.pulled_bytes / 2**20,
+            )
+        return Coordinator(
+            config=config, membership=membership, placement=placement, memory=HmmMemory(hmm), seats=self._seats
+        )
+
+    # -- SGLang's message way, owned by the main thread's event loop -----------------------------------------------
+
+    async def _send_command(self, command: bytes) -> None:
+        from elasticmoe_patches.srt.managers.io_struct import ElasticCommandReq
+
+        await self._send(ElasticCommandReq(command=command))
+
+    async def _send_route(self, seats: Sequence[int]) -> None:
+        from elasticmoe_patches.srt.managers.io_struct import ElasticRouteReq
+
+        await self._send(ElasticRouteReq(seats=list(seats)))
+
+    async def _send(self, request: Any) -> None:
+        tokenizer = self._tokenizer
+        if tokenizer.event_loop is None:
+            raise SeatError("the tokenizer's event loop has not started", hint="Send the request over HTTP")
+
+        async def send() -> None:
+            tokenizer._dispatch_to_scheduler(request)
+
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(send(), tokenizer.event_loop))
+
+    def output_passed(self, seat: int) -> None:
+        """In the tokenizer's loop: the fence behind a leaver's last output."""
+        if self._seats is not None:
+            self._loop.call_soon_threadsafe(self._seats.output_passed, seat)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def _seat_lost(self, seat: int, sentence: str) -> None:
+        logger.critical("%s; the server ends, because its requests cannot go on", sentence)
+        os.kill(os.getpid(), signal.SIGQUIT)
+
+    def stop(self) -> None:
+        if self._imm.poll() is None:
+            self._imm.kill()
+        if self.hmm is not None:
+            self.hmm.stop()
+
+
+def start_services() -> Services:
+    """Start them once; in the main process, before its first child."""
+    global _services
+    runtime = current_runtime()
+    assert runtime is not None
+    assert _services is None, "one elastic server a process"
+    _services = Services(runtime)
+    return _services
+
+
+def services() -> Services:
+    assert _services is not None, "the services were not started"
+    return _services

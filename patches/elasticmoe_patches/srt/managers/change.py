@@ -1,0 +1,200 @@
+"""A change as one seat's scheduler lives it: the gate, leaving with all requests, taking over a leaver's requests.
+
+Called from the hooks in `scheduler.py`, always at the top of an iteration of the event loop: all members stand there
+together, and a joiner enters there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import zmq
+
+from elasticmoe_patches.srt.managers.handover import Parcel, Progress, drain_results, parcels, place_kv
+from elasticmoe_sglang.errors import SeatError
+from elasticmoe_sglang.seats import messages as sm
+
+logger = logging.getLogger(__name__)
+
+_FENCE_DEADLINE_S = 5.0
+_LINGER_MS = 5000
+
+
+def open_peer_socket(seat: Any) -> None:
+    """Where leavers send their requests."""
+    seat.peer_context = zmq.Context(io_threads=1)
+    seat.peer = seat.peer_context.socket(zmq.PULL)
+    seat.peer.setsockopt(zmq.RCVHWM, 0)
+    seat.peer.bind(seat.runtime.paths.peer_endpoint(seat.me))
+    seat.idle.watch(seat.peer)
+
+
+def carry_out(scheduler: Any, seat: Any, command: sm.CommitCommand) -> None:
+    """Pass the gate; a leaver that passed it hands over and does not come back.
+
+    Raises:
+        SeatLeft: this seat has left.
+    """
+    scheduler.device_module.synchronize()  # launched kernels read the old table and mask
+    if not seat.pass_gate(command):
+        return
+    if seat.me in command.leaving:
+        leave(scheduler, seat, command)
+
+
+def leave(scheduler: Any, seat: Any, command: sm.CommitCommand) -> None:
+    """Hand every request to a survivor, put the fence behind the last output, and end."""
+    from elasticmoe_patches.seat import SeatLeft
+    from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
+
+    started = time.monotonic()
+    drain_results(scheduler)
+    _read_until_fence(scheduler, seat, command.operation_id)
+    survivors = [member for member in command.members if member not in command.joining] or [0]
+    load = parcels(scheduler)
+    handed = _send(seat, command.operation_id, survivors, load)
+    scheduler.ipc_channels.send_to_detokenizer.send_output(
+        ElasticFenceReq(operation_id=command.operation_id, seat=seat.me), None
+    )
+    _flush(scheduler)
+    seat.agent.post(
+        sm.Left(
+            seat=seat.me,
+            operation_id=command.operation_id,
+            handed=handed,
+            kv_bytes=sum(parcel.kv_bytes for parcel in load),
+            seconds=time.monotonic() - started,
+        )
+    )
+    seat.left = True
+    raise SeatLeft
+
+
+def _read_until_fence(scheduler: Any, seat: Any, operation_id: str) -> None:
+    """The controller routes nothing here any more; what it had routed before is still on its way."""
+    deadline = time.monotonic() + _FENCE_DEADLINE_S
+    while seat.fence != operation_id:
+        receiver = scheduler.request_receiver
+        requests = receiver._pull_raw_reqs()
+        receiver.unwrap_pickle_wrapper(requests)
+        work, _ = receiver._split_work_and_control_reqs(requests)
+        scheduler.process_input_requests(work)
+        if time.monotonic() > deadline:
+            logger.error("seat %d: no fence from the controller within %.0f s; leaving", seat.me, _FENCE_DEADLINE_S)
+            return
+        if not requests:
+            time.sleep(0.0005)
+
+
+def _send(seat: Any, operation_id: str, survivors: list[int], load: list[Parcel]) -> dict[int, int]:
+    """Deal the requests round the survivors. Returns survivor -> number of requests."""
+    from sglang.srt.managers.io_struct import msgpack_encode
+
+    context = zmq.Context(io_threads=1)
+    sockets = {}
+    for survivor in survivors:
+        sockets[survivor] = context.socket(zmq.PUSH)
+        sockets[survivor].setsockopt(zmq.LINGER, _LINGER_MS)
+        sockets[survivor].setsockopt(zmq.SNDHWM, 0)
+        sockets[survivor].connect(seat.runtime.paths.peer_endpoint(survivor))
+    handed = dict.fromkeys(survivors, 0)
+    for index, parcel in enumerate(load):
+        survivor = survivors[index % len(survivors)]
+        header, buffers = parcel.kv or (b"", [])
+        frames = [msgpack_encode(_adopt_request(seat, operation_id, parcel)), header, *buffers]
+        sockets[survivor].send_multipart(frames, copy=False)
+        handed[survivor] += 1
+    for survivor, socket in sockets.items():
+        socket.send_multipart([b"", str(seat.me).encode(), str(handed[survivor]).encode()])
+        socket.close()
+    context.term()
+    return handed
+
+
+def _adopt_request(seat: Any, operation_id: str, parcel: Parcel) -> Any:
+    from sglang.srt.managers.io_struct import wrap_as_pickle
+
+    from elasticmoe_patches.srt.managers.io_struct import ElasticAdoptReq
+
+    parcel.request.wrap_pickle_fields()
+    return ElasticAdoptReq(
+        operation_id=operation_id,
+        leaver=seat.me,
+        request=parcel.request,
+        progress=wrap_as_pickle(parcel.progress),
+        kv_tokens=parcel.kv_tokens,
+    )
+
+
+def _flush(scheduler: Any) -> None:
+    """Wait until everything this scheduler has sent is with its receivers: the process ends right after."""
+    channels = scheduler.ipc_channels
+    contexts = set()
+    senders = (channels.send_to_detokenizer.socket, channels.send_to_tokenizer.socket)
+    for socket in (*senders, channels.recv_from_tokenizer, channels.recv_from_rpc, channels.send_metrics_from_scheduler):
+        if socket is not None:
+            contexts.add(socket.context)
+            socket.close(linger=_LINGER_MS)
+    for context in contexts:
+        context.term()
+
+
+def take_parcels(seat: Any) -> None:
+    """Read what leavers have sent, without waiting."""
+    from sglang.srt.managers.io_struct import msgpack_decode
+
+    while seat.peer.poll(0):
+        frames = seat.peer.recv_multipart()
+        if not frames[0]:
+            leaver, count = int(frames[1]), int(frames[2])
+            seat.arrivals.complete[leaver] = count
+            continue
+        message = msgpack_decode(frames[0])
+        seat.arrivals.held.setdefault(message.leaver, []).append((message, frames[1] or None, frames[2:]))
+
+
+def adopt_ready(scheduler: Any, seat: Any) -> None:
+    """Go on with the requests of leavers that have arrived completely and whose last tokens have been delivered."""
+    for leaver in seat.arrivals.ready():
+        with_kv, operation_id = 0, ""
+        items = seat.arrivals.take(leaver)
+        for message, header, buffers in items:
+            operation_id = message.operation_id
+            with_kv += _adopt(scheduler, seat, message, header, buffers)
+        seat.agent.post(
+            sm.Adopted(
+                seat=seat.me, operation_id=operation_id, leaver=leaver, requests=len(items), with_kv=with_kv
+            )
+        )
+
+
+def _adopt(scheduler: Any, seat: Any, message: Any, header: bytes | None, buffers: list[bytes]) -> bool:
+    from sglang.srt.managers.io_struct import AbortReq, unwrap_from_pickle
+
+    request = message.request
+    request.unwrap_pickle_fields()
+    progress: Progress = unwrap_from_pickle(message.progress)
+    placed = False
+    if header is not None:
+        try:
+            placed = place_kv(scheduler, request, progress.output_ids, message.kv_tokens, (header, buffers))
+        except Exception:
+            # Recomputing is always possible; losing the request is not.
+            logger.exception("seat %d could not place the KV of %s; it is recomputed", seat.me, request.rid)
+    seat.adopting[request.rid] = progress
+    scheduler.handle_generate_request(request)
+    gone = progress.aborted or any(everything or request.rid.startswith(rid) for rid, everything in seat.aborted)
+    if gone:
+        scheduler.abort_request(AbortReq(rid=request.rid))
+    return placed
+
+
+def check_command(seat: Any, command: sm.CommitCommand) -> None:
+    """Raises SeatError when a commit arrives while another one is pending: the coordinator sends one at a time."""
+    if seat.pending is not None:
+        raise SeatError(
+            f"operation {command.operation_id} arrived while {seat.pending.operation_id} is pending", seat=seat.me
+        )
+

@@ -1,0 +1,211 @@
+"""Moving a running request from a leaving seat to a survivor.
+
+The leaver sends the request as its client sent it, what has been generated and streamed so far, and the KV of its
+tokens. The survivor lets SGLang build the request anew, restores the progress before it enters the waiting queue, and
+puts the KV into its radix cache: the next prefill finds it as a prefix and extends by one token. Where the KV cannot be
+placed (radix cache off, pool full) the same prefill recomputes it; the result is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from elasticmoe_sglang.seats.tensor_pack import pack, unpack
+
+logger = logging.getLogger(__name__)
+
+_CARRIED = (
+    # what the client's side has received, so that no token is sent twice and none is missing
+    "send_token_offset",
+    "send_decode_id_offset",
+    "send_output_token_logprobs_offset",
+    "input_logprob_sent",
+    "logprob",
+    "hidden_states",
+    "sampling_mask_rows",
+    "customized_info",
+    # what is reported about the request
+    "reasoning_tokens",
+    "_is_reasoning_over",
+    "_think_end_match_len",
+    "cached_tokens",
+    "cached_tokens_device",
+    "cached_tokens_host",
+    "cached_tokens_storage",
+    "_cache_breakdown_computed",
+    "retraction_count",
+    "weight_version_events",
+    "spec_verify_ct",
+)
+"""Attributes of SGLang's Req that go along unchanged. Scheduling state is rebuilt, as after SGLang's own retraction
+(`Req.reset_for_retract`)."""
+
+ORIGIN = "elasticmoe_origin"
+"""Attribute of a Req that holds the tokenised request it was built from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a request has come. Travels inside SGLang's own wrapper between two of its schedulers."""
+
+    output_ids: tuple[int, ...]
+    carried: dict[str, Any]
+    aborted: bool
+
+    def apply(self, req: Any) -> None:
+        """Restore into a freshly built Req, before it enters the waiting queue."""
+        req.output_ids = array("q", self.output_ids)
+        for name, value in self.carried.items():
+            setattr(req, name, value)
+        if self.output_ids:
+            req.is_retracted = True
+            req.retracted_stain = True
+            if req.grammar is not None:
+                for token in self.output_ids:
+                    req.grammar.accept_token(token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """One request on its way: SGLang's message, its progress, and its KV as (header, buffers) or None."""
+
+    request: Any
+    progress: Progress
+    kv_tokens: int
+    kv: tuple[bytes, list[memoryview]] | None = None
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(len(buffer) for buffer in self.kv[1]) if self.kv else 0
+
+
+def progress_of(req: Any) -> Progress:
+    return Progress(
+        output_ids=tuple(req.output_ids),
+        carried={name: getattr(req, name) for name in _CARRIED},
+        aborted=req.to_finish is not None,
+    )
+
+
+def drain_results(scheduler: Any) -> None:
+    """Process the batch that the overlap schedule has in flight, as SGLang's `pause_generation` does."""
+    queue = getattr(scheduler, "result_queue", None)
+    while scheduler.enable_overlap and queue:
+        batch, result = queue.popleft()
+        scheduler.process_batch_result(batch, result)
+
+
+def live_requests(scheduler: Any) -> Iterator[tuple[Any, int]]:
+    """Every request that is not finished, with the number of its tokens whose KV is in the pool. Call after draining."""
+    seen: set[int] = set()
+    batches = [scheduler.running_batch, scheduler.last_batch]
+    running = [req for batch in batches if batch is not None for req in batch.reqs]
+    if scheduler.chunked_req is not None:
+        running.append(scheduler.chunked_req)
+    for req in running:
+        if id(req) not in seen and not req.finished():
+            seen.add(id(req))
+            committed = req.kv.kv_committed_len if req.kv.holds_kv else 0
+            yield req, min(committed, req.seqlen - 1)
+    for req in [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]:
+        if id(req) not in seen and not req.finished():
+            seen.add(id(req))
+            yield req, 0
+
+
+def parcels(scheduler: Any) -> list[Parcel]:
+    """What a leaver hands over, longest first, so that dealing them round keeps the survivors' loads close."""
+    found = []
+    for req, kv_tokens in live_requests(scheduler):
+        kv = _read_kv(scheduler, req, kv_tokens) if kv_tokens > 0 else None
+        found.append(
+            Parcel(
+                request=getattr(req, ORIGIN),
+                progress=progress_of(req),
+                kv_tokens=kv_tokens if kv else 0,
+                kv=kv,
+            )
+        )
+    return sorted(found, key=lambda parcel: -parcel.kv_tokens)
+
+
+def _read_kv(scheduler: Any, req: Any, tokens: int) -> tuple[bytes, list[memoryview]] | None:
+    if scheduler.disable_radix_cache:
+        return None
+    indices = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :tokens].long()
+    return pack(scheduler.token_to_kv_pool_allocator.get_cpu_copy(indices))
+
+
+def place_kv(scheduler: Any, parcel_request: Any, output_ids: tuple[int, ...], tokens: int, kv: Any) -> bool:
+    """Put a moved request's KV into the radix cache. False when there is no room or no cache: it is recomputed then."""
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    allocator = scheduler.token_to_kv_pool_allocator
+    page = scheduler.page_size
+    whole = tokens // page * page
+    if scheduler.disable_radix_cache or whole == 0:
+        return False
+    indices = _allocate(scheduler, allocator, whole)
+    if indices is None:
+        return False
+    allocator.load_cpu_copy(_head(unpack(*kv), whole), indices)
+    token_ids = (array("q", parcel_request.input_ids) + array("q", output_ids))[:whole]
+    key = RadixKey(token_ids, parcel_request.extra_key, cache_salt=parcel_request.cache_salt or None)
+    result = scheduler.tree_cache.insert(InsertParams(key=key, value=indices))
+    if result.prefix_len:  # the survivor had that prefix already
+        allocator.free(indices[: result.prefix_len])
+    return True
+
+
+def _allocate(scheduler: Any, allocator: Any, tokens: int) -> Any:
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    if allocator.available_size() < tokens:
+        scheduler.tree_cache.evict(EvictParams(num_tokens=tokens - allocator.available_size()))
+    return allocator.alloc(tokens) if allocator.available_size() >= tokens else None
+
+
+def _head(nested: Any, tokens: int) -> Any:
+    """The first `tokens` rows of SGLang's chunked per-layer copies (a partial last page is not kept)."""
+    import torch
+
+    def trim(chunks: list[Any]) -> list[Any]:
+        kept, left = [], tokens
+        for chunk in chunks:
+            rows = [part[:left] for part in chunk] if isinstance(chunk, list) else chunk[:left]
+            size = rows[0].shape[0] if isinstance(rows, list) else rows.shape[0]
+            if size == 0:
+                break
+            kept.append(rows)
+            left -= size
+        return kept
+
+    assert not isinstance(nested, torch.Tensor)
+    return [trim(layer) for layer in nested]
+
+
+@dataclass
+class Arrivals:
+    """Requests that leavers have sent here, held until all output of the leaver has reached the tokenizer."""
+
+    complete: dict[int, int] = field(default_factory=dict)
+    held: dict[int, list[tuple[Any, bytes | None, list[Any]]]] = field(default_factory=dict)
+    released: set[int] = field(default_factory=set)
+
+    def ready(self) -> list[int]:
+        """Leavers whose requests are all here and may go on."""
+        return [
+            leaver
+            for leaver, expected in self.complete.items()
+            if leaver in self.released and len(self.held.get(leaver, ())) == expected
+        ]
+
+    def take(self, leaver: int) -> list[tuple[Any, bytes | None, list[Any]]]:
+        del self.complete[leaver]
+        self.released.discard(leaver)
+        return self.held.pop(leaver, [])

@@ -1,0 +1,55 @@
+"""Our messages on SGLang's own sockets (mirrors sglang/srt/managers/io_struct.py).
+
+They travel tokenizer -> controller -> scheduler and scheduler -> detokenizer -> tokenizer, in order with SGLang's own
+messages on the same sockets; that order is what makes the commit and the handing over of requests safe.
+"""
+
+from __future__ import annotations
+
+from sglang.srt.managers.io_struct import (
+    BaseReq,
+    PickleWrapper,
+    TokenizedGenerateReqInput,
+    hook_custom_types,
+)
+
+
+class ElasticCommandReq(BaseReq, kw_only=True):  # type: ignore[misc]
+    """Coordinator -> controller -> all seats: `command` is an encoded seats.messages.CommitCommand."""
+
+    command: bytes
+
+
+class ElasticRouteReq(BaseReq, kw_only=True):  # type: ignore[misc]
+    """Coordinator -> controller: route new requests to these seats only (after the commit, or after its abort)."""
+
+    seats: list[int]
+
+
+class ElasticFenceReq(BaseReq, kw_only=True):  # type: ignore[misc]
+    """Last message on a way: controller -> leaver (nothing more is routed to it), leaver -> detokenizer -> tokenizer
+    (all its output has been passed on)."""
+
+    operation_id: str
+    seat: int
+
+
+class ElasticAdoptReq(BaseReq, kw_only=True):  # type: ignore[misc]
+    """Leaver -> survivor: go on with this request.
+
+    Attributes:
+        request: as the client sent it, tokenised.
+        progress: what was generated and sent so far (see handover.Progress), SGLang's own wrapper.
+        kv_tokens: how many leading tokens' KV follows in the next frame; 0 for none.
+    """
+
+    operation_id: str
+    leaver: int
+    request: TokenizedGenerateReqInput
+    progress: PickleWrapper
+    kv_tokens: int
+
+
+def register_types() -> None:
+    """Teach SGLang's decoder our messages; needed once in every process that receives them."""
+    hook_custom_types(ElasticCommandReq, ElasticRouteReq, ElasticFenceReq, ElasticAdoptReq)

@@ -1,0 +1,237 @@
+"""The scheduler's side of a change (mirrors sglang/srt/managers/scheduler.py). The work is done in `change.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elasticmoe_patches.spec import HookSpec, Process
+from elasticmoe_sglang.seats import messages as sm
+
+
+def after_init_request_dispatcher(_result: None, self: Any) -> None:
+    from sglang.utils import TypeBasedDispatcher
+
+    from elasticmoe_patches.srt.managers.io_struct import ElasticCommandReq
+
+    self._request_dispatcher += TypeBasedDispatcher([(ElasticCommandReq, _on_command)])
+
+
+def _on_command(request: Any) -> None:
+    """Received by all seats in the same iteration; carried out by all at the top of the next one."""
+    from elasticmoe_patches.seat import current_seat
+    from elasticmoe_patches.srt.managers.change import check_command
+
+    seat = current_seat()
+    command = sm.decode_command(request.command)
+    check_command(seat, command)
+    seat.pending = command
+
+
+def around_ingest_requests(original: Any, self: Any) -> Any:
+    from elasticmoe_patches.seat import current_seat
+    from elasticmoe_patches.srt.managers.change import adopt_ready, carry_out, take_parcels
+
+    seat = current_seat()
+    take_parcels(seat)
+    if seat.pending is not None:
+        command, seat.pending = seat.pending, None
+        carry_out(self, seat, command)
+    adopt_ready(self, seat)
+    return original(self)
+
+
+def before_dispatch_event_loop(scheduler: Any) -> None:
+    """Booted: a joiner waits here for the commit, at the top of its first iteration."""
+    from elasticmoe_patches.plugin import verify_for_process
+    from elasticmoe_patches.seat import current_seat
+    from elasticmoe_patches.srt.managers.change import open_peer_socket
+
+    verify_for_process("seat")
+    seat = current_seat()
+    open_peer_socket(seat)
+    for socket in (scheduler.ipc_channels.recv_from_tokenizer, scheduler.ipc_channels.recv_from_rpc):
+        seat.idle.watch(socket)
+    if seat.ticket.joiner:
+        seat.join()
+    else:
+        seat.serve()
+
+
+def after_pull_raw_reqs(requests: list[Any] | None, self: Any) -> list[Any] | None:
+    """Take out the fence behind the last request routed here: as a control message only seat 0's would be kept."""
+    from elasticmoe_patches.seat import current_seat
+    from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
+
+    if not requests or not any(isinstance(request, ElasticFenceReq) for request in requests):
+        return requests
+    for request in requests:
+        if isinstance(request, ElasticFenceReq):
+            current_seat().fence = request.operation_id
+    return [request for request in requests if not isinstance(request, ElasticFenceReq)]
+
+
+def around_handle_generate_request(original: Any, self: Any, recv_req: Any, **kwargs: Any) -> None:
+    """Remember what the request was built from: a leaver sends it on."""
+    from elasticmoe_patches.seat import current_seat
+    from elasticmoe_patches.srt.managers.handover import ORIGIN
+
+    seat = current_seat()
+    seat.building = recv_req
+    try:
+        original(self, recv_req, **kwargs)
+    finally:
+        seat.building = None
+    for req in reversed(self.grammar_manager.grammar_queue):
+        if req.rid == recv_req.rid:
+            setattr(req, ORIGIN, recv_req)
+            break
+
+
+def before_add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
+    """A moved request gets its progress back before it is scheduled."""
+    from elasticmoe_patches.seat import current_seat
+    from elasticmoe_patches.srt.managers.handover import ORIGIN
+
+    seat = current_seat()
+    if seat.building is not None and seat.building.rid == req.rid:
+        setattr(req, ORIGIN, seat.building)
+    progress = seat.adopting.pop(req.rid, None)
+    if progress is not None:
+        progress.apply(req)
+
+
+def after_abort_request(_result: None, self: Any, recv_req: Any) -> None:
+    """A request on its way from a leaver is nowhere to be found now; it is aborted when it arrives."""
+    from elasticmoe_patches.seat import current_seat
+
+    current_seat().aborted.append((recv_req.rid, recv_req.abort_all))
+
+
+def after_process_batch_result(_result: Any, self: Any, batch: Any, result: Any) -> None:
+    from elasticmoe_patches.seat import current_seat
+
+    seat = current_seat()
+    seat.idle.busy()
+    measured = seat.pause.result()
+    if measured is not None:
+        operation_id, pause_ms, median_ms = measured
+        seat.agent.post(sm.Paused(seat=seat.me, operation_id=operation_id, pause_ms=pause_ms, median_ms=median_ms))
+
+
+def around_on_idle(original: Any, self: Any) -> None:
+    """Nothing runs on any seat. One that still has something to wait for must not be held up by sleeping ones."""
+    from elasticmoe_patches.seat import current_seat
+
+    seat = current_seat()
+    seat.idle.slept = False
+    original(self)
+    if not seat.idle.slept:
+        seat.idle.wake_others()
+
+
+def sleep_on_idle(self: Any) -> None:
+    from elasticmoe_patches.seat import current_seat
+
+    seat = current_seat()
+    seat.pause.idle()
+    seat.idle.wait()
+
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_SEAT: frozenset[Process] = frozenset(("seat", "standby"))
+
+
+def _hook(target: str, kind: Any, function: Any, signature: str, reason: str, expires: str) -> HookSpec:
+    return HookSpec(
+        target=target,
+        kind=kind,
+        hook=f"{__name__}:{function.__name__}",
+        signature=signature,
+        reason=reason,
+        expires=expires,
+        processes=_SEAT,
+    )
+
+
+HOOKS = (
+    _hook(
+        f"{_SCHEDULER}.init_request_dispatcher",
+        "after",
+        after_init_request_dispatcher,
+        "(self)",
+        "Receives the commit through SGLang's control broadcast, in the same iteration on all seats.",
+        "SGLang lets plugins register control messages.",
+    ),
+    _hook(
+        f"{_SCHEDULER}.ingest_requests",
+        "around",
+        around_ingest_requests,
+        "(self)",
+        "The top of an iteration: commits are carried out and moved requests taken over here.",
+        "SGLang offers a per-iteration hook.",
+    ),
+    _hook(
+        "sglang.srt.managers.scheduler.dispatch_event_loop",
+        "before",
+        before_dispatch_event_loop,
+        "(scheduler)",
+        "A joiner waits at the gate before its first iteration.",
+        "SGLang offers a hook between initialisation and serving.",
+    ),
+    _hook(
+        "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver._pull_raw_reqs",
+        "after",
+        after_pull_raw_reqs,
+        "(self)",
+        "Sees the fence behind the last request that was routed to a leaver.",
+        "Control messages can be addressed to one rank.",
+    ),
+    _hook(
+        f"{_SCHEDULER}.handle_generate_request",
+        "around",
+        around_handle_generate_request,
+        "(self, recv_req, *, mm_input_error=None)",
+        "Keeps the tokenised request with the request object, so that a leaver can send it on.",
+        "Req keeps what it was built from.",
+    ),
+    _hook(
+        f"{_SCHEDULER}._add_request_to_queue",
+        "before",
+        before_add_request_to_queue,
+        "(self, req, is_retracted=False)",
+        "Restores a moved request's progress after SGLang has built it and before it is scheduled.",
+        "SGLang can resume a request from serialised progress.",
+    ),
+    _hook(
+        f"{_SCHEDULER}.abort_request",
+        "after",
+        after_abort_request,
+        "(self, recv_req)",
+        "An abort must also reach a request that is on its way between two seats.",
+        "SGLang can move requests between ranks itself.",
+    ),
+    _hook(
+        f"{_SCHEDULER}.process_batch_result",
+        "after",
+        after_process_batch_result,
+        "(self, batch, result)",
+        "Measures the pause around a commit.",
+        "Never; remove with the measurement.",
+    ),
+    _hook(
+        f"{_SCHEDULER}.on_idle",
+        "around",
+        around_on_idle,
+        "(self)",
+        "A seat that waits for something rings the sleeping ones.",
+        "SGLang's own idle sleep works under DP attention.",
+    ),
+    _hook(
+        f"{_SCHEDULER}.maybe_sleep_on_idle",
+        "replace",
+        sleep_on_idle,
+        "(self)",
+        "Idle seats sleep instead of going round in lock-step; any of them wakes all.",
+        "SGLang's own idle sleep works under DP attention.",
+    ),
+)

@@ -1,0 +1,34 @@
+"""SGLang gets its model from our loader (mirrors sglang/srt/model_loader/loader.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elasticmoe_patches.spec import HookSpec
+from elasticmoe_sglang.errors import UserInputError
+
+
+def put_elastic_loader(_original: Any, load_config: Any, model_config: Any = None) -> Any:
+    from sglang.srt.configs.load_config import LoadFormat
+
+    from elasticmoe_patches.srt.model_loader.elastic_loader import ElasticModelLoader
+
+    if load_config.load_format not in (LoadFormat.AUTO, LoadFormat.SAFETENSORS):
+        raise UserInputError(
+            f"--load-format {load_config.load_format} is not supported by an elastic server",
+            hint="Leave it out: safetensors checkpoints are read into the HMM",
+        )
+    return ElasticModelLoader(load_config)
+
+
+HOOKS = (
+    HookSpec(
+        target="sglang.srt.model_loader.loader.get_model_loader",
+        kind="around",
+        hook=f"{__name__}:put_elastic_loader",
+        signature="(load_config, model_config=None)",
+        reason="Weights live in the HMM's memory; a joiner attaches to them and reads no checkpoint.",
+        expires="SGLang lets a plugin register a model loader for a load format of its own.",
+        processes=frozenset(("seat", "standby")),
+    ),
+)
