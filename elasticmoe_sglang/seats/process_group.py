@@ -1,0 +1,83 @@
+"""Putting the elastic process group under torch.distributed.
+
+    install_backend(fabric)
+    init_elastic(fabric, rank=seat, world_size=capacity)
+
+After that `torch.distributed.new_group` with any backend name makes elastic groups: torch asks the default group, which
+is ours, for its subgroups. No group of ours reads or writes a rendezvous store, so each process gets one of its own
+(`HashStore`) and waits for nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.seats.fabric import Fabric
+from elasticmoe_sglang.seats.group import BACKEND_NAME, ElasticProcessGroup, make_group
+from elasticmoe_sglang.seats.object_collectives import install_object_collectives
+
+__all__ = ["BACKEND_NAME", "ElasticProcessGroup", "elastic_init_process_group", "init_elastic", "install_backend"]
+
+_fabrics: dict[str, Fabric] = {}
+
+
+def install_backend(fabric: Fabric, name: str = BACKEND_NAME) -> None:
+    """Register the backend with torch.distributed for CPU tensors. Again with another fabric: that one from now on."""
+    registered = name in _fabrics
+    _fabrics[name] = fabric
+    if registered:
+        return
+
+    def create(options: Any, _backend_options: Any = None) -> ElasticProcessGroup:
+        current = _fabrics[name]
+        ranks = tuple(options.global_ranks_in_group) or tuple(range(options.group_size))
+        group = make_group(current, ranks, options.timeout)
+        assert group is not None, "torch.distributed creates a group only on its own ranks"
+        return group
+
+    dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
+    install_object_collectives()
+
+
+def init_elastic(
+    fabric: Fabric, rank: int, world_size: int, *, timeout: timedelta | None = None, name: str = BACKEND_NAME
+) -> None:
+    """`torch.distributed.init_process_group` over the fabric. Waits for nobody.
+
+    Args:
+        rank: my seat.
+        world_size: the fabric's capacity.
+        timeout: of the default group, torch's own default when None; the fabric's is used where it is shorter.
+
+    Raises:
+        UserInputError: rank or size are not the fabric's.
+    """
+    if (rank, world_size) != (fabric.me, fabric.capacity):
+        raise UserInputError(
+            f"rank {rank} of {world_size} on the fabric of seat {fabric.me} of {fabric.capacity} seats",
+            hint="Ranks are seats and the world is the capacity.",
+        )
+    install_backend(fabric, name)
+    dist.init_process_group(name, store=HashStore(), world_size=world_size, rank=rank, timeout=timeout)
+
+
+def elastic_init_process_group(fabric: Fabric) -> Callable[..., None]:
+    """A stand-in for `torch.distributed.init_process_group`: same arguments, backend and rendezvous ignored."""
+
+    def init_process_group(
+        backend: str | None = None,
+        init_method: str | None = None,
+        timeout: timedelta | None = None,
+        world_size: int = -1,
+        rank: int = -1,
+        **_unused: Any,
+    ) -> None:
+        init_elastic(fabric, rank, world_size, timeout=timeout)
+
+    return init_process_group
