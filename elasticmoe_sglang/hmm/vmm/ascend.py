@@ -30,12 +30,15 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from elasticmoe_sglang.errors import VmmError
 from elasticmoe_sglang.hmm.vmm import acl as _acl
 from elasticmoe_sglang.hmm.vmm.base import VaRange, VmmBackend, VmmHandle
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
+
+if TYPE_CHECKING:
+    import torch
 
 _TOKEN = struct.Struct("<8sQQiI")  # magic, shareable number, bytes, device, exporting process
 _MAGIC = b"EMoEnpu1"
@@ -93,6 +96,17 @@ class AscendBackend(VmmBackend):
 
     def check(self, status: int, call: str) -> None:
         self._acl.check(status, call)
+
+    def storage(self, va: int, nbytes: int, device: int) -> torch.UntypedStorage:
+        """A storage over [va, va + nbytes), for `torch.empty(0, ...).set_(storage, ...)`. It owns nothing: the range
+        must stay mapped wherever the tensor is used. Needs torch_npu, whose twin of torch's constructor makes it."""
+        import torch
+        import torch_npu
+
+        made: torch.UntypedStorage = torch_npu._C._construct_storage_from_data_pointer(
+            va, torch.device(self.torch_device(device)), nbytes
+        )
+        return made
 
     def device_count(self) -> int:
         """NPUs this process may use."""
