@@ -40,12 +40,16 @@ demo: $(STAMP) ## Show the main job: a small MoE is served and changes its EP si
 test: $(STAMP) ## Run all tests that need no GPU (ARGS="-k name" selects).
 	@$(PYTEST) -m "not soak and not gpu" $(ARGS)
 
+# All of them run, so that one failure does not hide the next.
 check: $(STAMP) ## Linters, types, import directions, generated pages.
-	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/mypy
-	@$(PYTEST) -q --no-header tests/unit/test_import_directions.py tests/unit/test_project.py
-	@$(RUN) -m elasticmoe_patches.hookdocs --check docs/hooks.md
+	@failed=(); \
+	try() { "$$@" || failed+=("$${*##*/bin/}"); }; \
+	try $(VENV)/bin/ruff check --quiet .; \
+	try $(VENV)/bin/ruff format --check --quiet .; \
+	try $(VENV)/bin/mypy; \
+	try env OMP_NUM_THREADS=1 $(RUN) -m pytest -q --no-header tests/unit/test_import_directions.py tests/unit/test_project.py; \
+	try $(RUN) -m elasticmoe_patches.hookdocs --check docs/hooks.md; \
+	if [ "$${#failed[@]}" -gt 0 ]; then printf 'check: failed: %s\n' "$${failed[@]}" >&2; exit 1; fi
 
 hooks-doc: $(STAMP) ## Write docs/hooks.md from the declared hooks.
 	@$(RUN) -m elasticmoe_patches.hookdocs docs/hooks.md

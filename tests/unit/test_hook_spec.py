@@ -471,6 +471,7 @@ def test_what_counts_as_using_our_flags(monkeypatch: pytest.MonkeyPatch) -> None
     assert plugin.flags_used(["--model-path", "m", "--elasticmoe-ep-size=2"], {})
     assert plugin.flags_used([], {ENV_CONFIG: "{}"})
     assert not plugin.flags_used(["--ep-size", "2"], {})
+    monkeypatch.setattr(plugin, "_named", None)
     monkeypatch.setenv(plugin.PROCESS_ENV, "standby")
     assert plugin.process_name() == "standby"
     monkeypatch.setenv(plugin.PROCESS_ENV, "nobody")
@@ -478,6 +479,65 @@ def test_what_counts_as_using_our_flags(monkeypatch: pytest.MonkeyPatch) -> None
         plugin.process_name()
     monkeypatch.delenv(plugin.PROCESS_ENV)
     assert plugin.process_name() == "main"
+
+
+@pytest.fixture
+def broken_hook(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> Fake:
+    """The catalogue has one elastic and one flags hook, and the elastic one does not fit."""
+    flags = fake.spec("Thing.method", "after", after, signature="(self, x, *, y=1)", scope="flags")
+    broken = fake.spec("double", "around", around, signature="(x)", processes=frozenset({"seat"}))
+    monkeypatch.setattr(plugin, "all_hooks", lambda: (flags, broken))
+    monkeypatch.setattr(
+        plugin,
+        "select",
+        lambda process, scopes: tuple(s for s in (flags, broken) if s.scope in scopes and s.runs_in(process)),
+    )
+    monkeypatch.setattr(plugin, "_named", None)
+    monkeypatch.delenv(ENV_CONFIG, raising=False)
+    return fake
+
+
+def test_without_our_flags_only_the_flags_hooks_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, broken_hook: Fake
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch_server", "--model-path", "m"])
+    plugin.register()
+    assert broken_hook.module.Thing().method(1) == ("after", 2)
+    assert broken_hook.module.double(2) == 4
+
+
+def test_with_our_flags_a_seat_hook_that_does_not_fit_ends_the_launch_in_the_main_process(
+    monkeypatch: pytest.MonkeyPatch, broken_hook: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch_server", "--elasticmoe-ep-size", "2"])
+    with pytest.raises(SystemExit) as caught:
+        plugin.register()
+    assert caught.value.code == preflight.EXIT_STATUS
+    assert "has signature (x, *, y=1), expected (x)" in capsys.readouterr().err
+    assert broken_hook.module.Thing().method(1) == 2
+
+
+@pytest.mark.parametrize(("process", "ends"), [("seat", True), ("dpc", False)])
+def test_a_child_process_checks_what_it_needs_itself(
+    monkeypatch: pytest.MonkeyPatch, broken_hook: Fake, process: str, ends: bool
+) -> None:
+    monkeypatch.setenv(ENV_CONFIG, "{}")
+    monkeypatch.setenv(plugin.PROCESS_ENV, process)
+    if ends:
+        with pytest.raises(SystemExit):
+            plugin.register()
+        assert broken_hook.module.Thing().method(1) == 2
+    else:
+        plugin.register()
+        assert broken_hook.module.Thing().method(1) == ("after", 2)
+
+
+def test_a_forked_child_keeps_the_name_its_parent_installed_for(
+    monkeypatch: pytest.MonkeyPatch, broken_hook: Fake
+) -> None:
+    plugin.install_for_process("dpc")
+    assert plugin.process_name() == "dpc"
+    plugin.verify_for_process("dpc")
 
 
 def launch_server_with_version(version: str, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
