@@ -1,0 +1,154 @@
+"""The IMM as a real process: standbys, seats, deaths."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elasticmoe_sglang.errors import SeatError
+from elasticmoe_sglang.imm import messages as m
+from elasticmoe_sglang.imm.client import ImmClient
+
+STANDBYS = 2
+
+
+@pytest.fixture
+def imm(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], ImmClient]]:
+    path = str(tmp_path / "imm.sock")
+    process = subprocess.Popen([sys.executable, "-m", "tests.helpers.imm_main", path, str(STANDBYS)])
+    client = ImmClient(path, timeout_s=20)
+    yield process, client
+    client.close()
+    process.kill()
+    process.wait()
+
+
+def expect(client: ImmClient, kind: type, timeout_s: float = 10.0):
+    deadline = time.monotonic() + timeout_s
+    while (left := deadline - time.monotonic()) > 0:
+        message = client.receive(left)
+        if isinstance(message, kind):
+            return message
+    raise AssertionError(f"no {kind.__name__} within {timeout_s} s")
+
+
+def population(client: ImmClient, until=lambda p: True) -> m.Population:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        client.send(m.Query())
+        found = expect(client, m.Population)
+        if until(found):
+            return found
+        time.sleep(0.02)
+    raise AssertionError("the expected population was not reached")
+
+
+def assign(client: ImmClient, seat: int, order: str) -> None:
+    client.send(m.Register(seat=seat, blob=b"arguments"))
+    client.send(m.Assign(seat=seat, ticket=order.encode()))
+
+
+def test_standbys_wait_and_one_takes_a_seat(imm) -> None:
+    process, client = imm
+    before = population(client, lambda p: len(p.standbys) == STANDBYS)
+    assign(client, 1, "hang")
+    assigned = expect(client, m.Assigned)
+    assert assigned.seat == 1 and assigned.pid in before.standbys
+    note = expect(client, m.SeatNote)
+    assert json.loads(note.note) == {"blob": "arguments", "ppid": process.pid}
+    after = population(client, lambda p: len(p.standbys) == STANDBYS)
+    assert after.seats == {1: assigned.pid}
+    assert assigned.pid not in after.standbys
+
+
+def test_never_more_processes_than_seats(imm) -> None:
+    _, client = imm
+    for seat in range(4):
+        assign(client, seat, "hang")
+    assert population(client, lambda p: len(p.seats) == 4).standbys == []
+
+
+@pytest.mark.parametrize(("order", "status"), [("exit:0", 0), ("exit:5", 5), ("raise", 1), ("quit", 7)])
+def test_the_end_of_a_seat_is_reported_and_the_imm_goes_on(imm, order: str, status: int) -> None:
+    _, client = imm
+    assign(client, 2, order)
+    exited = expect(client, m.SeatExited)
+    assert (exited.seat, exited.status) == (2, status)
+    assign(client, 2, "hang")
+    assert population(client, lambda p: 2 in p.seats)
+
+
+def test_a_killed_seat_reports_its_signal(imm) -> None:
+    _, client = imm
+    assign(client, 3, "hang")
+    pid = expect(client, m.Assigned).pid
+    os.kill(pid, signal.SIGKILL)
+    exited = expect(client, m.SeatExited)
+    assert (exited.pid, exited.status) == (pid, -signal.SIGKILL)
+
+
+def test_kill_seat_ends_a_joiner(imm) -> None:
+    _, client = imm
+    assign(client, 3, "hang")
+    expect(client, m.SeatNote)
+    client.send(m.KillSeat(seat=3))
+    assert expect(client, m.SeatExited).status == -signal.SIGKILL
+
+
+def test_a_killed_standby_is_replaced(imm) -> None:
+    _, client = imm
+    victim = population(client, lambda p: len(p.standbys) == STANDBYS).standbys[0]
+    os.kill(victim, signal.SIGKILL)
+    after = population(client, lambda p: len(p.standbys) == STANDBYS and victim not in p.standbys)
+    assert victim not in after.standbys
+
+
+def test_what_cannot_be_done_is_refused(imm) -> None:
+    _, client = imm
+    client.send(m.Assign(seat=0, ticket=b"hang"))
+    assert "never registered" in expect(client, m.Refused).reason
+    assign(client, 0, "hang")
+    expect(client, m.Assigned)
+    client.send(m.Assign(seat=0, ticket=b"hang"))
+    assert "taken" in expect(client, m.Refused).reason
+    client.sock.send(b"\xc1 not msgpack")
+    assert "malformed" in expect(client, m.Refused).reason
+    client.send(m.SeatExited(seat=0, pid=1, status=0))
+    assert "not a request" in expect(client, m.Refused).reason
+
+
+def test_seats_and_standbys_end_with_the_imm(imm) -> None:
+    process, client = imm
+    assign(client, 1, "hang")
+    found = population(client, lambda p: len(p.seats) == 1 and len(p.standbys) == STANDBYS)
+    process.kill()
+    process.wait()
+    with pytest.raises(SeatError, match="has gone"):
+        while client.receive(5) is not None:
+            pass
+    deadline = time.monotonic() + 5
+    children = [*found.seats.values(), *found.standbys]
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
+
+
+def test_a_client_without_an_imm_gives_up_at_its_deadline(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(SeatError, match="does not answer"):
+        ImmClient(str(tmp_path / "nobody.sock"), timeout_s=0.2)
+    assert time.monotonic() - started < 5
+
+
+def test_the_socket_is_private(imm, tmp_path: Path) -> None:
+    assert (tmp_path / "imm.sock").stat().st_mode & 0o777 == 0o600
+    assert isinstance(imm[1].sock, socket.socket)
