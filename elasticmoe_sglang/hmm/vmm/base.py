@@ -13,13 +13,18 @@ called; the HMM's client returns its lease there.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from elasticmoe_sglang.errors import VmmError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def round_up(nbytes: int, granularity: int) -> int:
@@ -107,6 +112,8 @@ class VmmBackend(ABC):
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._depth = 0  # of `_books` in the thread that holds the lock
+        self._later: deque[Callable[[], None]] = deque()
         self._reservations: dict[int, _Reservation] = {}
         self._bases: list[int] = []  # sorted keys of _reservations
         self._open_handles = 0
@@ -160,6 +167,15 @@ class VmmBackend(ABC):
     @abstractmethod
     def _close(self, handle: VmmHandle) -> None: ...
 
+    def storage(self, va: int, nbytes: int, device: int) -> torch.UntypedStorage:
+        """A torch storage over [va, va + nbytes). It owns nothing: see tensors.py for who keeps the range."""
+        import torch
+
+        storage: torch.UntypedStorage = torch._C._construct_storage_from_data_pointer(  # type: ignore[assignment]
+            va, torch.device(self.torch_device(device)), nbytes
+        )
+        return storage
+
     # What everybody calls --------------------------------------------------------------------------------------
 
     def reserve(self, nbytes: int) -> VaRange:
@@ -168,14 +184,14 @@ class VmmBackend(ABC):
             raise VmmError(f"cannot reserve {nbytes} bytes of address space")
         nbytes = round_up(nbytes, self.granularity)
         va = VaRange(base=self._reserve(nbytes), nbytes=nbytes)
-        with self._lock:
+        with self._books():
             self._reservations[va.base] = _Reservation(va=va)
             bisect.insort(self._bases, va.base)
         return va
 
     def release_va(self, va: VaRange) -> None:
         """Gives address space back. Raises VmmError while anything is mapped in it."""
-        with self._lock:
+        with self._books():
             reservation = self._reservations.get(va.base)
             if reservation is None or reservation.va != va:
                 raise VmmError(f"{_span(va.base, va.nbytes)} was not reserved here")
@@ -206,7 +222,7 @@ class VmmBackend(ABC):
     def map(self, va: int, handle: VmmHandle) -> None:
         """Puts all of `handle` at address `va`, inside one reservation and over nothing else."""
         self._require_open(handle)
-        with self._lock:
+        with self._books():
             reservation = self._reservation_of(va, handle.nbytes)
             if va % self.granularity:
                 raise VmmError(f"address {va:#x} is not a multiple of the granularity {self.granularity}")
@@ -219,7 +235,7 @@ class VmmBackend(ABC):
 
     def unmap(self, va: int, nbytes: int) -> None:
         """Takes one mapping away again: exactly the range that one `map` put there."""
-        with self._lock:
+        with self._books():
             reservation = self._reservation_of(va, nbytes)
             handle = reservation.handles.get(va)
             if handle is None or handle.nbytes != nbytes:
@@ -232,7 +248,7 @@ class VmmBackend(ABC):
 
     def copy(self, dst: int, src: int, nbytes: int) -> None:
         """Copies between two mapped ranges that do not overlap, and waits for it."""
-        with self._lock:
+        with self._books():
             for va in (dst, src):
                 if not self._reservation_of(va, nbytes).covers(va, nbytes):
                     raise VmmError(f"{_span(va, nbytes)} is not mapped throughout", hint="Map it before copying.")
@@ -242,14 +258,14 @@ class VmmBackend(ABC):
         """Gives the handle up; memory that is mapped somewhere lives on. Closing twice is an error."""
         self._require_open(handle)
         self._close(handle)
-        with self._lock:
+        with self._books():
             handle.is_open = False
             self._open_handles -= 1
         self._settle(handle)
 
     def usage(self) -> VmmUsage:
         """What this process holds through this backend now."""
-        with self._lock:
+        with self._books():
             mapped = [handle.nbytes for r in self._reservations.values() for handle in r.handles.values()]
             return VmmUsage(
                 reserved_bytes=sum(r.va.nbytes for r in self._reservations.values()),
@@ -258,15 +274,40 @@ class VmmBackend(ABC):
                 open_handles=self._open_handles,
             )
 
+    def when_idle(self, action: Callable[[], None]) -> None:
+        """Runs `action` now, or right after the call that this thread is in the middle of.
+
+        For finalizers: the garbage collector may run them between any two lines of this class.
+        """
+        self._later.append(action)
+        with self._books():
+            pass
+
     # ---------------------------------------------------------------------------------------------------------------
 
-    def _opened(self, native: int, nbytes: int, device: int, *, imported: bool) -> VmmHandle:
+    @contextlib.contextmanager
+    def _books(self) -> Iterator[None]:
         with self._lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                idle = self._depth == 0
+        while idle and self._later:
+            try:
+                action = self._later.popleft()
+            except IndexError:  # another thread took it
+                return
+            action()
+
+    def _opened(self, native: int, nbytes: int, device: int, *, imported: bool) -> VmmHandle:
+        with self._books():
             self._open_handles += 1
         return VmmHandle(native=native, nbytes=nbytes, device=device, imported=imported)
 
     def _settle(self, handle: VmmHandle) -> None:
-        with self._lock:
+        with self._books():
             if handle.is_open or handle.maps or handle.on_free is None:
                 return
             on_free, handle.on_free = handle.on_free, None

@@ -13,6 +13,7 @@ from elasticmoe_sglang.errors import VmmError
 from elasticmoe_sglang.hmm.vmm.base import VaRange, VmmBackend, VmmHandle
 
 # Constants that Python's mmap and fcntl modules do not name in 3.10; values of <linux/mman.h> and <linux/fcntl.h>.
+_PROT_NONE = 0x0
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MAP_POPULATE = 0x8000
@@ -54,7 +55,7 @@ class CpuBackend(VmmBackend):
             raise _failed(call, OSError(number, os.strerror(number)))
 
     def _reserve(self, nbytes: int) -> int:
-        return self._mmap(None, nbytes, mmap.PROT_NONE, _nothing_behind(), -1)
+        return self._mmap(None, nbytes, _PROT_NONE, _nothing_behind(), -1)
 
     def _release_va(self, va: VaRange) -> None:
         self.check(_libc.munmap(va.base, va.nbytes), "munmap")
@@ -79,7 +80,7 @@ class CpuBackend(VmmBackend):
         self._mmap(va, handle.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, handle.native)
 
     def _unmap(self, va: int, nbytes: int) -> None:
-        self._mmap(va, nbytes, mmap.PROT_NONE, _nothing_behind() | _MAP_FIXED, -1)
+        self._mmap(va, nbytes, _PROT_NONE, _nothing_behind() | _MAP_FIXED, -1)
 
     def _export(self, handle: VmmHandle) -> int:
         return os.dup(handle.native)

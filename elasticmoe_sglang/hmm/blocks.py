@@ -1,0 +1,129 @@
+"""The blocks an HMM owns: physical memory, its charge in the ledger, and who still holds a handle of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from elasticmoe_sglang.errors import BlockNotFound
+from elasticmoe_sglang.hmm.ledger import Ledger
+from elasticmoe_sglang.hmm.protocol import Block, Kind
+from elasticmoe_sglang.hmm.vmm.base import VmmBackend, VmmHandle
+
+
+@dataclass(kw_only=True)
+class _Entry:
+    block: Block
+    handle: VmmHandle
+    leases: int = 0
+    retired: bool = False
+
+
+class BlockTable:
+    """Creates, finds and retires blocks.
+
+    A retired block is found no more, but its memory lives as long as some client has it mapped; so it stays charged
+    until the last lease came back. The ledger therefore always shows what is really taken.
+    """
+
+    def __init__(self, backend: VmmBackend, ledger: Ledger) -> None:
+        self._backend = backend
+        self._ledger = ledger
+        self._entries: dict[int, _Entry] = {}
+        self._ids = itertools.count(1)
+
+    def create(
+        self,
+        device: int,
+        kind: Kind,
+        nbytes: int,
+        *,
+        column: int | None = None,
+        name: str | None = None,
+        txn: str | None = None,
+    ) -> Block:
+        """Charges and creates; `nbytes` is a multiple of the granularity. Raises BudgetExceeded or VmmError."""
+        self._ledger.charge(device, kind, nbytes)
+        try:
+            handle = self._backend.create(nbytes, device)
+        except BaseException:
+            self._ledger.refund(device, kind, nbytes)
+            raise
+        block = Block(
+            block_id=next(self._ids), device=device, kind=kind, column=column, name=name, nbytes=nbytes, txn=txn
+        )
+        self._entries[block.block_id] = _Entry(block=block, handle=handle)
+        return block
+
+    def get(self, block_id: int) -> Block:
+        """Raises BlockNotFound."""
+        return self._live(block_id).block
+
+    def find(self, wanted: Callable[[Block], bool]) -> list[Block]:
+        """Live blocks that `wanted` accepts, by id."""
+        return [e.block for e in self._entries.values() if not e.retired and wanted(e.block)]
+
+    def seal(self, block_ids: Iterable[int]) -> None:
+        """Declares contents complete; all or none."""
+        self._replace(block_ids, sealed=True)
+
+    def committed(self, block_ids: Iterable[int]) -> None:
+        """The blocks belong to no transaction any more."""
+        self._replace((i for i in block_ids if self.is_live(i)), txn=None)
+
+    def retire(self, block_id: int) -> None:
+        """Gives a block up; its memory and charge go with the last lease."""
+        entry = self._live(block_id)
+        entry.retired = True
+        self._settle(entry)
+
+    def is_live(self, block_id: int) -> bool:
+        entry = self._entries.get(block_id)
+        return entry is not None and not entry.retired
+
+    def lease(self, block_id: int) -> int:
+        """Counts one lease and returns a descriptor of the memory, which the caller closes."""
+        entry = self._live(block_id)
+        fd = self._backend.export(entry.handle)
+        entry.leases += 1
+        return fd
+
+    def unlease(self, block_id: int, count: int = 1) -> None:
+        """Takes leases back."""
+        entry = self._entries[block_id]
+        assert entry.leases >= count, f"block {block_id} has {entry.leases} leases, {count} were returned"
+        entry.leases -= count
+        self._settle(entry)
+
+    def counts(self) -> tuple[int, int]:
+        """How many blocks are (live, retired)."""
+        retired = sum(e.retired for e in self._entries.values())
+        return len(self._entries) - retired, retired
+
+    def close(self) -> None:
+        """Closes every handle; what clients have mapped lives on with them."""
+        for entry in self._entries.values():
+            self._backend.close(entry.handle)
+        self._entries.clear()
+
+    def _settle(self, entry: _Entry) -> None:
+        if not entry.retired or entry.leases:
+            return
+        del self._entries[entry.block.block_id]
+        self._backend.close(entry.handle)
+        self._ledger.refund(entry.block.device, entry.block.kind, entry.block.nbytes)
+
+    def _replace(self, block_ids: Iterable[int], **changes: object) -> None:
+        for entry in [self._live(i) for i in block_ids]:
+            entry.block = msgspec.structs.replace(entry.block, **changes)
+
+    def _live(self, block_id: int) -> _Entry:
+        entry = self._entries.get(block_id)
+        if entry is None or entry.retired:
+            raise BlockNotFound(
+                f"block {block_id} does not exist or was released", hint="Look it up again; another client released it."
+            )
+        return entry

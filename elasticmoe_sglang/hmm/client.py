@@ -1,0 +1,312 @@
+"""How every other process talks to the HMM. One `HmmClient` a process; its methods may be called from any thread."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import ParamSpec, TypeVar
+
+from elasticmoe_sglang.errors import HmmError, HmmUnavailable, ProtocolError, VmmError
+from elasticmoe_sglang.hmm import protocol as p
+from elasticmoe_sglang.hmm.config import Endpoint
+from elasticmoe_sglang.hmm.handles import MAX_FDS, close_all
+from elasticmoe_sglang.hmm.link import HmmLink
+from elasticmoe_sglang.hmm.vmm import VmmBackend, VmmHandle, get_backend
+from elasticmoe_sglang.messages import ErrorReply, error_from
+
+_AnswerT = TypeVar("_AnswerT", bound=p.Answer)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionHandle:
+    """A named host-shared region. `fd` stays open until `close`; mappings of it outlive that.
+
+    nbytes: as asked for when it was created; the memory behind it is rounded up to whole pages.
+    """
+
+    name: str
+    block_id: int
+    fd: int
+    nbytes: int
+    handle: VmmHandle
+    backend: VmmBackend
+
+    def map(self) -> mmap.mmap:
+        """The region as a writable buffer of `nbytes` bytes, for Python code."""
+        return mmap.mmap(self.fd, self.nbytes)
+
+    def close(self) -> None:
+        """Closes the descriptor and returns the lease."""
+        self.backend.close(self.handle)
+
+
+class HmmClient:
+    """A synchronous client. Connects on the first call, and again after the HMM was replaced.
+
+    Every method raises HmmUnavailable when nobody answers within its deadline, and the HMM's own typed errors.
+    A forked child makes its own client.
+
+    Args:
+        endpoint: ipc://FOLDER/NAME.
+        name: who this is, for the HMM's status and log.
+        timeout_s: the deadline of each call, connecting included.
+        backend: whose handles `handles` returns; None takes the process's instance of the HMM's backend.
+    """
+
+    def __init__(self, endpoint: str, *, name: str, timeout_s: float = 10.0, backend: VmmBackend | None = None) -> None:
+        self.name = name
+        self.timeout_s = timeout_s
+        self.epoch: int | None = None
+        """The membership epoch sent along, for the HMM's messages."""
+        self._endpoint = Endpoint.parse(endpoint)
+        self._backend = backend
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._link: HmmLink | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return self._endpoint.url
+
+    @property
+    def backend(self) -> VmmBackend:
+        """The memory backend that matches the HMM's."""
+        if self._backend is None:
+            self._backend = get_backend(self._attached(self._deadline()).welcome.backend)
+        return self._backend
+
+    def connect(self, wait_s: float = 0.0) -> p.Welcome:
+        """Attaches now. For `wait_s` seconds it tries again while nobody answers."""
+        until = time.monotonic() + wait_s
+        while True:
+            try:
+                return self._attached(self._deadline()).welcome
+            except HmmUnavailable:
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """Detaches. Open transactions are rolled back and leases dropped; what is mapped stays mapped."""
+        with self._lock:
+            link, self._link = self._link, None
+        if link is not None and self._pid == os.getpid():
+            link.close()
+
+    def __enter__(self) -> HmmClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # State -------------------------------------------------------------------------------------------------------
+
+    def status(self) -> p.HmmStatus:
+        return self._call(p.StatusRequest(), p.HmmStatus)
+
+    def register_model(self, model: p.ModelSpec) -> p.ModelSpec:
+        """Tells what the memory holds. Idempotent; raises ModelMismatch when it holds something else."""
+        return self._call(p.RegisterModel(model=model), p.ModelReply).model
+
+    def region(self, name: str, nbytes: int) -> RegionHandle:
+        """A zeroed host-shared region, made on the first call of any client. Raises RegionMismatch for another size."""
+        [block] = self._call(p.OpenRegion(name=name, nbytes=nbytes), p.BlocksReply).blocks
+        [handle] = self.handles([block.block_id])
+        return RegionHandle(
+            name=name,
+            block_id=block.block_id,
+            fd=handle.native,
+            nbytes=nbytes,
+            handle=handle,
+            backend=self.backend,
+        )
+
+    # Transactions ------------------------------------------------------------------------------------------------
+
+    def begin(self, operation_id: str, *, timeout_s: float = 600.0) -> str:
+        """Opens a transaction, or returns the open one of this operation. Rolled back by itself after `timeout_s`."""
+        return self._call(p.Begin(operation_id=operation_id, timeout_s=timeout_s), p.TxnOpened).txn
+
+    def commit(self, txn: str) -> p.TxnReport:
+        """Keeps what was allocated in it and releases what was promised. Raises TransactionError when it is over."""
+        return self._call(p.Commit(txn=txn), p.TxnReport)
+
+    def rollback(self, txn: str) -> p.TxnReport:
+        """Frees what was allocated in it. Raises UndoFailed when something is left over."""
+        return self._call(p.Rollback(txn=txn), p.TxnReport)
+
+    # Blocks ------------------------------------------------------------------------------------------------------
+
+    def allocate(
+        self,
+        device: int,
+        kind: p.Kind,
+        *,
+        columns: Sequence[int] | None = None,
+        nbytes: int | None = None,
+        txn: str | None = None,
+    ) -> list[p.Block]:
+        """One zeroed block a column, or a single block; all or none.
+
+        nbytes: of each block, rounded up to the granularity; None takes the registered model's size. Any client may
+        allocate in a transaction, whoever began it. Raises BudgetExceeded with the numbers.
+        """
+        wanted = list(columns) if columns is not None else None
+        command = p.Allocate(device=device, kind=kind, columns=wanted, nbytes=nbytes, txn=txn)
+        return self._call(command, p.BlocksReply).blocks
+
+    def seal(self, block_ids: Sequence[int]) -> None:
+        """Declares that the blocks' contents are complete. Idempotent."""
+        self._call(p.Seal(block_ids=list(block_ids)), p.Done)
+
+    def lookup(
+        self, *, kind: p.Kind | None = None, device: int | None = None, columns: Sequence[int] | None = None
+    ) -> list[p.Block]:
+        """Live blocks that match all that is given, by id; those of open transactions carry their `txn`."""
+        wanted = list(columns) if columns is not None else None
+        return self._call(p.Lookup(kind=kind, device=device, columns=wanted), p.BlocksReply).blocks
+
+    def wait_sealed(self, block_ids: Sequence[int], timeout_s: float) -> None:
+        """Returns when all are sealed. Raises SealTimeout, or BlockNotFound as soon as one is released."""
+        self._call(p.WaitSealed(block_ids=list(block_ids)), p.Done, wait_s=timeout_s)
+
+    def handles(self, block_ids: Sequence[int]) -> list[VmmHandle]:
+        """Handles of the blocks' memory, to map and then close. Raises BlockNotFound.
+
+        Each is a lease: the HMM counts the memory as taken until the handle is closed and unmapped, also when the
+        block was released meanwhile. That happens by itself, through the backend.
+        """
+        deadline = self._deadline()
+        link = self._attached(deadline)
+        handles: list[VmmHandle] = []
+        try:
+            for start in range(0, len(block_ids), MAX_FDS):
+                handles += self._import(link, link.fetch(block_ids[start : start + MAX_FDS], deadline))
+        except BaseException:
+            for handle in handles:
+                self.backend.close(handle)
+            raise
+        return handles
+
+    def release(self, block_ids: Sequence[int], *, txn: str | None = None) -> None:
+        """Gives blocks up, now or when `txn` commits. Their memory goes when the last client has unmapped it."""
+        self._call(p.Release(block_ids=list(block_ids), txn=txn), p.Done)
+
+    # -------------------------------------------------------------------------------------------------------------
+
+    def _import(self, link: HmmLink, fetched: list[tuple[p.Block, int]]) -> list[VmmHandle]:
+        handles: list[VmmHandle] = []
+        backend = self.backend
+        for index, (block, fd) in enumerate(fetched):
+            try:
+                handle = backend.import_(fd, block.nbytes, block.device)
+            except VmmError:
+                rest = fetched[index + 1 :]
+                close_all([fd for _, fd in rest])
+                link.return_leases([block.block_id for block, _ in fetched[index:]])
+                for done in handles:
+                    backend.close(done)
+                raise
+            # The link, not the client: a later HMM knows nothing of this lease.
+            handle.on_free = partial(link.return_leases, [block.block_id])
+            handles.append(handle)
+        return handles
+
+    def _call(self, command: p.Command, answer_type: type[_AnswerT], *, wait_s: float = 0.0) -> _AnswerT:
+        deadline = self._deadline() + wait_s
+        link = self._attached(deadline)
+        link.return_leases([])
+        answer = link.command(command, deadline, epoch=self.epoch, wait_s=wait_s or self.timeout_s)
+        if isinstance(answer, ErrorReply):
+            raise error_from(answer)
+        if not isinstance(answer, answer_type):
+            raise ProtocolError(f"the HMM answered {type(command).__name__} with {type(answer).__name__}")
+        return answer
+
+    def _attached(self, deadline: float) -> HmmLink:
+        if self._pid != os.getpid():
+            raise HmmError(
+                f"the HMM client of process {self._pid} was used in process {os.getpid()}",
+                hint="A forked child makes its own HmmClient.",
+            )
+        with self._lock:
+            if self._link is not None and self._link.dead:
+                self._link.close()
+                self._link = None
+            if self._link is None:
+                self._link = HmmLink(self._endpoint, self.name, deadline)
+            return self._link
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.timeout_s
+
+
+class AsyncHmmClient:
+    """The coordinator's twin of HmmClient: the same calls as coroutines, carried out by a few threads.
+
+    A cancelled call still runs to its end or deadline in its thread.
+    """
+
+    def __init__(self, endpoint: str, *, name: str, timeout_s: float = 10.0) -> None:
+        self._client = HmmClient(endpoint, name=name, timeout_s=timeout_s)
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="hmm-client")
+
+    @property
+    def endpoint(self) -> str:
+        return self._client.endpoint
+
+    async def status(self) -> p.HmmStatus:
+        return await self._run(self._client.status)
+
+    async def register_model(self, model: p.ModelSpec) -> p.ModelSpec:
+        return await self._run(self._client.register_model, model)
+
+    async def begin(self, operation_id: str, *, timeout_s: float = 600.0) -> str:
+        return await self._run(self._client.begin, operation_id, timeout_s=timeout_s)
+
+    async def commit(self, txn: str) -> p.TxnReport:
+        return await self._run(self._client.commit, txn)
+
+    async def rollback(self, txn: str) -> p.TxnReport:
+        return await self._run(self._client.rollback, txn)
+
+    async def allocate(
+        self,
+        device: int,
+        kind: p.Kind,
+        *,
+        columns: Sequence[int] | None = None,
+        nbytes: int | None = None,
+        txn: str | None = None,
+    ) -> list[p.Block]:
+        return await self._run(self._client.allocate, device, kind, columns=columns, nbytes=nbytes, txn=txn)
+
+    async def lookup(
+        self, *, kind: p.Kind | None = None, device: int | None = None, columns: Sequence[int] | None = None
+    ) -> list[p.Block]:
+        return await self._run(self._client.lookup, kind=kind, device=device, columns=columns)
+
+    async def wait_sealed(self, block_ids: Sequence[int], timeout_s: float) -> None:
+        await self._run(self._client.wait_sealed, block_ids, timeout_s)
+
+    async def release(self, block_ids: Sequence[int], *, txn: str | None = None) -> None:
+        await self._run(self._client.release, block_ids, txn=txn)
+
+    async def close(self) -> None:
+        await self._run(self._client.close)
+        self._threads.shutdown(wait=False)
+
+    async def _run(self, function: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))

@@ -1,0 +1,176 @@
+"""All or nothing: steps with an undo each, and the table of transactions that clients keep open.
+
+An undo is recorded only after its step succeeded, so undoing never touches what never happened. Undoing goes on past a
+failing undo, and then says loudly what is left over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from elasticmoe_sglang.errors import TransactionError, UndoFailed
+from elasticmoe_sglang.hmm.ledger import Ledger
+from elasticmoe_sglang.hmm.protocol import TxnReport, TxnStatus
+
+log = logging.getLogger(__name__)
+
+_REMEMBERED = 1024
+"""Ended transactions whose outcome is still known, for retries."""
+
+
+class UndoLog:
+    """Steps done so far, each with its undo. As a context manager it undoes them when the block raises."""
+
+    def __init__(self, operation: str | None = None) -> None:
+        self._operation = operation
+        self._steps: list[tuple[str, Callable[[], None]]] = []
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def record(self, step: str, undo: Callable[[], None]) -> None:
+        """Call it right after `step` succeeded."""
+        self._steps.append((step, undo))
+
+    def absorb(self, other: UndoLog) -> None:
+        """Takes over the other log's steps, as the latest; the other is empty then."""
+        self._steps += other._steps
+        other._steps = []
+
+    def discard(self) -> None:
+        """Forgets the steps: they stay done."""
+        self._steps = []
+
+    def undo(self) -> None:
+        """Undoes all steps, the latest first. Raises UndoFailed after trying every one."""
+        failures: list[str] = []
+        while self._steps:
+            step, undo = self._steps.pop()
+            try:
+                undo()
+            except Exception as error:
+                log.exception("undo failed: %s (operation %s)", step, self._operation)
+                failures.append(f"{step}: {error}")
+        if failures:
+            raise UndoFailed(
+                f"{len(failures)} steps could not be undone: {'; '.join(failures)}",
+                operation=self._operation,
+                hint="What these steps made still exists; compare `elasticmoe status` with what is in use.",
+            )
+
+    def __enter__(self) -> UndoLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.undo()
+
+
+@dataclass(kw_only=True, eq=False)
+class Transaction:
+    """An open transaction of one client.
+
+    undo: what to do on rollback; releases: blocks to give up on commit.
+    """
+
+    txn: str
+    operation_id: str
+    owner: str
+    deadline: float
+    undo: UndoLog
+    releases: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    allocated_bytes: int = 0
+
+
+class TransactionTable:
+    """Opens and ends transactions. What commit and rollback mean for blocks is the caller's: see HmmService."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._open: dict[str, Transaction] = {}
+        self._ended: OrderedDict[str, tuple[str, TxnReport]] = OrderedDict()
+        self._numbers = itertools.count(1)
+
+    def begin(self, operation_id: str, owner: str, deadline: float) -> Transaction:
+        """Opens one, or returns the owner's open one of the same operation."""
+        for transaction in self._open.values():
+            if transaction.operation_id == operation_id:
+                self._require_owner(transaction, owner)
+                return transaction
+        txn = f"{next(self._numbers)}:{operation_id}"
+        transaction = Transaction(
+            txn=txn, operation_id=operation_id, owner=owner, deadline=deadline, undo=UndoLog(operation_id)
+        )
+        self._open[txn] = transaction
+        self._ledger.watch(txn)
+        return transaction
+
+    def get(self, txn: str) -> Transaction:
+        """The open transaction. Raises TransactionError when there is none, with what became of it."""
+        if txn in self._open:
+            return self._open[txn]
+        if txn in self._ended:
+            why, report = self._ended[txn]
+            raise TransactionError(
+                f"transaction {txn} is over: {why}", operation=report.operation_id, hint="Begin a new one."
+            )
+        raise TransactionError(f"transaction {txn} does not exist", hint="The HMM may have been started anew.")
+
+    def owned(self, txn: str, owner: str) -> Transaction:
+        """Like `get`, for what only the owner may do."""
+        transaction = self.get(txn)
+        self._require_owner(transaction, owner)
+        return transaction
+
+    def ended_as(self, txn: str, outcome: str) -> TxnReport | None:
+        """The report of a transaction that ended this way, so that a repeated end is answered alike."""
+        ended = self._ended.get(txn)
+        return ended[1] if ended is not None and ended[1].outcome == outcome else None
+
+    def end(self, transaction: Transaction, report: TxnReport, why: str) -> None:
+        """Closes it and remembers the outcome."""
+        del self._open[transaction.txn]
+        self._ended[transaction.txn] = (why, report)
+        while len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)
+
+    def of(self, owner: str) -> list[Transaction]:
+        """The owner's open ones."""
+        return [t for t in self._open.values() if t.owner == owner]
+
+    def expired(self, now: float) -> list[Transaction]:
+        """Open ones past their deadline."""
+        return [t for t in self._open.values() if t.deadline <= now]
+
+    def next_deadline(self) -> float | None:
+        """When the next one expires, on the caller's clock."""
+        return min((t.deadline for t in self._open.values()), default=None)
+
+    def status(self, now: float, names: dict[str, str]) -> list[TxnStatus]:
+        """All open ones; `names` turns owners into names for people."""
+        return [
+            TxnStatus(
+                txn=t.txn,
+                operation_id=t.operation_id,
+                owner=names.get(t.owner, t.owner),
+                allocated_blocks=len(t.blocks),
+                expires_in_s=round(t.deadline - now, 3),
+            )
+            for t in self._open.values()
+        ]
+
+    def _require_owner(self, transaction: Transaction, owner: str) -> None:
+        if transaction.owner != owner:
+            raise TransactionError(
+                f"transaction {transaction.txn} belongs to another client",
+                operation=transaction.operation_id,
+                hint="Only the client that began a transaction ends it.",
+            )
