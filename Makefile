@@ -31,7 +31,7 @@ $(STAMP): requirements-sglang-cpu.txt requirements-dev.txt pyproject.toml Makefi
 	@echo "make venv: installing $(TORCH), $(SGLANG) and what they need"
 	@$(PIP) $(TORCH) -r requirements-sglang-cpu.txt -r requirements-dev.txt
 	@$(PIP) --no-deps $(SGLANG) $(TORCHVISION)
-	@$(PIP) --no-deps -e .
+	@$(PIP) --quiet --no-deps -e .
 	@touch $@
 
 demo: $(STAMP) ## Show the main job: a small MoE is served and changes its EP size while streams decode.

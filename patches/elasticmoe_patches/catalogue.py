@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import elasticmoe_patches
-from elasticmoe_patches.spec import HookSpec, Process, Scope
+from elasticmoe_patches.spec import HookSpec, Process
 
 _DECLARES_HOOKS = re.compile(r"^HOOKS\b\s*[:=]", re.MULTILINE)
 
@@ -50,6 +50,6 @@ def all_hooks() -> tuple[HookSpec, ...]:
     return tuple(specs)
 
 
-def select(process: Process, scopes: Collection[Scope]) -> tuple[HookSpec, ...]:
+def select(process: Process, scopes: Collection[str]) -> tuple[HookSpec, ...]:
     """The hooks of these scopes which a process of this name needs."""
     return tuple(spec for spec in all_hooks() if spec.scope in scopes and spec.runs_in(process))

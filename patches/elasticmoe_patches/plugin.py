@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 PROCESS_ENV = "ELASTICMOE_PROCESS"
 """Environment variable with the name of a child process (main, dpc, seat or standby); a child without it is a seat."""
 _named: Process | None = None
-_PLATFORM_ONLY: tuple[Scope, ...] = ("platform",)
 
 
 def register() -> None:
@@ -44,8 +43,7 @@ def register() -> None:
         preflight.check_version()
         if elastic:
             preflight.check(spec for spec in all_hooks() if platform or spec.scope != "platform")
-        scopes: tuple[Scope, ...] = ("flags", "platform") if platform else ("flags",)
-        preflight.install(select("main", scopes), "main")
+        preflight.install(select("main", ("flags", "platform") if platform else ("flags",)), "main")
     except HookError as error:
         if elastic:
             preflight.fail_closed(error)
@@ -59,7 +57,7 @@ def install_for_platform(process: Process) -> tuple[HookSpec, ...]:
     """
     try:
         preflight.check_version()
-        return preflight.install(select(process, _PLATFORM_ONLY), process)
+        return preflight.install(select(process, ("platform",)), process)
     except HookError as error:
         preflight.fail_closed(error)
 
