@@ -1,0 +1,345 @@
+"""One function a collective: runs ours through torch.distributed and gloo's on the members alone, and compares.
+
+They run in the workers of `seats.py`. Each returns how many comparisons it made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C import _distributed_c10d as c10d
+
+from tests.helpers.seats import SeatContext
+
+DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
+_HALF = (torch.float16, torch.bfloat16)
+_FILL = 5
+REDUCTIONS = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
+
+
+def reductions_for(dtype: torch.dtype) -> tuple[str, ...]:
+    """Those that gloo has for a dtype; gloo adds bools up as bytes, which no bool can hold."""
+    if dtype is torch.bool:
+        return ("PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
+    if dtype.is_floating_point:
+        return REDUCTIONS[:5]
+    return ("SUM", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
+
+
+def values(seat: int, shape: tuple[int, ...], dtype: torch.dtype, salt: int = 0) -> Tensor:
+    """What a seat puts in: the same in every process, different for every seat."""
+    generator = torch.Generator().manual_seed(1000 * salt + seat)
+    if dtype is torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).bool()
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(0, 100, shape, generator=generator).to(dtype)
+
+
+def filled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An output as a caller hands it over: not zero."""
+    return torch.full(shape, 1 if dtype is torch.bool else _FILL, dtype=dtype)
+
+
+def absent_row(prefilled: Tensor) -> Tensor:
+    """What becomes of an absent seat's row: zero for floats, as it was otherwise."""
+    return torch.zeros_like(prefilled) if prefilled.dtype.is_floating_point else prefilled.clone()
+
+
+class Pair:
+    """Our group of all seats, and a gloo group of the members only."""
+
+    def __init__(self, context: SeatContext, seats: tuple[int, ...], epoch: int) -> None:
+        context.adopt(seats, epoch)
+        self.seats = seats
+        self.me = context.seat
+        self.capacity = context.fabric.capacity
+        self.ours: Any = context.memo["group"]
+        self.here = seats.index(context.seat)
+        key = ("gloo", epoch)
+        if key not in context.memo:
+            store = dist.FileStore(os.path.join(context.scratch, f"gloo-{epoch}"), len(seats))
+            context.memo[key] = dist.ProcessGroupGloo(store, self.here, len(seats), timedelta(seconds=30))
+        self.gloo: Any = context.memo[key]
+
+    def rows(self, compact: list[Tensor], prefilled: Tensor) -> Tensor:
+        """Gloo's rows at the members' places, the rule's rows elsewhere."""
+        full = [absent_row(prefilled) for _ in range(self.capacity)]
+        for seat, row in zip(self.seats, compact, strict=True):
+            full[seat] = row
+        return torch.stack(full)
+
+
+def same(ours: Tensor, theirs: Tensor, what: str, *, summed: bool = False) -> None:
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, what
+    if summed and ours.dtype in _HALF:
+        # Gloo rounds after every addition; ours once.
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2, msg=lambda text: what + text)
+    elif summed and ours.dtype.is_floating_point:
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda text: what + text)
+    else:
+        assert torch.equal(ours, theirs), f"{what}: {ours.flatten()[:8]} against gloo's {theirs.flatten()[:8]}"
+
+
+def _gloo_reduce(opts: Any, name: str) -> Any:
+    opts.reduceOp = getattr(dist.ReduceOp, name)
+    return opts
+
+
+def _op(name: str) -> Any:
+    return getattr(dist.ReduceOp, name)
+
+
+_ROUNDING = ("SUM", "AVG", "PRODUCT")
+
+
+def all_reduce(pair: Pair, dtype: torch.dtype, count: int) -> int:
+    for name in reductions_for(dtype):
+        ours = values(pair.me, (count,), dtype)
+        theirs = ours.clone()
+        dist.all_reduce(ours, op=_op(name), group=pair.ours)
+        pair.gloo.allreduce([theirs], _gloo_reduce(c10d.AllreduceOptions(), name)).wait()
+        same(ours, theirs, f"all_reduce {name} {dtype} x{count}", summed=name in _ROUNDING)
+    return len(reductions_for(dtype))
+
+
+def all_reduce_bits(pair: Pair, dtype: torch.dtype, count: int) -> list[int]:
+    """The bits of a sum, for comparing them between seats, and with the sum in rank order."""
+    ours = values(pair.me, (count,), dtype, salt=9)
+    dist.all_reduce(ours, group=pair.ours)
+    wide = torch.float32 if dtype in _HALF else dtype
+    total = values(pair.seats[0], (count,), dtype, salt=9).to(wide)
+    for seat in pair.seats[1:]:
+        total += values(seat, (count,), dtype, salt=9).to(wide)
+    assert torch.equal(ours, total.to(dtype)), f"not the sum in rank order: {dtype} x{count}"
+    return ours.view(torch.uint8).tolist()
+
+
+def reduce(pair: Pair, dtype: torch.dtype, count: int) -> int:
+    made = 0
+    for root in pair.seats:
+        ours = values(pair.me, (count,), dtype)
+        theirs = ours.clone()
+        name = "MAX" if dtype is torch.bool else "SUM"
+        opts = _gloo_reduce(c10d.ReduceOptions(), name)
+        opts.rootRank = pair.seats.index(root)
+        dist.reduce(ours, dst=root, op=_op(name), group=pair.ours)
+        pair.gloo.reduce([theirs], opts).wait()
+        if root == pair.me:
+            same(ours, theirs, f"reduce to {root} {dtype}", summed=True)
+        else:
+            assert torch.equal(ours, values(pair.me, (count,), dtype)), "reduce changed the values of another rank"
+        made += 1
+    return made
+
+
+def broadcast(pair: Pair, dtype: torch.dtype, count: int) -> int:
+    for root in pair.seats:
+        ours, theirs = values(pair.me, (count,), dtype), values(pair.me, (count,), dtype)
+        dist.broadcast(ours, src=root, group=pair.ours)
+        opts = c10d.BroadcastOptions()
+        opts.rootRank = pair.seats.index(root)
+        pair.gloo.broadcast([theirs], opts).wait()
+        same(ours, theirs, f"broadcast from {root} {dtype} x{count}")
+    return len(pair.seats)
+
+
+def all_gather(pair: Pair, dtype: torch.dtype, count: int) -> int:
+    mine = values(pair.me, (count,), dtype)
+    prefilled = filled((count,), dtype)
+    compact = [torch.empty_like(mine) for _ in pair.seats]
+    pair.gloo.allgather([compact], [mine]).wait()
+    expected = pair.rows(compact, prefilled)
+
+    single = filled((pair.capacity * count,), dtype)
+    dist.all_gather_single(single, mine, group=pair.ours)
+    same(single.view(pair.capacity, count), expected, f"all_gather_single {dtype} x{count}")
+    rows = [filled((count,), dtype) for _ in range(pair.capacity)]
+    dist.all_gather(rows, mine, group=pair.ours)
+    same(torch.stack(rows), expected, f"all_gather {dtype} x{count}")
+    # In place: my row of the output is my input.
+    single = filled((pair.capacity * count,), dtype)
+    single.view(pair.capacity, count)[pair.me] = mine
+    dist.all_gather_single(single, single[pair.me * count : (pair.me + 1) * count], group=pair.ours)
+    same(single.view(pair.capacity, count), expected, f"all_gather_single in place {dtype} x{count}")
+    # Strided input and output.
+    wide = filled((pair.capacity, count, 2), dtype)[..., 0]
+    dist.all_gather_single(wide, torch.stack((mine, mine), 1)[:, 0], group=pair.ours)
+    same(wide.contiguous(), expected, f"all_gather_single strided {dtype} x{count}")
+    return 4
+
+
+def gather(pair: Pair, dtype: torch.dtype, count: int) -> int:
+    mine = values(pair.me, (count,), dtype)
+    for root in pair.seats:
+        receiving = root == pair.me
+        rows = [filled((count,), dtype) for _ in range(pair.capacity)] if receiving else None
+        dist.gather(mine, rows, dst=root, group=pair.ours)
+        compact = [torch.empty_like(mine) for _ in pair.seats]
+        opts = c10d.GatherOptions()
+        opts.rootRank = pair.seats.index(root)
+        pair.gloo.gather([compact] if receiving else [], [mine], opts).wait()
+        if rows is not None:
+            same(torch.stack(rows), pair.rows(compact, filled((count,), dtype)), f"gather to {root} {dtype}")
+    return len(pair.seats)
+
+
+def scatter(pair: Pair, dtype: torch.dtype, count: int) -> int:
+    for root in pair.seats:
+        full = [values(seat, (count,), dtype, salt=root + 1) for seat in range(pair.capacity)]
+        sending = root == pair.me
+        ours, theirs = filled((count,), dtype), filled((count,), dtype)
+        dist.scatter(ours, full if sending else None, src=root, group=pair.ours)
+        opts = c10d.ScatterOptions()
+        opts.rootRank = pair.seats.index(root)
+        pair.gloo.scatter([theirs], [[full[seat] for seat in pair.seats]] if sending else [], opts).wait()
+        same(ours, theirs, f"scatter from {root} {dtype}")
+    return len(pair.seats)
+
+
+def reduce_scatter(pair: Pair, dtype: torch.dtype, count: int) -> int:
+    made = 0
+    for name in ("MAX",) if dtype is torch.bool else ("SUM", "MAX"):
+        full = values(pair.me, (pair.capacity, count), dtype)
+        theirs = filled((count,), dtype)
+        opts = _gloo_reduce(c10d.ReduceScatterOptions(), name)
+        pair.gloo.reduce_scatter([theirs], [[full[seat].clone() for seat in pair.seats]], opts).wait()
+        single, listed = filled((count,), dtype), filled((count,), dtype)
+        dist.reduce_scatter_single(single, full.view(-1), op=_op(name), group=pair.ours)
+        same(single, theirs, f"reduce_scatter_single {name} {dtype} x{count}", summed=True)
+        dist.reduce_scatter(listed, list(full), op=_op(name), group=pair.ours)
+        same(listed, theirs, f"reduce_scatter {name} {dtype} x{count}", summed=True)
+        made += 2
+    return made
+
+
+def all_to_all(pair: Pair, dtype: torch.dtype, count: int) -> int:
+    sends = values(pair.me, (pair.capacity, count), dtype)
+    compact = torch.empty(len(pair.seats), count, dtype=dtype)
+    pair.gloo.alltoall_base(compact, sends[list(pair.seats)].contiguous(), [], []).wait()
+    expected = pair.rows(list(compact), filled((count,), dtype))
+    single = filled((pair.capacity, count), dtype)
+    dist.all_to_all_single(single, sends, group=pair.ours)
+    same(single, expected, f"all_to_all_single {dtype} x{count}")
+    rows = [filled((count,), dtype) for _ in range(pair.capacity)]
+    dist.all_to_all(rows, list(sends), group=pair.ours)
+    same(torch.stack(rows), expected, f"all_to_all {dtype} x{count}")
+    return 2
+
+
+def all_to_all_uneven(pair: Pair, dtype: torch.dtype, count: int) -> int:
+    """Seat a sends a + 2b rows (of `count`) to seat b, so some pairs send nothing."""
+
+    def rows_between(source: int, target: int) -> int:
+        return source + 2 * target
+
+    everyone = range(pair.capacity)
+    send_sizes = [rows_between(pair.me, seat) for seat in everyone]
+    receive_sizes = [rows_between(seat, pair.me) for seat in everyone]
+    sends = values(pair.me, (sum(send_sizes), count), dtype)
+    ours = filled((sum(receive_sizes), count), dtype)
+    dist.all_to_all_single(ours, sends, receive_sizes, send_sizes, group=pair.ours)
+
+    parts = sends.split(send_sizes)
+    compact_sends = torch.cat([parts[seat] for seat in pair.seats])
+    sizes_in = [receive_sizes[seat] for seat in pair.seats]
+    compact = torch.empty(sum(sizes_in), count, dtype=dtype)
+    pair.gloo.alltoall_base(compact, compact_sends, sizes_in, [send_sizes[seat] for seat in pair.seats]).wait()
+    received = dict(zip(pair.seats, compact.split(sizes_in), strict=True))
+    expected = [
+        received[seat] if seat in received else absent_row(filled((receive_sizes[seat], count), dtype))
+        for seat in everyone
+    ]
+    same(ours, torch.cat(expected), f"uneven all_to_all_single {dtype} x{count}")
+    return 1
+
+
+def point_to_point(pair: Pair, dtype: torch.dtype, count: int) -> int:
+    """Everybody sends to the next member first and receives then, and once more with send and recv in turn."""
+    if len(pair.seats) == 1:
+        return 0
+    after = pair.seats[(pair.here + 1) % len(pair.seats)]
+    before = pair.seats[(pair.here - 1) % len(pair.seats)]
+    mine, ours, theirs = values(pair.me, (count,), dtype), filled((count,), dtype), filled((count,), dtype)
+    operations = [
+        dist.P2POp(dist.isend, mine, after, group=pair.ours, tag=3),
+        dist.P2POp(dist.irecv, ours, before, group=pair.ours, tag=3),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    sending = pair.gloo.send([mine], pair.seats.index(after), 3)
+    pair.gloo.recv([theirs], pair.seats.index(before), 3).wait()
+    sending.wait()
+    same(ours, theirs, f"isend/irecv {dtype} x{count}")
+    chained = filled((count,), dtype)
+    if pair.here == 0:
+        dist.send(mine, after, group=pair.ours)
+        assert dist.recv(chained, group=pair.ours) == before  # from anybody
+    else:
+        dist.recv(chained, before, group=pair.ours)
+        dist.send(mine, after, group=pair.ours)
+    same(chained, theirs, f"send/recv {dtype} x{count}")
+    return 2
+
+
+CASES: dict[str, Callable[[Pair, torch.dtype, int], int]] = {
+    case.__name__: case
+    for case in (
+        all_reduce,
+        reduce,
+        broadcast,
+        all_gather,
+        gather,
+        scatter,
+        reduce_scatter,
+        all_to_all,
+        all_to_all_uneven,
+        point_to_point,
+    )
+}
+
+
+def run_case(context: SeatContext, name: str, seats: tuple[int, ...], epoch: int, counts: tuple[int, ...]) -> int:
+    """One collective with every dtype and every number of values."""
+    pair = Pair(context, seats, epoch)
+    made = 0
+    for count in counts:
+        for dtype in DTYPES:
+            made += CASES[name](pair, dtype, count)
+            dist.barrier(group=pair.ours)
+    return made
+
+
+def run_bits(context: SeatContext, seats: tuple[int, ...], epoch: int, dtype: torch.dtype, count: int) -> list[int]:
+    return all_reduce_bits(Pair(context, seats, epoch), dtype, count)
+
+
+def run_objects(context: SeatContext, seats: tuple[int, ...], epoch: int) -> dict[str, Any]:
+    """The object collectives, as SGLang calls them."""
+    pair = Pair(context, seats, epoch)
+    mine = {"seat": pair.me, "text": "x" * (10 * pair.me + 1)}
+    gathered: list[Any] = ["before"] * pair.capacity
+    dist.all_gather_object(gathered, mine, group=pair.ours)
+    at_root: list[Any] | None = ["before"] * pair.capacity if pair.me == 0 else None
+    dist.gather_object(mine, at_root, dst=0, group=pair.ours)
+    spread = [mine, pair.me]
+    dist.broadcast_object_list(spread, src=seats[-1], group=pair.ours)
+    one: list[Any] = [None]
+    everything = [{"for": seat} for seat in range(pair.capacity)]
+    dist.scatter_object_list(one, everything if pair.me == 0 else None, src=0, group=pair.ours)
+    return {"all_gather": gathered, "gather": at_root, "broadcast": spread, "scatter": one[0]}
