@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elasticmoe_sglang.hmm.client import AsyncHmmClient, HmmClient, RegionHandle
-    from elasticmoe_sglang.hmm.config import Endpoint, HmmConfig, parse_bytes
+    from elasticmoe_sglang.hmm.config import Endpoint, HmmConfig
     from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout, TensorSpec
     from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
     from elasticmoe_sglang.hmm.protocol import Block, HmmStatus, Kind, ModelSpec, TxnReport
@@ -38,14 +38,13 @@ __all__ = [
     "RegionHandle",
     "TensorSpec",
     "TxnReport",
-    "parse_bytes",
     "serve_hmm",
     "spawn_hmm",
 ]
 
 _HOMES = {
     "client": ("AsyncHmmClient", "HmmClient", "RegionHandle"),
-    "config": ("Endpoint", "HmmConfig", "parse_bytes"),
+    "config": ("Endpoint", "HmmConfig"),
     "layout": ("ColumnLayout", "DenseLayout", "TensorSpec"),
     "process": ("HmmProcess", "spawn_hmm"),
     "protocol": ("Block", "HmmStatus", "Kind", "ModelSpec", "TxnReport"),

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from elasticmoe_sglang.errors import ElasticMoEError, UserInputError
-from elasticmoe_sglang.hmm.config import HmmConfig, parse_bytes
+from elasticmoe_sglang.hmm.config import HmmConfig
 from elasticmoe_sglang.hmm.server import serve_hmm
+from elasticmoe_sglang.units import parse_bytes
 
 
 def parse_config(argv: Sequence[str] | None = None) -> HmmConfig:

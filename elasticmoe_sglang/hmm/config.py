@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from elasticmoe_sglang.errors import UserInputError
 
-_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {unit + "b": factor for unit, factor in list(_UNITS.items()) if unit in "kmgt" and unit}
-_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _MAX_PATH = 107
 """Bytes that fit into sockaddr_un.sun_path with its final zero (Linux, unix(7))."""
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "2GiB", "512MB", "1.5gib" or "4096". Raises UserInputError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS:
-        raise UserInputError(f"{text!r} is no amount of memory", hint='Write it like "2GiB", "512MB" or "4096".')
-    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 @dataclass(frozen=True, kw_only=True)

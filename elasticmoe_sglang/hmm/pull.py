@@ -16,16 +16,16 @@ _NAP_S = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class PullStats:
-    """bytes: copied; complete: False when it was told to stop before the end."""
+    """nbytes: copied; complete: False when it was told to stop before the end."""
 
-    bytes: int
+    nbytes: int
     seconds: float
     chunks: int
     complete: bool
 
     @property
     def bytes_per_second(self) -> float:
-        return self.bytes / self.seconds if self.seconds else 0.0
+        return self.nbytes / self.seconds if self.seconds else 0.0
 
 
 def pull_bytes(
@@ -54,7 +54,7 @@ def pull_bytes(
             chunks += 1
             if bytes_per_second is not None and done < nbytes:
                 _sleep_until(started + done / bytes_per_second, stop)
-    return PullStats(bytes=done, seconds=time.monotonic() - started, chunks=chunks, complete=done == nbytes)
+    return PullStats(nbytes=done, seconds=time.monotonic() - started, chunks=chunks, complete=done == nbytes)
 
 
 @contextmanager

@@ -64,16 +64,15 @@ class ColumnSpace:
         return {offset // self.pitch for offset in self._range.offsets()}
 
     def map_column(self, slot: int, handle: VmmHandle) -> None:
-        """Puts a column's memory into its slot. The handle stays the caller's, who may close it at once."""
-        self._require(slot)
-        if handle.nbytes != self.pitch:
-            raise VmmError(f"a column of {handle.nbytes} bytes does not fit slots of {self.pitch} bytes")
-        with self._using(slot):
-            self._range.map(slot * self.pitch, handle)
+        """Puts a column's memory into its slot. Closes the handle, whatever happens: the mapping keeps the memory."""
+        with _closing(self.backend, handle):
+            if handle.nbytes != self.pitch:
+                raise VmmError(f"a column of {handle.nbytes} bytes does not fit slots of {self.pitch} bytes")
+            with self._using(slot):
+                self._range.map(slot * self.pitch, handle)
 
     def unmap_column(self, slot: int) -> None:
         """Empties the slot. No launched kernel may still read it; the lease goes back to the HMM."""
-        self._require(slot)
         with self._using(slot):
             self._range.unmap(slot * self.pitch)
 
@@ -86,11 +85,11 @@ class ColumnSpace:
         bytes_per_second: float | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> PullStats:
-        """Fills a mapped slot from a peer's column, whose handle the caller closes. Meant for a background thread.
+        """Fills a mapped slot from a peer's column and closes `source`, whatever happens. For a background thread.
 
         Seal the block only when the result says `complete`.
         """
-        with self._using(slot):
+        with _closing(self.backend, source), self._using(slot):
             return pull_bytes(
                 self.backend,
                 self.address(slot),
@@ -126,6 +125,7 @@ class ColumnSpace:
 
     @contextmanager
     def _using(self, slot: int) -> Iterator[None]:
+        self._require(slot)
         with self._lock:
             if slot in self._busy:
                 raise VmmError(f"slot {slot} is being filled or changed by another thread", hint="Wait for it.")
@@ -151,10 +151,11 @@ class DenseSpace:
         self._range = MappedRange(backend, self.nbytes)
 
     def map(self, handle: VmmHandle) -> None:
-        """Puts the block's memory in place. The handle stays the caller's, who may close it at once."""
-        if handle.nbytes != self.nbytes:
-            raise VmmError(f"a block of {handle.nbytes} bytes does not fit a dense layout of {self.nbytes} bytes")
-        self._range.map(0, handle)
+        """Puts the block's memory in place. Closes the handle, whatever happens: the mapping keeps the memory."""
+        with _closing(self.backend, handle):
+            if handle.nbytes != self.nbytes:
+                raise VmmError(f"a block of {handle.nbytes} bytes does not fit a dense layout of {self.nbytes} bytes")
+            self._range.map(0, handle)
 
     def is_mapped(self) -> bool:
         return bool(self._range.offsets())
@@ -167,16 +168,17 @@ class DenseSpace:
         bytes_per_second: float | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> PullStats:
-        """Fills the mapped block from another device's, whose handle the caller closes."""
-        return pull_bytes(
-            self.backend,
-            self._range.va.base,
-            source,
-            self.layout.dense_bytes,
-            chunk_bytes=chunk_bytes,
-            bytes_per_second=bytes_per_second,
-            should_stop=should_stop,
-        )
+        """Fills the mapped block from another device's and closes `source`, whatever happens."""
+        with _closing(self.backend, source):
+            return pull_bytes(
+                self.backend,
+                self._range.va.base,
+                source,
+                self.layout.dense_bytes,
+                chunk_bytes=chunk_bytes,
+                bytes_per_second=bytes_per_second,
+                should_stop=should_stop,
+            )
 
     def views(self) -> dict[str, torch.Tensor]:
         """Contiguous tensors by name. Only to be touched once mapped."""
@@ -189,3 +191,11 @@ class DenseSpace:
     def close(self) -> None:
         """Unmaps the block once no tensor over it is left. Idempotent."""
         self._range.close()
+
+
+@contextmanager
+def _closing(backend: VmmBackend, handle: VmmHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        backend.close(handle)
