@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.views import Operation, Status
 from elasticmoe_sglang.planner import Wish
+from elasticmoe_sglang.seats.membership import Membership
 
 _ResultT = TypeVar("_ResultT")
 
@@ -24,6 +25,10 @@ class CoordinatorHandle:
 
     async def _run(self, coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
+    @property
+    def membership(self) -> Membership:
+        return self._coordinator.membership
 
     @property
     def running(self) -> Operation | None:

@@ -16,10 +16,9 @@ import torch
 from elasticmoe_sglang.errors import SeatError
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.protocol import Block, ModelSpec
-from elasticmoe_sglang.hmm.space import ColumnLayout, ColumnSpace, DenseLayout, DenseSpace
+from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
+from elasticmoe_sglang.hmm.space import ColumnSpace, DenseSpace
 from elasticmoe_sglang.seats.messages import ColumnPull
-
-_PULL_CHUNK = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +92,8 @@ class SeatMemory:
         """
         self._client.register_model(spec)
         backend = self._client.backend
-        self.columns = ColumnSpace(backend, spec.num_columns, columns.column_bytes)
-        self.dense = DenseSpace(backend, dense)
+        self.columns = ColumnSpace(backend, spec.num_columns, columns.column_bytes, device=self._device)
+        self.dense = DenseSpace(backend, dense, device=self._device)
         self.slot_table = torch.full((spec.num_columns + 1,), -1, dtype=torch.int32, device=table_device)
         load_dense = self._attach_dense(txn, dense_source, fill_dense)
         load_columns = self._attach_columns(owned, txn)
@@ -105,7 +104,6 @@ class SeatMemory:
         [block, new] = self._dense_block(txn)
         [handle] = self._client.handles([block.block_id])
         self.dense.map(handle)
-        self._client.backend.close(handle)
         if not new:
             self._client.wait_sealed([block.block_id], self._deadline_s)
             return False
@@ -115,9 +113,7 @@ class SeatMemory:
             return True
         source = next((other for other in sources if other.device == source_device), None) or self._await_dense(sources)
         [source_handle] = self._client.handles([source.block_id])
-        stats = self.dense.pull(source_handle, chunk_bytes=_PULL_CHUNK)
-        self._client.backend.close(source_handle)
-        self.pulled_bytes += stats.bytes
+        self.pulled_bytes += self.dense.pull(source_handle).nbytes
         self._client.seal([block.block_id])
         return False
 
@@ -173,7 +169,6 @@ class SeatMemory:
         for block, handle in zip(blocks, self._client.handles([block.block_id for block in blocks]), strict=True):
             assert block.column is not None
             self.columns.map_column(block.column, handle)
-            self._client.backend.close(handle)
 
     def pull(self, pulls: Sequence[ColumnPull], txn: str | None) -> PullResult:
         """Map columns into their free slots and fill them from the devices that hold them now.
@@ -218,19 +213,12 @@ class SeatMemory:
         self._map([block])
         [source] = self._sealed([pull.column], pull.source)
         [handle] = self._client.handles([source.block_id])
-        try:
-            stats = self.columns.pull(
-                pull.column,
-                handle,
-                chunk_bytes=_PULL_CHUNK,
-                bytes_per_second=self._limit,
-                should_stop=self._stop.is_set,
-            )
-        finally:
-            self._client.backend.close(handle)
-        if self._stop.is_set():
+        stats = self.columns.pull(
+            pull.column, handle, bytes_per_second=self._limit, should_stop=self._stop.is_set
+        )
+        if not stats.complete:
             raise SeatError("the copy was stopped because the change is rolled back", seat=self._seat)
-        return int(stats.bytes)
+        return stats.nbytes
 
     def unmap(self, columns: Iterable[int]) -> int:
         """Unmap columns no table points at; how many were mapped. The HMM frees them when it is told to.

@@ -27,7 +27,7 @@ from elasticmoe_sglang.coordinator.seats_port import ProcessSeats
 from elasticmoe_sglang.errors import SeatError
 from elasticmoe_sglang.hmm.client import AsyncHmmClient, HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
-from elasticmoe_sglang.imm.client import start_imm
+from elasticmoe_sglang.imm.client import ImmClient, start_imm
 from elasticmoe_sglang.planner import initial_placement
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.seats import messages as sm
@@ -66,7 +66,8 @@ class Services:
             self._early: list[Heard] = []
             self._seats: ProcessSeats | None = None
             self._lines = SeatLines(runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._heard)
-            self.call(self._open_lines()).result()
+            # The IMM takes its time to import SGLang; the launch goes on meanwhile.
+            self._lines_open = self.call(self._open_lines())
         atexit.register(self.stop)
 
     async def _open_lines(self) -> None:
@@ -74,8 +75,6 @@ class Services:
         self._lines.open()
 
     def _wait_for_imm(self) -> None:
-        from elasticmoe_sglang.imm.client import ImmClient
-
         ImmClient(self.runtime.paths.imm_socket, timeout_s=120.0).close()
 
     def call(self, coroutine: Coroutine[Any, Any, _ResultT]) -> Any:
@@ -93,6 +92,7 @@ class Services:
     def start_coordinator(self, tokenizer_manager: Any) -> CoordinatorHandle:
         """Called by the HTTP server's start, when all first seats serve."""
         self._tokenizer = tokenizer_manager
+        self._lines_open.result(_HELLO_DEADLINE_S)
         self.coordinator = self.call(self._make_coordinator()).result(_HELLO_DEADLINE_S)
         return CoordinatorHandle(self.coordinator, self._loop)
 

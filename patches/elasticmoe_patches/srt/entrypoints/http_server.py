@@ -24,17 +24,15 @@ def before_setup_and_run(*args: Any, **kwargs: Any) -> None:
 def mount(app: Any, handle: Any, tokenizer_manager: Any) -> None:
     """Same admin key as SGLang's own endpoint; the first matching route wins."""
     from fastapi import Depends
-    from sglang.srt.utils.auth import AuthLevel
+    from sglang.srt.utils.auth import AuthLevel, auth_level
 
-    from elasticmoe_sglang.api import build_router
+    from elasticmoe_sglang.api.router import build_router
 
     async def with_tokenizer_loop() -> None:
         # Commands leave, and fences arrive, in this loop; SGLang starts it with the first request otherwise.
         tokenizer_manager.auto_create_handle_loop()
 
-    router = build_router(handle)
-    for route in router.routes:
-        route.endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL
+    router = build_router(handle, protect=auth_level(AuthLevel.ADMIN_OPTIONAL))
     before = len(app.router.routes)
     app.include_router(router, dependencies=[Depends(with_tokenizer_loop)])
     ours = app.router.routes[before:]

@@ -28,7 +28,7 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.hmm.protocol import ModelSpec
-from elasticmoe_sglang.hmm.space import ColumnLayout, DenseLayout
+from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
 from elasticmoe_sglang.planner import initial_placement
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _SAMPLE = 1 << 16
 
 
 def fingerprint(folder: Path, dtype: torch.dtype) -> str:
-    """Content fingerprint of a checkpoint: its config, and of every weight file the header, size, first and last 64 KiB.
+    """Content fingerprint of a checkpoint: its config, and of each weight file header, size, first and last 64 KiB.
 
     Reading all of it would cost what attaching saves; the header holds every tensor's name, dtype, shape and offset.
     """
@@ -68,7 +68,7 @@ def column_layout(layers: list[FusedMoE]) -> ColumnLayout:
             if name not in _EXPERT_WEIGHTS:
                 raise UserInputError(f"the MoE layer has a per-expert weight {name} that is not supported")
             entries.append((f"{layer.layer_id}.{name}", tuple(param.shape[1:]), param.dtype))
-    return ColumnLayout(entries)
+    return ColumnLayout.of(entries)
 
 
 def dense_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -77,7 +77,7 @@ def dense_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def dense_layout(parameters: dict[str, torch.nn.Parameter]) -> DenseLayout:
-    return DenseLayout([(name, tuple(param.shape), param.dtype) for name, param in parameters.items()])
+    return DenseLayout.of((name, tuple(param.shape), param.dtype) for name, param in parameters.items())
 
 
 def bind(layers: list[FusedMoE], parameters: dict[str, torch.nn.Parameter], memory: Any, columns: ColumnLayout) -> None:
@@ -142,7 +142,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             fingerprint=fingerprint(Path(folder), model_config.dtype),
             num_columns=num_columns,
             column_bytes=columns.column_bytes,
-            dense_bytes=dense.nbytes,
+            dense_bytes=dense.dense_bytes,
             detail={"architecture": model_config.hf_config.architectures[0], "dtype": str(model_config.dtype)},
         )
         placement = seat.ticket.placement or initial_placement(num_columns, seat.ticket.members).owners
