@@ -8,7 +8,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
+# make READY=1 RUN=/path/to/python ... uses an interpreter that has everything already (a machine without an index).
+STAMP := $(if $(READY),,$(VENV)/.installed)
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 ARGS ?=
@@ -22,10 +23,10 @@ SGLANG := sglang==0.5.21
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: $(STAMP) ## Build the virtual environment with SGLang in it (about two minutes, once).
+venv: $(VENV)/.installed ## Build the virtual environment with SGLang in it (about two minutes, once).
 
 # SGLang and torchvision come without their dependencies: those are CUDA-only; requirements-sglang-cpu.txt lists the rest.
-$(STAMP): requirements-sglang-cpu.txt requirements-dev.txt pyproject.toml Makefile scripts/bootstrap.sh
+$(VENV)/.installed: requirements-sglang-cpu.txt requirements-dev.txt pyproject.toml Makefile scripts/bootstrap.sh
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh
 	@test -x $(RUN) || { echo "make venv: creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "make venv: installing $(TORCH), $(SGLANG) and what they need"
