@@ -210,3 +210,4 @@ aclError aclrtSetSysParamOpt(aclSysParamOpt option, int64_t value) {
     return ACL_SUCCESS;
 }
 aclError aclrtCtxSetSysParamOpt(aclSysParamOpt option, int64_t value) { return aclrtSetSysParamOpt(option, value); }
+aclError aclrtSetOpWaitTimeout(uint32_t timeout) { (void)timeout; return ACL_SUCCESS; }

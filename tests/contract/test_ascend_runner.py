@@ -1,0 +1,157 @@
+"""SGLang 0.5.21's NPU MoE path with our runner core, on the CPU: its dispatcher, its MoeRunner, torch_npu's schemas.
+
+The operators' arithmetic is tests/helpers/npu_ops.py, the Triton kernels are their lowered Linalg. Not an NPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from elasticmoe_kernels.ascend import moe
+from elasticmoe_kernels.ascend.tiles import Tiles
+from elasticmoe_kernels.reference.moe import moe_experts as reference
+from elasticmoe_sglang.errors import UnsupportedFeature, UserInputError
+from tests.helpers import npu_ops
+from tests.helpers.triton_ascend.execute import ToolMissing, tool, triton_ascend_python
+from tests.helpers.triton_ascend.launch import LinalgKernel
+
+pytest.importorskip("sglang")
+
+EXPERTS, HIDDEN, INTER, TOP_K = 8, 64, 32, 2
+SMALL = Tiles(block_m=16, block_n=32, block_k=32, block_h=64, block_i=32)
+
+
+@pytest.fixture(scope="module")
+def sglang_moe() -> SimpleNamespace:
+    from elasticmoe_patches.platform import torchvision_ops
+
+    torchvision_ops.declare_if_unloadable()
+    npu_ops.register()
+    from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
+    from sglang.srt.layers.moe.moe_runner.runner import MoeRunner
+    from sglang.srt.layers.moe.token_dispatcher.ascend_tp import AscendTPDispatcher
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+    from sglang.srt.layers.moe.utils import MoeRunnerBackend
+
+    from elasticmoe_patches.srt.layers.moe import ascend
+
+    ascend.register()
+    ascend.register()  # once a process is enough, twice is no error
+    return SimpleNamespace(
+        Config=MoeRunnerConfig,
+        Runner=MoeRunner,
+        Dispatcher=AscendTPDispatcher,
+        TopK=StandardTopKOutput,
+        ASCEND=MoeRunnerBackend.ASCEND,
+        ours=ascend,
+    )
+
+
+@pytest.fixture
+def triton_as_linalg(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    try:
+        triton_ascend_python()
+        tool("mlir-opt")
+    except ToolMissing as error:
+        pytest.skip(str(error))
+    for name in ("gather_rows", "grouped_gemm", "swiglu", "combine"):
+        monkeypatch.setattr(moe, name, LinalgKernel(name))
+    monkeypatch.setattr(moe, "cores_of", lambda device: moe.Cores(cube=3, vector=4))
+    monkeypatch.setattr(moe, "tiles_for", lambda *sizes: SMALL)
+    yield
+
+
+def make_layer(sglang_moe: SimpleNamespace, slots: list[int], **changes: object) -> tuple[torch.nn.Module, object]:
+    """One FusedMoE layer as the NPU path sees it: strided columns, a table with -1 for experts elsewhere."""
+    generator = torch.Generator().manual_seed(1)
+    layer = torch.nn.Module()
+    pitch = 2 * INTER * HIDDEN + HIDDEN * INTER
+    column = torch.full((EXPERTS * pitch,), float("nan"))
+    layer.w13_weight = column.as_strided((EXPERTS, 2 * INTER, HIDDEN), (pitch, HIDDEN, 1))
+    layer.w2_weight = column.as_strided((EXPERTS, HIDDEN, INTER), (pitch, INTER, 1), 2 * INTER * HIDDEN)
+    for slot in (slot for slot in slots if slot >= 0):
+        layer.w13_weight[slot] = torch.randn(2 * INTER, HIDDEN, generator=generator) / HIDDEN**0.5
+        layer.w2_weight[slot] = torch.randn(HIDDEN, INTER, generator=generator) / INTER**0.5
+    fields = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "activation": "silu", "layer": layer}
+    config = sglang_moe.Config(**{**fields, **changes})
+    layer.dispatcher = sglang_moe.Dispatcher(config)
+    layer.dispatcher.local_expert_mapping = torch.tensor([*slots, -1], dtype=torch.int32)
+    return layer, config
+
+
+def forward(sglang_moe: SimpleNamespace, layer: torch.nn.Module, config: object, x, ids, weights) -> torch.Tensor:
+    runner = sglang_moe.Runner(sglang_moe.ASCEND, config)
+    dispatched = layer.dispatcher.dispatch(x, sglang_moe.TopK(weights, ids, torch.empty(0)))
+    return layer.dispatcher.combine(runner.run(dispatched, layer))
+
+
+PLACEMENTS = {
+    "all here": list(range(EXPERTS)),
+    "a part, not in order": [5, -1, 0, -1, -1, 7, 1, -1],
+    "one": [-1, -1, -1, 2, -1, -1, -1, -1],
+    "none": [-1] * EXPERTS,
+}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("gemm", ["triton", "grouped_matmul"])
+@pytest.mark.parametrize("tokens", [1, 37])
+def test_the_layer(sglang_moe, triton_as_linalg, monkeypatch, gemm: str, tokens: int, placement: str) -> None:
+    monkeypatch.setenv("ELASTICMOE_NPU_GEMM", gemm)
+    slots = PLACEMENTS[placement]
+    layer, config = make_layer(sglang_moe, slots)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(tokens, HIDDEN, generator=generator)
+    ids = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)[:, :TOP_K]
+    weights = torch.rand(tokens, TOP_K, generator=generator)
+    out = forward(sglang_moe, layer, config, x, ids, weights)
+    wanted = reference(x, layer.w13_weight, layer.w2_weight, torch.tensor(slots)[ids], weights)
+    assert torch.isfinite(out).all()
+    assert (out.double() - wanted).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("gemm", ["triton", "grouped_matmul"])
+def test_a_changed_table_is_seen_by_the_next_batch(sglang_moe, triton_as_linalg, monkeypatch, gemm: str) -> None:
+    monkeypatch.setenv("ELASTICMOE_NPU_GEMM", gemm)
+    layer, config = make_layer(sglang_moe, PLACEMENTS["all here"])
+    runner = sglang_moe.Runner(sglang_moe.ASCEND, config)
+    x, ids, weights = torch.randn(9, HIDDEN), torch.randint(0, EXPERTS, (9, TOP_K)), torch.rand(9, TOP_K)
+    for slots in (PLACEMENTS["all here"], PLACEMENTS["a part, not in order"], PLACEMENTS["all here"]):
+        layer.dispatcher.local_expert_mapping[:-1] = torch.tensor(slots, dtype=torch.int32)  # as a commit does
+        out = layer.dispatcher.combine(
+            runner.run(layer.dispatcher.dispatch(x, sglang_moe.TopK(weights, ids, torch.empty(0))), layer)
+        )
+        wanted = reference(x, layer.w13_weight, layer.w2_weight, torch.tensor(slots)[ids], weights)
+        assert (out.double() - wanted).abs().max() <= 1e-5
+
+
+def test_sglangs_own_core_is_replaced(sglang_moe) -> None:
+    _, config = make_layer(sglang_moe, PLACEMENTS["all here"])
+    assert type(sglang_moe.Runner(sglang_moe.ASCEND, config).runner_core).__name__ == "ColumnRunnerCore"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"activation": "gelu"}, {"is_gated": False}, {"apply_router_weight_on_input": True}, {"gemm1_clamp_limit": 7.0}],
+)
+def test_layers_it_would_compute_wrongly_are_refused(sglang_moe, change: dict[str, object]) -> None:
+    _, config = make_layer(sglang_moe, PLACEMENTS["all here"], **change)
+    with pytest.raises(UnsupportedFeature, match="plain SwiGLU"):
+        sglang_moe.Runner(sglang_moe.ASCEND, config)
+
+
+def test_weights_in_another_format_are_refused(sglang_moe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_NPU_DISABLE_ACL_FORMAT_WEIGHT", "0")
+    _, config = make_layer(sglang_moe, PLACEMENTS["all here"])
+    with pytest.raises(UnsupportedFeature, match="ND format"):
+        sglang_moe.Runner(sglang_moe.ASCEND, config)
+
+
+def test_an_unknown_gemm_is_named(sglang_moe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTICMOE_NPU_GEMM", "cublas")
+    with pytest.raises(UserInputError, match="triton, grouped_matmul"):
+        sglang_moe.ours.chosen_gemm()
