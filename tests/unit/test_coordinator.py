@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.helpers.fake_cluster import COLUMN, FakeCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from elasticmoe_sglang.errors import (
     UserInputError,
 )
 from elasticmoe_sglang.planner import RetireSeats, ScaleTo, Wish
+from tests.helpers.fake_cluster import COLUMN, FakeCluster
 
 SHORT = {"prepare_deadline_s": 0.1, "commit_deadline_s": 0.05, "finish_deadline_s": 0.1}
 HOW = ["raise_before", "raise_after", "hang"]

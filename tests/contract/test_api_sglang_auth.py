@@ -1,0 +1,71 @@
+"""Our routes behind SGLang's own key middleware: who may call them is what SGLang says of its admin requests."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from elasticmoe_sglang.api.router import build_router
+from tests.helpers.fake_cluster import FakeCluster
+
+REQUESTS = [
+    ("POST", "/scale_elastic_ep", {"new_ep_size": 2}),
+    ("GET", "/elastic_ep/operations", None),
+    ("GET", "/elastic_ep/status", None),
+    ("GET", "/is_scaling_elastic_ep", None),
+    ("POST", "/is_scaling_elastic_ep", None),
+]
+
+
+@pytest.fixture(scope="module")
+def auth() -> ModuleType:
+    """sglang.srt.utils.auth, loaded alone: it needs nothing of SGLang, which takes seconds to import."""
+    sglang = importlib.util.find_spec("sglang")
+    assert sglang is not None and sglang.origin is not None
+    path = Path(sglang.origin).parent / "srt" / "utils" / "auth.py"
+    spec = importlib.util.spec_from_file_location("sglang_auth", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("method", "path", "body"), REQUESTS)
+@pytest.mark.parametrize(
+    ("api_key", "admin_api_key", "sent", "allowed"),
+    [
+        (None, None, None, True),
+        (None, "admin", None, False),
+        (None, "admin", "wrong", False),
+        (None, "admin", "admin", True),
+        ("user", None, None, False),
+        ("user", None, "user", True),
+        ("user", "admin", "user", False),
+        ("user", "admin", "admin", True),
+    ],
+)
+def test_keys(
+    auth: ModuleType,
+    method: str,
+    path: str,
+    body: dict[str, int] | None,
+    api_key: str | None,
+    admin_api_key: str | None,
+    sent: str | None,
+    allowed: bool,
+) -> None:
+    app = FastAPI()
+    protect = auth.auth_level(auth.AuthLevel.ADMIN_OPTIONAL)
+    app.include_router(build_router(FakeCluster().coordinator(), protect))
+    auth.add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
+    with TestClient(app) as client:
+        headers = {"Authorization": f"Bearer {sent}"} if sent else {}
+        answer = client.request(method, path, json=body, headers=headers)
+    assert answer.status_code == (200 if allowed else 401)

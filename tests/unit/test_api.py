@@ -1,0 +1,276 @@
+"""The HTTP side against the fake cluster: every status, strict types, and no body that ends in a 500."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, wish_of
+from elasticmoe_sglang.api.router import build_router
+from elasticmoe_sglang.api.types import Operation, Phase, ScalingState, Status
+from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.planner import RetireSeats, ScaleTo
+from tests.helpers.fake_cluster import COLUMN, FakeCluster
+
+
+@contextmanager
+def serving(cluster: FakeCluster) -> Iterator[TestClient]:
+    app = FastAPI()
+    app.include_router(build_router(cluster.coordinator(prepare_deadline_s=5, commit_deadline_s=5)))
+    with TestClient(app) as client:
+        yield client
+
+
+@pytest.fixture
+def client() -> Iterator[TestClient]:
+    with serving(FakeCluster()) as client:
+        yield client
+
+
+def scale(client: TestClient, **body: Any) -> Operation:
+    answer = client.post("/scale_elastic_ep", json=body)
+    assert answer.status_code in (200, 202), answer.text
+    return msgspec.json.decode(answer.content, type=Operation)
+
+
+def refusal(client: TestClient, body: Any, status: int) -> str:
+    answer = client.post("/scale_elastic_ep", json=body)
+    assert answer.status_code == status, answer.text
+    assert answer.json().keys() == {"error"}
+    return str(answer.json()["error"])
+
+
+@pytest.mark.parametrize("word", ["new_ep_size", "new_data_parallel_size"])
+def test_both_words_for_a_size(client: TestClient, word: str) -> None:
+    operation = scale(client, **{word: 3}, wait=True)
+    assert operation.phase is Phase.DONE
+    assert (operation.old_ep_size, operation.new_ep_size, operation.wish) == (2, 3, {"new_ep_size": 3})
+
+
+def test_retire_seats(client: TestClient) -> None:
+    scale(client, new_ep_size=4, wait=True)
+    operation = scale(client, retire_seats=[2, 1], wait=True)
+    assert operation.seats_after == [0, 3] and operation.wish == {"retire_seats": [1, 2]}
+
+
+def test_202_while_it_goes_on_and_200_when_it_has_ended(client: TestClient) -> None:
+    answer = client.post("/scale_elastic_ep", json={"new_ep_size": 4, "operation_id": "up"})
+    assert answer.status_code == 202 and answer.json()["phase"] == "planned"
+    again = client.post("/scale_elastic_ep", json={"new_ep_size": 4, "operation_id": "up", "wait": True})
+    assert again.status_code == 200 and again.json()["phase"] == "done"
+    assert again.json()["created_at"] == answer.json()["created_at"]
+    assert client.post("/scale_elastic_ep", json={"new_ep_size": 4, "operation_id": "up"}).status_code == 200
+    shown = client.get("/elastic_ep/operations/up")
+    assert shown.status_code == 200 and shown.json() == again.json()
+
+
+def test_the_same_size_answers_200_at_once(client: TestClient) -> None:
+    answer = client.post("/scale_elastic_ep", json={"new_ep_size": 2})
+    assert answer.status_code == 200 and answer.json()["message"] == "Nothing had to change."
+
+
+def test_waiting_for_a_change_that_is_rolled_back_shows_its_phase_and_error() -> None:
+    with serving(FakeCluster(faults={"boot 2": "raise_after"})) as client:
+        operation = scale(client, new_ep_size=3, wait=True)
+        assert operation.phase is Phase.ROLLED_BACK and "boot 2" in str(operation.error)
+        state = msgspec.json.decode(client.get("/is_scaling_elastic_ep").content, type=ScalingState)
+        assert state.scale_phase == "failed" and state.last_error == operation.error
+
+
+def test_409_while_another_change_runs() -> None:
+    with serving(FakeCluster(faults={"boot 2": "hang"})) as client:
+        assert client.post("/scale_elastic_ep", json={"new_ep_size": 3}).status_code == 202
+        assert "one change runs at a time" in refusal(client, {"new_ep_size": 1}, 409)
+
+
+def test_400_for_a_size_that_does_not_fit_the_budgets() -> None:
+    with serving(FakeCluster(budget=4 * COLUMN + 5000)) as client:
+        assert "device 0 needs 3.91 KiB more and has 0 B free" in refusal(client, {"new_ep_size": 1}, 400)
+
+
+def test_503_without_an_hmm_while_the_status_still_answers() -> None:
+    with serving(FakeCluster(hmm_answers=False)) as client:
+        assert "Serving goes on" in refusal(client, {"new_ep_size": 3}, 503)
+        status = client.get("/elastic_ep/status")
+        assert status.status_code == 200 and status.json()["memory"]["available"] is False
+
+
+def test_404_for_an_unknown_operation(client: TestClient) -> None:
+    answer = client.get("/elastic_ep/operations/nobody")
+    assert answer.status_code == 404 and "nobody" in answer.json()["error"]
+
+
+def test_status_and_list_of_operations(client: TestClient) -> None:
+    scale(client, new_ep_size=4, wait=True, operation_id="a")
+    scale(client, new_ep_size=1, wait=True, operation_id="b")
+    status = msgspec.json.decode(client.get("/elastic_ep/status").content, type=Status)
+    assert status.membership == [0] and status.epoch == 2 and set(status.placement) == {0}
+    listed = client.get("/elastic_ep/operations").json()["operations"]
+    assert [operation["operation_id"] for operation in listed] == ["b", "a"]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_is_scaling_in_upstream_words(client: TestClient, method: str) -> None:
+    def state() -> dict[str, Any]:
+        answer = client.request(method, "/is_scaling_elastic_ep")
+        assert answer.status_code == 200
+        return dict(answer.json())
+
+    idle = {
+        "is_scaling_elastic_ep": False,
+        "effective_ep_size": 2,
+        "pending_ep_size": None,
+        "scale_phase": "idle",
+        "last_error": None,
+    }
+    assert state() == idle
+    scale(client, new_ep_size=4, wait=True)
+    assert state() == idle | {"effective_ep_size": 4, "scale_phase": "serving_expanded"}
+    scale(client, new_ep_size=1, wait=True)
+    assert state() == idle | {"effective_ep_size": 1, "scale_phase": "serving_shrunk"}
+
+
+def test_is_scaling_while_a_change_runs() -> None:
+    with serving(FakeCluster(faults={"boot 2": "hang"})) as client:
+        scale(client, new_ep_size=3)
+        state = client.post("/is_scaling_elastic_ep").json()
+        assert state["is_scaling_elastic_ep"] is True and state["pending_ep_size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"new_ep_size": 0}, "new_ep_size must be a positive integer, not 0"),
+        ({"new_ep_size": -1}, "positive integer"),
+        ({"new_ep_size": "4"}, 'positive integer, not "4"'),
+        ({"new_ep_size": True}, "positive integer, not true"),
+        ({"new_ep_size": 4.0}, "positive integer, not 4.0"),
+        ({"new_ep_size": None}, "positive integer, not null"),
+        ({"new_ep_size": [4]}, "positive integer"),
+        ({"new_ep_size": 5}, "ask for a size from 1 to 4"),
+        ({"new_ep_size": 10**30}, "ask for a size from 1 to 4"),
+        ({"new_data_parallel_size": "2"}, "new_data_parallel_size must be a positive integer"),
+        ({"new_data_parallel_size": 2, "drain_timeout": "x"}, "drain_timeout must be a positive integer"),
+        ({"new_ep_size": 2, "drain_timeout": 5}, "goes with new_data_parallel_size"),
+        ({"new_ep_size": 4, "new_data_parallel_size": 4}, "given together"),
+        ({"new_ep_size": 4, "retire_seats": [1]}, "given together"),
+        ({"retire_seats": []}, "Seats that can be retired now: 1"),
+        ({"retire_seats": [0]}, "seat 0 cannot be retired"),
+        ({"retire_seats": [3]}, "seat 3 is not occupied"),
+        ({"retire_seats": [9]}, "seat 9 is not occupied"),
+        ({"retire_seats": [-1]}, "seat -1 is not occupied"),
+        ({"retire_seats": [1, 1]}, "named twice"),
+        ({"retire_seats": 1}, "list of seat numbers, not 1"),
+        ({"retire_seats": ["1"]}, "list of seat numbers"),
+        ({"retire_seats": [True]}, "list of seat numbers"),
+        ({"retire_seats": [1.0]}, "list of seat numbers"),
+        ({"retire_seats": None}, "list of seat numbers"),
+        ({"new_ep_size": 4, "wait": 1}, "wait must be true or false"),
+        ({"new_ep_size": 4, "wait": None}, "wait must be true or false"),
+        ({"new_ep_size": 4, "operation_id": 7}, "operation_id must be a string"),
+        ({"new_ep_size": 4, "operation_id": ""}, "letters, digits"),
+        ({"new_ep_size": 4, "operation_id": "a" * 200}, "letters, digits"),
+        ({"new_ep_size": 4, "new_ep_sise": 4}, 'unknown field "new_ep_sise"'),
+        ({}, "no size and no seats to retire"),
+        ([], "JSON object, not []"),
+        (4, "JSON object, not 4"),
+        ("new_ep_size", "JSON object"),
+    ],
+)
+def test_400_says_what_is_allowed(client: TestClient, body: Any, sentence: str) -> None:
+    assert sentence in refusal(client, body, 400)
+    assert client.get("/elastic_ep/operations").json() == {"operations": []}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"not json",
+        b"null",
+        b'{"new_ep_size": 4',
+        b'{"new_ep_size": NaN}',
+        b'{"new_ep_size": 1e999}',
+        b'{"new_ep_size": ' + b"1" * 5000 + b"}",
+        b"\xff\xfe",
+        b'{"operation_id": "\\ud800", "new_ep_size": 2}',
+        b"[" * 10_000,
+        b'{"new_ep_size": 4}' + b" " * MAX_BODY_BYTES,
+    ],
+    ids=repr,
+)
+def test_400_for_what_is_no_body(client: TestClient, body: bytes) -> None:
+    answer = client.post("/scale_elastic_ep", content=body)
+    assert answer.status_code == 400 and '{"new_ep_size": n}' in answer.json()["error"]
+
+
+def test_vllms_clients_may_send_their_drain_timeout(client: TestClient) -> None:
+    assert scale(client, new_data_parallel_size=3, drain_timeout=120, wait=True).phase is Phase.DONE
+
+
+def test_requests_that_mean_the_same_are_equal_wishes() -> None:
+    def wish(body: Any) -> object:
+        return wish_of(parse_scale_request(json.dumps(body).encode()))
+
+    assert wish({"new_ep_size": 3}) == wish({"new_data_parallel_size": 3}) == ScaleTo(size=3)
+    assert wish({"retire_seats": [2, 1]}) == wish({"retire_seats": [1, 2]}) == RetireSeats(seats=(1, 2))
+
+
+KEYS = ["new_ep_size", "new_data_parallel_size", "retire_seats", "operation_id", "wait", "drain_timeout", "other"]
+scalars = st.none() | st.booleans() | st.integers() | st.integers(-2, 6) | st.floats() | st.text(max_size=8)
+values = st.recursive(
+    scalars | st.lists(st.integers(-2, 6), max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+near_requests = st.dictionaries(st.sampled_from(KEYS), values, max_size=3)
+bodies = st.one_of(
+    st.binary(max_size=200),
+    values.map(lambda value: json.dumps(value).encode()),
+    near_requests.map(lambda value: json.dumps(value).encode()),
+    st.builds(lambda body, cut: json.dumps(body).encode()[:cut], near_requests, st.integers(0, 40)),
+)
+
+
+@pytest.fixture(scope="module")
+def fuzzed() -> Iterator[TestClient]:
+    with serving(FakeCluster()) as client:
+        yield client
+
+
+@given(body=bodies)
+@settings(max_examples=400, deadline=None)
+def test_no_body_ends_in_a_500(fuzzed: TestClient, body: bytes) -> None:
+    answer = fuzzed.post("/scale_elastic_ep", content=body)
+    assert answer.status_code in (200, 202, 400, 409)
+    fields = {"error"} if answer.status_code >= 400 else set(Operation.__struct_fields__)
+    assert set(answer.json()) == fields
+
+
+@given(body=bodies)
+@settings(max_examples=400, deadline=None)
+def test_the_parser_raises_one_kind_of_error(body: bytes) -> None:
+    try:
+        request = parse_scale_request(body)
+    except UserInputError as error:
+        assert len(str(error)) < 400
+        return
+    wish_of(request)
+
+
+@given(path=st.text(max_size=40))
+@settings(max_examples=100, deadline=None)
+def test_no_operation_name_ends_in_a_500(fuzzed: TestClient, path: str) -> None:
+    from urllib.parse import quote
+
+    answer = fuzzed.get(f"/elastic_ep/operations/{quote(path, safe='', errors='replace')}")
+    assert answer.status_code in (200, 404)
