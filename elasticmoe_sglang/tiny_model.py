@@ -65,8 +65,8 @@ def make_tiny_model(
     _validate(arch, layers, experts, hidden, dtype)
     path = Path(out_dir)
     path.mkdir(parents=True, exist_ok=True)
-    config = _qwen3_moe_config(layers, experts, hidden) if arch == "qwen3_moe" else _deepseek_config(layers, experts, hidden)
-    config |= _common_config(layers, hidden, dtype)
+    architecture = _qwen3_moe_config if arch == "qwen3_moe" else _deepseek_config
+    config = architecture(experts, hidden) | _common_config(layers, hidden, dtype)
     _write_json(path / "config.json", config)
     _write_json(path / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "do_sample": False})
     _write_tokenizer(path)
@@ -109,7 +109,7 @@ def _common_config(layers: int, hidden: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def _qwen3_moe_config(layers: int, experts: int, hidden: int) -> dict[str, Any]:
+def _qwen3_moe_config(experts: int, hidden: int) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -123,7 +123,7 @@ def _qwen3_moe_config(layers: int, experts: int, hidden: int) -> dict[str, Any]:
     }
 
 
-def _deepseek_config(layers: int, experts: int, hidden: int) -> dict[str, Any]:
+def _deepseek_config(experts: int, hidden: int) -> dict[str, Any]:
     return {
         "architectures": ["DeepseekV2ForCausalLM"],
         "model_type": "deepseek_v2",

@@ -91,5 +91,5 @@ def checkpoint_dtype(model_path: str) -> str | None:
 
 def ranks(server_args: Any) -> int:
     """Scheduler processes that this node will run."""
-    replicas = 1 if server_args.enable_dp_attention else server_args.dp_size
-    return max(1, server_args.tp_size * server_args.pp_size * replicas // server_args.nnodes)
+    replicas = 1 if server_args.enable_dp_attention else int(server_args.dp_size)
+    return max(1, int(server_args.tp_size) * int(server_args.pp_size) * replicas // int(server_args.nnodes))

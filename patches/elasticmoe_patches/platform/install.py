@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def install() -> None:
-    """Register with SGLang's official points, then put the platform's hooks in place. Ends the process on a mismatch."""
+    """Register with SGLang's official points, then put the platform's hooks in place; a mismatch ends the process."""
     from elasticmoe_patches import preflight
     from elasticmoe_patches.catalogue import select
     from elasticmoe_patches.platform.cpu import DISPATCH_KEY

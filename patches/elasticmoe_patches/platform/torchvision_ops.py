@@ -32,9 +32,9 @@ def declare_if_unloadable() -> bool:
     package = Path(spec.submodule_search_locations[0])
     if _loads(package):
         return False
-    _declared = torch.library.Library("torchvision", "DEF")
+    _declared = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for name in operator_names(package):
-        _declared.define(f"{name}(Tensor x) -> Tensor")
+        _declared.define(f"{name}(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
     return True
 
 
@@ -49,7 +49,7 @@ def _loads(package: Path) -> bool:
     if not libraries:
         return False
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(libraries[0]))  # type: ignore[no-untyped-call]
     except OSError:
         return False
     return True

@@ -82,8 +82,8 @@ HOOKS: tuple[HookSpec, ...] = (
         kind="attribute",
         hook=f"{__name__}:cpu_flag",
         signature="bool",
-        reason="all_gather_into_tensor and reduce_scatter_tensor go through CUDA-only custom operators unless this flag "
-        "is set, and SGLang sets it only for its own CPU engine, which needs sgl_kernel.",
+        reason="all_gather_into_tensor and reduce_scatter_tensor go through CUDA-only custom operators unless this is "
+        "set, and SGLang sets it only for its own CPU engine, which needs sgl_kernel.",
         expires="SGLang asks the platform instead of SGLANG_USE_CPU_ENGINE.",
         scope="platform",
         processes=_SEATS,

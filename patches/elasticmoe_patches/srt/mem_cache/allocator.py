@@ -22,6 +22,8 @@ class CpuTokenAllocator(TokenToKVPoolAllocator):  # type: ignore[misc]
 class CpuPagedAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
     """Page size > 1, with SGLang's PyTorch formulation of its two Triton kernels."""
 
+    free_pages: torch.Tensor
+
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,

@@ -16,7 +16,7 @@ HOOKS: tuple[HookSpec, ...] = (
         kind="attribute",
         hook=f"{__name__}:cpu_flag",
         signature="bool",
-        reason="prepare_mlp_sync_batch asks for pinned memory, which needs an accelerator's driver, unless this flag is "
+        reason="prepare_mlp_sync_batch asks for pinned memory, which needs an accelerator's driver, unless this is "
         "set; SGLang sets it only for its own CPU engine.",
         expires="It uses the platform's is_pin_memory_available as the rest of the file does.",
         scope="platform",

@@ -2,8 +2,8 @@
 
 It takes the place of SGLang's ``torch_native`` backend, which loops over requests and cannot serve MLA from a latent
 cache. Keeping that name is on purpose: SGLang asks by name whether Triton kernels and graphs may be used
-(``utils/common.py: support_triton``, ``mem_cache/allocation.py``, ``arg_groups/attention_hook.py``), and the answers for
-``torch_native`` are the right ones here.
+(``utils/common.py: support_triton``, ``mem_cache/allocation.py``, ``arg_groups/attention_hook.py``), and the answers
+for ``torch_native`` are the right ones here.
 
 MLA runs in the absorbed form in prefill and decode alike: SGLang folds ``kv_b_proj`` into the query, the backend sees
 one latent KV head.

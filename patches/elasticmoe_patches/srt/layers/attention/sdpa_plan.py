@@ -11,6 +11,7 @@ positions ``0 ... prefix + i``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ class Group:
     kv_rows: torch.Tensor
     """Rows of the KV pool, request-major; int64 [requests * keys]. Padding repeats the request's first row."""
     mask: torch.Tensor | None
-    """Added to the scores, [requests, 1, queries, keys], 0 or -inf. None where `causal` says all or nothing is hidden."""
+    """Added to the scores, [requests, 1, queries, keys], 0 or -inf. None where `causal` says it or nothing is hidden."""
     causal: bool
     """True: hidden are exactly the keys after the query, both counted from 0."""
     valid: torch.Tensor | None
@@ -101,7 +102,7 @@ def _group(
         # Whatever stands past a request's end in the table may belong to somebody else; its own first row is always
         # written and finite, so that a hidden key's weight of exactly 0 times its value is 0.
         kv_rows = torch.where(position < torch.tensor(totals).unsqueeze(1), kv_rows, kv_rows[:, :1])
-    together = all(b == a + 1 for a, b in zip(ids, ids[1:], strict=False)) and min(extends) == queries
+    together = all(b == a + 1 for a, b in itertools.pairwise(ids)) and min(extends) == queries
     offset = torch.arange(queries)
     if together:
         query_rows: torch.Tensor | slice = slice(starts[ids[0]], starts[ids[-1] + 1])
@@ -144,11 +145,9 @@ def attend(
     shape = (group.requests, group.queries)
     heads, kv_heads = q.shape[1], keys.shape[1]
     query = q[group.query_rows].view(*shape, heads, -1)
-    if group.queries == 1:
-        # Heads that share keys become rows of one small matrix product: no key is repeated or read twice.
-        query = query.view(group.requests, kv_heads, heads // kv_heads, -1)
-    else:
-        query = query.transpose(1, 2)
+    # In decode, heads that share keys become rows of one small matrix product: no key is repeated or read twice.
+    folded = (group.requests, kv_heads, heads // kv_heads, -1)
+    query = query.view(folded) if group.queries == 1 else query.transpose(1, 2)
     key = keys.index_select(0, group.kv_rows).view(group.requests, group.keys, kv_heads, -1).transpose(1, 2)
     if values is None:
         # The fused kernel wants one width for keys and values; the surplus columns are dropped below.
