@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.params import Depends
 from starlette.requests import ClientDisconnect
 
 from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, wish_of
 from elasticmoe_sglang.api.types import ErrorBody, Operation, OperationList, Phase, ScalingState, Status
-from elasticmoe_sglang.coordinator import Coordinator
 from elasticmoe_sglang.errors import ElasticMoEError, HmmError, OperationInProgress, UserInputError
+from elasticmoe_sglang.planner import Wish
+from elasticmoe_sglang.seats.membership import Membership
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -26,24 +29,54 @@ _UPSTREAM_PHASES = {
 }
 
 
+class Changes(Protocol):
+    """What the routes need of a coordinator: a `Coordinator` in this event loop, or a `CoordinatorHandle`."""
+
+    @property
+    def membership(self) -> Membership: ...
+    @property
+    def running(self) -> Operation | None: ...
+    @property
+    def last(self) -> Operation | None: ...
+    async def submit(self, wish: Wish, operation_id: str | None = None) -> Operation: ...
+    async def wait(self, operation_id: str) -> Operation: ...
+    async def status(self) -> Status: ...
+    def get(self, operation_id: str) -> Operation | None: ...
+    def operations(self) -> list[Operation]: ...
+
+
 def unprotected(handler: Handler) -> Handler:
     """Leaves a handler as it is: no key is asked for."""
     return handler
 
 
-def build_router(coordinator: Coordinator, protect: Callable[[Handler], Handler] = unprotected) -> APIRouter:
-    """The five paths of the HTTP side.
+def mount(app: FastAPI, router: APIRouter) -> None:
+    """Put our routes in front of all that `app` has; the first route that matches wins.
+
+    Not `app.include_router`: FastAPI may keep an included router as one opaque route, and SGLang's middleware, which
+    looks for the key's level on the endpoint of the route that matches, would find none there and let everybody in.
+    """
+    app.router.routes[:0] = router.routes
+
+
+def build_router(
+    coordinator: Changes,
+    protect: Callable[[Handler], Handler] = unprotected,
+    dependencies: Sequence[Depends] = (),
+) -> APIRouter:
+    """The paths of the HTTP side, for `mount`.
 
     Args:
-        coordinator: lives in the event loop that serves these routes.
+        coordinator: reached from the event loop that serves these routes.
         protect: applied to each handler; SGLang's `auth_level(AuthLevel.ADMIN_OPTIONAL)` makes its middleware ask for
             the admin key.
+        dependencies: run before each handler.
 
     Statuses: 202 with an operation that goes on, 200 with one that has ended (however: see `phase`) and for all other
     answers, 400 for what is malformed or impossible, 404 for an unknown operation, 409 while another change runs, 503
     while the HMM does not answer. A body with status 400 or more is {"error": sentence}.
     """
-    router = APIRouter(tags=["elastic expert parallelism"])
+    router = APIRouter(tags=["elastic expert parallelism"], dependencies=list(dependencies))
 
     @protect
     async def scale_elastic_ep(request: Request) -> Response:
@@ -92,7 +125,7 @@ def build_router(coordinator: Coordinator, protect: Callable[[Handler], Handler]
     return router
 
 
-def scaling_state(coordinator: Coordinator) -> ScalingState:
+def scaling_state(coordinator: Changes) -> ScalingState:
     """The state of scaling as SGLang's own endpoint words it; clients of both SGLang and vLLM understand it."""
     running = coordinator.running
     latest = running or coordinator.last

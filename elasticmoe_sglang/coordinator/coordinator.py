@@ -7,7 +7,6 @@ import logging
 import re
 import time
 import uuid
-from collections import OrderedDict
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.change import Change
@@ -34,7 +33,7 @@ _OPERATION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Coordinator:
-    """Lives in one event loop; all methods are called from there.
+    """Lives in one event loop; its coroutines are called from there. What does not wait can be asked from any thread.
 
     Args:
         membership, placement: as the server started.
@@ -57,7 +56,7 @@ class Coordinator:
         self._memory = memory
         self._seats = seats
         self._seat_bytes = seat_bytes
-        self._operations: OrderedDict[str, RunningOperation] = OrderedDict()
+        self._operations: dict[str, RunningOperation] = {}
         self._latest: RunningOperation | None = None
         self._task: asyncio.Task[None] | None = None
         self._submitting = asyncio.Lock()
@@ -79,7 +78,7 @@ class Coordinator:
     @property
     def last(self) -> Operation | None:
         """The operation that ended last."""
-        ended = (operation for operation in reversed(self._operations.values()) if operation.phase.ended)
+        ended = (operation for operation in self._newest_first() if operation.phase.ended)
         latest = next(ended, None)
         return latest.view() if latest is not None else None
 
@@ -160,7 +159,7 @@ class Coordinator:
         self._operations[operation.operation_id] = operation
         # Only ended operations are ever dropped: at most one runs, and it is the newest.
         while len(self._operations) > HISTORY:
-            self._operations.popitem(last=False)
+            del self._operations[next(iter(self._operations))]
 
     async def _check_room(self, plan: ScalePlan) -> None:
         memory = await self._memory_status()
@@ -203,7 +202,11 @@ class Coordinator:
 
     def operations(self) -> list[Operation]:
         """The last 256 operations, newest first."""
-        return [operation.view() for operation in reversed(self._operations.values())]
+        return [operation.view() for operation in self._newest_first()]
+
+    def _newest_first(self) -> list[RunningOperation]:
+        # One step for the interpreter, so that another thread may ask while an operation is added.
+        return list(self._operations.values())[::-1]
 
     async def wait(self, operation_id: str) -> Operation:
         """The operation once it has ended. Raises KeyError for an operation that is not known."""

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from elasticmoe_sglang.api.router import build_router
+from elasticmoe_sglang.api.router import build_router, mount
 from tests.helpers.fake_cluster import FakeCluster
 
 REQUESTS = [
@@ -37,6 +37,7 @@ def auth() -> ModuleType:
     return module
 
 
+@pytest.mark.filterwarnings("ignore:ORJSONResponse is deprecated")
 @pytest.mark.parametrize(("method", "path", "body"), REQUESTS)
 @pytest.mark.parametrize(
     ("api_key", "admin_api_key", "sent", "allowed"),
@@ -63,7 +64,7 @@ def test_keys(
 ) -> None:
     app = FastAPI()
     protect = auth.auth_level(auth.AuthLevel.ADMIN_OPTIONAL)
-    app.include_router(build_router(FakeCluster().coordinator(), protect))
+    mount(app, build_router(FakeCluster().coordinator(), protect))
     auth.add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
     with TestClient(app) as client:
         headers = {"Authorization": f"Bearer {sent}"} if sent else {}

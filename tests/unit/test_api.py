@@ -9,13 +9,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, wish_of
-from elasticmoe_sglang.api.router import build_router
+from elasticmoe_sglang.api.router import build_router, mount
 from elasticmoe_sglang.api.types import Operation, Phase, ScalingState, Status
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.planner import RetireSeats, ScaleTo
@@ -25,7 +25,7 @@ from tests.helpers.fake_cluster import COLUMN, FakeCluster
 @contextmanager
 def serving(cluster: FakeCluster) -> Iterator[TestClient]:
     app = FastAPI()
-    app.include_router(build_router(cluster.coordinator(prepare_deadline_s=5, commit_deadline_s=5)))
+    mount(app, build_router(cluster.coordinator(prepare_deadline_s=5, commit_deadline_s=5)))
     with TestClient(app) as client:
         yield client
 
@@ -211,6 +211,25 @@ def test_400_says_what_is_allowed(client: TestClient, body: Any, sentence: str) 
 def test_400_for_what_is_no_body(client: TestClient, body: bytes) -> None:
     answer = client.post("/scale_elastic_ep", content=body)
     assert answer.status_code == 400 and '{"new_ep_size": n}' in answer.json()["error"]
+
+
+def test_our_routes_win_and_run_their_dependencies() -> None:
+    calls = []
+
+    async def note() -> None:
+        calls.append(True)
+
+    app = FastAPI()
+
+    @app.get("/elastic_ep/status")
+    async def upstream() -> str:
+        return "upstream"
+
+    mount(app, build_router(FakeCluster().coordinator(), dependencies=[Depends(note)]))
+    with TestClient(app) as client:
+        assert client.get("/elastic_ep/status").json()["membership"] == [0, 1]
+        assert client.get("/openapi.json").status_code == 200
+    assert calls == [True]
 
 
 def test_vllms_clients_may_send_their_drain_timeout(client: TestClient) -> None:
