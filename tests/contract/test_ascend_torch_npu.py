@@ -25,12 +25,18 @@ def python() -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("part", sorted(path.stem for path in SUITE.glob("check_*.py")))
+def parts() -> dict[str, list[str]]:
+    """Name -> pytest arguments. The contract suite of all memory backends runs there too, with torch_npu loaded."""
+    own = {path.stem: [str(path), "-o", "python_files=check_*.py"] for path in sorted(SUITE.glob("check_*.py"))}
+    return {**own, "contract": [str(ROOT / "tests/contract/test_vmm.py"), "-k", "npu", "-p", "torch_npu"]}
+
+
+@pytest.mark.parametrize("part", parts())
 def test_in_the_npu_venv(python: str, part: str) -> None:
-    # -p no:cacheprovider: two pytest runs must not share one cache folder.
-    options = ["-q", "-p", "no:cacheprovider", "-o", "python_files=check_*.py", "--timeout=120", "--rootdir", str(ROOT)]
+    # Two pytest runs must not share one cache folder; torch_npu's own warnings are not ours to mend.
+    options = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", "--timeout=120"]
     done = subprocess.run(
-        [python, "-m", "pytest", *options, str(SUITE / f"{part}.py")],
+        [python, "-m", "pytest", *options, "--rootdir", str(ROOT), *parts()[part]],
         # Blocking: an operator's failure belongs to the line that called it.
         env={**cann_standin.environment(devices=4, hbm_bytes=64 << 20), "ASCEND_LAUNCH_BLOCKING": "1"},
         cwd=ROOT,

@@ -141,7 +141,7 @@ class AscendBackend(VmmBackend):
             except VmmError:
                 self._acl("aclrtFreePhysical", handle)
                 raise
-        with self._lock:
+        with self._books():
             self._physical[handle.value] = _Physical(nbytes=nbytes, device=device, imported_as=None)
         return handle.value
 
@@ -160,7 +160,7 @@ class AscendBackend(VmmBackend):
     def _close(self, handle: VmmHandle) -> None:
         if handle.device == _HOST:
             return self._host._close(handle)
-        with self._lock:
+        with self._books():
             self._physical[handle.native].handles -= 1
             self._free_if_unused(handle.native)
 
@@ -220,7 +220,7 @@ class AscendBackend(VmmBackend):
     def _export(self, handle: VmmHandle) -> int:
         if handle.device == _HOST:
             return self._host._export(handle)
-        with self._lock:
+        with self._books():
             physical = self._physical[handle.native]
             if physical.token is None:
                 if physical.imported_as is not None:
@@ -248,7 +248,7 @@ class AscendBackend(VmmBackend):
             raise VmmError(
                 f"the handle holds {held} bytes of device {home}, {nbytes} of device {device} were announced"
             )
-        with self._lock:
+        with self._books():
             native = self._by_number.get(number)
             if native is not None:
                 self._physical[native].handles += 1
@@ -275,16 +275,16 @@ class AscendBackend(VmmBackend):
                 self._acl("aclrtMemcpyAsync", dst, nbytes, src, nbytes, kind, stream)
                 self._acl("aclrtSynchronizeStream", stream)
             finally:
-                with self._lock:
+                with self._books():
                     self._streams[target].append(stream)
 
     def _device_at(self, va: int, nbytes: int) -> int:
-        with self._lock:
+        with self._books():
             return self._bindings[self._reservation_of(va, nbytes).va.base].device
 
     def _allow_peer(self, device: int, peer: int) -> None:
         """Lets the current device reach `peer`; once a process is enough, and doing it twice is an error of ACL's."""
-        with self._lock:
+        with self._books():
             if device == peer or (device, peer) in self._peers:
                 return
             can = ctypes.c_int32()
@@ -298,7 +298,7 @@ class AscendBackend(VmmBackend):
             self._peers.add((device, peer))
 
     def _take_stream(self, device: int) -> int:
-        with self._lock:
+        with self._books():
             idle = self._streams.setdefault(device, [])
             if idle:
                 return idle.pop()

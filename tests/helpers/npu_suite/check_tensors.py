@@ -6,7 +6,10 @@ import weakref
 import pytest
 import torch
 
+from elasticmoe_sglang.hmm.layout import ColumnLayout
+from elasticmoe_sglang.hmm.space import ColumnSpace
 from elasticmoe_sglang.hmm.vmm import get_backend
+from elasticmoe_sglang.hmm.vmm.tensors import tensor_from_handle
 
 M = 2 << 20
 SHAPE = (1024, 1024)  # bfloat16: one granule
@@ -96,6 +99,27 @@ def test_strided_layer_views_of_columns(backend) -> None:
         backend.unmap(va.base + slot * M, M)
         backend.close(columns[slot])
     backend.release_va(va)
+
+
+def test_a_column_space_and_its_views(backend) -> None:
+    """What a seat holds: views over all slots, columns that come by a pull from a peer, and go."""
+    layout = ColumnLayout.of([("w13", (64, 512), torch.bfloat16), ("w2", (512, 32), torch.bfloat16)])
+    space = ColumnSpace(backend, 6, layout.column_bytes, device=0)
+    views = space.views(layout)
+    assert views["w13"].device == torch.device("npu:0") and views["w13"].stride(0) * 2 == space.pitch == M
+    peer = backend.create(M, 1)
+    source = tensor_from_handle(backend, peer, (layout.column_bytes // 2,), "bfloat16")
+    source.copy_(torch.arange(layout.column_bytes // 2).bfloat16())
+    wanted = source.cpu()
+    space.map_column(4, backend.create(M, 0))
+    assert space.pull(4, peer).complete
+    assert torch.equal(views["w13"][4].cpu().flatten(), wanted[: 64 * 512])
+    assert torch.equal(views["w2"][4].cpu().flatten(), wanted[layout.offsets["w2"] // 2 :][: 512 * 32])
+    assert torch.ops.npu.get_npu_format(views["w2"][4]) == 2  # ND: plain rows
+    space.unmap_column(4)
+    del source, views
+    gc.collect()
+    space.close()
 
 
 def test_a_storage_tells_when_it_is_gone(backend) -> None:
