@@ -1,0 +1,1 @@
+"""Seats: membership, process group, commit gate."""
