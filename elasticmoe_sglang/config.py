@@ -108,6 +108,15 @@ class ElasticConfig:
             raise UserInputError(f"missing setting: {', '.join(missing)}")
         return cls(**values)
 
+    def to_flags(self) -> list[str]:
+        """As `--elasticmoe-*` flags that `from_namespace` reads back; settings at their default are left out."""
+        parts: list[str] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                parts += [flag(field.name), str(value)]
+        return parts
+
     @classmethod
     def from_namespace(cls, args: argparse.Namespace) -> ElasticConfig | None:
         """From parsed `--elasticmoe-*` flags; None when none of them was given, so that SGLang stays as it was.
@@ -139,14 +148,19 @@ def flag(field: str) -> str:
     return FLAG_PREFIX + unit_free.replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the `--elasticmoe-*` flags; all default to None, so that `from_namespace` can tell what was given."""
+def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> None:
+    """Add the `--elasticmoe-*` flags; all default to None, so that `from_namespace` can tell what was given.
+
+    Args:
+        short: also without the prefix (`--max-ep-size`), for a parser that is ours alone.
+    """
     group = parser.add_argument_group(
         "ElasticMoE", "Change the expert-parallel size of the running server. Active when one of these is given."
     )
 
     def add(field: str, kind: Any, metavar: str, text: str) -> None:
-        group.add_argument(flag(field), dest=_destination(field), type=kind, metavar=metavar, default=None, help=text)
+        names = [flag(field).replace(FLAG_PREFIX, "--"), flag(field)] if short else [flag(field)]
+        group.add_argument(*names, dest=_destination(field), type=kind, metavar=metavar, default=None, help=text)
 
     defaults = {field.name: field.default for field in fields(ElasticConfig)}
     add("ep_size", int, "N", "Seats occupied at the start: the first expert-parallel size.")

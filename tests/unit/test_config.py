@@ -49,6 +49,20 @@ def test_flags_reach_their_fields() -> None:
     assert config.to_dict() == {name: value for name, (_, value) in values.items()}
 
 
+def test_flags_are_read_back() -> None:
+    config = ElasticConfig(ep_size=1, max_ep_size=3, device_budget=12345, commit_deadline_s=2.5, run_dir="/x y")
+    assert parse(*config.to_flags()) == config
+    assert "--elasticmoe-standbys" not in config.to_flags()
+
+
+def test_short_names_on_request() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, short=True)
+    parsed = parser.parse_args(["--ep-size", "1", "--max-ep-size", "3", "--commit-deadline", "2", "--standbys=2"])
+    expected = ElasticConfig(ep_size=1, max_ep_size=3, commit_deadline_s=2.0, standbys=2)
+    assert ElasticConfig.from_namespace(parsed) == expected
+
+
 def test_help_names_every_field() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)

@@ -1,0 +1,128 @@
+"""A small HTTP client for a running server, on the standard library alone so that the command starts fast."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import ipaddress
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import TypeVar
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from elasticmoe_sglang.api.types import Operation, OperationList, ScaleRequest, Status
+from elasticmoe_sglang.cli.exits import ServerRefused, ServerUnreachable
+
+URL_VARIABLE = "ELASTICMOE_URL"
+KEY_VARIABLE = "ELASTICMOE_ADMIN_KEY"
+DEFAULT_PORT = 30000
+_ANSWER_S = 30.0
+_POLL_S = 0.05
+
+Payload = TypeVar("Payload")
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """--url, --port and --admin-key, the same for every command that talks to a server."""
+    group = parser.add_argument_group("server")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument("--url", help=f"its address (default: ${URL_VARIABLE}, or http://127.0.0.1:{DEFAULT_PORT})")
+    where.add_argument("--port", type=int, help="its port on this machine")
+    group.add_argument("--admin-key", help=f"its --admin-api-key or --api-key (default: ${KEY_VARIABLE})")
+
+
+class ServerClient:
+    """Args:
+    url: scheme, host and port.
+    key: sent as bearer token.
+
+    Every call raises ServerUnreachable when there is no answer and ServerRefused for a status of 400 or more.
+    """
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._key = key
+        # A proxy of the environment knows nothing of this machine's own ports.
+        handlers = [urllib.request.ProxyHandler({})] if _is_loopback(self.url) else []
+        self._opener = urllib.request.build_opener(*handlers)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> ServerClient:
+        """From the flags of `add_server_arguments` and the environment."""
+        url = f"http://127.0.0.1:{args.port}" if args.port is not None else args.url or os.environ.get(URL_VARIABLE)
+        key = args.admin_key or os.environ.get(KEY_VARIABLE)
+        return cls(url or f"http://127.0.0.1:{DEFAULT_PORT}", key)
+
+    def scale(self, request: ScaleRequest) -> Operation:
+        """Ask for a change; returns the operation without waiting for its end, unless the request says so."""
+        return self._ask("/scale_elastic_ep", Operation, body=msgspec.json.encode(request))
+
+    def operation(self, operation_id: str) -> Operation:
+        return self._ask(f"/elastic_ep/operations/{quote(operation_id, safe='')}", Operation)
+
+    def operations(self) -> list[Operation]:
+        return self._ask("/elastic_ep/operations", OperationList).operations
+
+    def status(self) -> Status:
+        return self._ask("/elastic_ep/status", Status)
+
+    def follow(self, operation: Operation, timeout_s: float, show: Callable[[Operation], None]) -> Operation:
+        """Ask for the operation until it has ended or the time is over, and show every picture of it."""
+        deadline = time.monotonic() + timeout_s
+        show(operation)
+        while not operation.phase.ended and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            operation = self.operation(operation.operation_id)
+            show(operation)
+        return operation
+
+    def _ask(self, path: str, kind: type[Payload], body: bytes | None = None) -> Payload:
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        try:
+            request = urllib.request.Request(self.url + path, data=body, headers=headers)
+            with self._opener.open(request, timeout=_ANSWER_S) as answer:
+                content = answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                raise _refused(error.code, error.read(), self._key is not None) from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ServerUnreachable(
+                f"no server answers at {self.url}: {reason}",
+                hint="Start one with `elasticmoe serve`, or name another with --url or --port",
+            ) from error
+        try:
+            return msgspec.json.decode(content, type=kind)
+        except msgspec.DecodeError as error:
+            raise ServerUnreachable(f"what answers at {self.url} is no elastic server: {error}") from error
+
+
+def _refused(status: int, content: bytes, with_key: bool) -> ServerRefused:
+    if status == 401:
+        hint = "The key is not the right one" if with_key else f"Give its key with --admin-key or ${KEY_VARIABLE}"
+        return ServerRefused("the server asks for a key", status=status, hint=hint)
+    try:
+        sentence = json.loads(content)["error"]
+    except (ValueError, KeyError, TypeError):
+        if status == 404:
+            return ServerRefused(
+                "the server is not elastic", status=status, hint="Start it with `elasticmoe serve` to change its size"
+            )
+        sentence = f"the server answered with status {status}"
+    return ServerRefused(str(sentence), status=status)
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

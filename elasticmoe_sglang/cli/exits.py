@@ -1,0 +1,26 @@
+"""Exit statuses of the `elasticmoe` command, and the errors of a client that lead to them."""
+
+from __future__ import annotations
+
+from elasticmoe_sglang.errors import ElasticMoEError, UserInputError
+
+OK = 0
+FAILED = 1
+REFUSED = 2
+UNREACHABLE = 3
+
+
+class ServerUnreachable(ElasticMoEError):
+    """No server answers there, or what answers is not one."""
+
+
+class ServerRefused(UserInputError):
+    """The server answered with a status of 400 or more.
+
+    Args:
+        status: the HTTP status.
+    """
+
+    def __init__(self, what: str, *, status: int, hint: str | None = None) -> None:
+        self.status = status
+        super().__init__(what, hint=hint)

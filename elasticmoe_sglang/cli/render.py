@@ -1,0 +1,152 @@
+"""Status and operations as tables and small pictures for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from elasticmoe_sglang.api.types import DeviceMemory, MemoryStatus, Operation, Phase, SeatState, Status
+from elasticmoe_sglang.units import format_bytes
+
+_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
+_SEAT_STYLES = {
+    SeatState.OCCUPIED: "green",
+    SeatState.STANDBY: "cyan",
+    SeatState.BOOTING: "yellow",
+    SeatState.LEAVING: "yellow",
+    SeatState.EMPTY: "dim",
+}
+_PHASE_STYLES = {Phase.DONE: "green", Phase.FAILED: "bold red", Phase.ROLLED_BACK: "red"}
+_BAR = 20
+_PICTURE_WIDTH = 64
+
+
+def status_view(status: Status) -> RenderableType:
+    """The whole server."""
+    head = Text.assemble(
+        ("EP size ", "dim"), (str(status.ep_size), "bold"), (f" of {status.max_ep_size} seats", "dim"),
+        ("   epoch ", "dim"), (str(status.epoch), "bold"),
+        ("   members ", "dim"), ", ".join(map(str, status.membership)),
+    )  # fmt: skip
+    parts: list[RenderableType] = [head, seats_table(status), placement_picture(status.placement)]
+    parts.append(memory_view(status.memory))
+    latest = status.running or status.last
+    parts.append(operation_panel(latest) if latest is not None else Text("no change so far", style="dim"))
+    return Group(*parts)
+
+
+def seats_table(status: Status) -> Table:
+    """One line a seat, with the number of columns that it holds."""
+    table = Table("seat", "state", "device", "pid", "columns", title="seats", title_justify="left")
+    for seat in status.seats:
+        table.add_row(
+            str(seat.seat),
+            Text(seat.state.value, style=_SEAT_STYLES[seat.state]),
+            str(seat.device),
+            str(seat.pid) if seat.pid is not None else "-",
+            str(status.placement.count(seat.seat)),
+        )
+    return table
+
+
+def placement_picture(placement: Sequence[int]) -> RenderableType:
+    """The expert columns in their order, each shown as the number of its seat in the seat's colour."""
+    text = Text()
+    for column, seat in enumerate(placement):
+        if column and column % _PICTURE_WIDTH == 0:
+            text.append("\n")
+        # One character a column: seats from 10 on are letters.
+        text.append(_digit(seat), style=_COLOURS[seat % len(_COLOURS)])
+    return Panel(text, title=f"seat of each of {len(placement)} expert columns", title_align="left", expand=False)
+
+
+def memory_view(memory: MemoryStatus) -> RenderableType:
+    """Every device against its budget, and who keeps the ledger."""
+    if not memory.available:
+        return Text(f"HMM: {memory.error}", style="red")
+    kinds = sorted({kind for device in memory.devices for kind in device.by_kind})
+    title = f"memory (HMM pid {memory.pid}, {memory.endpoint})"
+    table = Table("device", "used", "of budget", *kinds, "peak", title=title, title_justify="left")
+    for device in memory.devices:
+        table.add_row(
+            str(device.device),
+            format_bytes(device.used),
+            _bar(device),
+            *(format_bytes(device.by_kind.get(kind, 0)) for kind in kinds),
+            format_bytes(device.peak),
+        )
+    return table
+
+
+def operations_table(operations: Sequence[Operation]) -> RenderableType:
+    """One line an operation, in the order given."""
+    if not operations:
+        return Text("no change so far", style="dim")
+    table = Table("operation", "phase", "EP", "total", "pause", "columns", "bytes", "error")
+    for operation in operations:
+        table.add_row(
+            operation.operation_id,
+            _phase(operation),
+            f"{operation.old_ep_size} -> {operation.new_ep_size}",
+            _milliseconds(operation.timings.total_ms),
+            _milliseconds(operation.max_pause_ms),
+            f"{operation.columns_moved}/{operation.columns_planned}",
+            format_bytes(operation.bytes_moved),
+            operation.error or "",
+        )
+    return table
+
+
+def operation_panel(operation: Operation) -> RenderableType:
+    """One operation in full."""
+    timings = operation.timings
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("phase", _phase(operation))
+    grid.add_row("EP size", f"{operation.old_ep_size} -> {operation.new_ep_size} (epoch {operation.epoch})")
+    for name, seats in (("joining", operation.joining), ("leaving", operation.leaving)):
+        if seats:
+            grid.add_row(name, "seats " + ", ".join(map(str, seats)))
+    moved = f"{operation.columns_moved} of {operation.columns_planned}, {format_bytes(operation.bytes_moved)}"
+    grid.add_row("columns moved", moved)
+    if operation.moved_requests:
+        grid.add_row("requests moved", str(operation.moved_requests))
+    for name, value in (
+        ("prepare", timings.preparing_ms),
+        ("commit", timings.committing_ms),
+        ("finish", timings.finishing_ms),
+        ("total", timings.total_ms),
+        ("longest pause", operation.max_pause_ms),
+    ):
+        if value is not None:
+            grid.add_row(name, _milliseconds(value))
+    grid.add_row("", operation.message)
+    if operation.error:
+        grid.add_row("error", Text(operation.error, style="red"))
+    return Panel(grid, title=f"operation {operation.operation_id}", title_align="left", expand=False)
+
+
+def _phase(operation: Operation) -> Text:
+    return Text(operation.phase.value, style=_PHASE_STYLES.get(operation.phase, "yellow"))
+
+
+def _milliseconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f} ms" if value < 1000 else f"{value / 1000:.2f} s"
+
+
+def _bar(device: DeviceMemory) -> Text:
+    share = device.used / device.budget
+    filled = min(_BAR, round(share * _BAR))
+    style = "red" if share > 0.97 else "green"
+    return Text.assemble(
+        ("█" * filled, style), ("░" * (_BAR - filled), "dim"), f" {share:4.0%} of {format_bytes(device.budget)}"
+    )
+
+
+def _digit(seat: int) -> str:
+    return "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[seat % 62]

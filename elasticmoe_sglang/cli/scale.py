@@ -1,0 +1,72 @@
+"""`elasticmoe scale`: change the number of seats, or retire some."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import uuid
+
+import msgspec
+
+from elasticmoe_sglang.api.types import Operation, Phase, ScaleRequest
+from elasticmoe_sglang.cli.client import ServerClient, add_server_arguments
+from elasticmoe_sglang.cli.exits import FAILED, OK
+
+_TEXT = "Change the expert-parallel size of a running server, or retire seats."
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `scale` command; its namespace carries `run`."""
+    parser = subparsers.add_parser("scale", help=_TEXT, description=_TEXT)
+    wish = parser.add_mutually_exclusive_group(required=True)
+    wish.add_argument("size", metavar="N", type=int, nargs="?", help="seats to occupy")
+    wish.add_argument("--retire", metavar="SEATS", type=_seats, help="seats that leave, like 1 or 1,3; seat 0 stays")
+    parser.add_argument("--wait", action="store_true", help="show the progress, end with the operation")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="longest --wait (default: %(default)g)"
+    )
+    parser.add_argument("--operation-id", metavar="ID", help="its name; a repeat with the same name starts nothing new")
+    parser.add_argument("--json", action="store_true", help="print the operation as JSON")
+    add_server_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask for the change; 0 when it was accepted, or with --wait when it is done."""
+    client = ServerClient.from_args(args)
+    request = ScaleRequest(
+        new_ep_size=args.size,
+        retire_seats=args.retire,
+        operation_id=args.operation_id or uuid.uuid4().hex,
+    )
+    operation = client.scale(request)
+    if args.wait:
+        operation = _follow(client, operation, args.timeout)
+    if args.json:
+        print(msgspec.json.encode(operation).decode())
+    else:
+        from rich.console import Console
+
+        from elasticmoe_sglang.cli.render import operation_panel
+
+        Console().print(operation_panel(operation))
+    if operation.phase is Phase.DONE or not args.wait:
+        return FAILED if operation.phase in (Phase.FAILED, Phase.ROLLED_BACK) else OK
+    if not operation.phase.ended:
+        print(f"elasticmoe: still {operation.phase.value} after {args.timeout:g} s", file=sys.stderr)
+    return FAILED
+
+
+def _follow(client: ServerClient, operation: Operation, timeout_s: float) -> Operation:
+    from elasticmoe_sglang.cli.progress import OperationProgress
+
+    # On stderr, so that --json leaves nothing but JSON on stdout.
+    with OperationProgress() as progress:
+        return client.follow(operation, timeout_s, progress.show)
+
+
+def _seats(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of seats, write it like 1 or 1,3") from error
