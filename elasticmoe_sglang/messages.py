@@ -151,13 +151,18 @@ def error_reply(error: ElasticMoEError) -> ErrorReply:
     }
     return ErrorReply(
         error=type(error).__name__,
-        what=error.what[:4096],
-        hint=error.hint,
+        what=_sendable(error.what),
+        hint=None if error.hint is None else _sendable(error.hint),
         seat=error.seat,
         epoch=error.epoch,
-        operation=error.operation,
+        operation=None if error.operation is None else _sendable(error.operation),
         details=details,
     )
+
+
+def _sendable(text: str) -> str:
+    """Within the bound of `Text`, and without the lone surrogates that undecodable file names bring along."""
+    return text[:4096].encode("utf-8", "replace").decode("utf-8")
 
 
 def error_from(reply: ErrorReply) -> ElasticMoEError:

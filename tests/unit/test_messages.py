@@ -1,0 +1,176 @@
+"""The envelope codec: what is valid comes back equal, everything else is a MalformedMessage and nothing worse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from elasticmoe_sglang.errors import (
+    BudgetExceeded,
+    ElasticMoEError,
+    HmmError,
+    MalformedMessage,
+    PeerTimeout,
+    ProtocolError,
+)
+from elasticmoe_sglang.hmm import protocol as p
+from elasticmoe_sglang.messages import (
+    MAX_MESSAGE_BYTES,
+    PROTOCOL_VERSION,
+    Codec,
+    Envelope,
+    ErrorReply,
+    error_from,
+    error_reply,
+)
+
+COMMANDS: Codec[p.Command] = Codec(p.Command)
+ANSWERS: Codec[p.Answer] = Codec(p.Answer)
+LINK: Codec[p.LinkRequest] = Codec(p.LinkRequest)
+
+names = st.text(min_size=1, max_size=30)
+ids = st.lists(st.integers(0, 2**53 - 1), max_size=5)
+commands = st.one_of(
+    st.just(p.StatusRequest()),
+    st.builds(
+        p.Allocate,
+        device=st.integers(0, 7),
+        kind=st.sampled_from(p.KINDS),
+        columns=st.none() | st.lists(st.integers(0, 255), max_size=4),
+        nbytes=st.none() | st.integers(1, 2**50),
+        txn=st.none() | names,
+    ),
+    st.builds(p.OpenRegion, name=names, nbytes=st.integers(1, 2**50)),
+    st.builds(p.Begin, operation_id=names, timeout_s=st.floats(0, 3600)),
+    st.builds(p.Commit, txn=names),
+    st.builds(p.Rollback, txn=names),
+    st.builds(p.Seal, block_ids=ids),
+    st.builds(p.WaitSealed, block_ids=ids),
+    st.builds(p.Release, block_ids=ids, txn=st.none() | names),
+)
+envelopes = st.builds(
+    Envelope,
+    request_id=st.text(min_size=1, max_size=64),
+    epoch=st.none() | st.integers(0, 2**62 - 1),
+    deadline_s=st.floats(0, 86400),
+    body=commands,
+)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=20) | st.binary(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=6),
+    max_leaves=20,
+)
+
+
+@given(envelopes)
+def test_what_is_encoded_comes_back_equal(envelope: Envelope[p.Command]) -> None:
+    assert COMMANDS.decode(COMMANDS.encode(envelope)) == envelope
+
+
+def decode_or_refuse(frame: bytes) -> None:
+    for codec in (COMMANDS, ANSWERS, LINK):
+        try:
+            envelope = codec.decode(frame)
+        except MalformedMessage as error:
+            assert len(error.request_id) <= 64 and str(error)
+            # What goes back to the sender must itself be valid.
+            ANSWERS.decode(ANSWERS.encode(Envelope(request_id=error.request_id or "?", body=error_reply(error))))
+        else:
+            assert envelope.version == PROTOCOL_VERSION
+
+
+@given(st.binary(max_size=300))
+def test_bytes_of_any_kind_are_refused(frame: bytes) -> None:
+    decode_or_refuse(frame)
+
+
+@given(plain)
+def test_msgpack_of_any_shape_is_refused(value: Any) -> None:
+    decode_or_refuse(msgspec.msgpack.encode(value))
+
+
+@given(envelopes, st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=6))
+def test_damaged_messages_are_read_or_refused(envelope: Envelope[p.Command], flips: list[tuple[int, int]]) -> None:
+    frame = bytearray(COMMANDS.encode(envelope))
+    for place, value in flips:
+        frame[place % len(frame)] = value
+    decode_or_refuse(bytes(frame))
+    decode_or_refuse(bytes(frame[: flips[0][0] % len(frame)]))
+
+
+@given(plain, st.sampled_from([0, PROTOCOL_VERSION, PROTOCOL_VERSION + 1]))
+def test_the_request_id_survives_a_bad_body(body: Any, version: int) -> None:
+    frame = msgspec.msgpack.encode({"version": version, "request_id": "r1", "body": {"type": "No", "x": body}})
+    with pytest.raises(MalformedMessage) as caught:
+        COMMANDS.decode(frame)
+    assert caught.value.request_id == "r1"
+
+
+def test_another_version_is_named() -> None:
+    frame = msgspec.msgpack.encode({"version": 9, "request_id": "r1", "body": {"type": "FromTheFuture"}})
+    with pytest.raises(MalformedMessage, match="version 9, the receiver 1") as caught:
+        COMMANDS.decode(frame)
+    assert caught.value.request_id == "r1"
+
+
+def test_unknown_fields_bad_numbers_and_foreign_bodies_are_refused() -> None:
+    good = {"version": 1, "request_id": "r", "deadline_s": 1.0, "body": {"type": "Seal", "block_ids": [1]}}
+    COMMANDS.decode(msgspec.msgpack.encode(good))
+    bad: list[dict[str, Any]] = [
+        {"body": {"type": "Seal", "block_ids": [1], "also": 2}},
+        {"body": {"type": "Seal", "block_ids": [-1]}},
+        {"body": {"type": "Seal", "block_ids": [2**60]}},
+        {"body": {"type": "Seal", "block_ids": [0] * (p.MAX_IDS + 1)}},
+        {"body": {"type": "Hello", "name": "x"}},
+        {"body": {"type": "OpenRegion", "name": "x", "nbytes": 0}},
+        {"request_id": ""},
+        {"request_id": "x" * 65},
+        {"deadline_s": float("nan")},
+        {"deadline_s": float("inf")},
+        {"deadline_s": -1.0},
+        {"epoch": -1},
+    ]
+    for change in bad:
+        with pytest.raises(MalformedMessage):
+            COMMANDS.decode(msgspec.msgpack.encode(good | change))
+
+
+def test_sizes_are_bounded_both_ways() -> None:
+    with pytest.raises(MalformedMessage, match="exceeds the limit"):
+        COMMANDS.decode(bytes(MAX_MESSAGE_BYTES + 1))
+    small: Codec[p.Command] = Codec(p.Command, max_bytes=200)
+    with pytest.raises(ProtocolError, match="exceeds the limit of 200"):
+        small.encode(Envelope(request_id="r", body=p.Seal(block_ids=list(range(1000)))))
+
+
+def test_nesting_without_end_is_refused() -> None:
+    decode_or_refuse(b"\x91" * 500_000)
+    prefix = msgspec.msgpack.encode({"version": 1, "request_id": "r"})
+    decode_or_refuse(b"\x83" + prefix[1:] + b"\xa4body" + b"\x91" * 500_000)
+
+
+def test_errors_cross_the_wire_whole() -> None:
+    sent = BudgetExceeded("too much", device=2, needed=10, free=3, budget=7, operation="op", hint="Give more.")
+    got = error_from(ANSWERS.decode(ANSWERS.encode(Envelope(request_id="r", body=error_reply(sent)))).body)  # type: ignore[arg-type]
+    assert type(got) is BudgetExceeded and isinstance(got, ValueError)
+    assert vars(got) == vars(sent) and str(got) == str(sent)
+    timeout = error_from(error_reply(PeerTimeout("late", seat=3, epoch=5)))
+    assert type(timeout) is PeerTimeout and (timeout.seat, timeout.epoch) == (3, 5)
+
+
+def test_an_error_of_a_newer_release_is_still_an_error() -> None:
+    got = error_from(ErrorReply(error="InventedLater", what="something new", hint="Upgrade."))
+    assert type(got) is ElasticMoEError and not isinstance(got, HmmError)
+    assert str(got) == "something new. Upgrade."
+
+
+@given(st.text(st.characters()), st.none() | st.text(st.characters()))
+@example("long " * 2000, "hint " * 2000)
+@example("a file named \udcff", "\udcff")
+def test_any_error_text_can_be_sent(what: str, hint: str | None) -> None:
+    reply = error_reply(ElasticMoEError(what, hint=hint, operation=hint))
+    assert ANSWERS.decode(ANSWERS.encode(Envelope(request_id="r", body=reply))).body == reply
