@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elasticmoe_patches.srt.layers.attention.sdpa_plan import Group, attend, plan
+from elasticmoe_sglang.errors import UnsupportedFeature
 
 POOL_ROWS = 4096
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -183,3 +185,39 @@ def test_any_batch(lengths: list[tuple[int, int]], decode: bool, page: int, seed
 def test_empty_batch() -> None:
     nobody = torch.tensor([], dtype=torch.int64)
     assert plan(torch.zeros((2, 4), dtype=torch.int32), nobody, [], [], torch.float32) == []
+
+
+def runner(**layer: object) -> SimpleNamespace:
+    """As much of SGLang's ModelRunner as the check at launch looks at, with one attention layer."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    model = torch.nn.Sequential(RadixAttention(2, 8, 1.0, 2, 0, **layer))
+    none = SimpleNamespace(is_none=lambda: True)
+    pool = SimpleNamespace(dtype=torch.float32)
+    return SimpleNamespace(spec_algorithm=none, token_to_kv_pool=pool, dtype=torch.float32, model=model)
+
+
+@pytest.mark.parametrize(
+    ("layer", "need"),
+    [({"sliding_window_size": 128}, "sliding window"), ({"logit_cap": 30.0}, "logit cap")],
+    ids=["window", "cap"],
+)
+def test_models_that_need_more_are_refused(layer: dict[str, object], need: str) -> None:
+    from elasticmoe_patches.srt.layers.attention.sdpa_backend import refuse_unsupported
+
+    refuse_unsupported(runner())
+    with pytest.raises(UnsupportedFeature, match=need):
+        refuse_unsupported(runner(**layer))
+
+
+def test_flags_that_need_more_are_refused() -> None:
+    from elasticmoe_patches.srt.layers.attention.sdpa_backend import refuse_unsupported
+
+    speculative = runner()
+    speculative.spec_algorithm = SimpleNamespace(is_none=lambda: False)
+    with pytest.raises(UnsupportedFeature, match="speculative"):
+        refuse_unsupported(speculative)
+    quantised = runner()
+    quantised.token_to_kv_pool.dtype = torch.float8_e4m3fn
+    with pytest.raises(UnsupportedFeature, match="--kv-cache-dtype"):
+        refuse_unsupported(quantised)

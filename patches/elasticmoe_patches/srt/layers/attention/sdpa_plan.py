@@ -35,7 +35,7 @@ class Group:
     kv_rows: torch.Tensor
     """Rows of the KV pool, request-major; int64 [requests * keys]. Padding repeats the request's first row."""
     mask: torch.Tensor | None
-    """Added to the scores, [requests, 1, queries, keys], 0 or -inf. None where `causal` says it or nothing is hidden."""
+    """Added to the scores, [requests, 1, queries, keys], 0 or -inf. None where `causal` says it all."""
     causal: bool
     """True: hidden are exactly the keys after the query, both counted from 0."""
     valid: torch.Tensor | None

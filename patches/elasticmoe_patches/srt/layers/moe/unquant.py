@@ -19,8 +19,8 @@ from elasticmoe_sglang.errors import UnsupportedFeature
 def forward(self: Any, layer: Any, dispatch_output: Any) -> Any:
     """StandardDispatchOutput (hidden [tokens, hidden]) -> StandardCombineInput of the same shape.
 
-    `self` is the UnquantizedFusedMoEMethod, `layer` the FusedMoE. Expert ids are those of this rank's slots, -1 for experts elsewhere. As
-    with SGLang's native path, ``routed_scaling_factor`` is left to the model.
+    `self` is the UnquantizedFusedMoEMethod, `layer` the FusedMoE. Expert ids are those of this rank's slots, -1 for
+    experts elsewhere. As with SGLang's native path, ``routed_scaling_factor`` is left to the model.
     """
     config = self.moe_runner_config
     if config.activation != "silu" or not config.is_gated or config.apply_router_weight_on_input or self.with_bias:
