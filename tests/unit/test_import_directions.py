@@ -29,9 +29,9 @@ FORBIDDEN = {
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("", "errors"),
-    ("units", "messages", "tiny_model"),
+    ("units", "messages", "tiny_model", "model_shape"),
     ("config", "seats.membership"),
-    ("runtime",),
+    ("runtime", "launch_config"),
     ("hmm", "planner", "moe"),
     ("seats",),
     ("imm",),

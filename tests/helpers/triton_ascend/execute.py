@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -81,13 +83,19 @@ class Job:
         return f"{self.kernel}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+@functools.cache
+def install_llvm() -> None:
+    """LLVM 19 from Debian's packages, unless it is there."""
+    done = subprocess.run([str(ROOT / "tests/helpers/install_llvm.sh")], capture_output=True, text=True, timeout=1200)
+    if done.returncode:
+        raise ToolMissing(f"LLVM {LLVM} cannot be installed: {done.stderr.strip()[-300:]}")
+
+
 def tool(name: str) -> str:
-    """An LLVM 19 program: Debian's packages mlir-19-tools, llvm-19, clang-19."""
+    """An LLVM 19 program."""
+    install_llvm()
     found = shutil.which(f"{name}-{LLVM}") or shutil.which(name, path=f"/usr/lib/llvm-{LLVM}/bin")
-    if found is None:
-        raise ToolMissing(
-            f"{name} {LLVM} is not installed (apt-get install mlir-{LLVM}-tools llvm-{LLVM} clang-{LLVM})"
-        )
+    assert found is not None, name
     return found
 
 
@@ -161,16 +169,18 @@ def _words(value: torch.Tensor | int | None, kind: str) -> list[ctypes._SimpleCD
 def _compile(linalg: Path, library: Path) -> None:
     # Hints for Ascend's own compiler; stock MLIR does not know them and they change no result.
     text = re.sub(r"^ *annotation\.mark .*\n", "", linalg.read_text(), flags=re.M)
-    prepared, dialect, ir = (linalg.with_suffix(f".{step}") for step in ("stock.mlir", "llvm.mlir", "ll"))
+    prepared, dialect, ir = (linalg.with_suffix(f".{os.getpid()}.{step}") for step in ("stock.mlir", "llvm.mlir", "ll"))
     prepared.write_text(text)
     _run([tool("mlir-opt"), str(prepared), "--allow-unregistered-dialect", *PASSES, "-o", str(dialect)])
     _run([tool("mlir-translate"), "--mlir-to-llvmir", str(dialect), "-o", str(ir)])
-    partial = library.with_suffix(f".{id(text)}.so")
+    partial = library.with_suffix(f".{os.getpid()}.so")
     common = ["-O2", "-march=native", "-shared", "-fPIC", "-Wno-override-module"]
     _run(
         [tool("clang"), *common, "-x", "ir", str(ir), "-x", "c", str(HERE / "memref_copy.c"), "-lm", "-o", str(partial)]
     )
     partial.rename(library)
+    for left in (prepared, dialect, ir):
+        left.unlink()
 
 
 def _run(command: list[str]) -> None:

@@ -8,6 +8,7 @@ The jobs are lowered in order; a failure names the job and ends the run.
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -32,7 +33,10 @@ def lower(job):
     ttir = source.make_ir(options, backend.get_codegen_implementation(), backend.get_module_map(), context)
     metadata = {"target": TARGET, **options.__dict__}
     linalg = ttir_to_linalg(make_ttir(ttir, metadata, options), metadata, options, named_ops=True)
-    Path(job["output"]).write_text(linalg)
+    # Whole or not at all: another test process may wait for the same file.
+    partial = Path(f"{job['output']}.{os.getpid()}")
+    partial.write_text(linalg)
+    partial.rename(job["output"])
 
 
 if __name__ == "__main__":
