@@ -52,6 +52,13 @@ BACKENDS: dict[str, Backend] = {
             proven="run and timed on one H200; every kernel also runs in the Triton interpreter on CPU",
         ),
         Backend(
+            name="ascend",
+            target="elasticmoe_kernels.ascend.moe:moe_experts",
+            devices=("npu",),
+            dtypes=_FLOATS,
+            proven="not run on an NPU; lowered by triton-ascend to Linalg, which was run on a CPU",
+        ),
+        Backend(
             name="cpu",
             target="elasticmoe_kernels.cpu.moe:moe_experts",
             devices=("cpu",),

@@ -79,14 +79,21 @@ def make_layer(sglang_moe: SimpleNamespace, slots: list[int], **changes: object)
     fields = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "activation": "silu", "layer": layer}
     config = sglang_moe.Config(**{**fields, **changes})
     layer.dispatcher = sglang_moe.Dispatcher(config)
+    sglang_moe.ours.after_dispatcher_init(None, layer.dispatcher, config)
     layer.dispatcher.local_expert_mapping = torch.tensor([*slots, -1], dtype=torch.int32)
     return layer, config
 
 
 def forward(sglang_moe: SimpleNamespace, layer: torch.nn.Module, config: object, x, ids, weights) -> torch.Tensor:
     runner = sglang_moe.Runner(sglang_moe.ASCEND, config)
-    dispatched = layer.dispatcher.dispatch(x, sglang_moe.TopK(weights, ids, torch.empty(0)))
-    return layer.dispatcher.combine(runner.run(dispatched, layer))
+    return layer.dispatcher.combine(runner.run(dispatch(sglang_moe, layer, x, ids, weights), layer))
+
+
+def dispatch(sglang_moe: SimpleNamespace, layer: torch.nn.Module, x, ids, weights):
+    """SGLang's dispatch behind our hook, as the hook registry would call it."""
+    topk = sglang_moe.TopK(weights, ids, torch.empty(0))
+    args, kwargs = sglang_moe.ours.before_dispatch(layer.dispatcher, x, topk)
+    return type(layer.dispatcher).dispatch(*args, **kwargs)
 
 
 PLACEMENTS = {
@@ -122,11 +129,25 @@ def test_a_changed_table_is_seen_by_the_next_batch(sglang_moe, triton_as_linalg,
     x, ids, weights = torch.randn(9, HIDDEN), torch.randint(0, EXPERTS, (9, TOP_K)), torch.rand(9, TOP_K)
     for slots in (PLACEMENTS["all here"], PLACEMENTS["a part, not in order"], PLACEMENTS["all here"]):
         layer.dispatcher.local_expert_mapping[:-1] = torch.tensor(slots, dtype=torch.int32)  # as a commit does
-        out = layer.dispatcher.combine(
-            runner.run(layer.dispatcher.dispatch(x, sglang_moe.TopK(weights, ids, torch.empty(0))), layer)
-        )
+        out = layer.dispatcher.combine(runner.run(dispatch(sglang_moe, layer, x, ids, weights), layer))
         wanted = reference(x, layer.w13_weight, layer.w2_weight, torch.tensor(slots)[ids], weights)
         assert (out.double() - wanted).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("gemm", ["triton", "grouped_matmul"])
+def test_rows_of_absent_seats_name_no_expert(sglang_moe, triton_as_linalg, monkeypatch, gemm: str) -> None:
+    monkeypatch.setenv("ELASTICMOE_NPU_GEMM", gemm)
+    slots = PLACEMENTS["a part, not in order"]
+    layer, config = make_layer(sglang_moe, slots)
+    x, weights = torch.randn(12, HIDDEN), torch.rand(12, TOP_K)
+    ids = torch.randint(0, EXPERTS, (12, TOP_K))
+    ids[4:9] = -1
+    ids[10, 1] = -1
+    table = torch.tensor([*slots, -1])  # index -1 is its last entry
+    wanted = reference(x, layer.w13_weight, layer.w2_weight, table[ids], weights)
+    out = forward(sglang_moe, layer, config, x, ids, weights)
+    assert (out.double() - wanted).abs().max() <= 1e-5
+    assert out[4:9].abs().max() == 0
 
 
 def test_sglangs_own_core_is_replaced(sglang_moe) -> None:

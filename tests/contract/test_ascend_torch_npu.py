@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 
 import pytest
 
@@ -15,7 +17,8 @@ SUITE = ROOT / "tests/helpers/npu_suite"
 @pytest.fixture(scope="module")
 def python() -> str:
     script = ROOT / "tests/helpers/make_npu_venv.sh"
-    done = subprocess.run([str(script)], capture_output=True, text=True, timeout=1500)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([str(script)], env=environment, capture_output=True, text=True, timeout=1500)
     if done.returncode:
         pytest.skip(f"torch_npu 2.13.0 cannot be installed: {done.stderr.strip()[-300:]}")
     try:

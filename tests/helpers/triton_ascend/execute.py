@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,9 +102,11 @@ def tool(name: str) -> str:
 
 def triton_ascend_python() -> str:
     """The interpreter of .venv-ascend, which is built when missing."""
-    done = subprocess.run(
-        [str(ROOT / "tests/helpers/make_triton_ascend_venv.sh")], capture_output=True, text=True, timeout=1200
+    script, environment = (
+        str(ROOT / "tests/helpers/make_triton_ascend_venv.sh"),
+        {**os.environ, "PYTHON": sys.executable},
     )
+    done = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=1200)
     if done.returncode:
         raise ToolMissing(f"triton-ascend 3.2.0 cannot be installed: {done.stderr.strip()[-300:]}")
     return done.stdout.strip().splitlines()[-1]

@@ -127,6 +127,20 @@ def expert_rows_triton(
     return moe.expert_mlp(rows, w13, w2, offsets, slots.to(torch.int32), out=torch.zeros_like(rows))
 
 
+def after_dispatcher_init(_result: Any, self: Any, moe_runner_config: Any) -> None:
+    """One expert more than there are, and nowhere: for pairs that name none. The slot table ends with -1 for it."""
+    self.num_experts = moe_runner_config.num_experts + 1
+
+
+def before_dispatch(self: Any, hidden_states: Any, topk_output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Rows of absent seats come with expert id -1, which the routing operator does not take."""
+    import torch
+
+    ids = topk_output.topk_ids
+    named = torch.where(ids < 0, self.num_experts - 1, ids)
+    return (self, hidden_states, topk_output._replace(topk_ids=named)), {}
+
+
 def before_create_moe_runner(self: Any, layer: Any, moe_runner_config: Any) -> None:
     from sglang.srt.utils import is_npu
 
@@ -134,6 +148,7 @@ def before_create_moe_runner(self: Any, layer: Any, moe_runner_config: Any) -> N
         register()
 
 
+_DISPATCHER = "sglang.srt.layers.moe.token_dispatcher.ascend_tp.AscendTPDispatcher"
 _SEATS: frozenset[Process] = frozenset(("seat", "standby"))
 
 HOOKS = (
@@ -144,6 +159,24 @@ HOOKS = (
         signature="(self, layer, moe_runner_config)",
         reason="On an NPU the layer's runner core must read expert columns; SGLang's reads one contiguous weight.",
         expires="SGLang's NPU runner core takes weights with any stride between experts.",
+        processes=_SEATS,
+    ),
+    HookSpec(
+        target=f"{_DISPATCHER}.__init__",
+        kind="after",
+        hook=f"{__name__}:after_dispatcher_init",
+        signature="(self, moe_runner_config)",
+        reason="On an NPU, an expert that is nowhere takes the pairs of absent seats' rows.",
+        expires="SGLang's NPU dispatcher drops pairs whose expert id is -1.",
+        processes=_SEATS,
+    ),
+    HookSpec(
+        target=f"{_DISPATCHER}.dispatch",
+        kind="before",
+        hook=f"{__name__}:before_dispatch",
+        signature="(self, hidden_states, topk_output)",
+        reason="On an NPU, sends expert id -1 to the expert that is nowhere: the routing operator wants ids from 0 on.",
+        expires="SGLang's NPU dispatcher drops pairs whose expert id is -1.",
         processes=_SEATS,
     ),
 )
