@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from elasticmoe_kernels.triton.config import GemmConfig
-from elasticmoe_kernels.triton.launch import multiprocessors, next_power_of_2, pdl_options
+from elasticmoe_kernels.triton.launch import TL_TYPES, address, multiprocessors, next_power_of_2, pdl_options
 from elasticmoe_kernels.triton.quantize import quantize_tile
 from elasticmoe_kernels.triton.route import Routing
 from elasticmoe_kernels.triton.rows import block_and_column, direct_rows
@@ -19,7 +19,7 @@ from elasticmoe_kernels.triton.rows import block_and_column, direct_rows
 def _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, row, valid, first_row, column, hidden, inter,
           h_stride, hs_stride, w_stride, ws_stride, y_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
           BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr, TMA: tl.constexpr, TMA_ROWS: tl.constexpr, FP8: tl.constexpr,
-          QUANT_IN: tl.constexpr, EVEN_K: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
+          QUANT_IN: tl.constexpr, EVEN_K: tl.constexpr, W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
     offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     row64 = row.to(tl.int64)
@@ -27,11 +27,16 @@ def _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, row, valid, first_row, colu
         h_ptrs = h_ptr + row64[:, None] * h_stride + offs_k[None, :]
     if not TMA:
         inside = tl.where(offs_n < hidden, offs_n, 0)
-        w_ptrs = w_ptr + slot.to(tl.int64) * w_stride + inside[:, None].to(tl.int64) * inter + offs_k[None, :]
+        base = tl.multiple_of(tl.cast(w_ptr, tl.pointer_type(W_TYPE)), 16)
+        w_ptrs = base + slot.to(tl.int64) * w_stride + inside[:, None].to(tl.int64) * inter + offs_k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP_AB else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     if FP8:
         groups = tl.cdiv(inter, 128)
-        ws_ptrs = ws_ptr + slot.to(tl.int64) * ws_stride + (column * BLOCK_N // 128) * groups
+        ws_ptrs = (
+            tl.cast(ws_ptr, tl.pointer_type(tl.float32))
+            + slot.to(tl.int64) * ws_stride
+            + (column * BLOCK_N // 128) * groups
+        )
     for k in tl.range(0, inter, BLOCK_K, num_stages=NUM_STAGES):
         if TMA_ROWS:
             a = h_ptr.load([first_row, k])
@@ -69,23 +74,23 @@ def _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, row, valid, first_row, colu
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=valid[:, None] & (offs_n[None, :] < hidden))
 
 
-@triton.jit
-def _direct_kernel(h_ptr, w_ptr, ws_ptr, y_ptr, ids_ptr, table_ptr, tokens, hidden, inter, h_stride, w_stride,
-                   ws_stride, y_stride, K: tl.constexpr, K_P2: tl.constexpr, HAS_TABLE: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens", "top_k"])
+def _direct_kernel(h_ptr, w_ptr, ws_ptr, y_ptr, ids_ptr, table_ptr, tokens, top_k, hidden, inter, h_stride, w_stride,
+                   ws_stride, y_stride, K_P2: tl.constexpr, HAS_TABLE: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr,
-                   TMA: tl.constexpr, FP8: tl.constexpr, EVEN_K: tl.constexpr, NUM_STAGES: tl.constexpr,
-                   PDL: tl.constexpr):  # fmt: skip
+                   TMA: tl.constexpr, FP8: tl.constexpr, EVEN_K: tl.constexpr, W_TYPE: tl.constexpr,
+                   NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     columns = tl.cdiv(hidden, BLOCK_N)
     block = tl.program_id(0) // columns
     column = tl.program_id(0) - block * columns
     # The ids were complete before the kernel in front of this one started: they need not wait for it.
-    slot, row, valid = direct_rows(ids_ptr, table_ptr, block, tokens, K, K_P2, BLOCK_M, HAS_TABLE)
+    slot, row, valid = direct_rows(ids_ptr, table_ptr, block, tokens, top_k, K_P2, BLOCK_M, HAS_TABLE)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if slot >= 0:
         _tile(h_ptr, h_ptr, w_ptr, ws_ptr, y_ptr, slot, row, valid, 0, column, hidden, inter, h_stride, 0, w_stride,
-              ws_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, TMA, False, FP8, FP8, EVEN_K,
+              ws_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, TMA, False, FP8, FP8, EVEN_K, W_TYPE,
               NUM_STAGES)  # fmt: skip
 
 
@@ -94,7 +99,7 @@ def _sorted_kernel(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, block_slot_ptr, block_ro
                    h_stride, hs_stride, w_stride, ws_stride, y_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP_AB: tl.constexpr, TMA: tl.constexpr,
                    TMA_ROWS: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr, EVEN_K: tl.constexpr,
-                   PERSISTENT: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   PERSISTENT: tl.constexpr, W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -115,13 +120,13 @@ def _sorted_kernel(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, block_slot_ptr, block_ro
         valid = inside < tl.load(block_rows_ptr + block)
         _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, block * BLOCK_M + inside, valid, block * BLOCK_M, column,
               hidden, inter, h_stride, hs_stride, w_stride, ws_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB,
-              TMA, TMA_ROWS, FP8, QUANT_IN, EVEN_K, NUM_STAGES)  # fmt: skip
+              TMA, TMA_ROWS, FP8, QUANT_IN, EVEN_K, W_TYPE, NUM_STAGES)  # fmt: skip
 
 
-def weight_operand(w2: torch.Tensor, config: GemmConfig) -> torch.Tensor | TensorDescriptor:
-    """w2 [S, H, I] of any slot pitch, as the kernel takes it: itself, or a TMA descriptor over it."""
+def weight_operand(w2: torch.Tensor, config: GemmConfig) -> int | TensorDescriptor:
+    """w2 [S, H, I] of any slot pitch, as the kernel takes it: its address, or a TMA descriptor over it."""
     if not config.tma:
-        return w2
+        return address(w2)
     return TensorDescriptor(w2, list(w2.shape), [w2.stride(0), w2.shape[2], 1], [1, config.block_n, config.block_k])
 
 
@@ -135,13 +140,13 @@ def gemm_down_direct(
     """
     (tokens, top_k), inter, hidden = topk_ids.shape, h.shape[1], y.shape[1]
     grid = (topk_ids.numel() * triton.cdiv(hidden, config.block_n),)
-    scale = h if w2_scale is None else w2_scale
+    scale = h if w2_scale is None else w2_scale  # without scales any address will do: it is not used
     _direct_kernel[grid](
-        h, weight_operand(w2, config), scale, y, topk_ids, topk_ids if slot_table is None else slot_table, tokens,
-        hidden, inter, h.stride(0), w2.stride(0), scale.stride(0), y.stride(0), K=top_k, K_P2=next_power_of_2(top_k),
+        h, weight_operand(w2, config), address(scale), y, topk_ids, topk_ids if slot_table is None else slot_table, tokens,
+        top_k, hidden, inter, h.stride(0), w2.stride(0), scale.stride(0), y.stride(0),  K_P2=next_power_of_2(top_k),
         HAS_TABLE=slot_table is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         SWAP_AB=config.swap_ab, TMA=config.tma, FP8=w2_scale is not None, EVEN_K=inter % config.block_k == 0,
-        NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
+        NUM_STAGES=config.num_stages, W_TYPE=TL_TYPES[w2.dtype], PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
         **pdl_options(pdl),
     )  # fmt: skip
 
@@ -154,18 +159,18 @@ def gemm_down_sorted(
     hidden, inter = y.shape[1], h.shape[1]
     tiles = routing.capacity_blocks * triton.cdiv(hidden, config.block_n)
     grid = (min(tiles, multiprocessors(h.device) * config.per_sm) if config.persistent else tiles,)
-    scale = h if w2_scale is None else w2_scale
+    scale = h if w2_scale is None else w2_scale  # without scales any address will do: it is not used
     # TMA over the rows reads the padding rows too; what a padding row gives is never stored.
     rows = (
         TensorDescriptor(h, list(h.shape), [h.stride(0), 1], [config.block_m, config.block_k]) if config.tma_rows else h
     )
     _sorted_kernel[grid](
-        rows, h if h_scale is None else h_scale, weight_operand(w2, config), scale, y, routing.block_slot,
+        rows, h if h_scale is None else h_scale, weight_operand(w2, config), address(scale), y, routing.block_slot,
         routing.block_rows, routing.num_blocks, hidden, inter, h.stride(0),
         0 if h_scale is None else h_scale.stride(0), w2.stride(0), scale.stride(0), y.stride(0),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
         SWAP_AB=config.swap_ab, TMA=config.tma, TMA_ROWS=config.tma_rows, FP8=w2_scale is not None,
         QUANT_IN=w2_scale is not None and h_scale is None, EVEN_K=inter % config.block_k == 0,
-        PERSISTENT=config.persistent, NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps,
+        PERSISTENT=config.persistent, NUM_STAGES=config.num_stages, W_TYPE=TL_TYPES[w2.dtype], PDL=pdl, num_warps=config.num_warps,
         num_stages=config.num_stages, **pdl_options(pdl),
     )  # fmt: skip

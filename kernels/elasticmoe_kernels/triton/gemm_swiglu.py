@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from elasticmoe_kernels.triton.config import GemmConfig
-from elasticmoe_kernels.triton.launch import multiprocessors, next_power_of_2, pdl_options
+from elasticmoe_kernels.triton.launch import TL_TYPES, address, multiprocessors, next_power_of_2, pdl_options
 from elasticmoe_kernels.triton.quantize import quantize_tile
 from elasticmoe_kernels.triton.route import Routing
 from elasticmoe_kernels.triton.rows import block_and_column, direct_rows
@@ -25,14 +25,15 @@ def _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, source, source_vali
           hidden, inter, x_stride, xs_stride, w_stride, ws_stride, h_stride, hs_stride,
           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr,
           TMA: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr, QUANT_OUT: tl.constexpr,
-          EVEN_K: tl.constexpr, ONE_DOT: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
+          EVEN_K: tl.constexpr, ONE_DOT: tl.constexpr, W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
     offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + source.to(tl.int64)[:, None] * x_stride + offs_k[None, :]
     if not TMA:
         # Columns past the end read column 0: always mapped, and never stored.
         inside = tl.where(offs_n < inter, offs_n, 0)
-        gate_ptrs = w_ptr + slot.to(tl.int64) * w_stride + inside[:, None].to(tl.int64) * hidden + offs_k[None, :]
+        base = tl.multiple_of(tl.cast(w_ptr, tl.pointer_type(W_TYPE)), 16)
+        gate_ptrs = base + slot.to(tl.int64) * w_stride + inside[:, None].to(tl.int64) * hidden + offs_k[None, :]
         up_ptrs = gate_ptrs + inter.to(tl.int64) * hidden
     if ONE_DOT:
         both = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
@@ -45,7 +46,11 @@ def _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, source, source_vali
     if FP8:
         # Weight scales are per 128 x 128 block; BLOCK_N divides 128, so a tile has one for gate and one for up.
         groups = tl.cdiv(hidden, 128)
-        ws_gate = ws_ptr + slot.to(tl.int64) * ws_stride + (column * BLOCK_N // 128) * groups
+        ws_gate = (
+            tl.cast(ws_ptr, tl.pointer_type(tl.float32))
+            + slot.to(tl.int64) * ws_stride
+            + (column * BLOCK_N // 128) * groups
+        )
         ws_up = ws_gate + (inter // 128) * groups
     for k in tl.range(0, hidden, BLOCK_K, num_stages=NUM_STAGES):
         if EVEN_K:
@@ -102,33 +107,33 @@ def _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, source, source_vali
     tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=valid[:, None] & (offs_n[None, :] < inter))
 
 
-@triton.jit
-def _direct_kernel(x_ptr, w_ptr, ws_ptr, h_ptr, ids_ptr, table_ptr, tokens, hidden, inter, x_stride, w_stride,
-                   ws_stride, h_stride, K: tl.constexpr, K_P2: tl.constexpr, HAS_TABLE: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens", "top_k"])
+def _direct_kernel(x_ptr, w_ptr, ws_ptr, h_ptr, ids_ptr, table_ptr, tokens, top_k, hidden, inter, x_stride, w_stride,
+                   ws_stride, h_stride, K_P2: tl.constexpr, HAS_TABLE: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr,
-                   TMA: tl.constexpr, FP8: tl.constexpr, EVEN_K: tl.constexpr, NUM_STAGES: tl.constexpr,
-                   PDL: tl.constexpr):  # fmt: skip
+                   TMA: tl.constexpr, FP8: tl.constexpr, EVEN_K: tl.constexpr, W_TYPE: tl.constexpr,
+                   NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     columns = tl.cdiv(inter, BLOCK_N)
     block = tl.program_id(0) // columns
     column = tl.program_id(0) - block * columns
-    slot, row, valid = direct_rows(ids_ptr, table_ptr, block, tokens, K, K_P2, BLOCK_M, HAS_TABLE)
+    slot, row, valid = direct_rows(ids_ptr, table_ptr, block, tokens, top_k, K_P2, BLOCK_M, HAS_TABLE)
     if slot >= 0:
         token = tl.arange(0, BLOCK_M)
         _tile(x_ptr, x_ptr, w_ptr, ws_ptr, h_ptr, h_ptr, slot, token, token < tokens, row, valid, column, hidden, inter,
               x_stride, 0, w_stride, ws_stride, h_stride, 0, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, TMA, FP8, FP8,
-              False, EVEN_K, False, NUM_STAGES)  # fmt: skip
+              False, EVEN_K, False, W_TYPE, NUM_STAGES)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def _sorted_kernel(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, pair_of_row_ptr, block_slot_ptr, block_rows_ptr,
                    num_blocks_ptr, hidden, inter, top_k, x_stride, xs_stride, w_stride, ws_stride, h_stride, hs_stride,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
                    SWAP_AB: tl.constexpr, TMA: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr,
                    QUANT_OUT: tl.constexpr, EVEN_K: tl.constexpr, ONE_DOT: tl.constexpr, PERSISTENT: tl.constexpr,
-                   NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -151,13 +156,13 @@ def _sorted_kernel(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, pair_of_row_ptr,
         token = tl.load(pair_of_row_ptr + row, mask=valid, other=0) // top_k
         _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, token, valid, row, valid, column, hidden, inter,
               x_stride, xs_stride, w_stride, ws_stride, h_stride, hs_stride, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, TMA,
-              FP8, QUANT_IN, QUANT_OUT, EVEN_K, ONE_DOT, NUM_STAGES)  # fmt: skip
+              FP8, QUANT_IN, QUANT_OUT, EVEN_K, ONE_DOT, W_TYPE, NUM_STAGES)  # fmt: skip
 
 
-def weight_operand(w13: torch.Tensor, config: GemmConfig) -> torch.Tensor | TensorDescriptor:
-    """w13 [S, 2I, H] of any slot pitch, as the kernel takes it: itself, or a TMA descriptor over it."""
+def weight_operand(w13: torch.Tensor, config: GemmConfig) -> int | TensorDescriptor:
+    """w13 [S, 2I, H] of any slot pitch, as the kernel takes it: its address, or a TMA descriptor over it."""
     if not config.tma:
-        return w13
+        return address(w13)
     slots, double, hidden = w13.shape
     pitch = w13.stride(0)
     if config.one_dot:
@@ -180,13 +185,13 @@ def gemm_swiglu_direct(
     top_k, inter = topk_ids.shape[1], h.shape[1]
     assert tokens <= config.block_m
     grid = (topk_ids.numel() * triton.cdiv(inter, config.block_n),)
-    scale = x if w13_scale is None else w13_scale
+    scale = x if w13_scale is None else w13_scale  # without scales any address will do: it is not used
     _direct_kernel[grid](
-        x, weight_operand(w13, config), scale, h, topk_ids, topk_ids if slot_table is None else slot_table, tokens,
-        hidden, inter, x.stride(0), w13.stride(0), scale.stride(0), h.stride(0), K=top_k,
+        x, weight_operand(w13, config), address(scale), h, topk_ids, topk_ids if slot_table is None else slot_table, tokens,
+        top_k, hidden, inter, x.stride(0), w13.stride(0), scale.stride(0), h.stride(0), 
         K_P2=next_power_of_2(top_k), HAS_TABLE=slot_table is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_K=config.block_k, SWAP_AB=config.swap_ab, TMA=config.tma, FP8=w13_scale is not None,
-        EVEN_K=hidden % config.block_k == 0, NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps,
+        EVEN_K=hidden % config.block_k == 0, NUM_STAGES=config.num_stages, W_TYPE=TL_TYPES[w13.dtype], PDL=pdl, num_warps=config.num_warps,
         num_stages=config.num_stages, **pdl_options(pdl),
     )  # fmt: skip
 
@@ -205,15 +210,15 @@ def gemm_swiglu_sorted(
     columns = triton.cdiv(inter, config.block_n)
     tiles = routing.capacity_blocks * columns
     grid = (min(tiles, multiprocessors(x.device) * config.per_sm) if config.persistent else tiles,)
-    scale = x if w13_scale is None else w13_scale
+    scale = x if w13_scale is None else w13_scale  # without scales any address will do: it is not used
     _sorted_kernel[grid](
-        x, x if x_scale is None else x_scale, weight_operand(w13, config), scale, h, h if h_scale is None else h_scale,
+        x, x if x_scale is None else x_scale, weight_operand(w13, config), address(scale), h, h if h_scale is None else h_scale,
         routing.pair_of_row, routing.block_slot, routing.block_rows, routing.num_blocks, hidden, inter, top_k,
         x.stride(0), 0 if x_scale is None else x_scale.stride(0), w13.stride(0), scale.stride(0), h.stride(0),
         0 if h_scale is None else h_scale.stride(0), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_K=config.block_k, GROUP_M=config.group_m, SWAP_AB=config.swap_ab, TMA=config.tma,
         FP8=w13_scale is not None, QUANT_IN=w13_scale is not None and x_scale is None, QUANT_OUT=h_scale is not None,
         EVEN_K=hidden % config.block_k == 0, ONE_DOT=config.one_dot, PERSISTENT=config.persistent,
-        NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
+        NUM_STAGES=config.num_stages, W_TYPE=TL_TYPES[w13.dtype], PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
         **pdl_options(pdl),
     )  # fmt: skip

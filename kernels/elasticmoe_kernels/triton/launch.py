@@ -5,6 +5,11 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton.language as tl
+
+TL_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float8_e4m3fn: tl.float8e4nv}
+"""Element types that the kernels take weights in. Weights and their scales are passed as addresses (integers): slot 0
+may have no memory on this rank, and Triton asks the driver about every pointer argument, which fails there."""
 
 
 def next_power_of_2(n: int) -> int:
@@ -17,6 +22,11 @@ def pdl_options(pdl: bool) -> dict[str, bool]:
     Every kernel here that is started so begins with `gdc_wait`, or reads before it only what was complete earlier.
     """
     return {"launch_pdl": True} if pdl else {}
+
+
+def address(tensor: torch.Tensor) -> int:
+    """What a kernel gets for weights and their scales instead of the tensor: see TL_TYPES."""
+    return tensor.data_ptr()
 
 
 @functools.cache

@@ -20,7 +20,7 @@ def quantize_tile(a):
     return (wide / scale[:, None]).to(tl.float8e4nv), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _quantize_kernel(x_ptr, q_ptr, scale_ptr, groups, rows, hidden, x_stride, q_stride, scale_stride,
                      BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:

@@ -52,7 +52,7 @@ def slots_of(ids_ptr, table_ptr, index, mask, HAS_TABLE: tl.constexpr):
     return ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _count_kernel(ids_ptr, table_ptr, counts_ptr, pairs, HAS_TABLE: tl.constexpr, CHUNK_: tl.constexpr,
                   SLOTS_P2: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
@@ -66,7 +66,7 @@ def _count_kernel(ids_ptr, table_ptr, counts_ptr, pairs, HAS_TABLE: tl.constexpr
     tl.store(counts_ptr + chunk * SLOTS_P2 + tl.arange(0, SLOTS_P2), histogram)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "num_chunks"])
 def _scatter_kernel(ids_ptr, table_ptr, counts_ptr, cursor_ptr, pair_of_row_ptr, row_of_pair_ptr, block_slot_ptr,
                     block_rows_ptr, num_blocks_ptr, pairs, num_chunks, BLOCK_M: tl.constexpr,
                     HAS_TABLE: tl.constexpr, CHUNK_: tl.constexpr, CHUNKS_P2: tl.constexpr, SLOTS_P2: tl.constexpr,

@@ -17,15 +17,15 @@ from elasticmoe_kernels.triton.route import slots_of
 
 
 @triton.jit
-def direct_rows(ids_ptr, table_ptr, block, tokens, K: tl.constexpr, K_P2: tl.constexpr, BLOCK_M: tl.constexpr,
+def direct_rows(ids_ptr, table_ptr, block, tokens, top_k, K_P2: tl.constexpr, BLOCK_M: tl.constexpr,
                 HAS_TABLE: tl.constexpr):  # fmt: skip
     """-> slot (-1: this program has nothing to do), row [BLOCK_M] (its pair), valid [BLOCK_M]."""
     token = tl.arange(0, BLOCK_M)
     k = tl.arange(0, K_P2)
-    pair = token[:, None] * K + k[None, :]
-    mask = (token[:, None] < tokens) & (k[None, :] < K)
+    pair = token[:, None] * top_k + k[None, :]
+    mask = (token[:, None] < tokens) & (k[None, :] < top_k)
     slots = slots_of(ids_ptr, table_ptr, pair, mask, HAS_TABLE)
-    slot = tl.max(tl.max(tl.where(pair == block, tl.where(k[None, :] < K, slots, -1), -1), axis=1), axis=0)
+    slot = tl.max(tl.max(tl.where(pair == block, tl.where(k[None, :] < top_k, slots, -1), -1), axis=1), axis=0)
     same = (slots == slot) & mask
     earlier = tl.sum(tl.sum((same & (pair < block)).to(tl.int32), axis=1), axis=0)
     row = tl.max(tl.where(same, pair, -1), axis=1)
