@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from elasticmoe_kernels.ascend import npu_ops
+from elasticmoe_kernels.registry import select
 from elasticmoe_sglang.errors import PeerTimeout
 from elasticmoe_sglang.hmm.vmm import get_backend
 from elasticmoe_sglang.seats.hccl import EpochGroups, build_hccl
@@ -36,6 +37,11 @@ def test_the_alternative_calls_npu_grouped_matmul_rightly(dtype: torch.dtype) ->
     counts = torch.empty(5, dtype=torch.int64, device="meta")
     out = npu_ops.expert_mlp(torch.empty(rows, hidden, dtype=dtype, device="meta"), counts, experts)
     assert out.shape == (rows, hidden) and out.dtype == dtype
+
+
+def test_npu_tensors_get_the_ascend_kernels() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert select(torch.device("npu:0"), dtype).name == "ascend"
 
 
 def test_columns_are_in_nd_format() -> None:
