@@ -93,8 +93,11 @@ class Change:
             moves=plan.incoming(seat),
             deadline_s=self._config.prepare_deadline_s,
         )
-        self._undos.append((f"dismiss joiner {seat}", lambda: self._seats.dismiss(seat)))
+        self._undos.append((f"dismiss joiner {seat}", lambda: self._dismiss_joiner(seat)))
         self._count(seat, ticket.moves, await self._seats.boot(seat, ticket))
+
+    async def _dismiss_joiner(self, seat: int) -> None:
+        await self._seats.dismiss(seat)
 
     async def _pull(self, seat: int, txn: str, moves: tuple[ColumnMove, ...]) -> None:
         self._undos.append((f"drop what seat {seat} pulled", lambda: self._seats.drop(seat, txn, moves)))
@@ -147,7 +150,7 @@ class Change:
 
     def _dismiss_leaver(self, seat: int, gone: set[int]) -> Step:
         async def dismiss() -> None:
-            await self._seats.dismiss(seat)
+            self._operation.add_moved(await self._seats.dismiss(seat))
             gone.add(seat)
 
         return f"dismiss leaver {seat}", dismiss

@@ -42,6 +42,7 @@ class RunningOperation:
         self._spent: dict[Phase, float] = {}
         self._pulled: list[PullReport] = []
         self._commit: CommitReport | None = None
+        self._moved = 0
 
     def advance(self, phase: Phase) -> None:
         """Enter the next phase; the clock of the last one stops."""
@@ -65,6 +66,10 @@ class RunningOperation:
         """Keep what the seats reported from the gate."""
         self._commit = report
 
+    def add_moved(self, requests: int) -> None:
+        """Count requests that a leaver has handed over."""
+        self._moved += requests
+
     def view(self) -> Operation:
         plan, commit = self.plan, self._commit
         pause = dict(commit.pause_ms) if commit else {}
@@ -86,7 +91,7 @@ class RunningOperation:
             columns_planned=len(plan.moves),
             columns_moved=sum(report.columns for report in self._pulled),
             bytes_moved=sum(report.bytes for report in self._pulled),
-            moved_requests=commit.moved_requests if commit else 0,
+            moved_requests=self._moved,
             pause_ms=pause,
             max_pause_ms=max(pause.values(), default=None),
             error=self.error,

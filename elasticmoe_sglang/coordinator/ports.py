@@ -51,14 +51,12 @@ class CommitReport:
     Attributes:
         epoch: the epoch that holds now, the old one when not committed.
         pause_ms: milliseconds that each seat stood still.
-        moved_requests: requests handed over by the leavers.
         reason: why it was not committed.
     """
 
     committed: bool
     epoch: int
     pause_ms: Mapping[int, float] = field(default_factory=dict)
-    moved_requests: int = 0
     reason: str | None = None
 
 
@@ -115,5 +113,9 @@ class SeatsPort(Protocol):
         For a leaver it is called after `dismiss`, so nobody maps them any more.
         """
 
-    async def dismiss(self, seat: int) -> None:
-        """Make the seat a standby again: end a joiner in whatever state its boot is, or wait for a leaver's exit."""
+    async def dismiss(self, seat: int) -> int:
+        """Make the seat a standby again: end a joiner in whatever state its boot is, or wait for a leaver's exit.
+
+        Returns:
+            Requests that a leaver handed to others.
+        """

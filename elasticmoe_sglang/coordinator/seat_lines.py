@@ -30,12 +30,20 @@ class SeatLines:
         endpoint: where the seats' agents connect (ROUTER, bound here).
         imm_socket: the IMM's socket.
         on_heard: called for every message, in the loop's thread.
+        on_imm_lost: the IMM has ended, and with it every seat.
     """
 
-    def __init__(self, endpoint: str, imm_socket: str, on_heard: Callable[[Heard], None]) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        imm_socket: str,
+        on_heard: Callable[[Heard], None],
+        on_imm_lost: Callable[[str], None],
+    ) -> None:
         self._endpoint = endpoint
         self._imm_socket = imm_socket
         self._on_heard = on_heard
+        self._on_imm_lost = on_imm_lost
         self._identities: dict[int, bytes] = {}
         self._waiting: list[tuple[Callable[[Heard], bool], asyncio.Future[Heard]]] = []
         self._backlog: list[Heard] = []
@@ -79,9 +87,15 @@ class SeatLines:
         self._backlog = [message for message in self._backlog if not wanted(message)]
 
     async def expect(
-        self, kind: type[_HeardT], *, seat: int, operation_id: str | None = None, exits: bool = True
+        self,
+        kind: type[_HeardT],
+        *,
+        seat: int,
+        operation_id: str | None = None,
+        exits: bool = True,
+        about: Callable[[_HeardT], bool] = lambda _message: True,
     ) -> _HeardT:
-        """The next (or an already heard) message of this kind from this seat.
+        """The next (or an already heard) message of this kind from this seat, of which `about` is true.
 
         Raises:
             SeatError: the seat reported a failure of this operation, or (with `exits`) its process ended first.
@@ -93,7 +107,7 @@ class SeatLines:
             if isinstance(message, imm.SeatExited | imm.Refused):
                 return exits or isinstance(message, kind)
             same = operation_id is None or getattr(message, "operation_id", operation_id) == operation_id
-            return same and isinstance(message, (kind, sm.Failed))
+            return same and (isinstance(message, sm.Failed) or (isinstance(message, kind) and about(message)))
 
         heard = await self._next(wanted)
         if isinstance(heard, kind):
@@ -150,7 +164,7 @@ class SeatLines:
             message = self._imm.receive(0)
         except SeatError as error:
             asyncio.get_running_loop().remove_reader(self._imm.fileno())
-            logger.error("%s", error)
+            self._on_imm_lost(str(error))
             return
         if message is not None:
             self._heard(message)

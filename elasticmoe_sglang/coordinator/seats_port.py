@@ -56,7 +56,7 @@ class ProcessSeats:
         placement: Placement,
         send_command: Callable[[bytes], Awaitable[None]],
         send_route: Callable[[Sequence[int]], Awaitable[None]],
-        on_seat_lost: Callable[[int, str], None],
+        on_seat_lost: Callable[[str], None],
     ) -> None:
         self._config = config
         self._lines = lines
@@ -90,10 +90,7 @@ class ProcessSeats:
     def _check_loss(self, message: imm.SeatExited) -> None:
         expected = message.seat in self._departures or message.seat in self._booting
         if not expected and message.seat in self.membership().seats:
-            self._on_seat_lost(
-                message.seat,
-                f"seat {message.seat} (pid {message.pid}) was serving and ended with status {message.status}",
-            )
+            self._on_seat_lost(f"seat {message.seat} (pid {message.pid}) was serving and ended with {message.status}")
 
     def membership(self) -> Membership:
         return self._control.read_membership()
@@ -248,10 +245,7 @@ class ProcessSeats:
         return sum(left.handed.values())
 
     async def _adopted(self, survivor: int, leaver: int) -> sm.Adopted:
-        while True:
-            message = await self._lines.expect(sm.Adopted, seat=survivor)
-            if message.leaver == leaver:
-                return message
+        return await self._lines.expect(sm.Adopted, seat=survivor, about=lambda message: message.leaver == leaver)
 
     def output_passed(self, seat: int) -> None:
         """The fence behind a leaver's last output has come through the detokenizer."""

@@ -77,9 +77,7 @@ class Population(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     standbys: list[int]
 
 
-Message = (
-    Register | Assign | KillSeat | Query | Enter | SeatNote | SeatExited | Assigned | Refused | Population
-)
+Message = Register | Assign | KillSeat | Query | Enter | SeatNote | SeatExited | Assigned | Refused | Population
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

@@ -211,8 +211,9 @@ class Zygote:
             frame = fileobj.recv(m.MAX_FRAME)
         except OSError:
             frame = b""
-        if not frame:  # the child is ending; SIGCHLD follows
-            self._selector.unregister(fileobj)
+        if not frame:  # the child is ending; SIGCHLD follows, or was dealt with earlier in this round
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(fileobj)
             return
         self._tell(m.decode(frame))
 

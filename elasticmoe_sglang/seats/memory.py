@@ -15,8 +15,8 @@ import torch
 
 from elasticmoe_sglang.errors import SeatError
 from elasticmoe_sglang.hmm.client import HmmClient
-from elasticmoe_sglang.hmm.protocol import Block, ModelSpec
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
+from elasticmoe_sglang.hmm.protocol import Block, ModelSpec
 from elasticmoe_sglang.hmm.space import ColumnSpace, DenseSpace
 from elasticmoe_sglang.seats.messages import ColumnPull
 
@@ -107,7 +107,9 @@ class SeatMemory:
         if not new:
             self._client.wait_sealed([block.block_id], self._deadline_s)
             return False
-        sources = [other for other in self._client.lookup(kind="dense") if other.device != self._device and other.sealed]
+        sources = [
+            other for other in self._client.lookup(kind="dense") if other.device != self._device and other.sealed
+        ]
         if not sources and fill:
             self._pending_seal.append(block.block_id)
             return True
@@ -148,7 +150,9 @@ class SeatMemory:
         elsewhere = {block.column: block for block in known if block.device != self._device and block.sealed}
         self._map(list(here.values()))
         missing = [column for column in owned if column not in here]
-        pulls = [ColumnPull(column=column, source=elsewhere[column].device) for column in missing if column in elsewhere]
+        pulls = [
+            ColumnPull(column=column, source=elsewhere[column].device) for column in missing if column in elsewhere
+        ]
         self.pull(pulls, txn)
         load = [column for column in missing if column not in elsewhere]
         blocks = self._client.allocate(self._device, "column", columns=load, txn=txn) if load else []
@@ -213,9 +217,7 @@ class SeatMemory:
         self._map([block])
         [source] = self._sealed([pull.column], pull.source)
         [handle] = self._client.handles([source.block_id])
-        stats = self.columns.pull(
-            pull.column, handle, bytes_per_second=self._limit, should_stop=self._stop.is_set
-        )
+        stats = self.columns.pull(pull.column, handle, bytes_per_second=self._limit, should_stop=self._stop.is_set)
         if not stats.complete:
             raise SeatError("the copy was stopped because the change is rolled back", seat=self._seat)
         return stats.nbytes

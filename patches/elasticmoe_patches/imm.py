@@ -19,8 +19,7 @@ def _preload() -> None:
     import sglang.srt.layers.moe.fused_moe_triton.layer
     import sglang.srt.managers.scheduler
     import sglang.srt.model_loader.loader
-    import sglang.srt.models.deepseek_v2
-    import sglang.srt.models.qwen3_moe  # noqa: F401
+    import sglang.srt.models.registry  # noqa: F401  (imports every model: seconds that a joiner need not wait for)
 
     import elasticmoe_patches.seat  # noqa: F401
 
@@ -38,9 +37,7 @@ def main() -> None:
 
     config = runtime.config
     create_doorbells(config.max_ep_size)
-    Zygote(
-        runtime.paths.imm_socket, seat_main, standbys=max(config.standbys, 0), capacity=config.max_ep_size
-    ).serve()
+    Zygote(runtime.paths.imm_socket, seat_main, standbys=max(config.standbys, 0), capacity=config.max_ep_size).serve()
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ class Services:
             self._tokenizer: Any = None
             self._early: list[Heard] = []
             self._seats: ProcessSeats | None = None
-            self._lines = SeatLines(runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._heard)
+            self._lines = SeatLines(
+                runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._heard, self._end_server
+            )
             # The IMM takes its time to import SGLang; the launch goes on meanwhile.
             self._lines_open = self.call(self._open_lines())
         atexit.register(self.stop)
@@ -110,7 +112,7 @@ class Services:
             placement=placement,
             send_command=self._send_command,
             send_route=self._send_route,
-            on_seat_lost=self._seat_lost,
+            on_seat_lost=self._end_server,
         )
         for message in self._early:
             self._seats.heard(message)
@@ -156,7 +158,8 @@ class Services:
 
     # -- the end --------------------------------------------------------------------------------------------------
 
-    def _seat_lost(self, seat: int, sentence: str) -> None:
+    def _end_server(self, sentence: str) -> None:
+        """SGLang's own way of ending: its handler of this signal ends the process tree."""
         logger.critical("%s; the server ends, because its requests cannot go on", sentence)
         os.kill(os.getpid(), signal.SIGQUIT)
 

@@ -96,6 +96,19 @@ def test_a_killed_seat_reports_its_signal(imm) -> None:
     assert (exited.pid, exited.status) == (pid, -signal.SIGKILL)
 
 
+def test_many_ends_at_once_do_not_harm_the_imm(imm) -> None:
+    """Line closed and death noticed in one round of the loop once ended the IMM, and with it every seat."""
+    process, client = imm
+    for _ in range(5):
+        for seat in range(4):
+            assign(client, seat, "hang")
+        found = population(client, lambda p: len(p.seats) == 4)
+        for pid in found.seats.values():
+            os.kill(pid, signal.SIGKILL)
+        population(client, lambda p: not p.seats)
+    assert process.poll() is None
+
+
 def test_kill_seat_ends_a_joiner(imm) -> None:
     _, client = imm
     assign(client, 3, "hang")

@@ -170,7 +170,7 @@ class FakeCluster:
             self.states[seat] = SeatState.LEAVING
         await self._leave("seats.commit", how)
         pause = {seat: 1.0 + seat for seat in plan.after.seats}
-        return CommitReport(committed=True, epoch=plan.after.epoch, pause_ms=pause, moved_requests=len(plan.leaving))
+        return CommitReport(committed=True, epoch=plan.after.epoch, pause_ms=pause)
 
     async def _commit_memory(self, txn: str) -> None:
         how = await self._enter("hmm.commit")
@@ -189,13 +189,15 @@ class FakeCluster:
         self.held -= blocks
         await self._leave(f"release {seat}", how)
 
-    async def dismiss(self, seat: int) -> None:
+    async def dismiss(self, seat: int) -> int:
         how = await self._enter(f"dismiss {seat}")
         if self.states[seat] is SeatState.OCCUPIED:
             raise SeatError("an occupied seat was dismissed", seat=seat)
+        moved = int(self.states[seat] is SeatState.LEAVING)
         self.states[seat] = SeatState.STANDBY
         self.mapped = {block for block in self.mapped if block[0] != seat}
         await self._leave(f"dismiss {seat}", how)
+        return moved
 
     def check_settled(self, coordinator: Coordinator) -> None:
         """No transaction is open, and what is held and mapped is what the placement says, no more and no less."""

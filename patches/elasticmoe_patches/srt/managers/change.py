@@ -90,7 +90,7 @@ def _read_until_fence(scheduler: Any, seat: Any, operation_id: str) -> None:
 
 def _send(seat: Any, operation_id: str, survivors: list[int], load: list[Parcel]) -> dict[int, int]:
     """Deal the requests round the survivors. Returns survivor -> number of requests."""
-    from sglang.srt.managers.io_struct import msgpack_encode
+    from elasticmoe_patches.srt.managers.io_struct import to_wire
 
     context = zmq.Context(io_threads=1)
     sockets = {}
@@ -103,7 +103,7 @@ def _send(seat: Any, operation_id: str, survivors: list[int], load: list[Parcel]
     for index, parcel in enumerate(load):
         survivor = survivors[index % len(survivors)]
         header, buffers = parcel.kv or (b"", [])
-        frames = [msgpack_encode(_adopt_request(seat, operation_id, parcel)), header, *buffers]
+        frames = [to_wire(_adopt_request(seat, operation_id, parcel)), header, *buffers]
         sockets[survivor].send_multipart(frames, copy=False)
         handed[survivor] += 1
     for survivor, socket in sockets.items():
@@ -133,7 +133,12 @@ def _flush(scheduler: Any) -> None:
     channels = scheduler.ipc_channels
     contexts = set()
     senders = (channels.send_to_detokenizer.socket, channels.send_to_tokenizer.socket)
-    for socket in (*senders, channels.recv_from_tokenizer, channels.recv_from_rpc, channels.send_metrics_from_scheduler):
+    for socket in (
+        *senders,
+        channels.recv_from_tokenizer,
+        channels.recv_from_rpc,
+        channels.send_metrics_from_scheduler,
+    ):
         if socket is not None:
             contexts.add(socket.context)
             socket.close(linger=_LINGER_MS)
@@ -143,7 +148,7 @@ def _flush(scheduler: Any) -> None:
 
 def take_parcels(seat: Any) -> None:
     """Read what leavers have sent, without waiting."""
-    from sglang.srt.managers.io_struct import msgpack_decode
+    from elasticmoe_patches.srt.managers.io_struct import from_wire
 
     while seat.peer.poll(0):
         frames = seat.peer.recv_multipart()
@@ -151,7 +156,7 @@ def take_parcels(seat: Any) -> None:
             leaver, count = int(frames[1]), int(frames[2])
             seat.arrivals.complete[leaver] = count
             continue
-        message = msgpack_decode(frames[0])
+        message = from_wire(frames[0])
         seat.arrivals.held.setdefault(message.leaver, []).append((message, frames[1] or None, frames[2:]))
 
 
@@ -164,9 +169,7 @@ def adopt_ready(scheduler: Any, seat: Any) -> None:
             operation_id = message.operation_id
             with_kv += _adopt(scheduler, seat, message, header, buffers)
         seat.agent.post(
-            sm.Adopted(
-                seat=seat.me, operation_id=operation_id, leaver=leaver, requests=len(items), with_kv=with_kv
-            )
+            sm.Adopted(seat=seat.me, operation_id=operation_id, leaver=leaver, requests=len(items), with_kv=with_kv)
         )
 
 
@@ -197,4 +200,3 @@ def check_command(seat: Any, command: sm.CommitCommand) -> None:
         raise SeatError(
             f"operation {command.operation_id} arrived while {seat.pending.operation_id} is pending", seat=seat.me
         )
-

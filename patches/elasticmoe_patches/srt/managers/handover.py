@@ -142,51 +142,61 @@ def _read_kv(scheduler: Any, req: Any, tokens: int) -> tuple[bytes, list[memoryv
 
 def place_kv(scheduler: Any, parcel_request: Any, output_ids: tuple[int, ...], tokens: int, kv: Any) -> bool:
     """Put a moved request's KV into the radix cache. False when there is no room or no cache: it is recomputed then."""
-    from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+    import torch
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
     allocator = scheduler.token_to_kv_pool_allocator
-    page = scheduler.page_size
-    whole = tokens // page * page
-    if scheduler.disable_radix_cache or whole == 0:
+    whole = tokens // scheduler.page_size * scheduler.page_size
+    if scheduler.disable_radix_cache or whole == 0 or not _make_room(scheduler, allocator, whole):
         return False
-    indices = _allocate(scheduler, allocator, whole)
-    if indices is None:
-        return False
-    allocator.load_cpu_copy(_head(unpack(*kv), whole), indices)
     token_ids = (array("q", parcel_request.input_ids) + array("q", output_ids))[:whole]
     key = RadixKey(token_ids, parcel_request.extra_key, cache_salt=parcel_request.cache_salt or None)
-    result = scheduler.tree_cache.insert(InsertParams(key=key, value=indices))
-    if result.prefix_len:  # the survivor had that prefix already
-        allocator.free(indices[: result.prefix_len])
+    # What the survivor has of it already stays as it is; only the rest is allocated, filled and inserted.
+    known = scheduler.tree_cache.match_prefix(MatchPrefixParams(key=key)).device_indices
+    if len(known) == whole:
+        return True
+    fresh = allocator.alloc(whole - len(known))
+    if fresh is None:
+        return False
+    allocator.load_cpu_copy(_rows(unpack(*kv), len(known), whole), fresh)
+    value = torch.cat([known.to(fresh.dtype), fresh])
+    scheduler.tree_cache.insert(InsertParams(key=key, value=value, prev_prefix_len=len(known)))
     return True
 
 
-def _allocate(scheduler: Any, allocator: Any, tokens: int) -> Any:
+def _make_room(scheduler: Any, allocator: Any, tokens: int) -> bool:
     from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
     if allocator.available_size() < tokens:
         scheduler.tree_cache.evict(EvictParams(num_tokens=tokens - allocator.available_size()))
-    return allocator.alloc(tokens) if allocator.available_size() >= tokens else None
+    return bool(allocator.available_size() >= tokens)
 
 
-def _head(nested: Any, tokens: int) -> Any:
-    """The first `tokens` rows of SGLang's chunked per-layer copies (a partial last page is not kept)."""
-    import torch
+def _rows(nested: Any, start: int, stop: int) -> Any:
+    """Rows [start, stop) of SGLang's per-layer copies, cut anew into the chunks that `load_cpu_copy` expects.
 
-    def trim(chunks: list[Any]) -> list[Any]:
-        kept, left = [], tokens
-        for chunk in chunks:
-            rows = [part[:left] for part in chunk] if isinstance(chunk, list) else chunk[:left]
-            size = rows[0].shape[0] if isinstance(rows, list) else rows.shape[0]
-            if size == 0:
-                break
-            kept.append(rows)
-            left -= size
-        return kept
+    A layer's copy is a list of chunks; a chunk is a tensor (MLA) or a pair of them (MHA), rows first. All chunks but
+    the last have the same number of rows.
+    """
 
-    assert not isinstance(nested, torch.Tensor)
-    return [trim(layer) for layer in nested]
+    def first(chunk: Any) -> Any:
+        return chunk[0] if isinstance(chunk, list) else chunk
+
+    def recut(chunks: list[Any]) -> list[Any]:
+        import torch
+
+        size = first(chunks[0]).shape[0]
+
+        def cut(parts: list[Any]) -> list[Any]:
+            return list(torch.cat(parts)[start:stop].split(size))
+
+        if not isinstance(chunks[0], list):
+            return cut(chunks)
+        columns = [cut([chunk[i] for chunk in chunks]) for i in range(len(chunks[0]))]
+        return [list(parts) for parts in zip(*columns, strict=True)]
+
+    return [recut(layer) for layer in nested]
 
 
 @dataclass

@@ -6,6 +6,10 @@ messages on the same sockets; that order is what makes the commit and the handin
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
+from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import (
     BaseReq,
     PickleWrapper,
@@ -53,3 +57,15 @@ class ElasticAdoptReq(BaseReq, kw_only=True):  # type: ignore[misc]
 def register_types() -> None:
     """Teach SGLang's decoder our messages; needed once in every process that receives them."""
     hook_custom_types(ElasticCommandReq, ElasticRouteReq, ElasticFenceReq, ElasticAdoptReq)
+
+
+def to_wire(message: Any) -> bytes:
+    """A message in the encoding SGLang's own sockets use in this process (`sock_send` without the socket)."""
+    if io_struct._USE_PICKLE_IPC:
+        return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return bytes(io_struct.msgpack_encode(message))
+
+
+def from_wire(data: bytes) -> Any:
+    """The inverse of `to_wire`."""
+    return pickle.loads(data) if io_struct._USE_PICKLE_IPC else io_struct.msgpack_decode(data)

@@ -27,8 +27,8 @@ from sglang.srt.model_loader.loader import (
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 
 from elasticmoe_sglang.errors import UserInputError
-from elasticmoe_sglang.hmm.protocol import ModelSpec
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
+from elasticmoe_sglang.hmm.protocol import ModelSpec
 from elasticmoe_sglang.planner import initial_placement
 
 logger = logging.getLogger(__name__)
