@@ -26,29 +26,35 @@ SMALL = Tiles(block_m=16, block_n=32, block_k=32, block_h=64, block_i=32)
 
 
 @pytest.fixture(scope="module")
-def sglang_moe() -> SimpleNamespace:
+def sglang_moe() -> Iterator[SimpleNamespace]:
     from elasticmoe_patches.platform import torchvision_ops
 
     torchvision_ops.declare_if_unloadable()
     npu_ops.register()
+    from sglang.srt.layers.moe.moe_runner import runner
     from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
-    from sglang.srt.layers.moe.moe_runner.runner import MoeRunner
     from sglang.srt.layers.moe.token_dispatcher.ascend_tp import AscendTPDispatcher
     from sglang.srt.layers.moe.topk import StandardTopKOutput
     from sglang.srt.layers.moe.utils import MoeRunnerBackend
 
     from elasticmoe_patches.srt.layers.moe import ascend
 
-    ascend.register()
-    ascend.register()  # once a process is enough, twice is no error
-    return SimpleNamespace(
-        Config=MoeRunnerConfig,
-        Runner=MoeRunner,
-        Dispatcher=AscendTPDispatcher,
-        TopK=StandardTopKOutput,
-        ASCEND=MoeRunnerBackend.ASCEND,
-        ours=ascend,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ascend.ND_ENV, "0")  # register() sets it; put back at the end
+        patch.setattr(ascend, "_registered", False)
+        patch.setattr(runner, "_CUSTOM_RUNNER_CORE_FACTORIES", {})
+        ascend.before_create_moe_runner(None, None, None)
+        assert not runner._CUSTOM_RUNNER_CORE_FACTORIES, "this machine has no NPU"
+        ascend.register()
+        ascend.register()  # once a process is enough, twice is no error
+        yield SimpleNamespace(
+            Config=MoeRunnerConfig,
+            Runner=runner.MoeRunner,
+            Dispatcher=AscendTPDispatcher,
+            TopK=StandardTopKOutput,
+            ASCEND=MoeRunnerBackend.ASCEND,
+            ours=ascend,
+        )
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ A shareable number is 64 bits, not a descriptor. `export` therefore writes it in
 that the same SCM_RIGHTS socket carries every backend's handles. Numbers are exported without CANN's list of admitted
 processes: who gets one is decided by that socket, which checks the peer's user.
 
+ACL does not survive a fork: a process that forks others must not have made this backend.
+
 Device -1 is host memory: plain memfd, as the CPU backend makes it. It is mapped with mmap, not here: ACL's address
 ranges hold device pages.
 """
