@@ -27,7 +27,7 @@ def pack(nested: Nested) -> tuple[bytes, list[memoryview]]:
     def walk(node: Nested) -> Any:
         if isinstance(node, torch.Tensor):
             flat = node.contiguous().reshape(-1).view(torch.uint8)
-            buffers.append(memoryview(flat.numpy()))
+            buffers.append(flat.numpy().data)
             return {"dtype": str(node.dtype).removeprefix("torch."), "shape": list(node.shape)}
         return [walk(child) for child in node]
 

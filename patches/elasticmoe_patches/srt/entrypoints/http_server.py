@@ -1,4 +1,4 @@
-"""Our endpoints on SGLang's HTTP server, before its own of the same name (mirrors sglang/srt/entrypoints/http_server.py)."""
+"""Our endpoints on SGLang's HTTP server, in front of its own (mirrors sglang/srt/entrypoints/http_server.py)."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def _send(seat: Any, operation_id: str, survivors: list[int], load: list[Parcel]
     for index, parcel in enumerate(load):
         survivor = survivors[index % len(survivors)]
         header, buffers = parcel.kv or (b"", [])
-        frames = [to_wire(_adopt_request(seat, operation_id, parcel)), header, *buffers]
+        frames: list[Any] = [to_wire(_adopt_request(seat, operation_id, parcel)), header, *buffers]
         sockets[survivor].send_multipart(frames, copy=False)
         handed[survivor] += 1
     for survivor, socket in sockets.items():

@@ -100,7 +100,7 @@ def drain_results(scheduler: Any) -> None:
 
 
 def live_requests(scheduler: Any) -> Iterator[tuple[Any, int]]:
-    """Every request that is not finished, with the number of its tokens whose KV is in the pool. Call after draining."""
+    """Every unfinished request, with the number of its tokens whose KV is in the pool. Call after `drain_results`."""
     seen: set[int] = set()
     batches = [scheduler.running_batch, scheduler.last_batch]
     running = [req for batch in batches if batch is not None for req in batch.reqs]
@@ -189,7 +189,8 @@ def _rows(nested: Any, start: int, stop: int) -> Any:
         size = first(chunks[0]).shape[0]
 
         def cut(parts: list[Any]) -> list[Any]:
-            return list(torch.cat(parts)[start:stop].split(size))
+            rows = torch.cat(parts)[start:stop]
+            return [rows[at : at + size] for at in range(0, len(rows), size)]
 
         if not isinstance(chunks[0], list):
             return cut(chunks)

@@ -18,19 +18,19 @@ from sglang.srt.managers.io_struct import (
 )
 
 
-class ElasticCommandReq(BaseReq, kw_only=True):  # type: ignore[misc]
+class ElasticCommandReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     """Coordinator -> controller -> all seats: `command` is an encoded seats.messages.CommitCommand."""
 
     command: bytes
 
 
-class ElasticRouteReq(BaseReq, kw_only=True):  # type: ignore[misc]
+class ElasticRouteReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     """Coordinator -> controller: route new requests to these seats only (after the commit, or after its abort)."""
 
     seats: list[int]
 
 
-class ElasticFenceReq(BaseReq, kw_only=True):  # type: ignore[misc]
+class ElasticFenceReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     """Last message on a way: controller -> leaver (nothing more is routed to it), leaver -> detokenizer -> tokenizer
     (all its output has been passed on)."""
 
@@ -38,7 +38,7 @@ class ElasticFenceReq(BaseReq, kw_only=True):  # type: ignore[misc]
     seat: int
 
 
-class ElasticAdoptReq(BaseReq, kw_only=True):  # type: ignore[misc]
+class ElasticAdoptReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     """Leaver -> survivor: go on with this request.
 
     Attributes:

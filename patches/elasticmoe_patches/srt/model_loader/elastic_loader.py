@@ -127,7 +127,8 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 model = _initialize_model(model_config, self.load_config, quant_config)
             self._attach(seat, model, model_config, target)
         seat.load_seconds = time.monotonic() - started
-        return model.eval()
+        loaded: torch.nn.Module = model.eval()
+        return loaded
 
     def _attach(self, seat: Any, model: torch.nn.Module, model_config: Any, target: torch.device) -> None:
         folder, files, use_safetensors = self._prepare_weights(
@@ -162,7 +163,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
         self._load(seat, model, files, found)
         self.postprocess_weights(model, target)
 
-    def _load(self, seat: Any, model: torch.nn.Module, files: list[str], found: Any) -> None:
+    def _load(self, seat: Any, model: Any, files: list[str], found: Any) -> None:
         def wanted(name: str) -> bool:
             match = _EXPERT.search(name)
             return found.load_dense if match is None else int(match.group(1)) in found.load_columns
