@@ -107,12 +107,18 @@ def small_candidates(block_m: int, *, fp8: bool, down: bool) -> list[GemmConfig]
     m = block_m
     if fp8:
         found = [
-            _gemm(m, 32, 128, 4, 5), _gemm(m, 64, 128, 4, 4), _gemm(m, 128, 128, 8, 4),
-            _gemm(m, 64, 128, 4, 4, swap_ab=True), _gemm(m, 128, 128, 4, 4, swap_ab=True),
-            _gemm(m, 64, 128, 4, 5, swap_ab=True, tma=True), _gemm(m, 128, 128, 4, 4, swap_ab=True, tma=True),
+            _gemm(m, 32, 128, 4, 5),
+            _gemm(m, 64, 128, 4, 5, swap_ab=True, tma=True),
+            _gemm(m, 128, 128, 4, 4, swap_ab=True, tma=True),
             _gemm(m, 128, 128, 8, 5, swap_ab=True, tma=True),
-        ]  # fmt: skip
-        return found + ([] if down else [_gemm(m, 16, 128, 4, 6)])
+            _gemm(m, 64, 128, 4, 4, swap_ab=True),
+        ]
+        if down:
+            return [*found, _gemm(m, 128, 128, 4, 6, swap_ab=True, tma=True)]
+        return found + [
+            _gemm(m, n, 128, w, st, swap_ab=True, tma=True, one_dot=True)
+            for n, w, st in ((32, 4, 6), (64, 4, 5), (128, 4, 4), (128, 8, 5))
+        ]
     found = [
         _gemm(m, 32, 128, 4, 4), _gemm(m, 32, 256, 4, 3), _gemm(m, 64, 64, 4, 5), _gemm(m, 64, 128, 4, 3),
         _gemm(m, 32, 128, 4, 5, tma=True), _gemm(m, 32, 256, 4, 3, tma=True),
@@ -179,12 +185,14 @@ def families(model: Model, tokens: int) -> Iterator[tuple[bool, bool, list[GemmC
 
     if tokens <= 16:
         yield (True, False, *both(small_candidates, 16))
+        if f:
+            yield (True, True, *both(small_candidates, 16))
     if tokens == 32:
         yield (True, False, *both(small_candidates, 32))
     if tokens >= 16 and rows <= 16:
-        yield (False, False, *both(small_candidates, 16))
+        yield (False, f, *both(small_candidates, 16))
     if 8 <= rows <= 64:
-        yield (False, False, *both(small_candidates, 32))
+        yield (False, f, *both(small_candidates, 32))
     if 16 <= rows <= (512 if f else 128):
         yield (False, f, *both(large_candidates, 64))
     if rows >= 48:
@@ -192,9 +200,7 @@ def families(model: Model, tokens: int) -> Iterator[tuple[bool, bool, list[GemmC
 
 
 def fits(config: GemmConfig, model: Model, *, down: bool, quantize_first: bool) -> bool:
-    """Whether a candidate can run: scale groups, and shared memory (227 KiB a block on Hopper)."""
-    if model.fp8 and quantize_first and not down and config.block_n != 128:
-        return False
+    """Whether a candidate fits into shared memory (227 KiB a block on Hopper)."""
     size = model.weight_dtype.itemsize
     activations = size if quantize_first or not model.fp8 else 3
     tile = config.block_k * (config.block_m * activations + config.block_n * (1 if down else 2) * size)
@@ -208,10 +214,14 @@ def plans(model: Model) -> Iterator[tuple[int, MoePlan]]:
         for direct, quantize_first, first, second in families(model, tokens):
             a = [c for c in first if fits(c, model, down=False, quantize_first=quantize_first)]
             b = [c for c in second if fits(c, model, down=True, quantize_first=quantize_first)]
-            for index in range(max(len(a), len(b))):
-                plan = MoePlan(
-                    direct=direct, w13=a[index % len(a)], w2=b[index % len(b)], quantize_first=quantize_first
-                )
+            # Every first with some second; every second behind a quantized and an unquantized h.
+            pairs = [(c, b[n % len(b)]) for n, c in enumerate(a)]
+            for width in {c.block_n == 128 for c in a} if quantize_first else ():
+                front = next(c for c in a if (c.block_n == 128) == width)
+                pairs += [(front, c) for c in b]
+            pairs += [(a[n % len(a)], c) for n, c in enumerate(b)]
+            for w13, w2 in pairs:
+                plan = MoePlan(direct=direct, w13=w13, w2=w2, quantize_first=quantize_first)
                 if plan not in seen:
                     seen.add(plan)
                     yield tokens, plan

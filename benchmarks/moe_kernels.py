@@ -4,6 +4,7 @@
     python benchmarks/moe_kernels.py check --out DIR           errors against float64, unmapped slots
     python benchmarks/moe_kernels.py baseline-warm MODEL       compile the baseline's kernels
     python benchmarks/moe_kernels.py run --out DIR [--tune]    all of it: tune, then compare; writes moe-h200.json
+    python benchmarks/moe_kernels.py install FILE.json         write the tuned configs (no GPU needed)
     python benchmarks/moe_kernels.py plot FILE.json FILE.png   draw the curves (no GPU needed)
 
 Times are medians of CUDA graph replays. A graph holds several calls that take turns over layers and routings, so that
@@ -13,6 +14,7 @@ weights come from memory and not from L2. Both sides get the same inputs in the 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -30,7 +32,15 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 
 from elasticmoe_kernels.reference.moe import moe_experts as reference_moe
 from elasticmoe_kernels.reference.moe import moe_experts_fp8 as reference_moe_fp8
-from elasticmoe_kernels.triton.config import GemmConfig, MoePlan, default_plan, plan_for, shape_name
+from elasticmoe_kernels.triton.config import (
+    CONFIG_DIR,
+    GemmConfig,
+    MoePlan,
+    default_plan,
+    plan_for,
+    shape_name,
+    tuned_entries,
+)
 from elasticmoe_kernels.triton.gemm_down import gemm_down_direct, gemm_down_sorted
 from elasticmoe_kernels.triton.gemm_swiglu import gemm_swiglu_direct, gemm_swiglu_sorted
 from elasticmoe_kernels.triton.moe import fused_moe
@@ -52,7 +62,9 @@ from moe_cases import (
 )
 
 START = time.monotonic()
-BRIEF_TOKENS, BRIEF_SHARES = (1, 8, 16, 64, 256, 1024, 4096, 16384), (1, 8)
+BRIEF_TOKENS = (1, 8, 16, 64, 256, 1024, 4096, 16384)
+TUNED_SHARES = (1, 8)
+"""EP 2 takes the plans of EP 1: as many rows an expert, half the experts."""
 # Relative 2-norm error against float64 that each weight dtype allows. fp8: against the reference whose activations
 # pass through e4m3 as well; rounding h to bf16 first flips some of its e4m3 values.
 LIMITS = {"bf16": 6e-3, "fp16": 1.5e-3, "fp8": 3e-2}
@@ -77,6 +89,27 @@ class Timer:
             self.anchor.capture_end()
 
     def __call__(self, calls: list[Callable[[], object]], *, target_ms: float = 3.0, samples: int = 5) -> float:
+        return self.together([calls], target_ms=target_ms, samples=samples, warm_ms=0.5)[0]
+
+    def together(
+        self, sides: list[list[Callable[[], object]]], *, target_ms: float = 4.0, samples: int = 7, warm_ms: float = 5.0
+    ) -> list[float]:
+        """Times of several implementations whose samples take turns, so that all see the same clocks."""
+        graphs = [self._capture(calls) for calls in sides]
+        repeats = []
+        for graph in graphs:
+            graph.replay()
+            once = self._replay(graph, 1)
+            self._replay(graph, max(1, math.ceil(warm_ms * 1e3 / once)))
+            repeats.append(max(1, min(50, math.ceil(target_ms * 1e3 / self._replay(graph, 1)))))
+            samples = min(samples, 3 if once > 5 * target_ms * 1e3 else samples)
+        times: list[list[float]] = [[] for _ in sides]
+        for _ in range(samples):
+            for side, graph in enumerate(graphs):
+                times[side].append(self._replay(graph, repeats[side]) / repeats[side])
+        return [sorted(t)[len(t) // 2] / len(calls) for t, calls in zip(times, sides, strict=True)]
+
+    def _capture(self, calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
         with torch.cuda.stream(self.stream):
             calls[0]()
         self.stream.synchronize()
@@ -87,13 +120,7 @@ class Timer:
             for call in calls:
                 call()
             graph.capture_end()
-        graph.replay()
-        once = self._replay(graph, 1)
-        repeats = max(1, min(50, math.ceil(target_ms * 1e3 / once)))
-        if once > 2 * target_ms * 1e3:
-            samples = min(samples, 3)
-        times = sorted(self._replay(graph, repeats) / repeats for _ in range(samples))
-        return times[len(times) // 2] / len(calls)
+        return graph
 
     def _replay(self, graph: torch.cuda.CUDAGraph, repeats: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -146,17 +173,17 @@ class Inputs:
         moved = touched * m.expert_bytes + 2 * self.tokens * m.hidden * 2
         flops = 6 * pairs * m.hidden * m.inter
         rate = ceilings["fp8_tflops" if m.fp8 else "bf16_tflops"] * 1e12
-        memory, compute = moved / (ceilings["copy_tb_s"] * 1e12) * 1e6, flops / rate * 1e6
+        memory, compute = moved / (max(ceilings["copy_tb_s"], ceilings["read_tb_s"]) * 1e12) * 1e6, flops / rate * 1e6
         return {"memory_us": memory, "compute_us": compute, "local_pairs": pairs, "experts_touched": touched}
 
 
 def ceilings() -> dict[str, float]:
     """Copy bandwidth (bytes read and written) and dense matmul rates of this card, on random data."""
     timer = Timer()
-    a = torch.empty(1 << 32, dtype=torch.uint8, device="cuda").random_()
+    a = torch.randn(1 << 30, device="cuda")
     b = torch.empty_like(a)
-    copy = 2 * a.numel() / timer([lambda: b.copy_(a)], target_ms=20) / 1e6
-    del a, b
+    copy = 2 * a.nbytes / timer([lambda: torch.neg(a, out=b)], target_ms=20) / 1e6
+    read = a.nbytes / timer([lambda: a.sum()], target_ms=20) / 1e6
     n = 8192
     x = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
     y = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
@@ -166,7 +193,7 @@ def ceilings() -> dict[str, float]:
     fp8 = 2 * n**3 / timer(
         [lambda: torch._scaled_mm(qx, qy.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)], target_ms=30
     ) / 1e6  # fmt: skip
-    return {"copy_tb_s": copy, "bf16_tflops": bf16, "fp8_tflops": fp8}
+    return {"copy_tb_s": copy, "read_tb_s": read, "bf16_tflops": bf16, "fp8_tflops": fp8}
 
 
 def poison() -> None:
@@ -192,14 +219,23 @@ def error_of(model: Model, layer: Layer, tokens: int, share: int, kind: str, pla
     if not bool(out.isfinite().all()):
         return math.nan
     sample = torch.randperm(tokens, device="cuda")[:16]
-    args = (slots[sample], inputs.weights[sample])
+    return relative(out, sample, reference(model, layer, x[sample], slots[sample], inputs.weights[sample]))
+
+
+def reference(model: Model, layer: Layer, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Float64; with fp8 weights the activations pass through e4m3 as the kernels have it."""
     if model.fp8:
         assert layer.w13_scale is not None and layer.w2_scale is not None
-        wanted = reference_moe_fp8(x[sample], layer.w13, layer.w2, layer.w13_scale, layer.w2_scale, *args)
-    else:
-        wanted = reference_moe(x[sample], layer.w13, layer.w2, *args)
-    norm = float(wanted.norm())
-    difference = float((out[sample].double() - wanted).norm())
+        return reference_moe_fp8(x, layer.w13, layer.w2, layer.w13_scale, layer.w2_scale, slots, weights)
+    return reference_moe(x, layer.w13, layer.w2, slots, weights)
+
+
+def relative(out: object, sample: torch.Tensor, wanted: torch.Tensor) -> float:
+    """2-norm of the error over that of the wanted rows; NaN if any element of `out` is not finite."""
+    assert isinstance(out, torch.Tensor)
+    if not bool(out.isfinite().all()):
+        return math.nan
+    difference, norm = float((out[sample].double() - wanted).norm()), float(wanted.norm())
     return difference / norm if norm else difference
 
 
@@ -279,83 +315,106 @@ def check(model: Model, layer: Layer, results: list[dict[str, Any]], *, quick: b
             )  # fmt: skip
 
 
+class Products:
+    """The two products of one family by themselves, on the inputs of one point."""
+
+    def __init__(self, inputs: Inputs, block_m: int, *, direct: bool, quantize_first: bool) -> None:
+        self.inputs, self.direct = inputs, direct
+        model, slots = inputs.model, inputs.model.experts
+        self.routings = [
+            route(ids, inputs.table, num_slots=slots, mapped_slots=inputs.local, block_m=block_m) for ids in inputs.ids
+        ]
+        rows = inputs.tokens * model.top_k if direct else self.routings[0].capacity_blocks * block_m
+        self.x, self.x_scale = quantize(inputs.x) if quantize_first else (inputs.x, None)
+        self.h = torch.randn(rows, model.inter, device="cuda", dtype=inputs.x.dtype)
+        self.h_fp8 = self.h.to(torch.float8_e4m3fn) if quantize_first else None
+        self.h_scale = torch.rand(rows, model.inter // 128, device="cuda") if quantize_first else None
+        self.y = torch.empty(rows, model.hidden, device="cuda", dtype=inputs.x.dtype)
+
+    def _h(self, quantized: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return (self.h_fp8, self.h_scale) if quantized and self.h_fp8 is not None else (self.h, None)
+
+    def up(self, i: int, config: GemmConfig) -> None:
+        p, layer = self.inputs, self.inputs.layers[i]
+        h, h_scale = self._h(config.block_n == 128)
+        if self.direct:
+            gemm_swiglu_direct(
+                self.x, self.x_scale, layer.w13, layer.w13_scale, p.ids[i], p.table, h, h_scale, config, pdl=True
+            )
+        else:
+            gemm_swiglu_sorted(
+                self.x, self.x_scale, layer.w13, layer.w13_scale, self.routings[i], p.model.top_k, h, h_scale, config,
+                pdl=True,
+            )  # fmt: skip
+
+    def down(self, i: int, config: GemmConfig, quantized: bool) -> None:
+        p, layer = self.inputs, self.inputs.layers[i]
+        h, h_scale = self._h(quantized)
+        if self.direct:
+            gemm_down_direct(h, h_scale, layer.w2, layer.w2_scale, p.ids[i], p.table, self.y, config, pdl=True)
+        else:
+            gemm_down_sorted(h, h_scale, layer.w2, layer.w2_scale, self.routings[i], self.y, config, pdl=True)
+
+
 def tune_point(timer: Timer, model: Model, layers: list[Layer], tokens: int, share: int) -> dict[str, Any]:
     """Best plan for one size: the products by themselves first, then the whole layer of each family's best."""
     inputs = Inputs(model, layers, tokens, share, "uniform")
     best: tuple[float, MoePlan] | None = None
     tried: list[dict[str, Any]] = []
     turns = range(len(inputs.ids))
-    x, k = inputs.x, model.top_k
+
+    def fastest(name: str, candidates: list[GemmConfig], run_one: Callable[[int, GemmConfig], None]) -> GemmConfig:
+        timed = []
+        for c in candidates:
+            try:
+                us = timer([functools.partial(run_one, i, c) for i in turns], target_ms=1.5, samples=3)
+            except Exception as e:  # a candidate that cannot run is a line in the record, not the end of the tuning
+                tried.append({"op": name, "config": str(c), "failed": f"{type(e).__name__}: {e}"[:200]})
+                continue
+            timed.append((us, c))
+            tried.append({"op": name, "config": str(c), "us": us})
+        return min(timed, key=lambda t: t[0])[1]
+
     for direct, quantize_first, first, second in families(model, tokens):
-        picked: list[GemmConfig] = []
-        m = first[0].block_m
-        routings = [
-            None if direct else route(ids, inputs.table, num_slots=model.experts, mapped_slots=inputs.local, block_m=m)
-            for ids in inputs.ids
-        ]
-        rows = tokens * k if direct else routings[0].capacity_blocks * m  # type: ignore[union-attr]
-        h = torch.randn(rows, model.inter, device="cuda").to(torch.float8_e4m3fn if quantize_first else x.dtype)
-        h_scale = torch.rand(rows, model.inter // 128, device="cuda") if quantize_first else None
-        x_in, x_scale = quantize(x) if quantize_first else (x, None)
-        y = torch.empty(rows, model.hidden, device="cuda", dtype=x.dtype)
-        for down, candidates in ((False, first), (True, second)):
-            timed = []
-            for c in candidates:
-                if not fits(c, model, down=down, quantize_first=quantize_first):
-                    continue
-
-                def call(i: int, c: GemmConfig = c, down: bool = down) -> None:
-                    layer, r = inputs.layers[i], routings[i]
-                    if direct and down:
-                        gemm_down_direct(h, layer.w2, layer.w2_scale, inputs.ids[i], inputs.table, y, c, pdl=True)
-                    elif direct:
-                        gemm_swiglu_direct(x, layer.w13, layer.w13_scale, inputs.ids[i], inputs.table, h, c, pdl=True)
-                    elif down:
-                        gemm_down_sorted(h, h_scale, layer.w2, layer.w2_scale, r, y, c, pdl=True)  # type: ignore[arg-type]
-                    else:
-                        gemm_swiglu_sorted(
-                            x_in, x_scale, layer.w13, layer.w13_scale, r, k, h, h_scale, c, pdl=True  # type: ignore[arg-type]
-                        )  # fmt: skip
-
-                try:
-                    us = timer([lambda i=i: call(i) for i in turns], target_ms=1.5, samples=3)  # type: ignore[misc]
-                except Exception as e:
-                    tried.append(dict(down=down, config=str(c), failed=f"{type(e).__name__}: {e}"[:200]))
-                    continue
-                timed.append((us, c))
-                tried.append(dict(down=down, direct=direct, config=str(c), us=us))
-            if timed:
-                picked.append(min(timed, key=lambda t: t[0])[1])
-        if len(picked) == 2:
-            plan = MoePlan(direct=direct, w13=picked[0], w2=picked[1], quantize_first=quantize_first)
-            us = timer(inputs.ours(plan), target_ms=2, samples=3)
-            tried.append(dict(plan=plan.to_json(), us=us))
-            if best is None or us < best[0]:
-                best = (us, plan)
+        products = Products(inputs, first[0].block_m, direct=direct, quantize_first=quantize_first)
+        kind = f"{'direct' if direct else 'sorted'}{' quantized' if quantize_first else ''} {first[0].block_m}"
+        first = [c for c in first if fits(c, model, down=False, quantize_first=quantize_first)]
+        second = [c for c in second if fits(c, model, down=True, quantize_first=quantize_first)]
+        w13 = fastest(f"w13 {kind}", first, products.up)
+        quantized = quantize_first and w13.block_n == 128
+        w2 = fastest(f"w2 {kind}", second, functools.partial(products.down, quantized=quantized))
+        plan = MoePlan(direct=direct, w13=w13, w2=w2, quantize_first=quantize_first)
+        us = timer(inputs.ours(plan), target_ms=2, samples=3)
+        tried.append({"op": f"layer {kind}", "us": us})
+        if best is None or us < best[0]:
+            best = (us, plan)
     assert best is not None, (model.name, tokens, share)
-    return dict(tokens=tokens, share=1 / share, us=best[0], plan=best[1].to_json(), tried=tried)
+    return {"tokens": tokens, "share": 1 / share, "us": best[0], "plan": best[1].to_json(), "tried": tried}
 
 
 def compare_point(
     timer: Timer, model: Model, layers: list[Layer], tokens: int, share: int, kind: str, baseline: Any,
-    limits: dict[str, float], plan: MoePlan | None,
+    limits: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     inputs = Inputs(model, layers, tokens, share, kind)
-    plan = plan or plan_for(tokens, model.top_k, inputs.local, 1 / share, model.hidden, model.inter, model.weight_dtype)
+    plan = plan_for(tokens, model.top_k, inputs.local, 1 / share, model.hidden, model.inter, model.weight_dtype)
     point: dict[str, Any] = dict(
         model=model.name, dtype="fp8" if model.fp8 else "bf16", share=share, routing=kind, tokens=tokens
     )
     point.update(inputs.roofline_us(limits))
-    point["ours_us"] = timer(inputs.ours(plan))
+    sides = [inputs.ours(plan)] + ([inputs.theirs(baseline)] if baseline is not None else [])
+    point["ours_us"], *other_us = timer.together(sides)
     bound = max(point["memory_us"], point["compute_us"])
     point.update(bound="memory" if point["memory_us"] >= point["compute_us"] else "compute",
                  roofline_fraction=bound / point["ours_us"], plan=plan.to_json())  # fmt: skip
-    if baseline is not None:
-        point["sglang_us"] = timer(inputs.theirs(baseline))
-        point["speedup"] = point["sglang_us"] / point["ours_us"]
-        mine, other = inputs.ours(plan)[0](), inputs.theirs(baseline)[0]()
-        assert isinstance(mine, torch.Tensor) and isinstance(other, torch.Tensor)
-        point["difference"] = float((mine.float() - other.float()).norm() / other.float().norm().clamp(min=1e-20))
+    poison()
+    sample = torch.randperm(tokens, device="cuda")[:6]
+    wanted = reference(model, inputs.layers[0], inputs.x[sample], inputs.local_ids[0][sample], inputs.weights[sample])
+    point["error"] = relative(sides[0][0](), sample, wanted)
+    if other_us:
+        point["sglang_us"] = other_us[0]
+        point["speedup"] = other_us[0] / point["ours_us"]
+        point["sglang_error"] = relative(sides[1][0](), sample, wanted)
     return point
 
 
@@ -439,11 +498,10 @@ def run(args: argparse.Namespace) -> None:
     say("ceilings", limits)
     save()
     timer = Timer()
-    chosen: dict[tuple[str, int, int], MoePlan] = {}
     if args.tune:
         for m in models:
             entries = result["tuned"].setdefault(shape_name(m.hidden, m.inter, m.weight_dtype), [])
-            for share in BRIEF_SHARES if args.brief else SHARES:
+            for share in TUNED_SHARES:
                 for tokens in BRIEF_TOKENS if args.brief else TUNED_TOKENS:
                     if time.monotonic() - START > args.tune_until:
                         continue
@@ -453,25 +511,22 @@ def run(args: argparse.Namespace) -> None:
                         result["notes"].append(f"tune {m.name} {tokens} {share}: {type(e).__name__}: {e}"[:300])
                         continue
                     entries.append(entry)
-                    chosen[m.name, share, tokens] = MoePlan.from_json(entry["plan"])
             say("tuned", m.name, len(entries), [n for n in result["notes"][-2:]])
             save()
+    if args.tune:
+        install(result["tuned"])
     todo = [(m, s, "uniform", t) for m in models for s in SHARES for t in TOKENS]
     todo += [(m, s, "skewed", t) for m in models for s in SHARES for t in SKEWED_TOKENS]
     if args.quick:
         todo = [(m, s, "uniform", t) for m in models for s in (1, 8) for t in (1, 64, 4096)]
     if args.brief:
-        todo = [(m, s, "uniform", t) for m in models for s in BRIEF_SHARES for t in BRIEF_TOKENS]
+        todo = [(m, s, "uniform", t) for m in models for s in TUNED_SHARES for t in BRIEF_TOKENS]
     for m, share, kind, tokens in todo:
         if time.monotonic() - START > args.until:
             result["notes"].append(f"out of time before {m.name} {share} {kind} {tokens}")
             break
-        near = [c for c in chosen if c[:2] == (m.name, share) and fits_direct(chosen[c], tokens)]
-        plan = chosen[min(near, key=lambda c: (abs(math.log2(c[2] / tokens)), -c[2]))] if near else None
         try:
-            result["points"].append(
-                compare_point(timer, m, layers[m.name], tokens, share, kind, baseline, limits, plan)
-            )
+            result["points"].append(compare_point(timer, m, layers[m.name], tokens, share, kind, baseline, limits))
         except Exception as e:
             result["notes"].append(f"{m.name} {share} {kind} {tokens}: {type(e).__name__}: {e}"[:400])
     say("compared", len(result["points"]))
@@ -485,8 +540,14 @@ def run(args: argparse.Namespace) -> None:
     say("notes", result["notes"][:12])
 
 
-def fits_direct(plan: MoePlan, tokens: int) -> bool:
-    return not plan.direct or tokens <= plan.w13.block_m
+def install(tuned: dict[str, list[dict[str, Any]]], directory: Path = CONFIG_DIR) -> None:
+    """Write what tuning found to where `plan_for` looks."""
+    for name, entries in tuned.items():
+        kept = [{k: e[k] for k in ("tokens", "share", "plan")} for e in entries]
+        text = ",\n  ".join(json.dumps(e) for e in kept)
+        (directory / f"{name}.json").write_text(f'{{"device": "NVIDIA H200", "entries": [\n  {text}\n]}}\n')
+    tuned_entries.cache_clear()
+    plan_for.cache_clear()
 
 
 def wait_for(site: str) -> None:
@@ -580,6 +641,8 @@ def main() -> None:
     compiling.add_argument("part", type=int)
     compiling.add_argument("parts", type=int)
     commands.add_parser("baseline-warm").add_argument("model")
+    installing = commands.add_parser("install")
+    installing.add_argument("data")
     plot = commands.add_parser("plot")
     plot.add_argument("data")
     plot.add_argument("image")
@@ -600,6 +663,8 @@ def main() -> None:
         compile_part(args.part, args.parts)
     elif args.command == "baseline-warm":
         baseline_warm(args.model)
+    elif args.command == "install":
+        install(json.loads(Path(args.data).read_text())["tuned"])
     elif args.command == "plot":
         from moe_plot import plot_file
 

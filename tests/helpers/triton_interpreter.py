@@ -31,8 +31,12 @@ GROUPS = replace(SMALL, block_k=128)
 PLANS = {
     "direct": MoePlan(direct=True, w13=SMALL, w2=SMALL),
     "direct-swap": MoePlan(direct=True, w13=replace(SMALL, swap_ab=True), w2=replace(SMALL, swap_ab=True)),
+    "direct-one-dot": MoePlan(
+        direct=True, w13=replace(SMALL, swap_ab=True, one_dot=True), w2=replace(SMALL, swap_ab=True)
+    ),
     "direct-tma": MoePlan(direct=True, w13=replace(SMALL, tma=True), w2=replace(SMALL, tma=True, swap_ab=True)),
     "sorted": MoePlan(direct=False, w13=SMALL, w2=replace(SMALL, block_n=64)),
+    "two-parts": MoePlan(direct=False, w13=replace(SMALL, block_m=32), w2=replace(SMALL, persistent=True)),
     "sorted-swap": MoePlan(direct=False, w13=replace(SMALL, swap_ab=True, group_m=4), w2=replace(SMALL, swap_ab=True)),
     "persistent": MoePlan(
         direct=False, w13=replace(SMALL, persistent=True, group_m=8), w2=replace(SMALL, persistent=True, per_sm=2)
@@ -49,6 +53,13 @@ PLANS = {
 FP8_PLANS = {
     "direct": MoePlan(direct=True, w13=GROUPS, w2=GROUPS),
     "direct-swap": MoePlan(direct=True, w13=replace(GROUPS, swap_ab=True), w2=replace(GROUPS, swap_ab=True)),
+    "direct-first": MoePlan(
+        direct=True,
+        w13=replace(GROUPS, swap_ab=True, one_dot=True, block_n=128, tma=True),
+        w2=replace(GROUPS, swap_ab=True),
+        quantize_first=True,
+    ),
+    "direct-x-first": MoePlan(direct=True, w13=replace(GROUPS, one_dot=True), w2=GROUPS, quantize_first=True),
     "sorted": MoePlan(direct=False, w13=GROUPS, w2=replace(GROUPS, block_n=64)),
     "sorted-swap": MoePlan(direct=False, w13=replace(GROUPS, swap_ab=True), w2=replace(GROUPS, swap_ab=True, tma=True)),
     "quantize-first": MoePlan(
@@ -224,7 +235,7 @@ def main(part: str) -> None:
             for tokens, hidden, inter, kind in shapes:
                 value = layer(plan, tokens, hidden, inter, 6, 3, dtype, kind, tokens)
                 cases.append({"case": f"{name} {tokens}x{hidden}x{inter} {kind}", "error": value, "limit": limit})
-        for name in ("sorted", "persistent", "one-dot"):
+        for name in ("sorted", "two-parts", "persistent", "one-dot"):
             value = layer(PLANS[name], 70, 72, 40, 9, 4, dtype, "holes", 7)
             cases.append({"case": f"{name} 70 holes", "error": value, "limit": limit})
         for tokens in (3, 40):

@@ -26,7 +26,7 @@ class GemmConfig:
     """One grouped product's launch."""
 
     block_m: int
-    """Rows of a tile; both products of a plan share it, since they share the routing."""
+    """Rows of a tile. The first product's is the routing's; the second's divides it."""
     block_n: int
     """Output columns of a tile. The first product loads a gate and an up tile of so many rows each."""
     block_k: int
@@ -35,13 +35,13 @@ class GemmConfig:
     group_m: int = 1
     """Row blocks that walk over the columns together (L2 reuse of weights)."""
     swap_ab: bool = False
-    """Compute the transpose, weights as the left operand: wgmma wants 64 rows there and takes 16 tokens on the right."""
+    """Compute the transpose, weights on the left: wgmma wants 64 rows there and takes 16 tokens on the right."""
     tma: bool = False
     """Weights through tensor descriptors instead of pointers."""
     tma_rows: bool = False
     """Second product only: rows through a tensor descriptor as well."""
     one_dot: bool = False
-    """First product only, with tma: gate and up as one operand of 2 * block_n columns."""
+    """First product only: gate and up as one operand of 2 * block_n columns."""
     persistent: bool = False
     """A fixed number of programs walks over the tiles, instead of one program a tile."""
     per_sm: int = 1
@@ -57,13 +57,18 @@ class MoePlan:
     w13: GemmConfig
     w2: GemmConfig
     quantize_first: bool = False
-    """fp8: quantize x in a launch of its own and h in the first product's epilogue, not while loading."""
+    """fp8: quantize x in a launch of its own, not while loading."""
 
     def __post_init__(self) -> None:
-        if self.w13.block_m != self.w2.block_m:
-            raise ShapeError(f"both products need one block_m; got {self.w13.block_m} and {self.w2.block_m}")
-        if self.quantize_first and (self.direct or self.w13.block_n != 128):
-            raise ShapeError("quantize_first needs the sorted way and w13.block_n 128: one scale group a tile")
+        if self.w13.block_m % self.w2.block_m or (self.direct and self.w13.block_m != self.w2.block_m):
+            raise ShapeError(
+                f"w2.block_m {self.w2.block_m} must divide w13.block_m {self.w13.block_m} (and equal it if direct)"
+            )
+
+    @property
+    def quantize_h(self) -> bool:
+        """fp8: h leaves the first product quantized. Needs a whole group of 128 columns in one tile."""
+        return self.quantize_first and self.w13.block_n == 128
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,9 +118,11 @@ def tuned_entries(name: str, directory: Path = CONFIG_DIR) -> tuple[TunedEntry, 
         if not path.exists():
             return ()
     data = json.loads(path.read_text())
-    return tuple(
+    entries = [
         TunedEntry(tokens=e["tokens"], share=e["share"], plan=MoePlan.from_json(e["plan"])) for e in data["entries"]
-    )
+    ]
+    # Between two sizes the larger one's plan: a tile too large costs less than a weight read twice.
+    return tuple(sorted(entries, key=lambda e: -e.tokens))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -27,17 +27,33 @@ def _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, row, valid, first_row, colu
         h_ptrs = h_ptr + row64[:, None] * h_stride + offs_k[None, :]
     if not TMA:
         inside = tl.where(offs_n < hidden, offs_n, 0)
-        base = tl.multiple_of(tl.cast(w_ptr, tl.pointer_type(W_TYPE)), 16)
-        w_ptrs = base + slot.to(tl.int64) * w_stride + inside[:, None].to(tl.int64) * inter + offs_k[None, :]
+        base = tl.multiple_of(tl.cast(w_ptr, tl.pointer_type(W_TYPE)), 16) + slot.to(tl.int64) * w_stride
+        w_ptrs = base + inside[:, None].to(tl.int64) * inter + offs_k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP_AB else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     if FP8:
+        # One scale for the tile and each 128 of k, since BLOCK_N divides 128.
+        AHEAD: tl.constexpr = BLOCK_M <= 32  # see gemm_swiglu
         groups = tl.cdiv(inter, 128)
-        ws_ptrs = (
-            tl.cast(ws_ptr, tl.pointer_type(tl.float32))
-            + slot.to(tl.int64) * ws_stride
-            + (column * BLOCK_N // 128) * groups
-        )
+        ws_ptrs = tl.cast(ws_ptr, tl.pointer_type(tl.float32)) + slot.to(tl.int64) * ws_stride
+        ws_ptrs += (column * BLOCK_N // 128) * groups
+        hs_ptrs = hs_ptr + row64 * hs_stride
+        if AHEAD:
+            w_next = tl.load(ws_ptrs)
+            if not QUANT_IN:
+                a_next = tl.load(hs_ptrs, mask=valid, other=0.0)
     for k in tl.range(0, inter, BLOCK_K, num_stages=NUM_STAGES):
+        if FP8:
+            if AHEAD:
+                w_scale = w_next
+                more = k + BLOCK_K < inter
+                w_next = tl.load(ws_ptrs + k // 128 + 1, mask=more, other=0.0)
+                if not QUANT_IN:
+                    a_scale = a_next
+                    a_next = tl.load(hs_ptrs + k // 128 + 1, mask=valid & more, other=0.0)
+            else:
+                w_scale = tl.load(ws_ptrs + k // 128)
+                if not QUANT_IN:
+                    a_scale = tl.load(hs_ptrs + k // 128, mask=valid, other=0.0)
         if TMA_ROWS:
             a = h_ptr.load([first_row, k])
         elif EVEN_K:
@@ -53,13 +69,10 @@ def _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, row, valid, first_row, colu
         if FP8:
             if QUANT_IN:
                 a, a_scale = quantize_tile(a)
-            else:
-                a_scale = tl.load(hs_ptr + row64 * hs_stride + k // 128, mask=valid, other=0.0)
-            scale = a_scale * tl.load(ws_ptrs + k // 128)
             if SWAP_AB:
-                acc += tl.dot(w, tl.trans(a)) * scale[None, :]
+                acc += tl.dot(w, tl.trans(a)) * (a_scale * w_scale)[None, :]
             else:
-                acc += tl.dot(a, tl.trans(w)) * scale[:, None]
+                acc += tl.dot(a, tl.trans(w)) * (a_scale * w_scale)[:, None]
         elif SWAP_AB:
             acc = tl.dot(w, tl.trans(a), acc)
         else:
@@ -75,11 +88,11 @@ def _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, row, valid, first_row, colu
 
 
 @triton.jit(do_not_specialize=["tokens", "top_k"])
-def _direct_kernel(h_ptr, w_ptr, ws_ptr, y_ptr, ids_ptr, table_ptr, tokens, top_k, hidden, inter, h_stride, w_stride,
-                   ws_stride, y_stride, K_P2: tl.constexpr, HAS_TABLE: tl.constexpr,
+def _direct_kernel(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, ids_ptr, table_ptr, tokens, top_k, hidden, inter, h_stride,
+                   hs_stride, w_stride, ws_stride, y_stride, K_P2: tl.constexpr, HAS_TABLE: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr,
-                   TMA: tl.constexpr, FP8: tl.constexpr, EVEN_K: tl.constexpr, W_TYPE: tl.constexpr,
-                   NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   TMA: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr, EVEN_K: tl.constexpr,
+                   W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     columns = tl.cdiv(hidden, BLOCK_N)
     block = tl.program_id(0) // columns
     column = tl.program_id(0) - block * columns
@@ -89,9 +102,9 @@ def _direct_kernel(h_ptr, w_ptr, ws_ptr, y_ptr, ids_ptr, table_ptr, tokens, top_
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if slot >= 0:
-        _tile(h_ptr, h_ptr, w_ptr, ws_ptr, y_ptr, slot, row, valid, 0, column, hidden, inter, h_stride, 0, w_stride,
-              ws_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, TMA, False, FP8, FP8, EVEN_K, W_TYPE,
-              NUM_STAGES)  # fmt: skip
+        _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, row, valid, 0, column, hidden, inter, h_stride, hs_stride,
+              w_stride, ws_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, TMA, False, FP8, QUANT_IN, EVEN_K,
+              W_TYPE, NUM_STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -99,12 +112,14 @@ def _sorted_kernel(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, block_slot_ptr, block_ro
                    h_stride, hs_stride, w_stride, ws_stride, y_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP_AB: tl.constexpr, TMA: tl.constexpr,
                    TMA_ROWS: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr, EVEN_K: tl.constexpr,
-                   PERSISTENT: tl.constexpr, W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   PERSISTENT: tl.constexpr, PARTS: tl.constexpr, W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr,
+                   PDL: tl.constexpr):  # fmt: skip
+    # A block of the routing is PARTS tiles here.
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     columns = tl.cdiv(hidden, BLOCK_N)
-    num_blocks = tl.load(num_blocks_ptr)
+    num_blocks = tl.load(num_blocks_ptr) * PARTS
     tiles = num_blocks * columns
     start = tl.program_id(0)
     if PERSISTENT:
@@ -115,12 +130,13 @@ def _sorted_kernel(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, block_slot_ptr, block_ro
         step = 1
     for tile in tl.range(start, stop, step, num_stages=1):
         block, column = block_and_column(tile, num_blocks, columns, GROUP_M)
-        slot = tl.load(block_slot_ptr + block)
-        inside = tl.arange(0, BLOCK_M)
-        valid = inside < tl.load(block_rows_ptr + block)
-        _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, block * BLOCK_M + inside, valid, block * BLOCK_M, column,
-              hidden, inter, h_stride, hs_stride, w_stride, ws_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB,
-              TMA, TMA_ROWS, FP8, QUANT_IN, EVEN_K, W_TYPE, NUM_STAGES)  # fmt: skip
+        slot = tl.load(block_slot_ptr + block // PARTS)
+        rows = tl.load(block_rows_ptr + block // PARTS) - (block % PARTS) * BLOCK_M
+        if rows > 0:
+            inside = tl.arange(0, BLOCK_M)
+            _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, block * BLOCK_M + inside, inside < rows, block * BLOCK_M,
+                  column, hidden, inter, h_stride, hs_stride, w_stride, ws_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K,
+                  SWAP_AB, TMA, TMA_ROWS, FP8, QUANT_IN, EVEN_K, W_TYPE, NUM_STAGES)  # fmt: skip
 
 
 def weight_operand(w2: torch.Tensor, config: GemmConfig) -> int | TensorDescriptor:
@@ -131,23 +147,25 @@ def weight_operand(w2: torch.Tensor, config: GemmConfig) -> int | TensorDescript
 
 
 def gemm_down_direct(
-    h: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor | None, topk_ids: torch.Tensor,
-    slot_table: torch.Tensor | None, y: torch.Tensor, config: GemmConfig, *, pdl: bool = False,
+    h: torch.Tensor, h_scale: torch.Tensor | None, w2: torch.Tensor, w2_scale: torch.Tensor | None,
+    topk_ids: torch.Tensor, slot_table: torch.Tensor | None, y: torch.Tensor, config: GemmConfig, *, pdl: bool = False,
 ) -> None:  # fmt: skip
     """h [T * K, I], T <= config.block_m -> y [T * K, H]; rows of pairs that are not here are left alone.
 
-    w2: [S, H, I] in h's dtype, or e4m3 with w2_scale float32 [S, H / 128, I / 128].
+    w2: [S, H, I] in h's dtype, or e4m3 with w2_scale float32 [S, H / 128, I / 128]. h_scale: as in `gemm_down_sorted`.
     """
     (tokens, top_k), inter, hidden = topk_ids.shape, h.shape[1], y.shape[1]
     grid = (topk_ids.numel() * triton.cdiv(hidden, config.block_n),)
     scale = h if w2_scale is None else w2_scale  # without scales any address will do: it is not used
     _direct_kernel[grid](
-        h, weight_operand(w2, config), address(scale), y, topk_ids, topk_ids if slot_table is None else slot_table, tokens,
-        top_k, hidden, inter, h.stride(0), w2.stride(0), scale.stride(0), y.stride(0),  K_P2=next_power_of_2(top_k),
-        HAS_TABLE=slot_table is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        SWAP_AB=config.swap_ab, TMA=config.tma, FP8=w2_scale is not None, EVEN_K=inter % config.block_k == 0,
-        NUM_STAGES=config.num_stages, W_TYPE=TL_TYPES[w2.dtype], PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
-        **pdl_options(pdl),
+        h, h if h_scale is None else h_scale, weight_operand(w2, config), address(scale), y, topk_ids,
+        topk_ids if slot_table is None else slot_table, tokens, top_k, hidden, inter, h.stride(0),
+        0 if h_scale is None else h_scale.stride(0), w2.stride(0), scale.stride(0), y.stride(0),
+        K_P2=next_power_of_2(top_k), HAS_TABLE=slot_table is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k, SWAP_AB=config.swap_ab, TMA=config.tma, FP8=w2_scale is not None,
+        QUANT_IN=w2_scale is not None and h_scale is None, EVEN_K=inter % config.block_k == 0,
+        W_TYPE=TL_TYPES[w2.dtype], NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps,
+        num_stages=config.num_stages, **pdl_options(pdl),
     )  # fmt: skip
 
 
@@ -157,7 +175,8 @@ def gemm_down_sorted(
 ) -> None:  # fmt: skip
     """h [capacity, I] -> y [capacity, H], valid rows only. h_scale: h is e4m3; None with fp8 weights: quantized."""
     hidden, inter = y.shape[1], h.shape[1]
-    tiles = routing.capacity_blocks * triton.cdiv(hidden, config.block_n)
+    parts = routing.block_m // config.block_m
+    tiles = routing.capacity_blocks * parts * triton.cdiv(hidden, config.block_n)
     grid = (min(tiles, multiprocessors(h.device) * config.per_sm) if config.persistent else tiles,)
     scale = h if w2_scale is None else w2_scale  # without scales any address will do: it is not used
     # TMA over the rows reads the padding rows too; what a padding row gives is never stored.
@@ -165,12 +184,12 @@ def gemm_down_sorted(
         TensorDescriptor(h, list(h.shape), [h.stride(0), 1], [config.block_m, config.block_k]) if config.tma_rows else h
     )
     _sorted_kernel[grid](
-        rows, h if h_scale is None else h_scale, weight_operand(w2, config), address(scale), y, routing.block_slot,
-        routing.block_rows, routing.num_blocks, hidden, inter, h.stride(0),
+        rows, h if h_scale is None else h_scale, weight_operand(w2, config), address(scale), y,
+        routing.block_slot, routing.block_rows, routing.num_blocks, hidden, inter, h.stride(0),
         0 if h_scale is None else h_scale.stride(0), w2.stride(0), scale.stride(0), y.stride(0),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
         SWAP_AB=config.swap_ab, TMA=config.tma, TMA_ROWS=config.tma_rows, FP8=w2_scale is not None,
         QUANT_IN=w2_scale is not None and h_scale is None, EVEN_K=inter % config.block_k == 0,
-        PERSISTENT=config.persistent, NUM_STAGES=config.num_stages, W_TYPE=TL_TYPES[w2.dtype], PDL=pdl, num_warps=config.num_warps,
-        num_stages=config.num_stages, **pdl_options(pdl),
+        PERSISTENT=config.persistent, PARTS=parts, W_TYPE=TL_TYPES[w2.dtype], NUM_STAGES=config.num_stages, PDL=pdl,
+        num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(pdl),
     )  # fmt: skip

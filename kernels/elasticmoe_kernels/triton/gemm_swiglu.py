@@ -30,39 +30,66 @@ def _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, source, source_vali
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + source.to(tl.int64)[:, None] * x_stride + offs_k[None, :]
     if not TMA:
+        base = tl.multiple_of(tl.cast(w_ptr, tl.pointer_type(W_TYPE)), 16) + slot.to(tl.int64) * w_stride
         # Columns past the end read column 0: always mapped, and never stored.
-        inside = tl.where(offs_n < inter, offs_n, 0)
-        base = tl.multiple_of(tl.cast(w_ptr, tl.pointer_type(W_TYPE)), 16)
-        gate_ptrs = base + slot.to(tl.int64) * w_stride + inside[:, None].to(tl.int64) * hidden + offs_k[None, :]
-        up_ptrs = gate_ptrs + inter.to(tl.int64) * hidden
+        if ONE_DOT:
+            part = tl.arange(0, 2 * BLOCK_N) // BLOCK_N
+            n = column * BLOCK_N + tl.arange(0, 2 * BLOCK_N) % BLOCK_N
+            w_row = part * inter + tl.where(n < inter, n, 0)
+            w_ptrs = base + w_row[:, None].to(tl.int64) * hidden + offs_k[None, :]
+        else:
+            w_row = tl.where(offs_n < inter, offs_n, 0)
+            gate_ptrs = base + w_row[:, None].to(tl.int64) * hidden + offs_k[None, :]
+            up_ptrs = gate_ptrs + inter.to(tl.int64) * hidden
     if ONE_DOT:
-        both = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
-    elif SWAP_AB:
-        gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-        up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        both = tl.zeros((2 * BLOCK_N, BLOCK_M) if SWAP_AB else (BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
     else:
-        gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        gate = tl.zeros((BLOCK_N, BLOCK_M) if SWAP_AB else (BLOCK_M, BLOCK_N), dtype=tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_M) if SWAP_AB else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     if FP8:
         # Weight scales are per 128 x 128 block; BLOCK_N divides 128, so a tile has one for gate and one for up.
+        # Small tiles load their scales one step ahead: nothing else hides the latency. Large ones lack the registers.
+        AHEAD: tl.constexpr = BLOCK_M <= 32
         groups = tl.cdiv(hidden, 128)
-        ws_gate = (
-            tl.cast(ws_ptr, tl.pointer_type(tl.float32))
-            + slot.to(tl.int64) * ws_stride
-            + (column * BLOCK_N // 128) * groups
-        )
+        ws_gate = tl.cast(ws_ptr, tl.pointer_type(tl.float32)) + slot.to(tl.int64) * ws_stride
+        ws_gate += (column * BLOCK_N // 128) * groups
         ws_up = ws_gate + (inter // 128) * groups
+        xs_ptrs = xs_ptr + source.to(tl.int64) * xs_stride
+        if AHEAD:
+            gate_next = tl.load(ws_gate)
+            up_next = tl.load(ws_up)
+            if not QUANT_IN:
+                a_next = tl.load(xs_ptrs, mask=source_valid, other=0.0)
     for k in tl.range(0, hidden, BLOCK_K, num_stages=NUM_STAGES):
+        if FP8:
+            if AHEAD:
+                gate_scale = gate_next
+                up_scale = up_next
+                more = k + BLOCK_K < hidden
+                gate_next = tl.load(ws_gate + k // 128 + 1, mask=more, other=0.0)
+                up_next = tl.load(ws_up + k // 128 + 1, mask=more, other=0.0)
+                if not QUANT_IN:
+                    a_scale = a_next
+                    a_next = tl.load(xs_ptrs + k // 128 + 1, mask=source_valid & more, other=0.0)
+            else:
+                gate_scale = tl.load(ws_gate + k // 128)
+                up_scale = tl.load(ws_up + k // 128)
+                if not QUANT_IN:
+                    a_scale = tl.load(xs_ptrs + k // 128, mask=source_valid, other=0.0)
         if EVEN_K:
             a = tl.load(x_ptrs, mask=source_valid[:, None], other=0.0)
         else:
             a = tl.load(x_ptrs, mask=source_valid[:, None] & (offs_k[None, :] < hidden - k), other=0.0)
-        if TMA:
-            if ONE_DOT:
+        if ONE_DOT:
+            if TMA:
                 w = w_ptr.load([slot, 0, column * BLOCK_N, k]).reshape(2 * BLOCK_N, BLOCK_K)
+            elif EVEN_K:
+                w = tl.load(w_ptrs)
             else:
-                g = w_ptr.load([slot, column * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
-                u = w_ptr.load([slot, inter + column * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
+                w = tl.load(w_ptrs, mask=offs_k[None, :] < hidden - k, other=0.0)
+        elif TMA:
+            g = w_ptr.load([slot, column * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
+            u = w_ptr.load([slot, inter + column * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K)
         elif EVEN_K:
             g = tl.load(gate_ptrs)
             u = tl.load(up_ptrs)
@@ -72,18 +99,20 @@ def _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, source, source_vali
         if FP8:
             if QUANT_IN:
                 a, a_scale = quantize_tile(a)
-            else:
-                a_scale = tl.load(xs_ptr + source.to(tl.int64) * xs_stride + k // 128, mask=source_valid, other=0.0)
-            gate_scale = tl.load(ws_gate + k // 128)
-            up_scale = tl.load(ws_up + k // 128)
-            if SWAP_AB:
+            if ONE_DOT:
+                scales = tl.where(tl.arange(0, 2 * BLOCK_N) < BLOCK_N, gate_scale, up_scale)
+                if SWAP_AB:
+                    both += tl.dot(w, tl.trans(a)) * (scales[:, None] * a_scale[None, :])
+                else:
+                    both += tl.dot(a, tl.trans(w)) * (a_scale[:, None] * scales[None, :])
+            elif SWAP_AB:
                 gate += tl.dot(g, tl.trans(a)) * (a_scale * gate_scale)[None, :]
                 up += tl.dot(u, tl.trans(a)) * (a_scale * up_scale)[None, :]
             else:
                 gate += tl.dot(a, tl.trans(g)) * (a_scale * gate_scale)[:, None]
                 up += tl.dot(a, tl.trans(u)) * (a_scale * up_scale)[:, None]
         elif ONE_DOT:
-            both = tl.dot(a, tl.trans(w), both)
+            both = tl.dot(w, tl.trans(a), both) if SWAP_AB else tl.dot(a, tl.trans(w), both)
         elif SWAP_AB:
             gate = tl.dot(g, tl.trans(a), gate)
             up = tl.dot(u, tl.trans(a), up)
@@ -92,10 +121,17 @@ def _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, source, source_vali
             up = tl.dot(a, tl.trans(u), up)
         x_ptrs += BLOCK_K
         if not TMA:
-            gate_ptrs += BLOCK_K
-            up_ptrs += BLOCK_K
+            if ONE_DOT:
+                w_ptrs += BLOCK_K
+            else:
+                gate_ptrs += BLOCK_K
+                up_ptrs += BLOCK_K
     if ONE_DOT:
-        gate, up = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+        # Row n and row n + BLOCK_N of the operand lie in the same thread: the split moves nothing.
+        if SWAP_AB:
+            gate, up = tl.split(tl.permute(tl.reshape(both, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
+        else:
+            gate, up = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
     h = gate / (1.0 + tl.exp(-gate)) * up
     if SWAP_AB:
         h = tl.trans(h)
@@ -108,10 +144,11 @@ def _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, source, source_vali
 
 
 @triton.jit(do_not_specialize=["tokens", "top_k"])
-def _direct_kernel(x_ptr, w_ptr, ws_ptr, h_ptr, ids_ptr, table_ptr, tokens, top_k, hidden, inter, x_stride, w_stride,
-                   ws_stride, h_stride, K_P2: tl.constexpr, HAS_TABLE: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr,
-                   TMA: tl.constexpr, FP8: tl.constexpr, EVEN_K: tl.constexpr, W_TYPE: tl.constexpr,
+def _direct_kernel(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, ids_ptr, table_ptr, tokens, top_k, hidden, inter,
+                   x_stride, xs_stride, w_stride, ws_stride, h_stride, hs_stride, K_P2: tl.constexpr,
+                   HAS_TABLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                   SWAP_AB: tl.constexpr, TMA: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr,
+                   QUANT_OUT: tl.constexpr, EVEN_K: tl.constexpr, ONE_DOT: tl.constexpr, W_TYPE: tl.constexpr,
                    NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -122,9 +159,9 @@ def _direct_kernel(x_ptr, w_ptr, ws_ptr, h_ptr, ids_ptr, table_ptr, tokens, top_
     slot, row, valid = direct_rows(ids_ptr, table_ptr, block, tokens, top_k, K_P2, BLOCK_M, HAS_TABLE)
     if slot >= 0:
         token = tl.arange(0, BLOCK_M)
-        _tile(x_ptr, x_ptr, w_ptr, ws_ptr, h_ptr, h_ptr, slot, token, token < tokens, row, valid, column, hidden, inter,
-              x_stride, 0, w_stride, ws_stride, h_stride, 0, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, TMA, FP8, FP8,
-              False, EVEN_K, False, W_TYPE, NUM_STAGES)  # fmt: skip
+        _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, token, token < tokens, row, valid, column, hidden,
+              inter, x_stride, xs_stride, w_stride, ws_stride, h_stride, hs_stride, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB,
+              TMA, FP8, QUANT_IN, QUANT_OUT, EVEN_K, ONE_DOT, W_TYPE, NUM_STAGES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["top_k"])
@@ -174,12 +211,14 @@ def weight_operand(w13: torch.Tensor, config: GemmConfig) -> int | TensorDescrip
 
 
 def gemm_swiglu_direct(
-    x: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor | None, topk_ids: torch.Tensor,
-    slot_table: torch.Tensor | None, h: torch.Tensor, config: GemmConfig, *, pdl: bool = False,
+    x: torch.Tensor, x_scale: torch.Tensor | None, w13: torch.Tensor, w13_scale: torch.Tensor | None,
+    topk_ids: torch.Tensor, slot_table: torch.Tensor | None, h: torch.Tensor, h_scale: torch.Tensor | None,
+    config: GemmConfig, *, pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [T, H], T <= config.block_m -> h [T * K, I], the rows of pairs whose slot is here; nothing else is written.
 
-    w13: [S, 2I, H] in x's dtype, or e4m3 with w13_scale float32 [S, 2I / 128, H / 128].
+    w13: [S, 2I, H] in x's dtype, or e4m3 with w13_scale float32 [S, 2I / 128, H / 128]. x_scale, h_scale: as in
+    `gemm_swiglu_sorted`.
     """
     tokens, hidden = x.shape
     top_k, inter = topk_ids.shape[1], h.shape[1]
@@ -187,12 +226,16 @@ def gemm_swiglu_direct(
     grid = (topk_ids.numel() * triton.cdiv(inter, config.block_n),)
     scale = x if w13_scale is None else w13_scale  # without scales any address will do: it is not used
     _direct_kernel[grid](
-        x, weight_operand(w13, config), address(scale), h, topk_ids, topk_ids if slot_table is None else slot_table, tokens,
-        top_k, hidden, inter, x.stride(0), w13.stride(0), scale.stride(0), h.stride(0), 
-        K_P2=next_power_of_2(top_k), HAS_TABLE=slot_table is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, SWAP_AB=config.swap_ab, TMA=config.tma, FP8=w13_scale is not None,
-        EVEN_K=hidden % config.block_k == 0, NUM_STAGES=config.num_stages, W_TYPE=TL_TYPES[w13.dtype], PDL=pdl, num_warps=config.num_warps,
-        num_stages=config.num_stages, **pdl_options(pdl),
+        x, x if x_scale is None else x_scale, weight_operand(w13, config), address(scale), h,
+        h if h_scale is None else h_scale, topk_ids, topk_ids if slot_table is None else slot_table, tokens, top_k,
+        hidden, inter, x.stride(0), 0 if x_scale is None else x_scale.stride(0), w13.stride(0), scale.stride(0),
+        h.stride(0), 0 if h_scale is None else h_scale.stride(0), K_P2=next_power_of_2(top_k),
+        HAS_TABLE=slot_table is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        SWAP_AB=config.swap_ab, TMA=config.tma, FP8=w13_scale is not None,
+        QUANT_IN=w13_scale is not None and x_scale is None, QUANT_OUT=h_scale is not None,
+        EVEN_K=hidden % config.block_k == 0, ONE_DOT=config.one_dot, W_TYPE=TL_TYPES[w13.dtype],
+        NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
+        **pdl_options(pdl),
     )  # fmt: skip
 
 
@@ -212,13 +255,14 @@ def gemm_swiglu_sorted(
     grid = (min(tiles, multiprocessors(x.device) * config.per_sm) if config.persistent else tiles,)
     scale = x if w13_scale is None else w13_scale  # without scales any address will do: it is not used
     _sorted_kernel[grid](
-        x, x if x_scale is None else x_scale, weight_operand(w13, config), address(scale), h, h if h_scale is None else h_scale,
-        routing.pair_of_row, routing.block_slot, routing.block_rows, routing.num_blocks, hidden, inter, top_k,
+        x, x if x_scale is None else x_scale, weight_operand(w13, config), address(scale), h,
+        h if h_scale is None else h_scale, routing.pair_of_row, routing.block_slot, routing.block_rows, routing.num_blocks, hidden, inter, top_k,
         x.stride(0), 0 if x_scale is None else x_scale.stride(0), w13.stride(0), scale.stride(0), h.stride(0),
         0 if h_scale is None else h_scale.stride(0), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_K=config.block_k, GROUP_M=config.group_m, SWAP_AB=config.swap_ab, TMA=config.tma,
         FP8=w13_scale is not None, QUANT_IN=w13_scale is not None and x_scale is None, QUANT_OUT=h_scale is not None,
         EVEN_K=hidden % config.block_k == 0, ONE_DOT=config.one_dot, PERSISTENT=config.persistent,
-        NUM_STAGES=config.num_stages, W_TYPE=TL_TYPES[w13.dtype], PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
+        W_TYPE=TL_TYPES[w13.dtype], NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps,
+        num_stages=config.num_stages,
         **pdl_options(pdl),
     )  # fmt: skip

@@ -66,27 +66,29 @@ def fused_moe(
         share = here / max(slots if slot_table is None else slot_table.shape[0], here)
         plan = plan_for(tokens, top_k, here, share, hidden, inter, w13.dtype)
     pdl = supports_pdl(x.device)
+    x_in, x_scale = quantize(x, pdl=pdl) if plan.quantize_first else (x, None)
     if plan.direct:
-        h = x.new_empty(tokens * top_k, inter)
-        y = x.new_empty(tokens * top_k, hidden)
-        gemm_swiglu_direct(x, w13, w13_scale, topk_ids, slot_table, h, plan.w13, pdl=pdl)
-        gemm_down_direct(h, w2, w2_scale, topk_ids, slot_table, y, plan.w2, pdl=pdl)
+        h, h_scale, y = _scratch(x, tokens * top_k, inter, quantized=plan.quantize_h)
+        gemm_swiglu_direct(x_in, x_scale, w13, w13_scale, topk_ids, slot_table, h, h_scale, plan.w13, pdl=pdl)
+        gemm_down_direct(h, h_scale, w2, w2_scale, topk_ids, slot_table, y, plan.w2, pdl=pdl)
         combine(y, topk_ids, slot_table, topk_weights, out, direct=True, pdl=pdl)
         return out
     routing = route(topk_ids, slot_table, num_slots=slots, mapped_slots=here, block_m=plan.w13.block_m, pdl=pdl)
     rows = routing.capacity_blocks * routing.block_m
-    x_scale = h_scale = None
-    h = x.new_empty(rows, inter, dtype=FP8 if plan.quantize_first else x.dtype)
-    if plan.quantize_first:
-        x_in, x_scale = quantize(x, pdl=pdl)
-        h_scale = x.new_empty(rows, inter // 128, dtype=torch.float32)
-    else:
-        x_in = x
-    y = x.new_empty(rows, hidden)
+    h, h_scale, y = _scratch(x, rows, inter, quantized=plan.quantize_h)
     gemm_swiglu_sorted(x_in, x_scale, w13, w13_scale, routing, top_k, h, h_scale, plan.w13, pdl=pdl)
     gemm_down_sorted(h, h_scale, w2, w2_scale, routing, y, plan.w2, pdl=pdl)
     combine(y, routing.row_of_pair, None, topk_weights, out, direct=False, pdl=pdl)
     return out
+
+
+def _scratch(
+    x: torch.Tensor, rows: int, inter: int, *, quantized: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """h [rows, I], its scales if quantized, y [rows, H]."""
+    h = x.new_empty(rows, inter, dtype=FP8 if quantized else x.dtype)
+    h_scale = x.new_empty(rows, inter // 128, dtype=torch.float32) if quantized else None
+    return h, h_scale, x.new_empty(rows, x.shape[1])
 
 
 def _check(
@@ -100,5 +102,7 @@ def _check(
         raise ShapeError(f"weights are {w13.dtype}: scales must be given with float8_e4m3fn, and only then")
     if fp8 and (x.shape[1] % 128 or w2.shape[2] % 128):
         raise ShapeError(f"fp8 needs H and I in multiples of 128; got {x.shape[1]} and {w2.shape[2]}")
+    if w13.data_ptr() % 16 or w2.data_ptr() % 16:
+        raise ShapeError("w13 and w2 must start at multiples of 16 bytes")
     if not fp8 and x.dtype != w13.dtype:
         raise ShapeError(f"x is {x.dtype} and the weights are {w13.dtype}")
