@@ -6,7 +6,6 @@ import types
 from typing import Any
 
 import torch
-
 from moe_cases import Layer, Model
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+
 from elasticmoe_kernels.triton.config import GemmConfig, MoePlan
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -196,7 +197,9 @@ def families(model: Model, tokens: int) -> Iterator[tuple[bool, bool, list[GemmC
     if 16 <= rows <= (512 if f else 128):
         yield (False, f, *both(large_candidates, 64))
     if rows >= 48:
-        yield (False, f, *both(large_candidates, 128))
+        first, second = both(large_candidates, 128)
+        # The second product may take half a block: in fp8 the smaller tile has registers to spare.
+        yield (False, f, first, second + large_candidates(64, fp8=True, down=True) if f else second)
 
 
 def fits(config: GemmConfig, model: Model, *, down: bool, quantize_first: bool) -> bool:

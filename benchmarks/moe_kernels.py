@@ -30,6 +30,21 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "kernels")]
 
+from moe_cases import (
+    MODELS,
+    SHARES,
+    SKEWED_TOKENS,
+    TOKENS,
+    TUNED_TOKENS,
+    Layer,
+    Model,
+    families,
+    fits,
+    make_layers,
+    make_routing,
+    plans,
+)
+
 from elasticmoe_kernels.reference.moe import moe_experts as reference_moe
 from elasticmoe_kernels.reference.moe import moe_experts_fp8 as reference_moe_fp8
 from elasticmoe_kernels.triton.config import (
@@ -46,20 +61,6 @@ from elasticmoe_kernels.triton.gemm_swiglu import gemm_swiglu_direct, gemm_swigl
 from elasticmoe_kernels.triton.moe import fused_moe
 from elasticmoe_kernels.triton.quantize import quantize
 from elasticmoe_kernels.triton.route import route
-from moe_cases import (
-    MODELS,
-    SHARES,
-    SKEWED_TOKENS,
-    TOKENS,
-    TUNED_TOKENS,
-    Layer,
-    Model,
-    families,
-    fits,
-    make_layers,
-    make_routing,
-    plans,
-)
 
 START = time.monotonic()
 BRIEF_TOKENS = (1, 8, 16, 64, 256, 1024, 4096, 16384)
@@ -442,7 +443,10 @@ def run(args: argparse.Namespace) -> None:
     here = str(Path(__file__))
     if args.compile:
         helpers = [
-            subprocess.Popen([sys.executable, here, "compile", str(i), str(args.compile)]) for i in range(args.compile)
+            subprocess.Popen(
+                [sys.executable, here, "compile", str(i), str(args.compile), *(["--all"] if args.tune else [])]
+            )
+            for i in range(args.compile)
         ]
     if args.site:
         wait_for(args.site)
@@ -500,18 +504,23 @@ def run(args: argparse.Namespace) -> None:
     timer = Timer()
     if args.tune:
         for m in models:
-            entries = result["tuned"].setdefault(shape_name(m.hidden, m.inter, m.weight_dtype), [])
+            name = shape_name(m.hidden, m.inter, m.weight_dtype)
+            entries = result["tuned"][name] = [
+                {"tokens": e.tokens, "share": e.share, "plan": e.plan.to_json()} for e in tuned_entries(name)
+            ]
+            if args.tune_models and m.name not in args.tune_models:
+                continue
             for share in TUNED_SHARES:
                 for tokens in BRIEF_TOKENS if args.brief else TUNED_TOKENS:
-                    if time.monotonic() - START > args.tune_until:
+                    if time.monotonic() - START > args.tune_until or tokens < args.tune_from:
                         continue
                     try:
                         entry = tune_point(timer, m, layers[m.name], tokens, share)
                     except Exception as e:
                         result["notes"].append(f"tune {m.name} {tokens} {share}: {type(e).__name__}: {e}"[:300])
                         continue
-                    entries.append(entry)
-            say("tuned", m.name, len(entries), [n for n in result["notes"][-2:]])
+                    entries[:] = [e for e in entries if (e["tokens"], e["share"]) != (tokens, 1 / share)] + [entry]
+            say("tuned", m.name, len(entries), result["notes"][-2:])
             save()
     if args.tune:
         install(result["tuned"])
@@ -583,8 +592,8 @@ def baseline_warm(name: str) -> None:
         say("baseline warm", name, share)
 
 
-def compile_part(part: int, parts: int) -> None:
-    """Compile this part's share of the candidates for sm_90 into Triton's cache. Runs on any machine."""
+def compile_part(part: int, parts: int, *, every: bool) -> None:
+    """Compile this part's share of the installed plans, or of every candidate, for sm_90 into Triton's cache. Runs on any machine."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver, jit
 
@@ -616,7 +625,10 @@ def compile_part(part: int, parts: int) -> None:
     failed = 0
     for model in MODELS:
         layer = make_layers(replace(model, layers=1), "meta", copies=False)[0]
-        for index, (tokens, plan) in enumerate(plans(model)):
+        name = shape_name(model.hidden, model.inter, model.weight_dtype)
+        wanted = list(plans(model)) if every else []
+        wanted += list(dict.fromkeys((e.tokens, e.plan) for e in tuned_entries(name)))
+        for index, (tokens, plan) in enumerate(wanted):
             if index % parts != part:
                 continue
             x = torch.empty(tokens, model.hidden, dtype=torch.bfloat16, device="meta")
@@ -640,6 +652,7 @@ def main() -> None:
     compiling = commands.add_parser("compile")
     compiling.add_argument("part", type=int)
     compiling.add_argument("parts", type=int)
+    compiling.add_argument("--all", action="store_true", help="every candidate, not only what the configs name")
     commands.add_parser("baseline-warm").add_argument("model")
     installing = commands.add_parser("install")
     installing.add_argument("data")
@@ -651,6 +664,8 @@ def main() -> None:
     running.add_argument("--site", help="folder with SGLang for this machine; without it there is no baseline")
     running.add_argument("--models", nargs="*", default=[m.name for m in MODELS])
     running.add_argument("--tune", action="store_true")
+    running.add_argument("--tune-from", type=int, default=1, help="tune for so many tokens and more, keep the rest")
+    running.add_argument("--tune-models", nargs="*", help="tune these only")
     running.add_argument("--quick", action="store_true", help="a few points only")
     running.add_argument("--brief", action="store_true", help="tune and compare at every third size, EP 1 and 8")
     running.add_argument("--skip-check", action="store_true")
@@ -660,7 +675,7 @@ def main() -> None:
     running.add_argument("--until", type=float, default=420)
     args = parser.parse_args()
     if args.command == "compile":
-        compile_part(args.part, args.parts)
+        compile_part(args.part, args.parts, every=args.all)
     elif args.command == "baseline-warm":
         baseline_warm(args.model)
     elif args.command == "install":
