@@ -1,0 +1,137 @@
+"""`python -m benchmarks.demo`: make a model, serve it, change its EP size under streams, show what happened.
+
+Exit status: 0 when all changes were done, no request was lost and every stream got exactly its tokens; 1 otherwise; 130
+after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from benchmarks.demo.figures import Figures, figures
+from benchmarks.demo.report import report
+from benchmarks.demo.scenario import DemoFailed, Progress, play
+from benchmarks.demo.settings import Settings
+from benchmarks.demo.views import LiveView, PlainView
+from benchmarks.server import ElasticServer, ServerFailed
+from elasticmoe_sglang.errors import ElasticMoEError
+
+
+def main() -> int:
+    args = _arguments()
+    console = Console()
+    settings = Settings(
+        out=args.out, sizes=tuple(args.sizes), streams=args.streams, tokens=args.tokens, steady_s=args.steady,
+        port=args.port,
+    )  # fmt: skip
+    progress = Progress(settings=settings, started_at=time.monotonic())
+    plain = args.plain or not console.is_terminal or console.is_dumb_terminal
+    view = PlainView(console, progress) if plain else LiveView(console, progress)
+    try:
+        asyncio.run(_run(settings, progress, view))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        console.print("demo: interrupted; the server and all its processes have ended", style="yellow")
+        return 130
+    except (ServerFailed, DemoFailed, ElasticMoEError) as error:
+        console.print(f"demo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    result = figures(progress, shlex.join(["python", "-m", "benchmarks.demo", *sys.argv[1:]]))
+    _write(settings, progress, result)
+    console.print()
+    console.print(report(result), highlight=False)
+    console.print(f"\n{settings.out}/demo.png (picture), demo.json (figures), streams.json (arrival of every token)")
+    return 0 if result.passed else 1
+
+
+async def _run(settings: Settings, progress: Progress, view: PlainView | LiveView) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    async with view.shown():
+        await _make_model(settings, progress, view)
+        command = "elasticmoe serve " + shlex.join(settings.serve_args())
+        view.say(f"starting: {command} (log: {settings.log})")
+        # Four seats share this machine's cores; more threads in each would only get in each other's way.
+        server = ElasticServer(
+            settings.serve_args(), log=settings.log, port=settings.port, env={"OMP_NUM_THREADS": "1"},
+            waiting=view.waiting,
+        )  # fmt: skip
+        async with server:
+            view.say(f"the server answers at {server.url} after {server.boot_s:.0f} s")
+            await play(settings, server, progress, view)
+            progress.stage = "the server ends"
+            view.say("all streams have ended; the server is taken down")
+
+
+async def _make_model(settings: Settings, progress: Progress, view: PlainView | LiveView) -> None:
+    progress.stage = "making a model"
+    settings.out.mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(_tiny_model, settings)
+    size = (settings.model / "model.safetensors").stat().st_size / 2**20
+    view.say(f"made a random Qwen3-MoE: {settings.layers} layers, {settings.experts} experts, {size:.0f} MiB, float32")
+
+
+def _tiny_model(settings: Settings) -> None:
+    from elasticmoe_sglang.tiny_model import make_tiny_model
+
+    make_tiny_model(settings.model, layers=settings.layers, experts=settings.experts)
+
+
+def _write(settings: Settings, progress: Progress, result: Figures) -> None:
+    from benchmarks.demo.plot import draw
+
+    (settings.out / "demo.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+    records = [*progress.reference, *progress.records]
+    (settings.out / "streams.json").write_bytes(msgspec.json.encode(records))
+    draw(progress, result, settings.out / "demo.png")
+
+
+def _arguments() -> argparse.Namespace:
+    defaults = Settings(out=Path("demo-out"))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo",
+        description="Serve a small MoE, change its EP size while streams decode, and show what happened.",
+    )
+    parser.add_argument("--out", type=Path, default=defaults.out, help="folder for everything (default: %(default)s)")
+    parser.add_argument(
+        "--sizes", type=_sizes, default=defaults.sizes, metavar="N,N,...",
+        help="EP sizes, the first one at the start (default: 2,4,1,3)",
+    )  # fmt: skip
+    parser.add_argument("--streams", type=_positive, default=defaults.streams, help="at a time (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=_positive, default=defaults.tokens, help="of the longest streams (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steady", type=float, default=defaults.steady_s, metavar="SECONDS",
+        help="decoding between the changes (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument("--port", type=int, help="of the server (default: any free one)")
+    parser.add_argument("--plain", action="store_true", help="lines instead of the live picture")
+    return parser.parse_args()
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(_positive(part) for part in text.split(","))
+    if len(sizes) < 2 or max(sizes) > Settings.seats:
+        raise argparse.ArgumentTypeError(f"at least two sizes between 1 and {Settings.seats}, not {text!r}")
+    return sizes
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

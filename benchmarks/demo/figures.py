@@ -1,0 +1,219 @@
+"""From the records of a run to its figures: one row a change, the checks, and tokens/s over time.
+
+Everything that says how a client fared is computed from the arrivals of its tokens; what only the server can know (phases,
+pause, columns, bytes) comes from the operation.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.demo.scenario import Change, Progress
+from benchmarks.streams import StreamRecord
+from elasticmoe_sglang.api.types import Operation
+
+RATE_BIN_S = 0.5
+# What a change does to a stream may show up to here after the operation has ended.
+_AFTER_S = 0.5
+
+
+class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """One change. Times in milliseconds, except for those since the start of the run.
+
+    Attributes:
+        pause_ms: the longest time that a seat took from its last batch before the commit to the first one after it, less
+            the median of such intervals.
+        longest_gap_ms: the longest time between two tokens of one stream around the change; `median_gap_ms` is the median
+            of that same stream over its whole life.
+        streams: that were decoding when the change was asked for.
+        moved_requests: handed from leaving seats to others.
+        lost: streams alive during the change that did not end with exactly the tokens asked for.
+    """
+
+    old: int
+    new: int
+    phase: str
+    error: str | None
+    asked_s: float
+    ended_s: float
+    total_ms: float | None = None
+    preparing_ms: float | None = None
+    committing_ms: float | None = None
+    finishing_ms: float | None = None
+    pause_ms: float | None = None
+    longest_gap_ms: float | None = None
+    median_gap_ms: float | None = None
+    streams: int = 0
+    columns_moved: int = 0
+    bytes_moved: int = 0
+    moved_requests: int = 0
+    lost: int = 0
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that must hold, with the figure that shows it."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a run. `tokens_per_s[i]` covers the seconds from i * `rate_bin_s` on, since the first request was sent."""
+
+    command: str
+    machine: dict[str, str | int]
+    settings: dict[str, object]
+    boot_s: float
+    duration_s: float
+    load_ended_s: float | None
+    streams: int
+    tokens: int
+    changes: list[ChangeFigures]
+    checks: list[Check]
+    failures: list[str]
+    rate_bin_s: float
+    tokens_per_s: list[float]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+def figures(progress: Progress, command: str) -> Figures:
+    """What a finished run shows."""
+    everything = [*progress.reference, *progress.records]
+    begin = origin(progress)
+    end = max((record.ended_at or record.sent_at for record in everything), default=begin)
+    settings = progress.settings
+    return Figures(
+        command=command,
+        machine=machine(),
+        settings={
+            "sizes": settings.sizes, "seats": settings.seats, "streams": settings.streams, "tokens": settings.tokens,
+            "experts": settings.experts, "layers": settings.layers, "serve": settings.serve_args(),
+        },
+        boot_s=round(progress.boot_s, 1),
+        duration_s=round(end - begin, 2),
+        load_ended_s=None if progress.load_ended_at is None else round(progress.load_ended_at - begin, 3),
+        streams=len(everything),
+        tokens=sum(len(record.token_ids) for record in everything),
+        changes=[_change(change, everything, begin) for change in progress.changes],
+        checks=checks(progress),
+        failures=[f"{record.ask.key}: {record.failure}" for record in everything if record.lost] + progress.mismatches,
+        rate_bin_s=RATE_BIN_S,
+        tokens_per_s=_rates(everything, begin, end),
+    )  # fmt: skip
+
+
+def checks(progress: Progress) -> list[Check]:
+    """What decides the exit status."""
+    everything = [*progress.reference, *progress.records]
+    wanted = list(zip(progress.settings.sizes, progress.settings.sizes[1:], strict=False))
+    done = [change for change in progress.changes if change.done]
+    lost = [record for record in everything if record.lost]
+    incomplete = [record for record in everything if not record.complete]
+    asked = sum(record.ask.tokens for record in everything)
+    got = sum(len(record.token_ids) for record in everything)
+    idle = [change for change in progress.changes if _decoding(everything, change.asked_at) == 0]
+    mismatches = progress.mismatches
+    compared = sum(record.complete for record in progress.records)
+    return [
+        Check(name="changes done", passed=len(done) == len(wanted), detail=f"{len(done)} of {len(wanted)}"),
+        Check(name="changes under load", passed=not idle, detail=f"{len(progress.changes) - len(idle)} with streams"),
+        Check(name="requests lost", passed=not lost, detail=f"{len(lost)} of {len(everything)}"),
+        Check(name="streams complete", passed=not incomplete and bool(everything),
+              detail=f"{len(everything) - len(incomplete)} of {len(everything)}, {got} of {asked} tokens"),
+        Check(name="tokens equal to the reference", passed=not mismatches and compared > 0,
+              detail=f"{compared - len(mismatches)} of {compared} streams"),
+    ]  # fmt: skip
+
+
+def origin(progress: Progress) -> float:
+    """When the first request was sent: second 0 of all figures."""
+    return min((record.sent_at for record in progress.reference), default=progress.started_at)
+
+
+def machine() -> dict[str, str | int]:
+    """Where the figures come from."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_1min": round(os.getloadavg()[0], 1).__str__(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "sglang": version("sglang"),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _change(change: Change, records: list[StreamRecord], begin: float) -> ChangeFigures:
+    ended_at = change.ended_at if change.ended_at is not None else change.asked_at
+    until = ended_at + _AFTER_S
+    longest, median = _longest_gap(records, change.asked_at, until)
+    around = [record for record in records if record.sent_at < until and (record.ended_at or until) > change.asked_at]
+    row = ChangeFigures(
+        old=change.old,
+        new=change.new,
+        phase="refused",
+        error=change.error,
+        asked_s=round(change.asked_at - begin, 3),
+        ended_s=round(ended_at - begin, 3),
+        longest_gap_ms=longest,
+        median_gap_ms=median,
+        streams=_decoding(records, change.asked_at),
+        lost=sum(record.lost for record in around),
+    )
+    return row if change.operation is None else _with_operation(row, change.operation)
+
+
+def _with_operation(row: ChangeFigures, operation: Operation) -> ChangeFigures:
+    timings = operation.timings
+    return msgspec.structs.replace(
+        row,
+        phase=operation.phase.value,
+        error=operation.error,
+        total_ms=timings.total_ms,
+        preparing_ms=timings.preparing_ms,
+        committing_ms=timings.committing_ms,
+        finishing_ms=timings.finishing_ms,
+        pause_ms=operation.max_pause_ms,
+        columns_moved=operation.columns_moved,
+        bytes_moved=operation.bytes_moved,
+        moved_requests=operation.moved_requests,
+    )
+
+
+def _longest_gap(records: list[StreamRecord], since: float, until: float) -> tuple[float | None, float | None]:
+    """Milliseconds: the longest gap that lies in these times, even in part, and the median gap of its stream."""
+    worst: tuple[float | None, float | None] = (None, None)
+    for record in records:
+        gaps = record.gaps()
+        inside = [gap for at, gap in gaps if at > since and at - gap < until]
+        if inside and (worst[0] is None or max(inside) * 1e3 > worst[0]):
+            worst = (max(inside) * 1e3, statistics.median(gap for _, gap in gaps) * 1e3)
+    return worst
+
+
+def _decoding(records: list[StreamRecord], at: float) -> int:
+    return sum(bool(record.arrivals) and record.arrivals[0] <= at < record.arrivals[-1] for record in records)
+
+
+def _rates(records: list[StreamRecord], begin: float, end: float) -> list[float]:
+    counts = [0] * (int((end - begin) / RATE_BIN_S) + 1)
+    for record in records:
+        for at in record.arrivals:
+            counts[int((at - begin) / RATE_BIN_S)] += 1
+    return [count / RATE_BIN_S for count in counts]

@@ -1,0 +1,53 @@
+"""The end of a run on a terminal: the table, the checks, where the files are."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.demo.figures import ChangeFigures, Figures
+from elasticmoe_sglang.units import format_bytes
+
+
+def report(result: Figures) -> RenderableType:
+    """What the run showed."""
+    parts: list[RenderableType] = [table(result), Text()]
+    for check in result.checks:
+        mark = ("ok    ", "green") if check.passed else ("FAILED", "bold red")
+        parts.append(Text.assemble(mark, f"  {check.name}: {check.detail}"))
+    parts += [Text(f"        {failure}", style="red") for failure in result.failures[:10]]
+    parts += [Text(f"        {row.old} -> {row.new}: {row.error}", style="red") for row in result.changes if row.error]
+    return Group(*parts)
+
+
+def table(result: Figures) -> Table:
+    """One line a change."""
+    made = Table(title="changes of the EP size under load", title_justify="left", title_style="bold")
+    for name in ("EP size", "total", "pause", "longest gap", "its stream's\nmedian gap", "columns\nmoved",
+                 "bytes\ncopied", "requests\nmoved", "requests\nlost"):  # fmt: skip
+        made.add_column(name, justify="right", no_wrap=True)
+    for row in result.changes:
+        made.add_row(*_cells(row))
+    return made
+
+
+def _cells(row: ChangeFigures) -> list[Text | str]:
+    size = f"{row.old} -> {row.new}"
+    return [
+        Text(size) if row.phase == "done" else Text(f"{size} {row.phase}", style="red"),
+        _time(row.total_ms),
+        _time(row.pause_ms),
+        _time(row.longest_gap_ms),
+        _time(row.median_gap_ms),
+        str(row.columns_moved),
+        format_bytes(row.bytes_moved),
+        str(row.moved_requests),
+        Text(str(row.lost), style="bold red" if row.lost else ""),
+    ]
+
+
+def _time(milliseconds: float | None) -> str:
+    if milliseconds is None:
+        return "-"
+    return f"{milliseconds:.1f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"

@@ -1,0 +1,69 @@
+"""What the demo does, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.streams import Ask
+
+# The tiny model's tokenizer was trained on Python code.
+PROMPTS = (
+    "def fibonacci(n):\n",
+    "import os\nimport sys\n",
+    "class Stack:\n    def push(self, item):\n",
+    "for line in open(path):\n",
+    "with socket.socket() as probe:\n",
+    "return sorted(values, key=",
+    "try:\n    import json\nexcept ImportError:\n",
+    'if __name__ == "__main__":\n',
+)
+_SHORTER = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of one run.
+
+    Attributes:
+        sizes: EP sizes in their order; the first one is where the server starts.
+        streams: requests that decode at the same time.
+        tokens: of the longest requests; others are up to 7 * 20 tokens shorter, so that they do not end together.
+        steady_s: seconds of decoding before, between and after the changes.
+    """
+
+    out: Path
+    sizes: tuple[int, ...] = (2, 4, 1, 3)
+    seats: int = 4
+    streams: int = 8
+    tokens: int = 320
+    steady_s: float = 6.0
+    experts: int = 32
+    layers: int = 4
+    port: int | None = None
+
+    @property
+    def model(self) -> Path:
+        return self.out / "model"
+
+    @property
+    def log(self) -> Path:
+        return self.out / "server.log"
+
+    def serve_args(self) -> list[str]:
+        """Arguments of `elasticmoe serve`."""
+        size = ["--ep-size", str(self.sizes[0]), "--max-ep-size", str(self.seats)]
+        return ["--model-path", str(self.model), *size, "--device", "cpu", "--max-total-tokens", "16384"]
+
+    def reference_asks(self) -> list[Ask]:
+        """Every prompt at full length."""
+        return [_ask(index, self.tokens) for index in range(len(PROMPTS))]
+
+    def choose(self, lane: int, number: int) -> Ask:
+        """The request with this number of one lane. Lanes go through the prompts, with lengths that differ."""
+        shorter = _SHORTER * ((lane + 3 * number) % 8)
+        return _ask((lane + number) % len(PROMPTS), max(self.tokens - shorter, self.tokens // 2))
+
+
+def _ask(prompt: int, tokens: int) -> Ask:
+    return Ask(key=f"prompt {prompt}", prompt=PROMPTS[prompt], tokens=tokens)
