@@ -61,6 +61,7 @@ class Coordinator:
         self._task: asyncio.Task[None] | None = None
         self._submitting = asyncio.Lock()
         self._closed = False
+        self._healing: str | None = None
 
     @property
     def membership(self) -> Membership:
@@ -115,6 +116,8 @@ class Coordinator:
             )
         if self._closed:
             raise OperationInProgress("the server is shutting down")
+        if self._healing is not None:
+            raise OperationInProgress(self._healing, hint="Ask again in a second or two")
         plan = plan_scale(self._membership, self._placement, wish)
         if not plan.is_noop:
             await self._check_room(plan)
@@ -151,8 +154,22 @@ class Coordinator:
             )
 
     def _adopt(self, plan: ScalePlan) -> None:
-        self._membership = plan.after
-        self._placement = plan.placement_after
+        self.adopt(plan.after, plan.placement_after)
+
+    def adopt(self, membership: Membership, placement: Placement) -> None:
+        """What holds from now on."""
+        self._membership = membership
+        self._placement = placement
+
+    async def hold(self, reason: str) -> None:
+        """Refuse wishes with this sentence until `resume`, and wait for the running change to end."""
+        self._healing = reason
+        if self._task is not None and not self._task.done():
+            await asyncio.wait({self._task})
+
+    def resume(self) -> None:
+        """Take wishes again."""
+        self._healing = None
 
     def _remember(self, operation: RunningOperation) -> None:
         self._latest = operation

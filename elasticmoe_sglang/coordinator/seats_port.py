@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.ports import BootTicket, CommitReport, PullReport
+from elasticmoe_sglang.coordinator.recovery import RecoveryPlan
 from elasticmoe_sglang.coordinator.seat_lines import Heard, SeatLines
 from elasticmoe_sglang.coordinator.views import SeatInfo, SeatState
 from elasticmoe_sglang.errors import SeatError
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 _OUTPUT_FENCE_S = 5.0
 # How long after the commit the seats' measured pauses are waited for; an idle server reports none.
 _PAUSE_REPORT_S = 0.1
+# How long a seat that others miss may live on before it counts as stalled.
+_STALLED_S = 0.3
 
 
 @dataclass
@@ -43,7 +46,10 @@ class ProcessSeats:
     """Args:
     send_command: puts an encoded CommitCommand on SGLang's way to all seats.
     send_route: tells SGLang's controller which seats get new requests.
-    on_seat_lost: an occupied seat's process ended outside of a change (seat, sentence).
+    send_recover_route: the same after a seat's death, with a fence into every seat's queue; returns the requests
+        that were open when it was sent.
+    send_again: sends these requests to seats again, as far as they are still open; returns how many.
+    on_seat_lost: an occupied seat's process ended although it was not to leave (seat, sentence).
     """
 
     def __init__(
@@ -56,7 +62,9 @@ class ProcessSeats:
         placement: Placement,
         send_command: Callable[[bytes], Awaitable[None]],
         send_route: Callable[[Sequence[int]], Awaitable[None]],
-        on_seat_lost: Callable[[str], None],
+        send_recover_route: Callable[[str, Sequence[int]], Awaitable[set[str]]],
+        send_again: Callable[[set[str]], Awaitable[int]],
+        on_seat_lost: Callable[[int, str], None],
     ) -> None:
         self._config = config
         self._lines = lines
@@ -65,6 +73,8 @@ class ProcessSeats:
         self._placement = placement
         self._send_command = send_command
         self._send_route = send_route
+        self._send_recover_route = send_recover_route
+        self._send_again = send_again
         self._on_seat_lost = on_seat_lost
         self._pids: dict[int, int] = {}
         self._standbys: list[int] = []
@@ -86,11 +96,22 @@ class ProcessSeats:
             self._check_loss(message)
         elif isinstance(message, sm.Paused):
             self.pauses[message.seat] = message.pause_ms
+        elif isinstance(message, sm.Broken) and message.culprit in self._pids.keys() - self._booting:
+            # Dead, and its exit is on its way; or it stands still, and then it has to go.
+            culprit = message.culprit
+            asyncio.get_running_loop().call_later(_STALLED_S, self._end_stalled, culprit, self._pids[culprit])
 
     def _check_loss(self, message: imm.SeatExited) -> None:
         expected = message.seat in self._departures or message.seat in self._booting
         if not expected and message.seat in self.membership().seats:
-            self._on_seat_lost(f"seat {message.seat} (pid {message.pid}) was serving and ended with {message.status}")
+            self._on_seat_lost(
+                message.seat, f"seat {message.seat} (pid {message.pid}) was serving and ended with {message.status}"
+            )
+
+    def _end_stalled(self, seat: int, pid: int) -> None:
+        if self._pids.get(seat) == pid:
+            logger.error("seat %d (pid %d) stands still; its process is ended", seat, pid)
+            self._lines.tell_imm(imm.KillSeat(seat=seat))
 
     def membership(self) -> Membership:
         return self._control.read_membership()
@@ -144,6 +165,8 @@ class ProcessSeats:
         return PullReport(columns=pulled.columns, bytes=pulled.bytes, seconds=pulled.seconds)
 
     async def drop(self, seat: int, txn: str, moves: Sequence[ColumnMove]) -> None:
+        if seat not in self._pids:
+            return  # it died, and its mappings with it
         columns = tuple(move.column for move in moves)
         await self._lines.tell_seat(seat, sm.DropColumns(operation_id=f"drop-{txn}", columns=columns, release=False))
         await self._lines.expect(sm.Dropped, seat=seat, operation_id=f"drop-{txn}")
@@ -231,7 +254,11 @@ class ProcessSeats:
 
     async def _hand_over(self, seat: int, departure: _Departure) -> int:
         """Let the survivors go on with the leaver's requests once its last tokens have been delivered."""
-        left = await self._lines.expect(sm.Left, seat=seat, operation_id=departure.operation_id)
+        try:
+            left = await self._lines.expect(sm.Left, seat=seat, operation_id=departure.operation_id)
+        except SeatError as error:
+            logger.error("a leaver died while handing over; its requests are sent again: %s", error)
+            return await self._resend(f"resend-{departure.operation_id}-{seat}", forget=seat)
         try:
             await asyncio.wait_for(departure.fence.wait(), _OUTPUT_FENCE_S)
         except asyncio.TimeoutError:
@@ -246,6 +273,89 @@ class ProcessSeats:
 
     async def _adopted(self, survivor: int, leaver: int) -> sm.Adopted:
         return await self._lines.expect(sm.Adopted, seat=survivor, about=lambda message: message.leaver == leaver)
+
+    # -- a seat's death -----------------------------------------------------------------------------------------
+
+    async def recover(self, plan: RecoveryPlan, deadline_s: float) -> int:
+        """Go on as planned; returns how many of the dead seats' requests were sent again.
+
+        Raises:
+            SeatError: it did not work out, for example because another seat has died: plan anew.
+        """
+        self._attempt += 1
+        operation_id = f"recover-{plan.membership.epoch}.{self._attempt}"
+        for departure in self._departures.values():
+            if departure.handover is not None:
+                await asyncio.wait({departure.handover}, timeout=_OUTPUT_FENCE_S)
+        await asyncio.gather(
+            *(self._replace(seat, plan, operation_id) for seat in plan.replaced),
+            *(self._take_over(seat, plan, operation_id) for seat in plan.survivors if plan.incoming(seat)),
+        )
+        members = plan.membership.seats
+        command = sm.Recover(
+            operation_id=operation_id,
+            members=members,
+            epoch=plan.membership.epoch,
+            attempt=self._attempt,
+            placement=plan.placement.owners,
+            expires=time.monotonic() + deadline_s,
+        )
+        for seat in plan.survivors:
+            await self._lines.tell_seat(seat, command)
+        opened = await self._send_recover_route(operation_id, members)
+        here = await self._recovered(operation_id, members)
+        self._placement = plan.placement
+        self._booting -= set(plan.replaced)
+        sent = await self._send_again(opened - here)
+        await self._release_dead(plan)
+        return sent
+
+    async def _recovered(self, operation_id: str, members: Sequence[int]) -> set[str]:
+        reports = await asyncio.gather(
+            *(self._lines.expect(sm.Recovered, seat=seat, operation_id=operation_id) for seat in members)
+        )
+        absent = [report.seat for report in reports if not report.committed]
+        if absent:
+            raise SeatError(f"seats {absent} did not pass the gate", operation=operation_id)
+        return {rid for report in reports for rid in report.rids}
+
+    async def _replace(self, seat: int, plan: RecoveryPlan, operation_id: str) -> None:
+        """A standby takes the dead seat's place; its weights are still on its device."""
+        self._booting.add(seat)
+        ticket = SeatTicket(
+            seat=seat,
+            members=plan.membership.seats,
+            epoch=plan.membership.epoch,
+            joiner=True,
+            placement=plan.placement.owners,
+            attempt=self._attempt,
+            operation_id=operation_id,
+        )
+        self._lines.forget(lambda heard: getattr(heard, "seat", None) == seat)
+        self._lines.tell_imm(imm.Assign(seat=seat, ticket=encode_ticket(ticket)))
+        await self._lines.expect(sm.Hello, seat=seat)
+
+    async def _take_over(self, seat: int, plan: RecoveryPlan, operation_id: str) -> None:
+        pulls = tuple(
+            sm.ColumnPull(column=move.column, source=self._config.device_of(move.source))
+            for move in plan.incoming(seat)
+        )
+        await self._lines.tell_seat(seat, sm.PullColumns(operation_id=operation_id, txn="", columns=pulls))
+        await self._lines.expect(sm.Pulled, seat=seat, operation_id=operation_id)
+
+    async def _resend(self, operation_id: str, *, forget: int) -> int:
+        """Send again what is open and on no seat, with the membership as it is."""
+        members = self.membership().seats
+        for member in members:
+            await self._lines.tell_seat(member, sm.CountRequests(operation_id=operation_id, forget=forget))
+        opened = await self._send_recover_route(operation_id, members)
+        return await self._send_again(opened - await self._recovered(operation_id, members))
+
+    async def _release_dead(self, plan: RecoveryPlan) -> None:
+        for seat in plan.dead:
+            if seat not in plan.replaced:
+                await self.release(seat, [move.column for move in plan.moves if move.source == seat])
+                await self._release_dense(seat)
 
     def output_passed(self, seat: int) -> None:
         """The fence behind a leaver's last output has come through the detokenizer."""

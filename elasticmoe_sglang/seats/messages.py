@@ -39,6 +39,30 @@ class ReleaseAdopted(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     leaver: int
 
 
+class Recover(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Coordinator -> survivor of a seat's death: meet at the gate and go on in this membership.
+
+    It cannot travel through SGLang's broadcast, whose collectives failed with the dead seat.
+    """
+
+    operation_id: str
+    members: tuple[int, ...]
+    epoch: int
+    attempt: int
+    placement: tuple[int, ...]
+    expires: float
+
+
+class CountRequests(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Coordinator -> seat: when the fence of this operation has been read, say which requests are here (`Recovered`).
+
+    forget: a leaver that died while handing over; what has arrived of it is not complete and will be sent again.
+    """
+
+    operation_id: str
+    forget: int
+
+
 class Hello(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Seat -> coordinator: this process sits in the seat. `stage`: serving (started with the server) or gate."""
 
@@ -108,6 +132,27 @@ class Paused(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     median_ms: float
 
 
+class Broken(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Seat -> coordinator: a collective failed; this seat has set its requests aside and waits for `Recover`.
+
+    culprit: the seat that was missing, -1 when unknown.
+    """
+
+    seat: int
+    epoch: int
+    culprit: int
+    reason: str
+
+
+class Recovered(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Survivor -> coordinator: it goes on. `rids`: every request that is here; the others went with the dead seat."""
+
+    seat: int
+    operation_id: str
+    committed: bool
+    rids: list[str]
+
+
 class Left(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Leaver -> coordinator: all requests are handed over. `handed` maps survivor -> number of requests."""
 
@@ -129,7 +174,21 @@ class Adopted(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 Message = (
-    PullColumns | DropColumns | ReleaseAdopted | Hello | Pulled | Dropped | Failed | Committed | Paused | Left | Adopted
+    PullColumns
+    | DropColumns
+    | ReleaseAdopted
+    | Recover
+    | CountRequests
+    | Hello
+    | Pulled
+    | Dropped
+    | Failed
+    | Committed
+    | Paused
+    | Broken
+    | Recovered
+    | Left
+    | Adopted
 )
 
 _encoder = msgspec.msgpack.Encoder()

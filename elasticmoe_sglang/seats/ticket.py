@@ -16,6 +16,7 @@ class SeatTicket(msgspec.Struct, frozen=True, kw_only=True):
             placement once the model's number of experts is known.
         sources: the columns to pull: column -> device that holds it now. Empty at a server's start.
         dense_source: the device whose dense block a joiner copies.
+        attempt: not 0 for a process that takes a dead seat's place: its try at the gate, to which it comes by itself.
         txn: the HMM transaction that its memory belongs to; empty when the seat opens its own.
         operation_id: the change, for messages; empty at the start of a server.
     """
@@ -27,6 +28,7 @@ class SeatTicket(msgspec.Struct, frozen=True, kw_only=True):
     placement: tuple[int, ...] = ()
     sources: dict[int, int] = {}
     dense_source: int = 0
+    attempt: int = 0
     txn: str = ""
     operation_id: str = ""
 

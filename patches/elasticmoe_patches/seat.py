@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import queue
 import time
 from typing import Any
 
@@ -45,7 +46,12 @@ class Seat:
     pending: the commit to carry out at the top of the next iteration.
     arrivals: requests that leavers have sent here.
     aborted: (rid, abort_all) of aborts since a leaver's requests have been on their way.
-    fence: the operation whose input fence has been read (leaver only).
+    fence: the operation whose input fence has been read.
+    recoveries: what the coordinator sends after another seat's death.
+    counts: operations for which this seat shall say which requests it has.
+    pulled: this iteration's input until it has been dealt with; replay: input to be dealt with again.
+    sent_again: requests of a dead seat that are to go on here.
+    new_batch: the prefill batch that is being put together or run.
     """
 
     def __init__(self, runtime: Runtime, ticket: SeatTicket) -> None:
@@ -80,6 +86,13 @@ class Seat:
         self.building: Any = None
         self.pending: sm.CommitCommand | None = None
         self.fence: str | None = None
+        self.recoveries: queue.SimpleQueue[sm.Recover] = queue.SimpleQueue()
+        self.recovering = False
+        self.counts: list[sm.CountRequests] = []
+        self.pulled: list[Any] = []
+        self.replay: list[Any] = []
+        self.sent_again: list[Any] = []
+        self.new_batch: Any = None
         self.left = False
         self.spec: ModelSpec | None = None
         self.checkpoint_bytes = 0
@@ -87,7 +100,13 @@ class Seat:
         self.agent = SeatAgent(
             runtime.paths.coordinator_endpoint,
             self.me,
-            {sm.PullColumns: self._pull, sm.DropColumns: self._drop, sm.ReleaseAdopted: self._release_adopted},
+            {
+                sm.PullColumns: self._pull,
+                sm.DropColumns: self._drop,
+                sm.ReleaseAdopted: self._release_adopted,
+                sm.Recover: self._recover,
+                sm.CountRequests: self._count,
+            },
         )
         self.agent.start()
 
@@ -121,6 +140,16 @@ class Seat:
         self.arrivals.released.add(message.leaver)
         self.idle.wake_all()
 
+    def _recover(self, message: sm.Message) -> None:
+        assert isinstance(message, sm.Recover)
+        self.recoveries.put(message)
+        self.idle.wake_all()
+
+    def _count(self, message: sm.Message) -> None:
+        assert isinstance(message, sm.CountRequests)
+        self.counts.append(message)
+        self.idle.wake_all()
+
     # -- coming in ----------------------------------------------------------------------------------------------
 
     def say_hello(self, stage: str) -> None:
@@ -148,7 +177,17 @@ class Seat:
         """
         self.fabric.control.set_seat_state(self.me, SeatState.READY)
         self.say_hello("gate")
-        decision = self.gate.join(self.ticket.epoch, timeout_s=self.runtime.config.prepare_deadline_s * 4)
+        members = self.ticket.members
+        if self.ticket.attempt:  # in the place of a dead seat; the survivors come to the gate too
+            decision = self.gate.arrive(
+                epoch=self.ticket.epoch,
+                attempt=self.ticket.attempt,
+                participants=members,
+                membership=self._membership(members, self.ticket.epoch),
+                timeout_s=self.runtime.config.commit_deadline_s,
+            )
+        else:
+            decision = self.gate.join(self.ticket.epoch, timeout_s=self.runtime.config.prepare_deadline_s * 4)
         if decision is not Decision.COMMIT:
             raise CommitError("the change that would have brought this seat in was given up", seat=self.me)
         self._enter(self.ticket.members, self.ticket.epoch)
@@ -202,6 +241,39 @@ class Seat:
         if committed:
             self.pause.committed(command.operation_id)
         return committed
+
+    def refuse(self, command: sm.CommitCommand, reason: str) -> None:
+        """Tell the coordinator that a commit was not carried out."""
+        self.agent.post(
+            sm.Committed(
+                seat=self.me,
+                operation_id=command.operation_id,
+                epoch=command.epoch,
+                committed=False,
+                gate_ms=0.0,
+                reason=reason,
+            )
+        )
+
+    def pass_recovery_gate(self, command: sm.Recover) -> bool:
+        """Meet the other survivors; True when this seat is a member of the next epoch."""
+        try:
+            decision = self.gate.arrive(
+                epoch=command.epoch,
+                attempt=command.attempt,
+                participants=command.members,
+                membership=self._membership(command.members, command.epoch),
+                timeout_s=max(0.0, command.expires - time.monotonic()),
+            )
+        except CommitError as error:
+            logger.warning("seat %d: %s", self.me, error)
+            decision = Decision.ABORT
+        if decision is Decision.COMMIT:
+            self._enter(command.members, command.epoch)
+            self.memory.switch([c for c, owner in enumerate(command.placement) if owner == self.me])
+        else:
+            self.agent.post(sm.Recovered(seat=self.me, operation_id=command.operation_id, committed=False, rids=[]))
+        return decision is Decision.COMMIT
 
     def close(self) -> None:
         self.agent.stop(timeout_s=3.0)

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import psutil
@@ -21,6 +21,7 @@ import psutil
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.handle import CoordinatorHandle
+from elasticmoe_sglang.coordinator.healer import Healer
 from elasticmoe_sglang.coordinator.memory_port import HmmMemory
 from elasticmoe_sglang.coordinator.seat_lines import Heard, SeatLines
 from elasticmoe_sglang.coordinator.seats_port import ProcessSeats
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _ResultT = TypeVar("_ResultT")
 _HELLO_DEADLINE_S = 60.0
+# What a dead seat had sent before its death is through the detokenizer by then.
+_LAST_OUTPUT_S = 0.05
 _services: Services | None = None
 
 
@@ -112,7 +115,9 @@ class Services:
             placement=placement,
             send_command=self._send_command,
             send_route=self._send_route,
-            on_seat_lost=self._end_server,
+            send_recover_route=self._send_recover_route,
+            send_again=self._send_again,
+            on_seat_lost=lambda seat, why: healer.seat_lost(seat, why),
         )
         for message in self._early:
             self._seats.heard(message)
@@ -125,9 +130,11 @@ class Services:
                 hello.checkpoint_bytes / 2**20,
                 hello.pulled_bytes / 2**20,
             )
-        return Coordinator(
+        coordinator = Coordinator(
             config=config, membership=membership, placement=placement, memory=HmmMemory(hmm), seats=self._seats
         )
+        healer = Healer(coordinator, self._seats, deadline_s=config.commit_deadline_s, on_failure=self._end_server)
+        return coordinator
 
     # -- SGLang's message way, owned by the main thread's event loop -----------------------------------------------
 
@@ -142,14 +149,39 @@ class Services:
         await self._send(ElasticRouteReq(seats=list(seats)))
 
     async def _send(self, request: Any) -> None:
-        tokenizer = self._tokenizer
-        if tokenizer.event_loop is None:
+        await self._in_tokenizer_loop(lambda: self._tokenizer._dispatch_to_scheduler(request))
+
+    async def _in_tokenizer_loop(self, function: Callable[[], _ResultT]) -> _ResultT:
+        """SGLang's sockets and request states belong to the tokenizer's event loop."""
+        loop = self._tokenizer.event_loop
+        if loop is None:
             raise SeatError("the tokenizer's event loop has not started", hint="Send the request over HTTP")
 
-        async def send() -> None:
-            tokenizer._dispatch_to_scheduler(request)
+        async def call() -> _ResultT:
+            return function()
 
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(send(), tokenizer.event_loop))
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), loop))
+
+    async def _send_recover_route(self, operation_id: str, seats: Sequence[int]) -> set[str]:
+        from elasticmoe_patches.journal import open_requests
+        from elasticmoe_patches.srt.managers.io_struct import ElasticRecoverRouteReq
+
+        def send() -> set[str]:
+            # At one moment: what is sent later goes to living seats and is not missing anywhere.
+            opened = open_requests(self._tokenizer)
+            request = ElasticRecoverRouteReq(operation_id=operation_id, seats=list(seats))
+            self._tokenizer._dispatch_to_scheduler(request)
+            return opened
+
+        return await self._in_tokenizer_loop(send)
+
+    async def _send_again(self, rids: set[str]) -> int:
+        from elasticmoe_patches.journal import send_again
+
+        if not rids:
+            return 0
+        await asyncio.sleep(_LAST_OUTPUT_S)
+        return await self._in_tokenizer_loop(lambda: send_again(self._tokenizer, rids))
 
     def output_passed(self, seat: int) -> None:
         """In the tokenizer's loop: the fence behind a leaver's last output."""

@@ -27,7 +27,7 @@ HOOKS = (
         hook=f"{__name__}:around_init_distributed_environment",
         signature="(world_size=-1, rank=-1, distributed_init_method='env://', local_rank=-1, backend='nccl', "
         "timeout=None, moe_a2a_backend=None, recovered_rank=False, max_world_size=None)",
-        reason="Groups as large as the capacity over shared windows, with a membership mask; nobody waits for absent seats.",
+        reason="Groups of all seats over shared windows, with a membership mask; nobody waits for absent seats.",
         expires="SGLang takes the distributed backend as an argument.",
         processes=_SEATS,
     ),

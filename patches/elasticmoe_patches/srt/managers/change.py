@@ -161,7 +161,11 @@ def take_parcels(seat: Any) -> None:
 
 
 def adopt_ready(scheduler: Any, seat: Any) -> None:
-    """Go on with the requests of leavers that have arrived completely and whose last tokens have been delivered."""
+    """Go on with the requests of leavers that have arrived completely and whose last tokens have been delivered, and
+    with those of a dead seat that the tokenizer has sent again."""
+    sent_again, seat.sent_again = seat.sent_again, []
+    for message in sent_again:
+        _adopt(scheduler, seat, message, None, [])
     for leaver in seat.arrivals.ready():
         with_kv, operation_id = 0, ""
         items = seat.arrivals.take(leaver)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
+from collections import deque
 from typing import Any
 
 import zmq
@@ -25,6 +26,39 @@ _DPC: frozenset[Process] = frozenset(("dpc",))
 _BOOT_DEADLINE_S = 900.0
 # SGLang's Watchdog wants to be fed; an idle controller wakes up this often for it.
 _IDLE_POLL_MS = 1000
+_BLOCKED_POLL_MS = 10
+
+
+class WorkerLine:
+    """A socket to one seat that never blocks the controller: a dead seat's socket would, for want of a peer.
+
+    What cannot be sent at once waits here; when the seat is given up, the tokenizer sends its requests again.
+    """
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+        self._waiting: deque[bytes] = deque()
+
+    def send(self, data: bytes, flags: int = 0) -> None:
+        self._waiting.append(data)
+        self.flush()
+
+    def send_pyobj(self, obj: Any, flags: int = 0, protocol: int = pickle.HIGHEST_PROTOCOL) -> None:
+        self.send(pickle.dumps(obj, protocol))
+
+    def flush(self) -> bool:
+        """Send what waits, as far as somebody takes it; whether something still waits."""
+        while self._waiting:
+            try:
+                self._socket.send(self._waiting[0], zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            self._waiting.popleft()
+        return False
+
+    def drop(self) -> None:
+        """Nobody will read it there."""
+        self._waiting.clear()
 
 
 def launch_seats(
@@ -42,6 +76,7 @@ def launch_seats(
         seat_ports.nccl_port = port_args.nccl_port
         seat_ports.instance_id = port_args.instance_id
         client.send(imm.Register(seat=seat, blob=pickle.dumps((server_args, seat_ports, config.device_of(seat)))))
+    self.workers = [WorkerLine(worker) for worker in self.workers]
     members = tuple(range(config.ep_size))
     for seat in members:
         ticket = SeatTicket(seat=seat, members=members, epoch=0, joiner=False)
@@ -99,15 +134,45 @@ def _on_command(self: Any, request: Any) -> None:
     self.send_control_message(request)
 
 
+def _on_recover_route(self: Any, request: Any) -> None:
+    """After a seat's death: what waits for seats that are gone is sent again by the tokenizer."""
+    from sglang.srt.managers.io_struct import sock_send
+
+    from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
+
+    for seat, worker in enumerate(self.workers):
+        if seat not in request.seats:
+            worker.drop()
+    route_to(self, request.seats)
+    for seat in request.seats:
+        sock_send(self.workers[seat], ElasticFenceReq(operation_id=request.operation_id, seat=seat))
+
+
+def _on_adopt(self: Any, request: Any) -> None:
+    """A dead seat's request goes on at the next seat in turn."""
+    from sglang.srt.managers.io_struct import sock_send
+
+    active = self._active_workers
+    sock_send(self.workers[active[self.round_robin_counter % len(active)]], request)
+    self.round_robin_counter = (self.round_robin_counter + 1) % len(active)
+
+
 def after_init_dispatcher(_result: None, self: Any) -> None:
     from sglang.utils import TypeBasedDispatcher
 
-    from elasticmoe_patches.srt.managers.io_struct import ElasticCommandReq, ElasticRouteReq
+    from elasticmoe_patches.srt.managers.io_struct import (
+        ElasticAdoptReq,
+        ElasticCommandReq,
+        ElasticRecoverRouteReq,
+        ElasticRouteReq,
+    )
 
     self._request_dispatcher += TypeBasedDispatcher(
         [
             (ElasticCommandReq, lambda request: _on_command(self, request)),
             (ElasticRouteReq, lambda request: route_to(self, request.seats)),
+            (ElasticRecoverRouteReq, lambda request: _on_recover_route(self, request)),
+            (ElasticAdoptReq, lambda request: _on_adopt(self, request)),
         ]
     )
 
@@ -149,7 +214,8 @@ def event_loop(self: Any) -> None:
     poller.register(self.recv_from_tokenizer, zmq.POLLIN)
     while True:
         self.soft_watchdog.feed()
-        poller.poll(_IDLE_POLL_MS)
+        blocked = sum(worker.flush() for worker in self.workers)
+        poller.poll(_BLOCKED_POLL_MS if blocked else _IDLE_POLL_MS)
         while True:
             try:
                 request = sock_recv(self.recv_from_tokenizer, flags=zmq.NOBLOCK)

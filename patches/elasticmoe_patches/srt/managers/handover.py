@@ -55,18 +55,31 @@ class Progress:
     output_ids: tuple[int, ...]
     carried: dict[str, Any]
     aborted: bool
+    unseen_logprobs: int = 0
+    """Leading output tokens whose log-probabilities the client has and this Progress has not (after a seat's death)."""
 
     def apply(self, req: Any) -> None:
         """Restore into a freshly built Req, before it enters the waiting queue."""
         req.output_ids = array("q", self.output_ids)
         for name, value in self.carried.items():
             setattr(req, name, value)
+        if req.return_logprob and self.unseen_logprobs:
+            _fill_logprobs(req.logprob, self.output_ids[: self.unseen_logprobs])
         if self.output_ids:
             req.is_retracted = True
             req.retracted_stain = True
             if req.grammar is not None:
                 for token in self.output_ids:
                     req.grammar.accept_token(token)
+
+
+def _fill_logprobs(logprob: Any, tokens: tuple[int, ...]) -> None:
+    """Entries that are never sent again, so that later ones stand at their token's index."""
+    logprob.output_token_logprobs_val = [0.0] * len(tokens)
+    logprob.output_token_logprobs_idx = list(tokens)
+    for name in ("output_top_logprobs", "output_token_ids_logprobs"):
+        for part in ("val", "idx"):
+            setattr(logprob, f"{name}_{part}", [None] * len(tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +228,12 @@ class Arrivals:
             for leaver, expected in self.complete.items()
             if leaver in self.released and len(self.held.get(leaver, ())) == expected
         ]
+
+    def forget(self, leaver: int) -> None:
+        """The leaver died: what it had sent is not complete."""
+        self.complete.pop(leaver, None)
+        self.held.pop(leaver, None)
+        self.released.discard(leaver)
 
     def take(self, leaver: int) -> list[tuple[Any, bytes | None, list[Any]]]:
         del self.complete[leaver]

@@ -30,6 +30,13 @@ class ElasticRouteReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     seats: list[int]
 
 
+class ElasticRecoverRouteReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
+    """Coordinator -> controller, after a seat's death: route to these seats only, and put a fence into each's queue."""
+
+    operation_id: str
+    seats: list[int]
+
+
 class ElasticFenceReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     """Last message on a way: controller -> leaver (nothing more is routed to it), leaver -> detokenizer -> tokenizer
     (all its output has been passed on)."""
@@ -39,7 +46,7 @@ class ElasticFenceReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
 
 
 class ElasticAdoptReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Leaver -> survivor: go on with this request.
+    """Leaver -> survivor, or tokenizer -> controller -> survivor after a seat's death: go on with this request.
 
     Attributes:
         request: as the client sent it, tokenised.
@@ -56,7 +63,7 @@ class ElasticAdoptReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
 
 def register_types() -> None:
     """Teach SGLang's decoder our messages; needed once in every process that receives them."""
-    hook_custom_types(ElasticCommandReq, ElasticRouteReq, ElasticFenceReq, ElasticAdoptReq)
+    hook_custom_types(ElasticCommandReq, ElasticRouteReq, ElasticRecoverRouteReq, ElasticFenceReq, ElasticAdoptReq)
 
 
 def to_wire(message: Any) -> bytes:

@@ -30,6 +30,7 @@ def _on_command(request: Any) -> None:
 def around_ingest_requests(original: Any, self: Any) -> Any:
     from elasticmoe_patches.seat import current_seat
     from elasticmoe_patches.srt.managers.change import adopt_ready, carry_out, take_parcels
+    from elasticmoe_patches.srt.managers.recovery import answer_counts
 
     seat = current_seat()
     take_parcels(seat)
@@ -37,14 +38,33 @@ def around_ingest_requests(original: Any, self: Any) -> Any:
         command, seat.pending = seat.pending, None
         carry_out(self, seat, command)
     adopt_ready(self, seat)
-    return original(self)
+    answer_counts(self, seat)
+    seat.new_batch = None
+    received = original(self)
+    seat.pulled = []
+    return received
 
 
-def before_dispatch_event_loop(scheduler: Any) -> None:
-    """Booted: a joiner waits here for the commit, at the top of its first iteration."""
+def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
+    """Booted: a joiner waits here for the commit, at the top of its first iteration. A seat's death ends here too."""
+    from elasticmoe_patches.seat import current_seat
+    from elasticmoe_patches.srt.managers.recovery import recover
+    from elasticmoe_sglang.errors import CollectiveError
+
+    _enter_service(scheduler)
+    while True:
+        try:
+            original(scheduler)
+            return
+        except CollectiveError as error:
+            recover(scheduler, current_seat(), error)
+
+
+def _enter_service(scheduler: Any) -> None:
     from elasticmoe_patches.plugin import verify_for_process
     from elasticmoe_patches.seat import current_seat
     from elasticmoe_patches.srt.managers.change import open_peer_socket
+    from elasticmoe_patches.srt.managers.recovery import report
 
     verify_for_process("seat")
     seat = current_seat()
@@ -53,21 +73,40 @@ def before_dispatch_event_loop(scheduler: Any) -> None:
         seat.idle.watch(socket)
     if seat.ticket.joiner:
         seat.join()
+        if seat.ticket.attempt:  # in the place of a dead seat
+            report(scheduler, seat, seat.ticket.operation_id)
     else:
         seat.serve()
 
 
 def after_pull_raw_reqs(requests: list[Any] | None, self: Any) -> list[Any] | None:
-    """Take out the fence behind the last request routed here: as a control message only seat 0's would be kept."""
+    """Take out what is for this seat alone (as control messages only seat 0's would be kept), and keep the rest until
+    the iteration's input has been dealt with: a seat's death in between must not lose it."""
     from elasticmoe_patches.seat import current_seat
-    from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
+    from elasticmoe_patches.srt.managers.io_struct import ElasticAdoptReq, ElasticFenceReq
 
-    if not requests or not any(isinstance(request, ElasticFenceReq) for request in requests):
-        return requests
+    if requests is None:
+        return None
+    seat = current_seat()
+    if seat.replay and not seat.recovering:
+        requests, seat.replay = [*seat.replay, *requests], []
+    kept = []
     for request in requests:
         if isinstance(request, ElasticFenceReq):
-            current_seat().fence = request.operation_id
-    return [request for request in requests if not isinstance(request, ElasticFenceReq)]
+            seat.fence = request.operation_id
+        elif isinstance(request, ElasticAdoptReq):
+            seat.sent_again.append(request)
+        else:
+            kept.append(request)
+    seat.pulled = list(kept)
+    return kept
+
+
+def after_get_new_batch_prefill(plan: Any, self: Any, running_batch: Any) -> None:
+    """Requests of a new batch are in no queue and no batch of the scheduler until it has run."""
+    from elasticmoe_patches.seat import current_seat
+
+    current_seat().new_batch = plan.batch_to_run
 
 
 def around_handle_generate_request(original: Any, self: Any, recv_req: Any, **kwargs: Any) -> None:
@@ -171,11 +210,19 @@ HOOKS = (
         "SGLang offers a per-iteration hook.",
     ),
     _hook(
+        f"{_SCHEDULER}.get_new_batch_prefill",
+        "after",
+        after_get_new_batch_prefill,
+        "(self, running_batch)",
+        "Knows the requests of a batch that is being put together when another seat dies.",
+        "The scheduler keeps a batch under construction in one of its attributes.",
+    ),
+    _hook(
         "sglang.srt.managers.scheduler.dispatch_event_loop",
-        "before",
-        before_dispatch_event_loop,
+        "around",
+        around_dispatch_event_loop,
         "(scheduler)",
-        "A joiner waits at the gate before its first iteration.",
+        "A joiner waits at the gate before its first iteration; after a seat's death the loop is entered anew.",
         "SGLang offers a hook between initialisation and serving.",
     ),
     _hook(

@@ -19,6 +19,22 @@ def after_init_request_dispatcher(_result: None, self: Any) -> None:
     )
 
 
+async def around_send_one_request(original: Any, self: Any, tokenized_obj: Any) -> None:
+    """Keep what was sent: if the seat that gets it dies, another one goes on with it."""
+    from elasticmoe_patches.journal import remember
+
+    remember(self, tokenized_obj)
+    await original(self, tokenized_obj)
+
+
+async def around_send_batch_request(original: Any, self: Any, tokenized_objs: Any) -> None:
+    from elasticmoe_patches.journal import remember
+
+    for tokenized_obj in tokenized_objs:
+        remember(self, tokenized_obj)
+    await original(self, tokenized_objs)
+
+
 HOOKS = (
     HookSpec(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager.init_request_dispatcher",
@@ -27,6 +43,24 @@ HOOKS = (
         signature="(self)",
         reason="A leaver's requests go on elsewhere only when its last tokens have arrived here.",
         expires="SGLang can move requests between ranks itself.",
+        processes=frozenset(("main",)),
+    ),
+    HookSpec(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request",
+        kind="around",
+        hook=f"{__name__}:around_send_one_request",
+        signature="(self, tokenized_obj)",
+        reason="Keeps the tokenised request, so that it can go on elsewhere when its seat dies.",
+        expires="SGLang can continue a request on another rank itself.",
+        processes=frozenset(("main",)),
+    ),
+    HookSpec(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._send_batch_request",
+        kind="around",
+        hook=f"{__name__}:around_send_batch_request",
+        signature="(self, tokenized_objs)",
+        reason="The same for requests that are tokenised as a batch.",
+        expires="SGLang can continue a request on another rank itself.",
         processes=frozenset(("main",)),
     ),
 )

@@ -55,9 +55,9 @@ HOOKS = (
         hook=f"{__name__}:around_init",
         signature="(self, num_experts, hidden_size, intermediate_size, layer_id, top_k=None, "
         "num_fused_shared_experts=0, params_dtype=None, reduce_results=False, quant_config=None, prefix='', "
-        "activation='silu', apply_router_weight_on_input=False, use_presharded_weights=False, inplace=True, no_combine=False, "
-        "routed_scaling_factor=None, gemm1_alpha=None, gemm1_beta=None, gemm1_clamp_limit=None, swiglu_limit=None, "
-        "use_weight_loader_fused=False, with_bias=False, routing_method_type=None, is_gated=True, "
+        "activation='silu', apply_router_weight_on_input=False, use_presharded_weights=False, inplace=True, "
+        "no_combine=False, routed_scaling_factor=None, gemm1_alpha=None, gemm1_beta=None, gemm1_clamp_limit=None, "
+        "swiglu_limit=None, use_weight_loader_fused=False, with_bias=False, routing_method_type=None, is_gated=True, "
         "gate_up_interleaved=True, enable_qwen35_fp8_deferred_finalize=False, quant_method=None)",
         reason="A slot for every expert on every seat, and no divisibility of experts by seats.",
         expires="FusedMoE takes its expert placement as an argument.",

@@ -1,0 +1,79 @@
+"""A seat's process dies while it serves: the others go on without it, or with a standby in its place."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from elasticmoe_sglang.coordinator.coordinator import Coordinator
+from elasticmoe_sglang.coordinator.recovery import plan_recovery
+from elasticmoe_sglang.coordinator.seats_port import ProcessSeats
+from elasticmoe_sglang.errors import ElasticMoEError
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 5
+
+
+class Healer:
+    """Lives in the coordinator's event loop.
+
+    Args:
+        deadline_s: for the survivors to meet at the gate, each attempt.
+        on_failure: serving cannot go on; gets a sentence.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        seats: ProcessSeats,
+        *,
+        deadline_s: float,
+        on_failure: Callable[[str], None],
+    ) -> None:
+        self._coordinator = coordinator
+        self._seats = seats
+        self._deadline_s = deadline_s
+        self._on_failure = on_failure
+        self._dead: set[int] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    def seat_lost(self, seat: int, why: str) -> None:
+        """An occupied seat's process has ended, and was not to."""
+        logger.error("%s; the others go on", why)
+        self._dead.add(seat)
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._heal())
+
+    async def _heal(self) -> None:
+        started = time.monotonic()
+        await self._coordinator.hold("a seat has died and the others are taking over")
+        problem: Exception | None = None
+        for attempt in range(_ATTEMPTS):
+            dead = set(self._dead)
+            if not dead:
+                break
+            plan = plan_recovery(self._seats.membership(), self._coordinator.placement, dead, replace_all=attempt > 0)
+            try:
+                sent = await asyncio.wait_for(self._seats.recover(plan, self._deadline_s), 4 * self._deadline_s)
+            except (ElasticMoEError, OSError, asyncio.TimeoutError) as error:
+                problem = error
+                logger.exception("attempt %d to go on without seats %s failed", attempt + 1, sorted(dead))
+                continue
+            self._coordinator.adopt(plan.membership, plan.placement)
+            self._dead -= dead
+            logger.warning(
+                "seats %s were lost; epoch %d serves with seats %s after %.2f s (%d columns taken over, %d requests "
+                "sent again)",
+                list(plan.dead),
+                plan.membership.epoch,
+                list(plan.membership.seats),
+                time.monotonic() - started,
+                len(plan.moves),
+                sent,
+            )
+        if self._dead:
+            self._on_failure(f"seats {sorted(self._dead)} were lost and could not be replaced: {problem}")
+        self._coordinator.resume()

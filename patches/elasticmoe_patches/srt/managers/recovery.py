@@ -1,0 +1,157 @@
+"""Going on after a seat's death.
+
+A dead seat fails the same collective on every survivor, because no collective completes without all members. So all
+survivors stand at one point: each sets its own requests aside, waits for the coordinator's `Recover`, meets the others
+at the gate, and enters SGLang's event loop anew. Requests of the dead seat are sent again by the tokenizer, which knows
+what their clients have received (`journal.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from typing import Any
+
+from elasticmoe_patches.srt.managers.change import take_parcels
+from elasticmoe_patches.srt.managers.handover import live_requests
+from elasticmoe_sglang.errors import CollectiveError
+from elasticmoe_sglang.seats import messages as sm
+
+logger = logging.getLogger(__name__)
+
+# How long a survivor waits for the coordinator before it gives up; then the server ends.
+_RECOVER_DEADLINE_S = 30.0
+_FENCE_DEADLINE_S = 2.0
+
+
+def recover(scheduler: Any, seat: Any, error: CollectiveError) -> None:
+    """Set requests aside and come back as a member of the next epoch.
+
+    Raises:
+        CollectiveError: `error` again, when the coordinator did not lead the way in time.
+    """
+    logger.warning("seat %d: %s", seat.me, error)
+    reason = f"seat {error.seat} was lost" if error.seat is not None else error.what
+    if seat.pending is not None:
+        seat.refuse(seat.pending, reason)
+        seat.pending = None
+    kept = set_aside(scheduler, seat)
+    culprit = -1 if error.seat is None else error.seat
+    seat.agent.post(sm.Broken(seat=seat.me, epoch=seat.fabric.epoch, culprit=culprit, reason=str(error)))
+    seat.recovering = True
+    deadline = time.monotonic() + _RECOVER_DEADLINE_S
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            command = seat.recoveries.get(timeout=left)
+        except queue.Empty:
+            break
+        if seat.pass_recovery_gate(command):
+            report(scheduler, seat, command.operation_id)
+            logger.info("seat %d goes on in epoch %d with %d requests set aside", seat.me, command.epoch, kept)
+            return
+    raise error
+
+
+def set_aside(scheduler: Any, seat: Any) -> int:
+    """Put every started request back into the waiting queue, as SGLang's `pause_generation` does. Returns how many.
+
+    The KV that is known to be whole goes into the radix cache first. The batch that failed may have left its requests
+    in any of the places below.
+    """
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+    _drain(scheduler)
+    started = _started(scheduler, seat)
+    for req, valid in started:
+        _release(scheduler, req, valid)
+    scheduler.running_batch = ScheduleBatch(reqs=[], batch_is_full=False)
+    scheduler.last_batch = None
+    scheduler.cur_batch_for_debug = None
+    scheduler.chunked_req = None
+    seat.new_batch = None
+    if getattr(scheduler, "result_queue", None):
+        scheduler.result_queue.clear()
+    waiting, scheduler.waiting_queue = scheduler.waiting_queue, []
+    for req, _ in started:
+        scheduler._add_request_to_queue(req)
+    scheduler.waiting_queue.extend(waiting)
+    seat.replay = [*seat.pulled, *seat.replay]
+    seat.pulled = []
+    return len(started)
+
+
+def _drain(scheduler: Any) -> None:
+    """Results of batches whose forward pass was complete are good; the failed one never got into the queue."""
+    results = getattr(scheduler, "result_queue", None)
+    while scheduler.enable_overlap and results:
+        batch, result = results.popleft()
+        scheduler.process_batch_result(batch, result)
+
+
+def _started(scheduler: Any, seat: Any) -> list[tuple[Any, int]]:
+    """Unfinished requests outside the queues, each with the number of leading tokens whose KV is whole."""
+    failed = scheduler.cur_batch_for_debug
+    extending = failed is not None and failed.forward_mode is not None and failed.forward_mode.is_extend()
+    unsure = {id(req) for req in failed.reqs} if extending else set()
+    if seat.new_batch is not None:
+        unsure |= {id(req) for req in seat.new_batch.reqs}
+    found: list[tuple[Any, int]] = []
+    seen = {id(req) for req in scheduler.waiting_queue}
+    for batch in (scheduler.running_batch, scheduler.last_batch, failed, seat.new_batch):
+        for req in batch.reqs if batch is not None else ():
+            if id(req) not in seen and not req.finished():
+                seen.add(id(req))
+                found.append((req, 0 if id(req) in unsure else req.seqlen - 1))
+    chunked = scheduler.chunked_req
+    if chunked is not None and id(chunked) not in seen and not chunked.finished():
+        found.append((chunked, 0))
+    return found
+
+
+def _release(scheduler: Any, req: Any, valid: int) -> None:
+    from sglang.srt.managers.schedule_batch import release_req
+
+    if not req.kv.holds_kv:
+        return
+    whole = min(valid, req.kv.kv_committed_len)
+    if whole > req.kv.cache_protected_len and not scheduler.disable_radix_cache:
+        scheduler.tree_cache.insert_req(req, up_to=whole)
+    release_req(
+        req=req,
+        remaing_req_count=0,
+        req_to_token_pool=scheduler.req_to_token_pool,
+        token_to_kv_pool_allocator=scheduler.token_to_kv_pool_allocator,
+        tree_cache=scheduler.tree_cache,
+        hisparse_coordinator=scheduler.hisparse_coordinator,
+        offload_kv=False,
+    )
+
+
+def answer_counts(scheduler: Any, seat: Any) -> None:
+    """A leaver died while handing over: say which requests are here, so that the others are sent again."""
+    for message in [count for count in seat.counts if count.operation_id == seat.fence]:
+        seat.counts.remove(message)
+        take_parcels(seat)
+        seat.arrivals.forget(message.forget)
+        report(scheduler, seat, message.operation_id)
+
+
+def report(scheduler: Any, seat: Any, operation_id: str) -> None:
+    """Tell which requests are here, once everything that was routed here before the recovery has been read."""
+    deadline = time.monotonic() + _FENCE_DEADLINE_S
+    seat.recovering = True
+    while seat.fence != operation_id and time.monotonic() < deadline:
+        read = scheduler.request_receiver._pull_raw_reqs()
+        seat.replay += read
+        seat.pulled = []
+        if not read:
+            time.sleep(0.0005)
+    take_parcels(seat)
+    rids = {req.rid for req, _ in live_requests(scheduler)}
+    for request in seat.replay:
+        rids |= {item.rid for item in getattr(request, "batch", [request]) if item.rid is not None}
+    for parcels in seat.arrivals.held.values():
+        rids |= {message.request.rid for message, _, _ in parcels}
+    seat.agent.post(sm.Recovered(seat=seat.me, operation_id=operation_id, committed=True, rids=sorted(rids)))
+    seat.recovering = False
