@@ -1,0 +1,304 @@
+"""The ways to change a service's size: this project's, and those a user has today.
+
+A method owns the servers, says where a request goes, and carries out a change. All of them run real servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+import aiohttp
+
+from benchmarks.scaling.clock import Clock
+from benchmarks.scaling.records import ChangeRecord, DevicePeak, Holding
+from benchmarks.scaling.servers import Instance, ServerSettings
+from benchmarks.streams import Ask, StreamRecord
+
+_POLL_S = 0.02
+_DRAIN_S = 120.0
+NO_SERVER = "refused: no server takes requests"
+
+
+class Method(ABC):
+    """Args:
+    settings: of its servers.
+    capacity: the largest size of the run.
+
+    Attributes:
+        serving: instances that take new requests, in turn.
+    """
+
+    name: str
+    has_ledger = False
+
+    def __init__(self, settings: ServerSettings, capacity: int) -> None:
+        self.settings = settings
+        self.capacity = capacity
+        self.serving: list[Instance] = []
+        self.running: list[Instance] = []
+        self.holdings: list[Holding] = []
+        self.clock = Clock()
+        self._generation = 0
+        self._turn = 0
+
+    async def start(self, size: int) -> None:
+        """Returns once it serves at this size, every rank warmed up."""
+        instance = await self.boot(size)
+        self.serving = [instance]
+
+    def begin(self, clock: Clock) -> None:
+        """The run starts now."""
+        self.clock = clock
+        self._hold(sum(instance.size for instance in self.running), at=0.0)
+
+    async def change(self, size: int) -> ChangeRecord:
+        """To the new size; returns when nothing is left to do. Never raises for a change that failed."""
+        old, requested = self.size, self.clock.now()
+        record = ChangeRecord(
+            requested_at=requested, old_size=old, new_size=size, effective_at=None, ended_at=requested
+        )
+        try:
+            await self.carry_out(size, record)
+        except Exception as error:  # the run goes on and reports it
+            record.error = f"{type(error).__name__}: {error}"
+        record.ended_at = self.clock.now()
+        return record
+
+    @abstractmethod
+    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+        """Do it, and fill `generation`, `effective_at` and `detail`."""
+
+    @property
+    def size(self) -> int:
+        return sum(instance.size for instance in self.serving)
+
+    async def ask(self, record: StreamRecord) -> int:
+        """Send one request where the method sends it now; returns that server's generation, -1 for none."""
+        if not self.serving:
+            record.failure, record.ended_at = NO_SERVER, time.monotonic()
+            return -1
+        instance = self.serving[self._turn % len(self.serving)]
+        self._turn += 1
+        await instance.ask(record)
+        return instance.generation
+
+    def pids(self) -> list[int]:
+        """Main processes of all servers that run."""
+        return [pid for instance in self.running if (pid := instance.pid) is not None]
+
+    async def device_memory(self) -> list[DevicePeak]:
+        """From a ledger, where the method has one."""
+        return []
+
+    async def stop(self) -> None:
+        self.serving = []
+        for instance in list(self.running):
+            await self.end(instance)
+
+    # -- for the methods ------------------------------------------------------------------------------------------
+
+    def make(self, size: int) -> Instance:
+        return self._instance(self.settings.plain(size, self.kv_tokens), plain=True, size=size)
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.settings.kv_tokens
+
+    def _instance(self, args: list[str], *, plain: bool, size: int) -> Instance:
+        log = self.settings.log_dir / f"{self.name}-{self._generation}.log"
+        instance = Instance(args, plain=plain, generation=self._generation, size=size, log=log)
+        self._generation += 1
+        return instance
+
+    async def boot(self, size: int) -> Instance:
+        instance = self.make(size)
+        self.running.append(instance)
+        try:
+            await instance.__aenter__()
+        except BaseException:
+            self.running.remove(instance)
+            raise
+        return instance
+
+    async def end(self, instance: Instance, *, drain: bool = False) -> None:
+        """Stop it; with `drain` once its requests have ended. SGLang itself lets running requests end for a while."""
+        deadline = time.monotonic() + _DRAIN_S
+        while drain and instance.in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_S)
+        await instance.__aexit__()
+        self.running.remove(instance)
+
+    def _hold(self, devices: int, at: float | None = None) -> None:
+        self.holdings.append(Holding(at=self.clock.now() if at is None else at, devices=devices))
+
+
+async def warm_up(method: Method, size: int) -> None:
+    """Each rank generates a few tokens twice, so that what happens only once is not measured."""
+    for _ in range(2):
+        records = [
+            StreamRecord(lane=lane, ask=Ask(key="warm", prompt="import os", tokens=4), sent_at=time.monotonic())
+            for lane in range(2 * size)
+        ]
+        await asyncio.gather(*(method.ask(record) for record in records))
+        failures = [record.failure for record in records if record.failure]
+        if failures:
+            raise RuntimeError(f"{method.name}: a request before the run failed: {failures[0]}")
+
+
+class Static(Method):
+    """No change at all: the run's largest size from the beginning. The ceiling of a method that is not elastic."""
+
+    name = "static"
+
+    async def start(self, size: int) -> None:
+        await super().start(self.capacity)
+
+    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+        raise AssertionError("the runner plans no change for it")
+
+
+class ColdRestart(Method):
+    """The server is stopped and started again at the new size."""
+
+    name = "cold-restart"
+
+    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+        [old] = self.serving
+        self.serving = []
+        await self.end(old)
+        self._hold(size)
+        new = await self.boot(size)
+        self.serving = [new]
+        record.generation, record.effective_at = new.generation, self.clock.now()
+
+
+class Replica(Method):
+    """Another server beside the first, requests in turn; to shrink, one is drained and stopped."""
+
+    name = "replica"
+
+    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+        if size > self.size:
+            held = self.size
+            self._hold(size)
+            new = await self.boot(size - held)
+            self.serving.append(new)
+            record.generation, record.effective_at = new.generation, self.clock.now()
+            return
+        surplus = self.size - size
+        leaving = next((instance for instance in self.serving if instance.size == surplus), None)
+        if leaving is not None:
+            self.serving.remove(leaving)
+            record.effective_at = self.clock.now()
+            await self.end(leaving, drain=True)
+            self._hold(size)
+            return
+        await _switch(self, size, record, extra_devices=True)
+
+
+class Colocated(Method):
+    """Old and new server side by side on the same devices, each with half of the KV memory from the start; then all
+    requests go to the new one and the old one is drained and stopped."""
+
+    name = "colocated"
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.settings.kv_tokens // 2
+
+    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+        await _switch(self, size, record, extra_devices=False)
+
+
+async def _switch(method: Method, size: int, record: ChangeRecord, *, extra_devices: bool) -> None:
+    """A new server for everything; the old ones end once their requests have."""
+    old = list(method.serving)
+    held = method.size
+    method._hold(held + size if extra_devices else max(held, size))
+    new = await method.boot(size)
+    method.serving = [new]
+    record.generation, record.effective_at = new.generation, method.clock.now()
+    for instance in old:
+        await method.end(instance, drain=True)
+    method._hold(size)
+
+
+class Elastic(Method):
+    """This project: seats join or leave the running server."""
+
+    name = "elastic"
+    has_ledger = True
+
+    def __init__(self, settings: ServerSettings, capacity: int) -> None:
+        super().__init__(settings, capacity)
+        self._before: dict[int, int] = {}
+
+    def make(self, size: int) -> Instance:
+        return self._instance(self.settings.elastic(size, self.capacity), plain=False, size=size)
+
+    async def start(self, size: int) -> None:
+        await super().start(size)
+        self._before = {device["device"]: device["used"] for device in await self._devices()}
+
+    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+        [instance] = self.serving
+        if size > instance.size:
+            self._hold(size)
+        operation = await self._scale(instance, size)
+        timings = operation["timings"]
+        record.generation = instance.generation
+        record.detail = {
+            name: operation[name]
+            for name in ("operation_id", "timings", "columns_moved", "bytes_moved", "moved_requests", "pause_ms")
+        }
+        if operation["phase"] != "done":
+            record.error = operation["error"] or f"ended as {operation['phase']}"
+            return
+        # The coordinator's clock says when all seats had passed the gate and had reported it.
+        phases = ("planned_ms", "preparing_ms", "committing_ms")
+        spent_s = sum(timings[phase] or 0.0 for phase in phases) / 1e3
+        record.effective_at = self.clock.of_unix(operation["created_at"]) + spent_s
+        instance.size = size
+        if self.holdings[-1].devices != size:
+            self._hold(size)
+
+    async def device_memory(self) -> list[DevicePeak]:
+        return [
+            DevicePeak(
+                device=device["device"],
+                before=self._before.get(device["device"], 0),
+                peak=device["peak"],
+                after=device["used"],
+            )
+            for device in await self._devices()
+        ]
+
+    async def _scale(self, instance: Instance, size: int) -> dict[str, Any]:
+        timeout = aiohttp.ClientTimeout(total=600)
+        body = {"new_ep_size": size, "wait": True}
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.post(f"{instance.url}/scale_elastic_ep", json=body) as response,
+        ):
+            answer: dict[str, Any] = await response.json()
+        if response.status != 200:
+            raise RuntimeError(f"/scale_elastic_ep answered {response.status}: {answer}")
+        return answer
+
+    async def _devices(self) -> list[dict[str, Any]]:
+        [instance] = self.serving
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"{instance.url}/elastic_ep/status") as response,
+        ):
+            status = await response.json()
+        devices: list[dict[str, Any]] = status["memory"]["devices"]
+        return devices
+
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Elastic, ColdRestart, Replica, Colocated, Static)
+}
