@@ -24,6 +24,7 @@ _DERIVED_PORTS = (0, *range(233, 245))
 _PORTS = range(20000, 30000)
 _PR_SET_PDEATHSIG = 1
 _TAIL_LINES = 25
+_AFTER_MAIN_S = 2.0
 
 
 class ServerFailed(Exception):
@@ -124,18 +125,27 @@ class ElasticServer:
         load_files = {path for member in members for path in _mapped_load_files(member.pid)}
         if process.poll() is None:
             process.terminate()
+        try:
+            await self._all_ended(process, members, grace_s)
+        finally:
+            # Also when a second Ctrl-C cuts the waiting short.
+            for member in _alive({*members, *_session(process.pid)}):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            process.wait(10)
+            # SGLang leaves the file behind in which its ranks publish their load.
+            for path in load_files:
+                path.unlink(missing_ok=True)
+
+    async def _all_ended(self, process: subprocess.Popen[bytes], members: set[psutil.Process], grace_s: float) -> None:
         deadline = time.monotonic() + grace_s
-        while (alive := _alive(members)) and time.monotonic() < deadline:
-            process.poll()
+        ended_at: float | None = None
+        while _alive(members) and time.monotonic() < deadline:
+            if process.poll() is not None:
+                # The others go with the main process, or not at all.
+                ended_at = ended_at or time.monotonic()
+                deadline = min(deadline, ended_at + _AFTER_MAIN_S)
             await asyncio.sleep(0.1)
-            members.update(_session(process.pid))
-        for member in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait(10)
-        # SGLang leaves the file behind in which its ranks publish their load.
-        for path in load_files:
-            path.unlink(missing_ok=True)
 
 
 def free_port() -> int:

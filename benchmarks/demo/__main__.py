@@ -39,7 +39,7 @@ def main() -> int:
     try:
         asyncio.run(_run(settings, progress, view))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        console.print("demo: interrupted; the server and all its processes have ended", style="yellow")
+        console.print("demo: interrupted; no process is left", style="yellow")
         return 130
     except (ServerFailed, DemoFailed, ElasticMoEError) as error:
         console.print(f"demo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -48,15 +48,22 @@ def main() -> int:
     _write(settings, progress, result)
     console.print()
     console.print(report(result), highlight=False)
-    console.print(f"\n{settings.out}/demo.png (picture), demo.json (figures), streams.json (arrival of every token)")
+    for name, what in (("demo.png", "tokens/s over time"), ("demo.json", "figures"), ("server.log", "of the server")):
+        console.print(f"        {settings.out / name}: {what}", highlight=False, soft_wrap=True)
     return 0 if result.passed else 1
 
 
 async def _run(settings: Settings, progress: Progress, view: PlainView | LiveView) -> None:
     task = asyncio.current_task()
     assert task is not None
+
+    def interrupt() -> None:
+        view.say("interrupted: taking the server down")
+        progress.stage = "taking the server down"
+        task.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, interrupt)
     async with view.shown():
         await _make_model(settings, progress, view)
         command = "elasticmoe serve " + shlex.join(settings.serve_args())

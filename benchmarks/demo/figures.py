@@ -1,7 +1,7 @@
 """From the records of a run to its figures: one row a change, the checks, and tokens/s over time.
 
-Everything that says how a client fared is computed from the arrivals of its tokens; what only the server can know (phases,
-pause, columns, bytes) comes from the operation.
+How a client fared is computed from the arrivals of its tokens; what only the server can know (phases, pause, columns,
+bytes) comes from the operation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 
 from benchmarks.demo.scenario import Change, Progress
 from benchmarks.streams import StreamRecord
-from elasticmoe_sglang.api.types import Operation
+from elasticmoe_sglang.api.types import Operation, Phase
 
 RATE_BIN_S = 0.5
 # What a change does to a stream may show up to here after the operation has ended.
@@ -27,10 +27,11 @@ class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
     """One change. Times in milliseconds, except for those since the start of the run.
 
     Attributes:
-        pause_ms: the longest time that a seat took from its last batch before the commit to the first one after it, less
-            the median of such intervals.
-        longest_gap_ms: the longest time between two tokens of one stream around the change; `median_gap_ms` is the median
-            of that same stream over its whole life.
+        pause_ms: the longest time that a seat took from its last batch before the commit to the first one after it,
+            less the median of such intervals.
+        longest_gap_ms: the longest time between two tokens of one stream around the change; `median_gap_ms` is the
+            median of that same stream over its whole life.
+        commit_s: when the new membership served.
         streams: that were decoding when the change was asked for.
         moved_requests: handed from leaving seats to others.
         lost: streams alive during the change that did not end with exactly the tokens asked for.
@@ -42,6 +43,7 @@ class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None
     asked_s: float
     ended_s: float
+    commit_s: float | None = None
     total_ms: float | None = None
     preparing_ms: float | None = None
     committing_ms: float | None = None
@@ -68,7 +70,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """All of a run. `tokens_per_s[i]` covers the seconds from i * `rate_bin_s` on, since the first request was sent."""
 
     command: str
-    machine: dict[str, str | int]
+    machine: dict[str, str | float]
     settings: dict[str, object]
     boot_s: float
     duration_s: float
@@ -140,12 +142,12 @@ def origin(progress: Progress) -> float:
     return min((record.sent_at for record in progress.reference), default=progress.started_at)
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, str | float]:
     """Where the figures come from."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "load_1min": round(os.getloadavg()[0], 1).__str__(),
+        "load_1min": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": version("torch"),
         "sglang": version("sglang"),
@@ -185,6 +187,7 @@ def _with_operation(row: ChangeFigures, operation: Operation) -> ChangeFigures:
         row,
         phase=operation.phase.value,
         error=operation.error,
+        commit_s=_commit_s(row.asked_s, operation),
         total_ms=timings.total_ms,
         preparing_ms=timings.preparing_ms,
         committing_ms=timings.committing_ms,
@@ -194,6 +197,14 @@ def _with_operation(row: ChangeFigures, operation: Operation) -> ChangeFigures:
         bytes_moved=operation.bytes_moved,
         moved_requests=operation.moved_requests,
     )
+
+
+def _commit_s(asked_s: float, operation: Operation) -> float | None:
+    spent = operation.timings
+    before = (spent.planned_ms, spent.preparing_ms, spent.committing_ms)
+    if operation.phase is not Phase.DONE or None in before:
+        return None
+    return round(asked_s + sum(part or 0.0 for part in before) / 1e3, 3)
 
 
 def _longest_gap(records: list[StreamRecord], since: float, until: float) -> tuple[float | None, float | None]:

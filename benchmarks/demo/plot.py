@@ -11,6 +11,7 @@ from benchmarks.demo.scenario import Progress
 _RATE = "#1f5f8b"
 _CHANGE = "#d1495b"
 _SIZES = ("#f3f6f9", "#e3ebf2")
+_PLATE = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5}
 
 
 def draw(progress: Progress, result: Figures, path: Path) -> None:
@@ -65,6 +66,9 @@ def _rate(axes: Any, result: Figures) -> None:
 
 
 def _gaps(axes: Any, progress: Progress, result: Figures) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     begin = origin(progress)
     gaps = [(at - begin, gap * 1e3) for record in (*progress.reference, *progress.records) for at, gap in record.gaps()]
     # Tokens of one event arrive together; on a logarithmic axis they have no place.
@@ -83,7 +87,18 @@ def _gaps(axes: Any, progress: Progress, result: Figures) -> None:
                 ha="center",
                 fontsize=8,
                 color=_CHANGE,
+                bbox=_PLATE,
             )
+    axes.set_ylim(bottom=3)
+    axes.legend(
+        handles=[
+            Patch(color=_CHANGE, alpha=0.2, label="a change is prepared; streams go on"),
+            Line2D([], [], color=_CHANGE, linewidth=1.2, label="commit: the new size serves"),
+        ],
+        loc="upper right",
+        fontsize=8,
+        framealpha=0.9,
+    )
 
 
 def _mark_changes(axes: Any, result: Figures) -> None:
@@ -92,8 +107,9 @@ def _mark_changes(axes: Any, result: Figures) -> None:
     for index, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         axes.axvspan(begin, end, color=_SIZES[index % 2], zorder=0, linewidth=0)
     for change in result.changes:
-        axes.axvspan(change.asked_s, change.ended_s, color=_CHANGE, alpha=0.25, zorder=0, linewidth=0)
-        axes.axvline(change.ended_s, color=_CHANGE, linewidth=1)
+        axes.axvspan(change.asked_s, change.ended_s, color=_CHANGE, alpha=0.2, zorder=0, linewidth=0)
+        if change.commit_s is not None:
+            axes.axvline(change.commit_s, color=_CHANGE, linewidth=1.2)
 
 
 def _name_sizes(axes: Any, result: Figures) -> None:
@@ -109,4 +125,4 @@ def _name_sizes(axes: Any, result: Figures) -> None:
         took = f"{change.total_ms / 1e3:.2f} s" if change.total_ms is not None else change.phase
         label = f"{change.old} → {change.new}\n{took}"
         middle = (change.asked_s + change.ended_s) / 2
-        axes.text(middle, 0.86, label, transform=level, ha="center", va="top", fontsize=9, color=_CHANGE)
+        axes.text(middle, 0.87, label, transform=level, ha="center", va="top", fontsize=9, color=_CHANGE, bbox=_PLATE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -23,8 +24,9 @@ def report(result: Figures) -> RenderableType:
 
 def table(result: Figures) -> Table:
     """One line a change."""
-    made = Table(title="changes of the EP size under load", title_justify="left", title_style="bold")
-    for name in ("EP size", "total", "pause", "longest gap", "its stream's\nmedian gap", "columns\nmoved",
+    # Fits into 80 columns.
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("\nEP size", "\ntotal", "\npause", "longest\ngap", "median\ngap", "columns\nmoved",
                  "bytes\ncopied", "requests\nmoved", "requests\nlost"):  # fmt: skip
         made.add_column(name, justify="right", no_wrap=True)
     for row in result.changes:

@@ -15,7 +15,7 @@ import msgspec
 from benchmarks.demo.settings import Settings
 from benchmarks.server import ElasticServer
 from benchmarks.streams import Load, StreamClient, StreamRecord, unequal
-from elasticmoe_sglang.api.types import Operation, Status
+from elasticmoe_sglang.api.types import Operation, Phase, Status
 
 _IDLE_POLL_S = 0.5
 _CHANGE_POLL_S = 0.1
@@ -47,7 +47,7 @@ class Change:
 
     @property
     def done(self) -> bool:
-        return self.error is None and self.operation is not None and self.operation.phase.value == "done"
+        return self.error is None and self.operation is not None and self.operation.phase is Phase.DONE
 
 
 class DemoFailed(Exception):
@@ -145,9 +145,7 @@ async def _reference(settings: Settings, client: StreamClient, progress: Progres
     failed = [record.failure for record in load.records if not record.complete]
     if failed:
         raise DemoFailed(f"{len(failed)} of {len(asks)} streams failed before any change: {failed[0]}")
-    view.say(
-        f"reference: {len(asks)} prompts of {settings.tokens} tokens each at EP size {settings.sizes[0]}, no change"
-    )
+    view.say(f"reference: {len(asks)} prompts with {settings.tokens} tokens each at EP size {settings.sizes[0]}")
 
 
 async def _changes(settings: Settings, session: aiohttp.ClientSession, progress: Progress, view: View) -> None:

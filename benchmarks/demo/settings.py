@@ -18,7 +18,7 @@ PROMPTS = (
     "try:\n    import json\nexcept ImportError:\n",
     'if __name__ == "__main__":\n',
 )
-_SHORTER = 20
+_SHORTER = 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Settings:
     Attributes:
         sizes: EP sizes in their order; the first one is where the server starts.
         streams: requests that decode at the same time.
-        tokens: of the longest requests; others are up to 7 * 20 tokens shorter, so that they do not end together.
+        tokens: of the longest requests; others are up to 7 * 15 tokens shorter, so that they do not end together.
         steady_s: seconds of decoding before, between and after the changes.
     """
 
@@ -36,8 +36,8 @@ class Settings:
     sizes: tuple[int, ...] = (2, 4, 1, 3)
     seats: int = 4
     streams: int = 8
-    tokens: int = 320
-    steady_s: float = 6.0
+    tokens: int = 240
+    steady_s: float = 5.0
     experts: int = 32
     layers: int = 4
     port: int | None = None

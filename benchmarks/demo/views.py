@@ -121,7 +121,8 @@ def _stage(progress: Progress, status: Status | None) -> RenderableType:
 
 
 def _operation(operation: Operation) -> str:
-    return f"{operation.phase.value}, {operation.columns_moved} of {operation.columns_planned} columns: {operation.message}"
+    columns = f"{operation.columns_moved} of {operation.columns_planned} columns"
+    return f"{operation.phase.value}, {columns}. {operation.message}"
 
 
 def _summary(progress: Progress) -> str:
