@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.views import DeviceMemory, MemoryStatus
 from elasticmoe_sglang.hmm.client import AsyncHmmClient
+from elasticmoe_sglang.planner import Placement
 
 
 class HmmMemory:
@@ -44,3 +46,22 @@ class HmmMemory:
 
     async def rollback(self, txn: str) -> None:
         await self._client.rollback(txn)
+
+
+async def release_leftovers(
+    client: AsyncHmmClient, placement: Placement, devices: set[int], config: ElasticConfig
+) -> int:
+    """Give back what an earlier server left in an HMM that outlived it: weights that no seat of this one uses.
+
+    Returns:
+        Number of blocks given back.
+    """
+    columns = [
+        block.block_id
+        for block in await client.lookup(kind="column")
+        if block.column is not None and config.device_of(placement.owners[block.column]) != block.device
+    ]
+    dense = [block.block_id for block in await client.lookup(kind="dense") if block.device not in devices]
+    if columns or dense:
+        await client.release([*columns, *dense])
+    return len(columns) + len(dense)

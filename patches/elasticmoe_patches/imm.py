@@ -11,7 +11,7 @@ from elasticmoe_sglang.runtime import current_runtime
 from elasticmoe_sglang.seats.idle import create_doorbells
 
 
-def _preload() -> None:
+def preload() -> None:
     """Import what a scheduler imports; nothing here may start a thread or touch a device."""
     from elasticmoe_patches.plugin import install_for_process
 
@@ -31,13 +31,15 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s IMM] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     runtime = current_runtime()
     assert runtime is not None, "the IMM is started by the launcher, which sets its environment"
-    _preload()
+    preload()
     # SGLang configures logging itself in each process; leave it a clean root logger.
+    from elasticmoe_patches.fresh_seat import fresh_seat_main
     from elasticmoe_patches.seat import seat_main
 
     config = runtime.config
+    main_of_seat = fresh_seat_main if "standby" in config.ablations else seat_main
     create_doorbells(config.max_ep_size)
-    Zygote(runtime.paths.imm_socket, seat_main, standbys=max(config.standbys, 0), capacity=config.max_ep_size).serve()
+    Zygote(runtime.paths.imm_socket, main_of_seat, standbys=config.standbys, capacity=config.max_ep_size).serve()
 
 
 if __name__ == "__main__":

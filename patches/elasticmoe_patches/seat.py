@@ -15,12 +15,12 @@ from typing import Any
 
 from elasticmoe_patches.srt.managers.handover import Arrivals
 from elasticmoe_sglang.errors import CommitError, SeatError
-from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.protocol import ModelSpec
 from elasticmoe_sglang.imm.messages import Enter
 from elasticmoe_sglang.imm.zygote import StandbyChannel
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.seats import messages as sm
+from elasticmoe_sglang.seats.ablation import connect
 from elasticmoe_sglang.seats.agent import SeatAgent
 from elasticmoe_sglang.seats.control import SeatState
 from elasticmoe_sglang.seats.fabric import Fabric
@@ -61,7 +61,7 @@ class Seat:
         self.me = ticket.seat
         self.device = config.device_of(ticket.seat)
         self.started = time.monotonic()
-        self.client = HmmClient(runtime.hmm_endpoint, name=f"seat-{self.me}")
+        self.client = connect(runtime.hmm_endpoint, name=f"seat-{self.me}", ablations=config.ablations)
         region = open_region(self.client, config, runtime.run_id)
         self.fabric = Fabric(region.fd, self.me, timeout_s=config.collective_deadline_s)
         region.close()
@@ -77,6 +77,7 @@ class Seat:
             device=self.device,
             bytes_per_second=config.pull_bandwidth,
             deadline_s=config.prepare_deadline_s,
+            peers="peer-copy" not in config.ablations,
         )
         self.idle = IdleWait(self.fabric)
         self.pause = PauseMeter()

@@ -22,7 +22,7 @@ from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.handle import CoordinatorHandle
 from elasticmoe_sglang.coordinator.healer import Healer
-from elasticmoe_sglang.coordinator.memory_port import HmmMemory
+from elasticmoe_sglang.coordinator.memory_port import HmmMemory, release_leftovers
 from elasticmoe_sglang.coordinator.seat_lines import Heard, SeatLines
 from elasticmoe_sglang.coordinator.seats_port import ProcessSeats
 from elasticmoe_sglang.errors import SeatError
@@ -107,6 +107,7 @@ class Services:
         hellos = await asyncio.gather(*(self._lines.expect(sm.Hello, seat=seat) for seat in membership.seats))
         placement = initial_placement(hellos[0].columns, membership.seats)
         hmm = AsyncHmmClient(self.runtime.hmm_endpoint, name="coordinator")
+        await release_leftovers(hmm, placement, {config.device_of(seat) for seat in membership.seats}, config)
         self._seats = ProcessSeats(
             config=config,
             lines=self._lines,
