@@ -12,6 +12,8 @@ from elasticmoe_sglang.units import parse_bytes
 
 FLAG_PREFIX = "--elasticmoe-"
 _ENDPOINT_SCHEMES = ("ipc://", "tcp://")
+ABLATIONS = ("standby", "handles", "zero-copy", "peer-copy")
+"""Mechanisms of a change that `--elasticmoe-ablate` switches off, to measure what each is worth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,9 @@ class ElasticConfig:
     window_bytes: int = 4 << 20
     """Bytes of one seat's window in the shared region of a process group; larger messages go in chunks."""
 
+    ablate: str = ""
+    """Names out of `ABLATIONS`, comma-separated: a joiner does without these. For measurements only."""
+
     def __post_init__(self) -> None:
         _at_least(self, "ep_size", 1)
         _at_least(self, "max_ep_size", 1)
@@ -72,6 +77,7 @@ class ElasticConfig:
                 _at_least(self, name, 1)
         for name in ("prepare_deadline_s", "commit_deadline_s", "finish_deadline_s", "collective_deadline_s"):
             _is_duration(self, name)
+        _are_ablations(self.ablate)
         if self.ep_size > self.max_ep_size:
             raise UserInputError(
                 f"{flag('ep_size')} {self.ep_size} is larger than {flag('max_ep_size')} {self.max_ep_size}",
@@ -86,6 +92,11 @@ class ElasticConfig:
     def device_of(self, seat: int) -> int:
         """The device on which `seat` sits."""
         return seat // self.seats_per_device
+
+    @property
+    def ablations(self) -> frozenset[str]:
+        """`ablate` as a set."""
+        return frozenset(filter(None, self.ablate.split(",")))
 
     @property
     def num_devices(self) -> int:
@@ -118,10 +129,13 @@ class ElasticConfig:
         return parts
 
     @classmethod
-    def from_namespace(cls, args: argparse.Namespace) -> ElasticConfig | None:
+    def from_namespace(cls, args: argparse.Namespace, base: ElasticConfig | None = None) -> ElasticConfig | None:
         """From parsed `--elasticmoe-*` flags; None when none of them was given, so that SGLang stays as it was.
 
         One of the two sizes is enough: without the maximum the server cannot grow, without the start it begins full.
+
+        Args:
+            base: settings of a file, which flags override.
 
         Raises:
             UserInputError: some other flag of ours was given without a size, or a value is impossible.
@@ -131,6 +145,8 @@ class ElasticConfig:
             for field in fields(cls)
             if (value := getattr(args, _destination(field.name), None)) is not None
         }
+        if base is not None:
+            return cls(**(base.to_dict() | given))
         if not given:
             return None
         sizes = given.get("ep_size", given.get("max_ep_size"))
@@ -182,6 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         "Bytes a second one seat may pull during a change, like 1GiB. Default: no limit.",
     )
     add("window_bytes", _size, "SIZE", "Shared window of one seat for collectives. Default: 4MiB.")
+    group.add_argument(flag("ablate"), dest=_destination("ablate"), default=None, help=argparse.SUPPRESS)
     for field, what in (
         ("prepare_deadline_s", "boot and column pulls of a change; then it is rolled back"),
         ("commit_deadline_s", "all seats to meet at the commit gate"),
@@ -206,6 +223,15 @@ def _at_least(config: ElasticConfig, name: str, least: int) -> None:
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserInputError(f"{flag(name)} must be a whole number of at least {least}, not {value!r}")
+
+
+def _are_ablations(text: str) -> None:
+    names = text.split(",") if text else []
+    known = f"Known: {', '.join(ABLATIONS)}, comma-separated"
+    if unknown := [name for name in names if name not in ABLATIONS]:
+        raise UserInputError(f"{flag('ablate')} does not know {', '.join(map(repr, unknown))}", hint=known)
+    if {"handles", "zero-copy"} <= set(names):
+        raise UserInputError(f"{flag('ablate')} takes either handles or zero-copy", hint="Both replace the same copy")
 
 
 def _is_duration(config: ElasticConfig, name: str) -> None:

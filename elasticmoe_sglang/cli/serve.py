@@ -22,25 +22,31 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "serve", help=_TEXT, description=_TEXT, epilog=_EPILOG, usage=usage, allow_abbrev=False
     )
-    add_arguments(parser, short=True)
+    _add_own_arguments(parser)
     parser.set_defaults(run=run)
+
+
+def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "A launch configuration (configs/README.md); flags override it. A YAML file goes to SGLang, as its --config."
+    parser.add_argument("--config", metavar="FILE.json", help=text)
+    add_arguments(parser, short=True)
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Our flags with their values, and everything else in its order, for SGLang."""
     parser = argparse.ArgumentParser(add_help=False)
-    add_arguments(parser, short=True)
+    _add_own_arguments(parser)
     names = set(parser._option_string_actions)
     ours: list[str] = []
     rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word in ("-h", "--help") or word.partition("=")[0] in names:
-            ours.append(word)
-            if word in names:
-                ours.extend(value for value in [next(words, None)] if value is not None)
-        else:
-            rest.append(word)
+    words = list(argv)
+    while words:
+        taken = 2 if words[0] in names and len(words) > 1 else 1
+        piece, words = words[:taken], words[taken:]
+        name, _, value = piece[0].partition("=")
+        theirs = name == "--config" and not (value or piece[-1]).endswith(".json")
+        known = name in names or name in ("-h", "--help")
+        (ours if known and not theirs else rest).extend(piece)
     return ours, rest
 
 
@@ -51,9 +57,26 @@ def launch_argv(config: ElasticConfig, rest: Sequence[str]) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Check our flags, then become SGLang's launcher; returns only by an error."""
-    config = ElasticConfig.from_namespace(args)
+    base, rest = (None, list(args.rest)) if args.config is None else _read(args.config, args.rest)
+    config = ElasticConfig.from_namespace(args, base)
     if config is None:
         raise UserInputError("no size was given", hint="Add --ep-size (at the start) and --max-ep-size (seats)")
-    argv = launch_argv(config, args.rest)
+    argv = launch_argv(config, rest)
     sys.stdout.flush()
     os.execv(argv[0], argv)
+
+
+def _read(path: str, rest: Sequence[str]) -> tuple[ElasticConfig, list[str]]:
+    """The file's elastic settings, and SGLang's flags with the file's first, so that those of the command line win.
+
+    Sets the file's environment for the server, except for variables that are set already.
+    """
+    from elasticmoe_sglang.launch_config import load_launch_config
+
+    launch = load_launch_config(path)
+    if launch.missing:
+        raise UserInputError(f"{path} cannot be served by this version: {'; '.join(launch.missing)}")
+    for name, value in launch.environment.items():
+        os.environ.setdefault(name, value)
+    _, flags = split(launch.to_argv())
+    return launch.elastic, [*flags, *rest]

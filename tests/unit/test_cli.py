@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -25,6 +27,8 @@ from elasticmoe_sglang.cli import serve
 from elasticmoe_sglang.cli.main import main
 from elasticmoe_sglang.cli.progress import OperationProgress, completion
 from elasticmoe_sglang.cli.render import operations_table, placement_picture, status_view
+from elasticmoe_sglang.config import ElasticConfig, add_arguments
+from elasticmoe_sglang.launch_config import load_launch_config
 from tests.helpers.fake_cluster import FakeCluster
 
 
@@ -310,6 +314,41 @@ def test_serve_refuses_before_it_launches(
     assert sentence in capsys.readouterr().err
 
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_serve_takes_a_launch_configuration_and_flags_override_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[list[str]] = []
+
+    def execv(program: str, words: list[str]) -> None:
+        launched.append(words[3:])
+        raise SystemExit(0)
+
+    monkeypatch.setattr("os.execv", execv)
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    path = CONFIGS / "h200" / "qwen3-30b-a3b.json"
+    file = load_launch_config(path)
+    own = ["--max-ep-size", "5", "--model-path", "OTHER", f"--run-dir={path.parent}"]
+    with pytest.raises(SystemExit):
+        main(["serve", "--config", str(path), *own])
+    [words] = launched
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args, sglang = parser.parse_known_args(words)
+    expected = file.elastic.to_dict() | {"max_ep_size": 5, "run_dir": str(path.parent)}
+    assert ElasticConfig.from_namespace(args) == ElasticConfig.from_dict(expected)
+    assert sglang[:2] == ["--model-path", file.model_path] and sglang[-2:] == ["--model-path", "OTHER"]
+    assert set(map(str, file.sglang_flags)) <= set(sglang)
+    assert file.environment.items() <= os.environ.items()
+
+
+def test_serve_refuses_a_configuration_that_this_version_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--config", str(CONFIGS / "h200" / "deepseek-v3.json")]) == 2
+    assert "DeepseekV3ForCausalLM is refused" in capsys.readouterr().err
+    assert main(["serve", "--config=nowhere.json"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [["--ep-size"], ["--ep-size", "two"], ["--device-budget", "lots", "--ep-size", "1"]])
 def test_serve_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -319,6 +358,10 @@ def test_serve_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str])
 
 def test_serve_keeps_the_order_of_sglangs_flags() -> None:
     words = ["--a", "--ep-size", "1", "--b", "c", "--d=e", "--max-ep-size=2", "-f"]
+    assert serve.split(["--config", "a.json", "--config=b.yaml", "--config", "c.yaml"]) == (
+        ["--config", "a.json"],
+        ["--config=b.yaml", "--config", "c.yaml"],
+    )
     assert serve.split(words) == (["--ep-size", "1", "--max-ep-size=2"], ["--a", "--b", "c", "--d=e", "-f"])
 
 
