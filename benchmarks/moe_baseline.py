@@ -41,9 +41,9 @@ class SglangMoe:
         extra: dict[str, Any] = {}
         if model.fp8:
             assert layer.w13_scale is not None and layer.w2_scale is not None
-            extra = dict(
-                use_fp8_w8a8=True, w1_scale=layer.w13_scale[:local], w2_scale=layer.w2_scale[:local],
-                block_shape=[128, 128],
-            )  # fmt: skip
+            extra = {
+                "use_fp8_w8a8": True, "w1_scale": layer.w13_scale[:local], "w2_scale": layer.w2_scale[:local],
+                "block_shape": [128, 128],
+            }  # fmt: skip
         out: torch.Tensor = self._fused(x, w13, w2, self._topk(weights, local_ids, weights), config, **extra)
         return out

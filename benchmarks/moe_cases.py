@@ -145,8 +145,10 @@ def large_candidates(block_m: int, *, fp8: bool, down: bool) -> list[GemmConfig]
             wide += [_gemm(m, 256, 128, 8, 3, tma=True, tma_rows=True, group_m=8)] if m <= 64 else []
         return list(dict.fromkeys(wide))
     if m == 64:
-        found = [_gemm(m, 64, 64, 4, 4, group_m=8), _gemm(m, 64, 64, 4, 4, tma=True, group_m=8),
-                 _gemm(m, 128, 64, 4, 4, tma=True, group_m=8), _gemm(m, 128, 64, 8, 4, tma=True, group_m=8)]  # fmt: skip
+        found = [
+            _gemm(m, 64, 64, 4, 4, group_m=8), _gemm(m, 64, 64, 4, 4, tma=True, group_m=8),
+            _gemm(m, 128, 64, 4, 4, tma=True, group_m=8), _gemm(m, 128, 64, 8, 4, tma=True, group_m=8),
+        ]  # fmt: skip
         if not down:
             found += [_gemm(m, 128, 64, 4, 4, tma=True, one_dot=True, group_m=8),
                       _gemm(m, 64, 64, 4, 4, tma=True, one_dot=True, group_m=1)]  # fmt: skip

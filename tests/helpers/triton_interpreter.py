@@ -93,6 +93,9 @@ def mend_interpreter() -> None:
         return dot(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
     def rounded(data, source, target, rounding_mode):
+        if source == tl.float8e4nv and target == tl.float16:  # exact either way; this one is fast
+            tile = torch.from_numpy(np.ascontiguousarray(data).view(np.uint8)).view(torch.float8_e4m3fn)
+            return tile.half().view(torch.uint16).numpy()
         if source != tl.float32 or target not in narrow:
             return convert(data, source, target, rounding_mode)
         dtype, bits = narrow[target]
@@ -221,23 +224,22 @@ def main(part: str) -> None:
         cases.append({"case": "route and parts", "error": 0.0, "limit": 1.0})
     elif part == "fp8":
         for name, plan in FP8_PLANS.items():
-            for tokens, kind in ((1, "mixed"), (13, "one")):
-                value = layer_fp8(plan, tokens, 256, 128, 5, 3, kind, tokens)
+            for tokens, kind in ((1, "mixed"), (7, "one")) if plan.direct else ((7, "mixed"),):
+                value = layer_fp8(plan, tokens, 256, 128, 4, 2, kind, tokens)
                 cases.append({"case": f"fp8 {name} {tokens} {kind}", "error": value, "limit": 3e-2})
-        value = layer_fp8(default_plan(40, 3, 5, fp8=True), 40, 256, 128, 5, 3, "mixed", 1)
+        value = layer_fp8(default_plan(40, 2, 4, fp8=True), 40, 256, 128, 4, 2, "mixed", 1)
         cases.append({"case": "fp8 default", "error": value, "limit": 3e-2})
     else:
         dtype, limit = dtypes[part]
-        for name, plan in PLANS.items():
-            shapes = [(13, 72, 40, "mixed"), (16, 64, 48, "one")]
-            if part == "float16":
-                shapes += [(1, 64, 32, "mixed"), (3, 64, 32, "none"), (9, 40, 24, "slots")]
-            for tokens, hidden, inter, kind in shapes:
-                value = layer(plan, tokens, hidden, inter, 6, 3, dtype, kind, tokens)
-                cases.append({"case": f"{name} {tokens}x{hidden}x{inter} {kind}", "error": value, "limit": limit})
-        for name in ("sorted", "two-parts", "persistent", "one-dot"):
-            value = layer(PLANS[name], 70, 72, 40, 9, 4, dtype, "holes", 7)
-            cases.append({"case": f"{name} 70 holes", "error": value, "limit": limit})
+        runs = [(name, (13, 72, 40, "mixed")) for name in PLANS]
+        runs += [(name, (1, 64, 32, "mixed")) for name in PLANS if name.startswith("direct")]
+        if part == "float16":
+            runs += [(name, (37, 72, 40, "holes")) for name in PLANS if not name.startswith("direct")]
+            runs += [(n, c) for n in ("direct", "sorted", "one-dot") for c in
+                     ((16, 64, 48, "one"), (3, 64, 32, "none"), (9, 40, 24, "slots"))]  # fmt: skip
+        for name, (tokens, hidden, inter, kind) in runs:
+            value = layer(PLANS[name], tokens, hidden, inter, 6, 3, dtype, kind, tokens)
+            cases.append({"case": f"{name} {tokens}x{hidden}x{inter} {kind}", "error": value, "limit": limit})
         for tokens in (3, 40):
             value = layer(default_plan(tokens, 3, 6, fp8=False), tokens, 64, 32, 6, 3, dtype, "mixed", 2)
             cases.append({"case": f"default {tokens}", "error": value, "limit": limit})

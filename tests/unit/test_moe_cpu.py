@@ -11,11 +11,12 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from elasticmoe_kernels import NoBackend, ShapeError, moe_experts
 from elasticmoe_kernels.cpu import moe as cpu_moe
 from elasticmoe_kernels.reference.moe import moe_experts as reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 # Relative error (2-norm of the difference over that of the result) that each dtype allows.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}

@@ -256,7 +256,8 @@ def gemm_swiglu_sorted(
     scale = x if w13_scale is None else w13_scale  # without scales any address will do: it is not used
     _sorted_kernel[grid](
         x, x if x_scale is None else x_scale, weight_operand(w13, config), address(scale), h,
-        h if h_scale is None else h_scale, routing.pair_of_row, routing.block_slot, routing.block_rows, routing.num_blocks, hidden, inter, top_k,
+        h if h_scale is None else h_scale, routing.pair_of_row, routing.block_slot, routing.block_rows,
+        routing.num_blocks, hidden, inter, top_k,
         x.stride(0), 0 if x_scale is None else x_scale.stride(0), w13.stride(0), scale.stride(0), h.stride(0),
         0 if h_scale is None else h_scale.stride(0), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_K=config.block_k, GROUP_M=config.group_m, SWAP_AB=config.swap_ab, TMA=config.tma,
