@@ -47,16 +47,25 @@ class SeatMemory:
     client: this process's HMM client.
     seat, device: whose memory this is.
     bytes_per_second: limit for copies during a change; None for no limit.
+    peers: take from other devices what they hold; without (an ablation), a joiner reads the checkpoint instead.
     """
 
     def __init__(
-        self, client: HmmClient, *, seat: int, device: int, bytes_per_second: int | None, deadline_s: float
+        self,
+        client: HmmClient,
+        *,
+        seat: int,
+        device: int,
+        bytes_per_second: int | None,
+        deadline_s: float,
+        peers: bool = True,
     ) -> None:
         self._client = client
         self._seat = seat
         self._device = device
         self._limit = bytes_per_second
         self._deadline_s = deadline_s
+        self._peers = peers
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._pending_seal: list[int] = []
@@ -95,18 +104,22 @@ class SeatMemory:
         self.columns = ColumnSpace(backend, spec.num_columns, columns.column_bytes, device=self._device)
         self.dense = DenseSpace(backend, dense, device=self._device)
         self.slot_table = torch.full((spec.num_columns + 1,), -1, dtype=torch.int32, device=table_device)
-        load_dense = self._attach_dense(txn, dense_source, fill_dense)
+        joiner = txn is not None
+        load_dense = self._attach_dense(txn, dense_source, fill_dense, self._peers or not joiner)
         load_columns = self._attach_columns(owned, txn)
         self.switch(owned)
         return Attached(load_columns=load_columns, load_dense=load_dense)
 
-    def _attach_dense(self, txn: str | None, source_device: int, fill: bool) -> bool:
+    def _attach_dense(self, txn: str | None, source_device: int, fill: bool, peers: bool) -> bool:
         [block, new] = self._dense_block(txn)
         [handle] = self._client.handles([block.block_id])
         self.dense.map(handle)
         if not new:
             self._client.wait_sealed([block.block_id], self._deadline_s)
             return False
+        if not peers:
+            self._pending_seal.append(block.block_id)
+            return True
         sources = [
             other for other in self._client.lookup(kind="dense") if other.device != self._device and other.sealed
         ]
@@ -147,7 +160,9 @@ class SeatMemory:
     def _attach_columns(self, owned: Sequence[int], txn: str | None) -> frozenset[int]:
         known = self._client.lookup(kind="column", columns=list(owned)) if owned else []
         here = {block.column: block for block in known if block.device == self._device and block.sealed}
-        elsewhere = {block.column: block for block in known if block.device != self._device and block.sealed}
+        elsewhere = {
+            block.column: block for block in known if self._peers and block.device != self._device and block.sealed
+        }
         self._map(list(here.values()))
         missing = [column for column in owned if column not in here]
         pulls = [
