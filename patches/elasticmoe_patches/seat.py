@@ -15,6 +15,7 @@ from typing import Any
 
 from elasticmoe_patches.srt.managers.handover import Arrivals
 from elasticmoe_sglang.errors import CommitError, SeatError
+from elasticmoe_sglang.faults import point
 from elasticmoe_sglang.hmm.protocol import ModelSpec
 from elasticmoe_sglang.imm.messages import Enter
 from elasticmoe_sglang.imm.zygote import StandbyChannel
@@ -119,11 +120,17 @@ class Seat:
         install_backend(self.fabric)
         init_elastic(self.fabric, rank=rank, world_size=world_size)
 
+    def fault_point(self, name: str) -> None:
+        """A place at which tests make faults happen; see faults.py."""
+        point(name, self.me, self.runtime.paths.run_dir)
+
     # -- the agent's thread -------------------------------------------------------------------------------------
 
     def _pull(self, message: sm.Message) -> sm.Message:
         assert isinstance(message, sm.PullColumns)
+        self.fault_point("pull.started")
         result = self.memory.pull(message.columns, message.txn)
+        self.fault_point("pull.done")
         return sm.Pulled(
             seat=self.me,
             operation_id=message.operation_id,
@@ -178,6 +185,7 @@ class Seat:
         """
         self.fabric.control.set_seat_state(self.me, SeatState.READY)
         self.say_hello("gate")
+        self.fault_point("boot.gate")
         members = self.ticket.members
         if self.ticket.attempt:  # in the place of a dead seat; the survivors come to the gate too
             decision = self.gate.arrive(
@@ -213,6 +221,7 @@ class Seat:
             CommitError: the leader has gone.
         """
         started = time.monotonic()
+        self.fault_point("gate.before")
         decision = self.gate.arrive(
             epoch=command.epoch,
             attempt=command.attempt,
@@ -241,6 +250,7 @@ class Seat:
         )
         if committed:
             self.pause.committed(command.operation_id)
+            self.fault_point("gate.after")
         return committed
 
     def refuse(self, command: sm.CommitCommand, reason: str) -> None:

@@ -54,11 +54,13 @@ def leave(scheduler: Any, seat: Any, command: sm.CommitCommand) -> None:
     _read_until_fence(scheduler, seat, command.operation_id)
     survivors = [member for member in command.members if member not in command.joining] or [0]
     load = parcels(scheduler)
+    seat.fault_point("leave.sending")
     handed = _send(seat, command.operation_id, survivors, load)
     scheduler.ipc_channels.send_to_detokenizer.send_output(
         ElasticFenceReq(operation_id=command.operation_id, seat=seat.me), None
     )
     _flush(scheduler)
+    seat.fault_point("leave.sent")
     seat.agent.post(
         sm.Left(
             seat=seat.me,
@@ -167,6 +169,7 @@ def adopt_ready(scheduler: Any, seat: Any) -> None:
     for message in sent_again:
         _adopt(scheduler, seat, message, None, [])
     for leaver in seat.arrivals.ready():
+        seat.fault_point("adopt.before")
         with_kv, operation_id = 0, ""
         items = seat.arrivals.take(leaver)
         for message, header, buffers in items:

@@ -24,6 +24,7 @@ def _on_command(request: Any) -> None:
     seat = current_seat()
     command = sm.decode_command(request.command)
     check_command(seat, command)
+    seat.fault_point("commit.received")
     seat.pending = command
 
 

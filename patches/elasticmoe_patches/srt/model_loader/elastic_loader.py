@@ -159,6 +159,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             table_device=target,
         )
         seat.spec = spec
+        seat.fault_point("boot.attached")
         bind(layers, parameters, seat.memory, columns)
         self._load(seat, model, files, found)
         self.postprocess_weights(model, target)

@@ -1,0 +1,67 @@
+"""Points at which a test can make a fault happen in the real server. Inert unless the launch asked for it.
+
+With ELASTICMOE_FAULTS=1 a process that reaches a named point looks for the file `fault` in the run folder. If its text
+is `POINT SEAT ACTION` with this point and this seat, the file is removed and the action is done, so it happens once:
+
+    self            kill this process (SIGKILL)
+    kill:PID        kill another process, and go on
+    stall:SECONDS   stand still
+    raise           raise FaultInjected
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from elasticmoe_sglang.errors import ElasticMoEError
+
+ENV_FAULTS = "ELASTICMOE_FAULTS"
+FAULT_FILE = "fault"
+
+POINTS = (
+    "boot.attached",  # a joiner has mapped its weights
+    "boot.gate",  # a joiner is about to wait at the gate
+    "pull.started",  # a survivor has begun to take columns over
+    "pull.done",
+    "commit.received",  # the commit was read from SGLang's broadcast
+    "gate.before",
+    "gate.after",
+    "leave.sending",  # a leaver is about to hand its requests over
+    "leave.sent",
+    "adopt.before",  # a survivor is about to go on with a leaver's requests
+)
+
+
+class FaultInjected(ElasticMoEError):
+    """A test asked for it."""
+
+
+def point(name: str, seat: int, run_dir: Path) -> None:
+    """Do what a test asked for at this point and seat, once; nothing otherwise."""
+    if not os.environ.get(ENV_FAULTS):
+        return
+    assert name in POINTS, name
+    path = run_dir / FAULT_FILE
+    try:
+        wanted, wanted_seat, action = path.read_text().split()
+    except (FileNotFoundError, ValueError):
+        return
+    if wanted != name or int(wanted_seat) != seat:
+        return
+    path.unlink(missing_ok=True)
+    _act(action, name, seat)
+
+
+def _act(action: str, name: str, seat: int) -> None:
+    kind, _, value = action.partition(":")
+    if kind == "self":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "kill":
+        os.kill(int(value), signal.SIGKILL)
+    elif kind == "stall":
+        time.sleep(float(value))
+    else:
+        raise FaultInjected(f"injected at {name}", seat=seat)
