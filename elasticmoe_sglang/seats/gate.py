@@ -175,7 +175,7 @@ class CommitGate:
             if _epoch_of(ticket) > epoch:
                 raise self._error(f"the gate went on to epoch {_epoch_of(ticket)}", epoch)
             if not self._alive(LEADER):
-                raise self._error("the leader (seat 0) died before it proposed the change", epoch)
+                raise self._error("the leader (seat 0) died before it proposed the change", epoch, seat=LEADER)
             if time.monotonic() >= deadline:
                 raise self._error(f"no change to epoch {epoch} was proposed within {timeout_s:g} s", epoch)
             self._sleep(_PROPOSAL_BELL, bell, 5 * POLL_S)
@@ -301,5 +301,5 @@ class CommitGate:
     def _sleep(self, word: int, seen: int, limit_s: float) -> None:
         futex.wait(self._address(word), seen & 0xFFFFFFFF, limit_s)
 
-    def _error(self, what: str, epoch: int) -> CommitError:
-        return CommitError(what, seat=self._me, epoch=epoch, operation="commit gate")
+    def _error(self, what: str, epoch: int, seat: int | None = None) -> CommitError:
+        return CommitError(what, seat=self._me if seat is None else seat, epoch=epoch, operation="commit gate")

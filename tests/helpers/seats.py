@@ -18,7 +18,13 @@ from typing import Any
 from elasticmoe_sglang.seats.fabric import Fabric
 from elasticmoe_sglang.seats.membership import Membership
 
-_PRELOAD = ["torch.distributed", "elasticmoe_sglang.seats.process_group", "elasticmoe_sglang.seats.gate"]
+_PRELOAD = [
+    "torch.distributed",
+    "elasticmoe_sglang.seats.process_group",
+    "tests.helpers.collective_cases",
+    "tests.helpers.fault_cases",
+    "tests.helpers.gate_cases",
+]
 
 
 @dataclass(kw_only=True)
@@ -60,7 +66,7 @@ def _serve(path: str, seat: int, timeout_s: float, scratch: str, pipe: Connectio
 
         init_elastic(fabric, seat, fabric.capacity)
         context.memo["group"] = dist.new_group(list(range(fabric.capacity)), backend="gloo")
-    pipe.send("ready")
+    pipe.send(("ready", 0.0))
     while True:
         try:
             function, args, kwargs = pipe.recv()
@@ -68,9 +74,10 @@ def _serve(path: str, seat: int, timeout_s: float, scratch: str, pipe: Connectio
             return
         started = time.monotonic()
         try:
-            pipe.send(function(context, *args, **kwargs))
+            result = function(context, *args, **kwargs)
         except Exception as error:
-            pipe.send(Failed(error=error, trace=traceback.format_exc(), seconds=time.monotonic() - started))
+            result = Failed(error=error, trace=traceback.format_exc(), seconds=time.monotonic() - started)
+        pipe.send((result, time.monotonic() - started))
 
 
 class SeatPool:
@@ -103,6 +110,8 @@ class SeatPool:
         self.fd = os.memfd_create("elasticmoe-test", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, Fabric.region_bytes(capacity, channels, window_bytes))
         self.control = Fabric.format(self.fd, capacity=capacity, channels=channels, window_bytes=window_bytes)
+        self.seconds: dict[int, float] = {}
+        """How long the last function of each seat ran, measured there."""
         self._workers: dict[int, tuple[Any, Connection]] = {}
         for seat in range(capacity) if seats is None else seats:
             self.start(seat, wait=False)
@@ -143,7 +152,8 @@ class SeatPool:
         pipe = self._workers[seat][1]
         if not pipe.poll(timeout_s):
             raise TimeoutError(f"seat {seat} did not answer within {timeout_s} s")
-        return pipe.recv()
+        result, self.seconds[seat] = pipe.recv()
+        return result
 
     def run(self, seats: Iterable[int], function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[int, Any]:
         """Run a function in several workers at once; raises when one of them failed."""

@@ -1,0 +1,75 @@
+"""What the workers of the collectives' fault tests do."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import torch
+import torch.distributed as dist
+
+from tests.helpers.seats import SeatContext
+
+
+def add_up(context: SeatContext, seats: tuple[int, ...], epoch: int, delay_s: float = 0.0) -> int:
+    context.adopt(seats, epoch)
+    time.sleep(delay_s)
+    total = torch.tensor([context.seat + 1])
+    dist.all_reduce(total, group=context.memo["group"])
+    return int(total)
+
+
+def endless(context: SeatContext, seats: tuple[int, ...], epoch: int, name: str) -> None:
+    """Collectives without end: whatever happens, happens in the middle of one."""
+    context.adopt(seats, epoch)
+    group = context.memo["group"]
+    values = torch.ones(40_000)
+    rows = torch.empty(4 * values.numel())
+    while True:
+        if name == "all_reduce":
+            dist.all_reduce(values, group=group)
+        elif name == "all_gather":
+            dist.all_gather_single(rows, values, group=group)
+        elif name == "broadcast":
+            dist.broadcast(values, src=0, group=group)
+        elif name == "all_to_all":
+            dist.all_to_all_single(torch.empty(40_000), values, group=group)
+        elif name == "small":
+            dist.all_reduce(values[:2], group=group)
+        else:
+            dist.barrier(group=group)
+
+
+def many_steps(context: SeatContext, seats: tuple[int, ...], epoch: int, steps: int, seed: int) -> list[int]:
+    """Many small collectives in two groups with random pauses, each checked; returns all sums."""
+    context.adopt(seats, epoch)
+    group = context.memo["group"]
+    chance = random.Random(seed * 31 + context.seat)
+    sums = []
+    for step in range(steps):
+        if chance.random() < 0.1:
+            time.sleep(chance.random() * 2e-3)
+        total = torch.tensor([(context.seat + 1) * (step + 1)])
+        dist.all_reduce(total, group=group if step % 3 else None)
+        rows = torch.full((4,), -1, dtype=torch.int64)
+        dist.all_gather_single(rows, torch.tensor([step * 10 + context.seat]), group=group)
+        assert rows.tolist() == [step * 10 + seat if seat in seats else -1 for seat in range(4)], (step, rows)
+        assert int(total) == sum(seat + 1 for seat in seats) * (step + 1), step
+        sums.append(int(total))
+    return sums
+
+
+def cpu_seconds_while_waiting(context: SeatContext, epoch: int) -> float:
+    started = time.process_time()
+    add_up(context, (0, 1), epoch)
+    return time.process_time() - started
+
+
+def receive_from(context: SeatContext, seats: tuple[int, ...], epoch: int, source: int, count: int) -> None:
+    context.adopt(seats, epoch)
+    dist.recv(torch.empty(count), source, group=context.memo["group"])
+
+
+def send_to(context: SeatContext, seats: tuple[int, ...], epoch: int, target: int, count: int) -> None:
+    context.adopt(seats, epoch)
+    dist.send(torch.zeros(count), target, group=context.memo["group"])
