@@ -227,7 +227,6 @@ class HmmClient:
     def _call(self, command: p.Command, answer_type: type[_AnswerT], *, wait_s: float = 0.0) -> _AnswerT:
         deadline = self._deadline() + wait_s
         link = self._attached(deadline)
-        link.return_leases([])
         answer = link.command(command, deadline, epoch=self.epoch, wait_s=wait_s or self.timeout_s)
         if isinstance(answer, ErrorReply):
             raise error_from(answer)

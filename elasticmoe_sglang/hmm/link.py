@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _RESEND_S = 2.0
 """A command without an answer for so long is sent again; the HMM executes it once."""
 _IDS_A_PACKET = 4096
+_FLUSH_NAP_S = 0.01
 
 _requests: Codec[p.LinkRequest] = Codec(p.LinkRequest, max_bytes=MAX_PACKET_BYTES)
 _replies: Codec[p.LinkReply] = Codec(p.LinkReply, max_bytes=MAX_PACKET_BYTES)
@@ -67,6 +68,7 @@ class HmmLink:
         """
         request = Envelope(request_id=new_request_id(), epoch=epoch, deadline_s=wait_s, body=body)
         frame = _commands.encode(request)
+        self._flush(deadline)
         with self._socket() as sock:
             while True:
                 now = time.monotonic()
@@ -118,7 +120,7 @@ class HmmLink:
 
     def fetch(self, block_ids: Sequence[int], deadline: float) -> list[tuple[p.Block, int]]:
         """Blocks with a descriptor each, which the caller owns; at most 253. A lease is counted for each."""
-        self.return_leases([])
+        self._flush(deadline)
         reply, fds = self._exchange(p.FetchHandles(block_ids=list(block_ids)), deadline)
         if not isinstance(reply, p.Handles) or len(fds) != len(block_ids):
             close_all(fds)
@@ -134,11 +136,20 @@ class HmmLink:
             try:
                 send_packet(self._sock, packet)
             except BlockingIOError:
-                self._owed.extend(batch)  # goes out with the next call
+                self._owed.extend(batch)  # goes out before the next command
                 return
             except OSError as error:
                 log.debug("leases not returned, the HMM is gone: %s", error)
                 return
+
+    def _flush(self, deadline: float) -> None:
+        """Leases returned before a call count before it: what the kernel's queue had no room for goes out now."""
+        self.return_leases([])
+        poller = select.poll()
+        poller.register(self._sock, select.POLLOUT)
+        while self._owed and not self.dead and (left := deadline - time.monotonic()) > 0:
+            poller.poll(min(left, _FLUSH_NAP_S) * 1000)
+            self.return_leases([])
 
     def _take_owed(self) -> list[int]:
         batch: list[int] = []

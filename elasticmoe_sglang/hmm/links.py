@@ -27,6 +27,7 @@ class _Link:
     pid: int
     hello_deadline: float
     client_id: str | None = None
+    refusal: HmmError | None = None
 
 
 class LinkTable:
@@ -87,10 +88,9 @@ class LinkTable:
         if uid != os.getuid():
             self._service.counters.refused_peers += 1
             log.warning("refused process %d of user %d", pid, uid)
-            refusal = HmmError(f"user {uid} may not use the HMM of user {os.getuid()}", hint="Run as the same user.")
-            self._reply(link, "?", error_reply(refusal))
-            sock.close()
-            return
+            link.refusal = HmmError(
+                f"user {uid} may not use the HMM of user {os.getuid()}", hint="Run as the same user."
+            )
         self._links[sock.fileno()] = link
 
     def _serve_packet(self, link: _Link) -> bool:
@@ -108,6 +108,11 @@ class LinkTable:
         close_all(fds)  # no request carries any
         if not packet:
             self._drop(link, "it closed its link")
+            return False
+        if link.refusal is not None:
+            # Only now: closing with its Hello unread would reset the connection before the answer is read.
+            self._reply(link, "?", error_reply(link.refusal))
+            self._drop(link, "it was refused")
             return False
         try:
             request = self._requests.decode(packet)
