@@ -5,6 +5,7 @@ from __future__ import annotations
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.views import DeviceMemory, MemoryStatus
 from elasticmoe_sglang.hmm.client import AsyncHmmClient
+from elasticmoe_sglang.hmm.vmm.base import round_up
 from elasticmoe_sglang.planner import Placement
 
 
@@ -34,8 +35,9 @@ class HmmMemory:
             endpoint=self._client.endpoint,
             pid=status.pid,
             devices=devices,
-            column_bytes=model.column_bytes if model else None,
-            dense_bytes=model.dense_bytes if model else None,
+            # As the ledger charges them.
+            column_bytes=round_up(model.column_bytes, status.granularity) if model else None,
+            dense_bytes=round_up(model.dense_bytes, status.granularity) if model else None,
         )
 
     async def begin(self, operation_id: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.seats.membership import MAX_CAPACITY
 
 SUPPORTED_ARCHITECTURES: Mapping[str, str] = {
     "Qwen3MoeForCausalLM": "num_experts",
@@ -50,6 +51,8 @@ def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
     """
     _refuse_unsupported(args)
     capacity = config.max_ep_size
+    if capacity > MAX_CAPACITY:
+        raise UserInputError(f"--elasticmoe-max-ep-size {capacity} is more than the {MAX_CAPACITY} seats supported")
     for name, option in (("tp_size", "--tp-size"), ("dp_size", "--dp-size"), ("ep_size", "--ep-size")):
         given = getattr(args, name)
         if given not in (1, capacity):

@@ -27,17 +27,16 @@ def mount(app: Any, handle: Any, tokenizer_manager: Any) -> None:
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
     from elasticmoe_sglang.api.router import build_router
+    from elasticmoe_sglang.api.router import mount as put_in_front
 
     async def with_tokenizer_loop() -> None:
         # Commands leave, and fences arrive, in this loop; SGLang starts it with the first request otherwise.
         tokenizer_manager.auto_create_handle_loop()
 
-    router = build_router(handle, protect=auth_level(AuthLevel.ADMIN_OPTIONAL))
-    before = len(app.router.routes)
-    app.include_router(router, dependencies=[Depends(with_tokenizer_loop)])
-    ours = app.router.routes[before:]
-    del app.router.routes[before:]
-    app.router.routes[:0] = ours
+    router = build_router(
+        handle, protect=auth_level(AuthLevel.ADMIN_OPTIONAL), dependencies=[Depends(with_tokenizer_loop)]
+    )
+    put_in_front(app, router)
 
 
 HOOKS = (

@@ -1,0 +1,90 @@
+"""What an elastic launch makes of SGLang's arguments, and what it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from elasticmoe_patches.launch import shape_arguments
+from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.errors import UserInputError
+
+CONFIG = ElasticConfig(ep_size=2, max_ep_size=4)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write(tmp_path, architectures=["Qwen3MoeForCausalLM"], num_experts=16)
+    return tmp_path
+
+
+def write(folder: Path, **config: object) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def sglang_arguments(model: Path, *flags: str) -> argparse.Namespace:
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return parser.parse_args(["--model-path", str(model), *flags])
+
+
+def test_sglang_is_shaped_to_the_capacity(model: Path) -> None:
+    args = sglang_arguments(model)
+    shape_arguments(args, CONFIG)
+    assert (args.tp_size, args.dp_size, args.ep_size) == (4, 4, 4)
+    assert args.enable_dp_attention and args.enable_dp_lm_head and args.moe_dense_tp_size == 1
+    assert args.disable_shared_experts_fusion
+    assert args.load_balance_method == "round_robin"
+
+
+def test_the_users_choice_stays_where_it_is_possible(model: Path) -> None:
+    args = sglang_arguments(model, "--tp-size", "4", "--load-balance-method", "total_tokens")
+    shape_arguments(args, CONFIG)
+    assert args.load_balance_method == "total_tokens"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tp-size", "3"), "--tp-size 3 contradicts"),
+        (("--dp-size", "2"), "--dp-size 2 contradicts"),
+        (("--pp-size", "2"), "--pp-size 2 is not supported"),
+        (("--nnodes", "2"), "one host"),
+        (("--disaggregation-mode", "prefill"), "disaggregation"),
+        (("--tokenizer-worker-num", "2"), "one tokenizer"),
+        (("--enable-eplb",), "placement"),
+        (("--quantization", "fp8"), "unquantised"),
+        (("--elastic-ep-backend", "mooncake"), "exclude each other"),
+        (("--load-balance-method", "follow_bootstrap_room"), "routes by rank"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_reason(model: Path, flags: tuple[str, ...], words: str) -> None:
+    with pytest.raises(UserInputError, match=words):
+        shape_arguments(sglang_arguments(model, *flags), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 3}, "3 experts, fewer than the 4 seats"),
+        (
+            {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "quantization_config": {"bits": 4}},
+            "quantised",
+        ),
+    ],
+)
+def test_models_that_cannot_be_served_are_refused(model: Path, config: dict[str, object], words: str) -> None:
+    write(model, **config)
+    with pytest.raises(UserInputError, match=words):
+        shape_arguments(sglang_arguments(model), CONFIG)
+
+
+def test_more_seats_than_the_control_page_holds(model: Path) -> None:
+    with pytest.raises(UserInputError, match="64 seats supported"):
+        shape_arguments(sglang_arguments(model), ElasticConfig(ep_size=1, max_ep_size=65))
