@@ -10,7 +10,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 # make READY=1 RUN=/path/to/python ... uses an interpreter that has everything already (a machine without an index).
 STAMP := $(if $(READY),,$(VENV)/.installed)
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
+PIP := $(RUN) -m pip install -qq --disable-pip-version-check --no-warn-conflicts
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 ARGS ?=
 
@@ -29,10 +29,10 @@ venv: $(VENV)/.installed ## Build the virtual environment with SGLang in it (abo
 $(VENV)/.installed: requirements-sglang-cpu.txt requirements-dev.txt pyproject.toml Makefile scripts/bootstrap.sh
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh
 	@test -x $(RUN) || { echo "make venv: creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "make venv: installing $(TORCH), $(SGLANG) and what they need"
+	@echo "make venv: installing $(TORCH), $(SGLANG) and what they need (once, some minutes)"
 	@$(PIP) $(TORCH) -r requirements-sglang-cpu.txt -r requirements-dev.txt
 	@$(PIP) --no-deps $(SGLANG) $(TORCHVISION)
-	@$(PIP) --quiet --no-deps -e .
+	@$(PIP) --no-deps -e .
 	@touch $@
 
 demo: $(STAMP) ## Show the main job: a small MoE is served and changes its EP size while streams decode.
@@ -48,6 +48,7 @@ check: $(STAMP) ## Linters, types, import directions, generated pages.
 	try $(VENV)/bin/ruff check --quiet .; \
 	try $(VENV)/bin/ruff format --check --quiet .; \
 	try $(VENV)/bin/mypy; \
+	try $(VENV)/bin/mypy -p benchmarks.demo; \
 	try env OMP_NUM_THREADS=1 $(RUN) -m pytest -q --no-header tests/unit/test_import_directions.py tests/unit/test_project.py; \
 	try $(RUN) -m elasticmoe_patches.hookdocs --check docs/hooks.md; \
 	if [ "$${#failed[@]}" -gt 0 ]; then printf 'check: failed: %s\n' "$${failed[@]}" >&2; exit 1; fi

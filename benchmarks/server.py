@@ -48,7 +48,7 @@ class ElasticServer:
         log: Path,
         port: int | None = None,
         env: Mapping[str, str] | None = None,
-        start_timeout_s: float = 240.0,
+        start_timeout_s: float = 400.0,
         waiting: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.port = port if port is not None else free_port()

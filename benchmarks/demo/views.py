@@ -20,7 +20,7 @@ from elasticmoe_sglang.cli.render import placement_picture, seats_table
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_BINS = 60
-_LIVE_HZ = 4
+_LIVE_HZ = 3
 _LINE_EVERY_S = 4.0
 _WAITING_LINE_EVERY_S = 10.0
 
@@ -89,7 +89,9 @@ class LiveView:
         status = progress.status
         if status is not None:
             parts.append(_head(status))
-            parts.append(Columns([seats_table(status), _right(progress, status)], padding=(0, 3)))
+            # Side by side where the terminal is wide enough.
+            parts.append(Columns([seats_table(status), placement_picture(status.placement)], padding=(0, 3)))
+            parts.append(_throughput(progress))
         parts.append(_stage(progress, status))
         return Padding(Group(*parts), (0, 1))
 
@@ -102,22 +104,21 @@ def _head(status: Status) -> Text:
     )  # fmt: skip
 
 
-def _right(progress: Progress, status: Status) -> RenderableType:
+def _throughput(progress: Progress) -> RenderableType:
     rates = progress.rates(_SPARK_BINS)
     now = sum(rates[-2:]) / max(1, len(rates[-2:]))
-    spark = Text.assemble((sparkline(rates).rjust(_SPARK_BINS), "cyan"), f" {now:5.0f} tokens/s")
-    return Group(placement_picture(status.placement), Text(), spark, Text(_streams(progress)))
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("tokens/s", Text(sparkline(rates).rjust(_SPARK_BINS), style="cyan"), Text(f"{now:.0f}", style="bold"))
+    grid.add_row("streams", _streams(progress))
+    return grid
 
 
 def _stage(progress: Progress, status: Status | None) -> RenderableType:
     operation = status.running if status is not None else None
-    grid = Table.grid(padding=(0, 2))
-    grid.add_row(
-        Text(f"{time.monotonic() - progress.started_at:5.1f} s", style="dim"),
-        Text(progress.stage, style="bold yellow" if operation is not None else "bold"),
-        Text(_operation(operation)) if operation is not None else "",
-    )
-    return grid
+    clock = (f"{time.monotonic() - progress.started_at:5.1f} s  ", "dim")
+    if operation is None:
+        return Text.assemble(clock, (progress.stage, "bold"))
+    return Text.assemble(clock, (f"{progress.stage}: {_operation(operation)}", "bold yellow"))
 
 
 def _operation(operation: Operation) -> str:
