@@ -1,0 +1,124 @@
+"""What single steps cost on a kind of machine, each number with where it comes from.
+
+MEASURED numbers were timed by this project (docs/hardware.md), PUBLISHED ones are a vendor's, ASSUMED ones are guesses
+that a measurement should replace. A prediction is no better than the worst number in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+
+
+class Source(str, Enum):
+    """Where a number comes from."""
+
+    MEASURED = "measured"
+    PUBLISHED = "published"
+    ASSUMED = "assumed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """A number in SI units, and its origin."""
+
+    value: float
+    source: Source
+    origin: str
+
+
+def measured(value: float, origin: str) -> Cost:
+    return Cost(value=value, source=Source.MEASURED, origin=origin)
+
+
+def published(value: float, origin: str) -> Cost:
+    return Cost(value=value, source=Source.PUBLISHED, origin=origin)
+
+
+def assumed(value: float, origin: str) -> Cost:
+    return Cost(value=value, source=Source.ASSUMED, origin=origin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Seconds, bytes and bytes a second.
+
+    Attributes:
+        per_node, hbm_bytes: devices of a node; memory of one.
+        cores_per_node: how many joiners of a node can boot at full speed together.
+        new_column_s: one new column: create, export, import, map, set access.
+        old_column_s: one departed column: unmap and release.
+        message_s: one command through the coordinator, which sends them one by one.
+        near_copy, far_copy: one device's rate to a peer in its node, and to another node.
+        boot_s: a standby's way to the gate without its weights' copies: attach, build the model.
+        capture_s: capturing the joiner's graphs.
+        commit_s: from the last seat's readiness to the first token after the switch, less an ordinary step.
+        commit_seat_s: what each further seat adds to that.
+        cold_boot_s: a new server's start without its weights and graphs.
+        load_rate: reading a checkpoint, one node.
+        memory_rate, far_latency_s: a device's own memory; one all-to-all step across the group.
+    """
+
+    name: str
+    per_node: int
+    hbm_bytes: Cost
+    cores_per_node: Cost
+    new_column_s: Cost
+    old_column_s: Cost
+    message_s: Cost
+    near_copy: Cost
+    far_copy: Cost
+    boot_s: Cost
+    capture_s: Cost
+    commit_s: Cost
+    commit_seat_s: Cost
+    cold_boot_s: Cost
+    load_rate: Cost
+    memory_rate: Cost
+    far_latency_s: Cost
+
+    def numbers(self) -> list[tuple[str, Cost]]:
+        """All costs by name."""
+        return [(f.name, value) for f in fields(self) if isinstance(value := getattr(self, f.name), Cost)]
+
+
+_VMM = "per-call times of the driver on H200: create 10 us, export 36, import 20, map 2, set access 28"
+_HOST = "small model on a two-core CPU host, end to end"
+
+H200 = Costs(
+    name="H200",
+    per_node=8,
+    hbm_bytes=measured(139 * 2**30, "memory that the driver reports"),
+    cores_per_node=assumed(8, "every joiner of a node has a core of its own"),
+    new_column_s=measured(96e-6, _VMM),
+    old_column_s=measured(32e-6, "unmap 17 us, release 15 us"),
+    message_s=assumed(0.2e-3, "a message between processes of one host and its handling"),
+    near_copy=measured(394e9, "NVLink copy of 432 MiB and more between two H200"),
+    far_copy=assumed(45e9, "one 400 Gbit/s network port a device at 90 %"),
+    boot_s=assumed(2.5, f"{_HOST}, with room for a larger model's construction"),
+    capture_s=measured(66.0, "cold start of Qwen3-30B-A3B: compiling and capturing, on a slow virtual machine"),
+    commit_s=measured(3e-3, f"{_HOST}: 1 to 3 ms at the gate"),
+    commit_seat_s=assumed(20e-6, "one more arrival at the gate"),
+    cold_boot_s=measured(45.0, "cold start of Qwen3-30B-A3B without compiling and capturing, rounded"),
+    load_rate=assumed(10e9, "local NVMe drives"),
+    memory_rate=published(4.8e12, "data sheet"),
+    far_latency_s=assumed(30e-6, "one exchange between all devices"),
+)
+
+ASCEND_910C = replace(
+    H200,
+    name="910C (one die a device)",
+    per_node=16,
+    hbm_bytes=published(64 * 2**30, "data sheet: 128 GiB a package of two dies"),
+    new_column_s=assumed(96e-6, "as on H200"),
+    old_column_s=assumed(32e-6, "as on H200"),
+    near_copy=published(196e9, "unified bus: 392 GB/s a package of two dies"),
+    far_copy=published(196e9, "unified bus, the same across the nodes of one supernode"),
+    cores_per_node=assumed(16, "every joiner of a node has a core of its own"),
+    capture_s=assumed(66.0, "as on H200"),
+    commit_s=assumed(3e-3, "as on the CPU"),
+    cold_boot_s=assumed(45.0, "as on H200"),
+    memory_rate=published(1.6e12, "data sheet: 3.2 TB/s a package of two dies"),
+)
+
+MACHINES = {"h200": H200, "910c": ASCEND_910C}

@@ -1,0 +1,233 @@
+"""`elasticmoe bench`: one command an experiment; also `python -m benchmarks.scaling.main`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.scaling import machine
+from benchmarks.scaling.analyser import analyse
+from benchmarks.scaling.experiments import COMMANDS, Defaults, Experiment
+from benchmarks.scaling.figures import Slo
+from benchmarks.scaling.methods import METHODS
+from benchmarks.scaling.plots import draw
+from benchmarks.scaling.records import RunLog, read_log, write_log
+from benchmarks.scaling.report import Result, Results, compare_outputs, describe_workload, markdown, targets
+from benchmarks.scaling.runner import run
+from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.tiny_model import make_tiny_model
+
+_RESULTS = Path(__file__).parents[1] / "results"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elasticmoe bench",
+        description="Measure what a change of size costs, beside what users have today. Runs real servers.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="EXPERIMENT", required=True)
+    for name, defaults in COMMANDS.items():
+        sub = commands.add_parser(name, help=defaults.title, description=f"{defaults.title}. {defaults.paper}.")
+        _add_arguments(sub, name, defaults)
+    from benchmarks.scaling import simulation_command
+
+    simulation_command.add_parser(commands)
+    return parser
+
+
+def _add_arguments(parser: argparse.ArgumentParser, name: str, d: Defaults) -> None:
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--methods", type=_names, default=d.methods, help=f"out of {','.join(METHODS)}")
+    what.add_argument("--start", type=int, default=d.start, help="first size (default: %(default)s)")
+    what.add_argument("--changes", default=d.changes, help="SECOND:SIZE,... (default: %(default)s)")
+    what.add_argument("--duration", type=float, default=d.duration_s, help="seconds of load (default: %(default)g)")
+    what.add_argument("--settle", type=float, default=d.settle_s, help="and after the last change (%(default)g)")
+    what.add_argument("--window", type=float, default=d.window_s, help="before and after a change (%(default)g)")
+    load = parser.add_argument_group("load")
+    load.add_argument("--rate", type=float, default=d.rate, help="requests a second (default: %(default)g)")
+    if d.rates:
+        load.add_argument("--rates", type=_numbers, default=d.rates, help="several, instead of --rate")
+    load.add_argument("--arrivals", choices=("even", "poisson"), default="even" if d.even else "poisson")
+    load.add_argument("--burst-rate", type=float, default=d.burst_rate)
+    load.add_argument("--burst-at", type=float, default=d.burst_at)
+    load.add_argument("--burst-length", type=float, default=d.burst_s)
+    load.add_argument("--prompt-words", default=d.prompt, help="N, LOW-HIGH or lognormal:LOW-HIGH (%(default)s)")
+    load.add_argument("--output-tokens", default=d.output, help="the same (%(default)s)")
+    load.add_argument("--trace", type=Path, help="JSON lines {at, prompt_words, output_tokens} instead of all these")
+    load.add_argument("--seed", type=int, default=0)
+    load.add_argument("--slo-ttft", type=float, default=d.slo.ttft_s, help="seconds (default: %(default)g)")
+    load.add_argument("--slo-tpot", type=float, default=d.slo.tpot_s, help="seconds (default: %(default)g)")
+    if d.ablations:
+        load.add_argument("--ablations", type=_names, default=d.ablations, help="an empty one is the whole thing")
+    servers = parser.add_argument_group("servers")
+    servers.add_argument("--model-path", type=Path, help="default: a tiny model, made for the run")
+    servers.add_argument("--device", default="cpu")
+    servers.add_argument("--kv-tokens", type=int, default=8192, help="KV pool of a rank (default: %(default)s)")
+    servers.add_argument("--server-args", type=shlex.split, default=[], help="further SGLang flags, as one word")
+    out = parser.add_argument_group("results")
+    out.add_argument("--out", type=Path, default=_RESULTS / name, help="folder (default: %(default)s)")
+    out.add_argument("--again", action="store_true", help="no runs: figures, report and picture from the folder's logs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when everything ran (whatever the figures say), 1 when a run was not possible.
+
+    Raises:
+        UserInputError: an impossible setting.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words)
+    if args.command == "simulate":
+        return int(args.run(args))
+    defaults = _with_flags(COMMANDS[args.command], args)
+    unknown = [method for method in defaults.methods if method not in METHODS]
+    if unknown:
+        raise UserInputError(f"no such method: {', '.join(unknown)}", hint=f"Known: {', '.join(METHODS)}")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    args.out.mkdir(parents=True, exist_ok=True)
+    invocation = shlex.join(["elasticmoe", "bench", *words])
+    before = machine.describe()
+    with tempfile.TemporaryDirectory(prefix="elasticmoe-bench-") as folder:
+        model, about_model = _model(args, defaults, Path(folder))
+        experiment = Experiment(
+            defaults=defaults,
+            model=model,
+            device=args.device,
+            kv_tokens=args.kv_tokens,
+            seed=args.seed,
+            trace=args.trace,
+            server_args=tuple(args.server_args),
+            log_dir=Path(folder),
+        )
+        logs = _stored(experiment, args.out) if args.again else _run_all(experiment, args.out)
+    results = _results(args.command, experiment, logs)
+    found = Results(
+        command=args.command,
+        title=defaults.title,
+        paper=defaults.paper,
+        invocation=invocation,
+        machine=next(iter(logs.values())).about.get("machine", before) if args.again else before,
+        load_average_after=[round(value, 2) for value in os.getloadavg()],
+        model=about_model,
+        workload=describe_workload(defaults),
+        slo=defaults.slo,
+        results=results,
+    )
+    (args.out / "figures.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    draw(args.command, results, list(logs.values()), args.out / "figures.png")
+    report = markdown(found)
+    (args.out / "report.md").write_text(report)
+    print(report)
+    for target in targets(results) if args.command == "scaling" else []:
+        if not target.met:
+            print(f"elasticmoe bench: {target.name}: wanted {target.wanted}, found {target.found}", file=sys.stderr)
+    return 0
+
+
+def _with_flags(d: Defaults, args: argparse.Namespace) -> Defaults:
+    return replace(
+        d,
+        methods=tuple(args.methods),
+        start=args.start,
+        changes=args.changes,
+        duration_s=args.duration,
+        settle_s=args.settle,
+        window_s=args.window,
+        rate=args.rate,
+        rates=tuple(getattr(args, "rates", ())),
+        even=args.arrivals == "even",
+        burst_rate=args.burst_rate,
+        burst_at=args.burst_at,
+        burst_s=args.burst_length,
+        prompt=args.prompt_words,
+        output=args.output_tokens,
+        slo=Slo(ttft_s=args.slo_ttft, tpot_s=args.slo_tpot),
+        ablations=tuple(getattr(args, "ablations", ())),
+    )
+
+
+def _model(args: argparse.Namespace, d: Defaults, folder: Path) -> tuple[Path, str]:
+    if args.model_path is not None:
+        return args.model_path, args.model_path.name
+    tiny = d.tiny
+    about = f"tiny Qwen3-MoE, {tiny.layers} layers, {tiny.experts} experts, hidden {tiny.hidden}, float32"
+    if args.again:
+        return folder, about
+    path = make_tiny_model(folder / "model", layers=tiny.layers, hidden=tiny.hidden, experts=tiny.experts)
+    return path, about
+
+
+def _log_path(out: Path, label: str) -> Path:
+    return out / "logs" / f"{label.replace(' ', '_').replace('/', '')}.json"
+
+
+def _run_all(experiment: Experiment, out: Path) -> dict[str, RunLog]:
+    """One case after the other, never two at once."""
+    logs = {}
+    for case in experiment.cases():
+        method = METHODS[case.method](case.settings, case.plan.schedule.largest)
+        about = {"label": case.label, "machine": machine.describe()}
+        try:
+            log = asyncio.run(run(method, case.plan, about=about, say=_say))
+        finally:
+            for server_log in experiment.log_dir.glob("*.log"):
+                target = _log_path(out, case.label).with_suffix("") / server_log.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(server_log, target)
+        write_log(_log_path(out, case.label), log)
+        logs[case.label] = log
+    return logs
+
+
+def _stored(experiment: Experiment, out: Path) -> dict[str, RunLog]:
+    paths = {case.label: _log_path(out, case.label) for case in experiment.cases()}
+    missing = [label for label, path in paths.items() if not path.exists()]
+    if missing:
+        raise UserInputError(f"{out} has no log of {', '.join(missing)}", hint="Run without --again")
+    return {label: read_log(path) for label, path in paths.items()}
+
+
+def _results(command: str, experiment: Experiment, logs: dict[str, RunLog]) -> list[Result]:
+    d = experiment.defaults
+    # Requests are numbered alike in all runs of one rate; with several rates there is nothing common to compare.
+    reference = next((log for log in logs.values() if log.method == "static"), next(iter(logs.values())))
+    results = []
+    for case in experiment.cases():
+        log = logs[case.label]
+        result = Result(
+            label=case.label,
+            method=case.method,
+            rate=case.plan.workload.rate,
+            figures=analyse(log, d.slo, window_s=d.window_s),
+        )
+        if log is not reference and not d.rates:
+            result.different_outputs, result.compared_outputs = compare_outputs(log, reference)
+        results.append(result)
+    return results
+
+
+def _say(text: str) -> None:
+    print(f"elasticmoe bench: {text}", file=sys.stderr, flush=True)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""The Markdown report of an experiment. Every number in it is computed here from the runs' figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from benchmarks.scaling.analyser import is_complete
+from benchmarks.scaling.experiments import Defaults
+from benchmarks.scaling.figures import ChangeFigures, Figures, Slo
+from benchmarks.scaling.records import RunLog
+
+
+class Result(msgspec.Struct, kw_only=True):
+    """One case: its label, its figures, and how many answers differ from those of the reference case."""
+
+    label: str
+    method: str
+    rate: float
+    figures: Figures
+    different_outputs: int | None = None
+    compared_outputs: int = 0
+
+
+class Results(msgspec.Struct, kw_only=True):
+    """What is written as figures.json."""
+
+    command: str
+    title: str
+    paper: str
+    invocation: str
+    machine: dict[str, Any]
+    load_average_after: list[float]
+    model: str
+    workload: str
+    slo: Slo
+    results: list[Result]
+
+
+def compare_outputs(log: RunLog, reference: RunLog) -> tuple[int, int]:
+    """(answers that differ, answers that both runs completed), request by request."""
+    expected = {r.request_id: [t.id for t in r.tokens] for r in reference.requests if is_complete(r)}
+    both = [r for r in log.requests if is_complete(r) and r.request_id in expected]
+    return sum([t.id for t in r.tokens] != expected[r.request_id] for r in both), len(both)
+
+
+def describe_workload(d: Defaults) -> str:
+    """In one line."""
+    kind = "evenly spaced" if d.even else "Poisson"
+    rates = "/".join(f"{rate:g}" for rate in d.rates or (d.rate,))
+    burst = f", {d.burst_rate:g}/s from {d.burst_at:g} s for {d.burst_s:g} s" if d.burst_rate else ""
+    lengths = f"prompts of {d.prompt} words, {d.output} output tokens"
+    return f"{kind} arrivals at {rates}/s{burst}; {lengths}; size {d.start}, then {d.changes} (second:size)"
+
+
+def markdown(results: Results) -> str:
+    """The whole report."""
+    machine = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    parts = [
+        f"# {results.title}",
+        f"Written by `{results.invocation}` on {machine['date']}. Definitions: docs/benchmarks.md.",
+        f"- compare: {results.paper}\n"
+        f"- model: {results.model}\n- workload: {results.workload}\n"
+        f"- SLO: first token within {results.slo.ttft_s:g} s, {results.slo.tpot_s * 1e3:g} ms per token after it\n"
+        f"- machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB; "
+        f"load average {machine['load_average'][0]} before, {results.load_average_after[0]} after; {versions}",
+        "## Runs\n\n" + runs_table(results.results),
+    ]
+    if any(result.figures.changes for result in results.results):
+        parts.append("## Changes\n\n" + changes_table(results.results))
+    if results.command == "scaling":
+        parts.append("## Targets\n\n" + targets_table(results.results))
+    parts.append("![figures](figures.png)")
+    return "\n\n".join(parts) + "\n"
+
+
+def runs_table(results: Sequence[Result]) -> str:
+    header = [
+        "run", "requests", "failed", "lost tokens", "doubled", "differ", "TTFT p50 / p99", "TPOT p50 / p99",
+        "longest gap p50 / max", "SLO", "goodput /s", "downtime", "device-s", "memory peak",
+    ]  # fmt: skip
+    rows = []
+    for result in results:
+        f = result.figures
+        differ = "-" if result.different_outputs is None else f"{result.different_outputs}/{result.compared_outputs}"
+        rows.append(
+            [
+                result.label,
+                str(f.requests),
+                str(f.failed),
+                str(f.lost_tokens),
+                str(f.duplicated_tokens),
+                differ,
+                f"{_ms(f.ttft.p50)} / {_ms(f.ttft.p99)}",
+                f"{_ms(f.tpot.p50)} / {_ms(f.tpot.p99)}",
+                f"{_ms(f.max_gaps.p50)} / {_ms(f.max_gaps.max)}",
+                _percent(f.slo_attainment),
+                f"{f.goodput:.2f}",
+                _seconds(f.downtime_s),
+                f"{f.device_seconds:.0f}",
+                _gib(f.host_peak_bytes),
+            ]
+        )
+    return table(header, rows)
+
+
+def changes_table(results: Sequence[Result]) -> str:
+    header = [
+        "run", "change", "scale latency", "downtime", "tokens/s before / during / after",
+        "requests/s before / during / after", "during / before", "longest gap", "memory peak", "device memory peak",
+    ]  # fmt: skip
+    rows = []
+    for result in results:
+        for change in result.figures.changes:
+            windows = (change.before, change.during, change.after)
+            rows.append(
+                [
+                    result.label,
+                    f"{change.old_size} → {change.new_size}",
+                    change.error or _seconds(change.scale_latency_s),
+                    _seconds(change.downtime_s),
+                    " / ".join(f"{w.tokens_per_s:.1f}" for w in windows),
+                    " / ".join(f"{w.requests_per_s:.2f}" for w in windows),
+                    _percent(change.during_over_before),
+                    _ms(change.max_gap_s),
+                    _over(change.memory_peak_over_steady),
+                    _over(result.figures.device_peak_over_steady),
+                ]
+            )
+    return table(header, rows)
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked of the elastic method, what came out, and whether that is enough."""
+
+    name: str
+    wanted: str
+    found: str
+    met: bool
+
+
+def targets(results: Sequence[Result]) -> list[Target]:
+    """For `scaling`; empty without an elastic run that changed its size."""
+    elastic = next((r.figures for r in results if r.method == "elastic" and r.figures.changes), None)
+    if elastic is None:
+        return []
+    change = elastic.changes[0]
+    made = [
+        Target(name="downtime", wanted="0", found=_seconds(elastic.downtime_s), met=elastic.downtime_s == 0),
+        Target(name="failed requests", wanted="0", found=str(elastic.failed), met=elastic.failed == 0),
+        Target(
+            name="throughput during / before",
+            wanted="at least 90 %",
+            found=_percent(change.during_over_before),
+            met=change.during_over_before is not None and change.during_over_before >= 0.9,
+        ),
+        _latency_target(change, results),
+    ]
+    for name, over in (
+        ("memory peak, all processes", change.memory_peak_over_steady),
+        ("memory peak, devices in the HMM's ledger", elastic.device_peak_over_steady),
+    ):
+        made.append(Target(name=name, wanted="at most +2 %", found=_over(over), met=over is not None and over <= 0.02))
+    return made
+
+
+def _latency_target(change: ChangeFigures, results: Sequence[Result]) -> Target:
+    others = {
+        r.label: latency
+        for r in results
+        if r.method not in ("elastic", "static")
+        for latency in [r.figures.changes[0].scale_latency_s if r.figures.changes else None]
+        if latency is not None
+    }
+    wanted = "at most 0.11 of the best other method's"
+    if not others or change.scale_latency_s is None:
+        return Target(name="scale latency", wanted=wanted, found="nothing to compare with", met=False)
+    best = min(others, key=lambda label: others[label])
+    share = change.scale_latency_s / others[best]
+    found = f"{change.scale_latency_s:.2f} s, {share:.3f} of {best}'s {others[best]:.2f} s"
+    return Target(name="scale latency", wanted=wanted, found=found, met=share <= 0.11)
+
+
+def targets_table(results: Sequence[Result]) -> str:
+    rows = [[t.name, t.wanted, t.found, "yes" if t.met else "**no**"] for t in targets(results)]
+    return table(["elastic", "wanted", "found", "met"], rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.0f} ms"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.2f} s" if seconds else "0"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def _over(share: float | None) -> str:
+    return "-" if share is None else f"{share:+.1%}"
+
+
+def _gib(nbytes: int | None) -> str:
+    return "-" if nbytes is None else f"{nbytes / 2**30:.2f} GiB"
