@@ -11,13 +11,31 @@ from elasticmoe_sglang.seats.membership import Membership
 CHANNELS = 16
 
 
+_PREFIX = "fabric-"
+
+
 def _name(run_id: str) -> str:
-    return f"fabric-{run_id}"
+    return f"{_PREFIX}{run_id}"
 
 
 def open_region(client: HmmClient, config: ElasticConfig, run_id: str) -> RegionHandle:
     """The region of the server with this id; made by the first call."""
     return client.region(_name(run_id), Fabric.region_bytes(config.max_ep_size, CHANNELS, config.window_bytes))
+
+
+def release_stale_regions(client: HmmClient, run_id: str) -> int:
+    """Give back the regions of servers that ended without doing so; an HMM that outlives its server keeps them.
+
+    The memory goes when the last process that maps a region has ended. Returns how many there were.
+    """
+    stale = [
+        block.block_id
+        for block in client.lookup(kind="window")
+        if block.name is not None and block.name.startswith(_PREFIX) and block.name != _name(run_id)
+    ]
+    if stale:
+        client.release(stale)
+    return len(stale)
 
 
 def format_region(client: HmmClient, config: ElasticConfig, run_id: str) -> ControlPage:

@@ -33,7 +33,7 @@ from elasticmoe_sglang.planner import initial_placement
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.seats import messages as sm
 from elasticmoe_sglang.seats.control import ControlPage
-from elasticmoe_sglang.seats.region import format_region
+from elasticmoe_sglang.seats.region import format_region, release_stale_regions
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class Services:
         if runtime.config.hmm_endpoint is None:
             self.hmm = spawn_hmm(runtime.paths.hmm_endpoint, budgets(runtime.config))
         with HmmClient(runtime.hmm_endpoint, name="launcher") as client:
+            release_stale_regions(client, runtime.run_id)
             self.control: ControlPage = format_region(client, runtime.config, runtime.run_id)
             self._imm: subprocess.Popen[bytes] = start_imm("elasticmoe_patches.imm", [])
             self._loop = asyncio.new_event_loop()
