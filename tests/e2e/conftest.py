@@ -1,0 +1,28 @@
+"""References, made once a session: plain SGLang's answers to the tiny models."""
+
+from __future__ import annotations
+
+import pytest
+
+from elasticmoe_sglang.tiny_model import Arch
+from tests.helpers.corpus import Corpus, make_corpus
+
+
+
+
+class Corpora:
+    """Makes a model's corpus when it is first asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+        self._made: dict[Arch, Corpus] = {}
+
+    def __getitem__(self, arch: Arch) -> Corpus:
+        if arch not in self._made:
+            self._made[arch] = make_corpus(self._factory.mktemp(f"corpus-{arch}"), arch)
+        return self._made[arch]
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Corpora:
+    return Corpora(tmp_path_factory)

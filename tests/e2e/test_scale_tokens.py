@@ -1,0 +1,186 @@
+"""float32: every request's greedy tokens equal plain SGLang's, before, during and after 2 -> 3 -> 1 -> 4 -> 2 under load.
+
+Plain SGLang is one rank without any flag of ours. At every change there are requests that decode, that are in the
+middle of a chunked prefill, and that wait in a queue; more arrive while the change goes on.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from elasticmoe_sglang.tiny_model import Arch
+from tests.e2e.conftest import Corpora
+from tests.helpers.corpus import LONG, TOKENS, Case, Corpus
+from tests.helpers.elastic import SEATS, ElasticServer, commit_time
+from tests.helpers.load import Load, Stream
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+SIZES = (3, 1, 4, 2)
+SLOTS = 4
+"""Requests that run together on one seat; what comes on top waits in its queue."""
+CHUNK = 32
+"""Tokens of one prefill step on one seat: a long prompt takes twenty of them."""
+_LIMITS = ["--max-running-requests", str(SLOTS * SEATS), "--chunked-prefill-size", str(CHUNK * SEATS)]
+_PAGED = ["--page-size", "16", "--incremental-streaming-output"]
+_NO_OVERLAP = "--disable-overlap-schedule"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One server's model and flags."""
+
+    arch: Arch
+    args: tuple[str, ...] = ()
+
+
+SETUPS = (
+    pytest.param(Setup(arch="qwen3_moe"), id="qwen3_moe-overlap"),
+    pytest.param(Setup(arch="deepseek_v2", args=(*_PAGED, _NO_OVERLAP)), id="deepseek_v2-paged-no-overlap"),
+    pytest.param(
+        Setup(arch="qwen3_moe", args=(*_PAGED, _NO_OVERLAP)), id="qwen3_moe-paged-no-overlap", marks=pytest.mark.soak
+    ),
+    pytest.param(Setup(arch="deepseek_v2"), id="deepseek_v2-overlap", marks=pytest.mark.soak),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A server with the answers that are right for its model."""
+
+    server: ElasticServer
+    corpus: Corpus
+    load: Load
+
+
+@pytest.fixture(scope="module", params=SETUPS)
+def running(
+    request: pytest.FixtureRequest, corpora: Corpora, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    setup: Setup = request.param
+    corpus = corpora[setup.arch]
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    args = [*_LIMITS, *setup.args]
+    with (
+        ElasticServer(corpus.model, args, log=log) as server,
+        Load(server.url, incremental="--incremental-streaming-output" in args) as load,
+    ):
+        print(f"healthy after {server.boot_s:.1f} s")
+        yield Running(server=server, corpus=corpus, load=load)
+
+
+class Wave:
+    """The requests around one change, with what each must answer."""
+
+    def __init__(self, running: Running, seed: int) -> None:
+        self.running = running
+        self.rng = random.Random(seed)
+        self.sent: list[tuple[Stream, Case]] = []
+
+    def short(self, least: int, most: int) -> Stream:
+        """A request of `least` to `most` tokens, with a short prompt."""
+        case = self.rng.choice(self.running.corpus.cases)
+        return self._send(case, self.rng.randint(least, most))
+
+    def long(self) -> Stream:
+        """A request with a long prompt that no seat has in its cache."""
+        case = self.rng.choice(self.running.corpus.long)
+        return self._send(case, len(case.ids), extra_key=uuid.uuid4().hex)
+
+    def _send(self, case: Case, tokens: int, **fields: Any) -> Stream:
+        stream = self.running.load.start(case.prompt, tokens, **fields)
+        self.sent.append((stream, case))
+        return stream
+
+    def check(self) -> None:
+        """All have ended, with the right tokens and text."""
+        self.running.load.wait([stream for stream, _ in self.sent])
+        for stream, case in self.sent:
+            stream.check(case.ids)
+            if stream.wanted == len(case.ids):
+                assert stream.output.text == case.text, str(stream)
+
+
+def test_same_tokens_at_a_fixed_size(running: Running) -> None:
+    wave = Wave(running, seed=0)
+    for case in [*running.corpus.cases, *running.corpus.long]:
+        wave._send(case, len(case.ids))
+    wave.check()
+
+
+def test_same_tokens_through_every_change(running: Running) -> None:
+    for number, size in enumerate(SIZES, start=1):
+        before = len(running.server.status()["membership"])
+        wave = Wave(running, seed=number)
+        decoding = [wave.short(TOKENS * 3 // 4, TOKENS) for _ in range(before * (SLOTS - 1))]
+        for stream in decoding:
+            stream.wait_for_tokens(4, 60)
+        for _ in range(before * 2):
+            wave.long()
+            wave.short(10, 40)
+        time.sleep(0.05)
+        operation = running.server.scale(size, wait=False)
+        operation = send_during(wave, operation["operation_id"])
+        after = [wave.short(20, 40) for _ in range(2 * size)]
+        wave.check()
+        assert operation["phase"] == "done", operation["error"]
+        report(before, size, operation, [stream for stream, _ in wave.sent])
+        check_mixture(operation, [stream for stream, _ in wave.sent])
+        assert all(stream.first_at > commit_time(operation) for stream in after)
+        status = running.server.status()
+        assert status["membership"] == operation["seats_after"] and status["epoch"] == number
+        ranks = {rank for stream in after for rank in stream.ranks}
+        assert ranks == set(status["membership"]), "new requests go to all occupied seats and to no other"
+
+
+def send_during(wave: Wave, operation_id: str) -> dict[str, Any]:
+    """Sends on while the change goes on; the operation when it has ended."""
+    server = wave.running.server
+    while (operation := server.operation(operation_id))["phase"] not in ("done", "failed", "rolled_back"):
+        wave.long()
+        wave.short(5, 30)
+        time.sleep(0.1)
+    return operation
+
+
+def check_mixture(operation: dict[str, Any], streams: Sequence[Stream]) -> None:
+    """At the moment of the commit requests were in each state, and a leaver's went on elsewhere."""
+    commit = commit_time(operation)
+    alive = [stream for stream in streams if stream.sent_at < commit < stream.ended_at]
+    assert any(stream.first_at < commit for stream in alive), "nobody was decoding"
+    assert any(stream.first_at > commit and len(stream.prompt) == LONG for stream in alive), "no prefill was going on"
+    assert any(stream.first_at > commit and len(stream.prompt) < LONG for stream in alive), "nobody was waiting"
+    if operation["leaving"]:
+        moved = [stream for stream in alive if len(stream.ranks) > 1]
+        assert operation["moved_requests"] >= len(moved) > 0
+        assert all(stream.ranks[-1] in operation["seats_after"] for stream in moved)
+
+
+def report(before: int, size: int, operation: dict[str, Any], streams: Sequence[Stream]) -> None:
+    total = operation["timings"]["total_ms"]
+    print(
+        f"{before} -> {size}: {total:.0f} ms, pauses {operation['pause_ms']} ms, {len(streams)} requests, "
+        f"{operation['moved_requests']} moved, {sum(len(stream.ranks) > 1 for stream in streams)} in mid-stream"
+    )
+
+
+def test_features_through_changes(running: Running) -> None:
+    """Log-probabilities, grammars, stop strings, several answers and penalties go on after a move as if there was none."""
+    moved: set[str] = set()
+    for size in (1, 3, 1, 2):
+        pairs = [(feature, feature.start(running.load)) for feature in running.corpus.features]
+        for _, stream in pairs[: SLOTS * len(running.server.status()["membership"]) // 2]:
+            stream.wait_for_tokens(8, 60)
+        running.server.must_scale(size)
+        running.load.wait([stream for _, stream in pairs])
+        for feature, stream in pairs:
+            feature.check(stream)
+        moved |= {feature.name for feature, stream in pairs if len(stream.ranks) > 1}
+    assert moved == {feature.name for feature in running.corpus.features}, "not every feature was moved in mid-stream"

@@ -1,0 +1,152 @@
+"""Prompts, and what plain SGLang (one rank, no flag of ours) answers to them: the reference of end-to-end tests."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elasticmoe_sglang.tiny_model import VOCAB, Arch, make_tiny_model
+from tests.helpers.load import Load, Output, Stream, first_difference
+from tests.helpers.server import SglangServer
+
+TOKENS = 160
+LONG = 640
+# A float32 sum taken in another order moves a logit by about 1e-5 of these models' 10 or so. A position whose two best
+# tokens are closer than this may go either way and says nothing about a change of membership.
+_CERTAIN = 1e-3
+LOGPROB_TOLERANCE = 1e-3
+_CANDIDATES = 32
+_LONG_CANDIDATES = 6
+_LONG_TOKENS = 16
+
+_FEATURE_TOKENS = 96
+_FEATURES: Mapping[str, dict[str, Any]] = {
+    "logprobs": {"return_logprob": True, "top_logprobs_num": 3, "logprob_start_len": 0},
+    "regex": {"sampling": {"regex": r"([0-9]{3}-[a-f]{2}:){14}[A-Z]{4}"}},
+    "several": {"sampling": {"n": 2}},
+    "penalties": {"sampling": {"frequency_penalty": 0.7, "presence_penalty": 0.3}},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A prompt, and the ids (and their text) that must follow."""
+
+    prompt: list[int]
+    ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """A request beyond a plain greedy one, and what it must give."""
+
+    name: str
+    prompt: list[int]
+    fields: dict[str, Any]
+    outputs: dict[int, Output]
+
+    def start(self, load: Load) -> Stream:
+        return load.start(self.prompt, _FEATURE_TOKENS, **copy.deepcopy(self.fields))
+
+    def check(self, stream: Stream) -> None:
+        """Ids, text and reason of the end are equal; log-probabilities to float32's rounding."""
+        stream.check()
+        assert stream.outputs.keys() == self.outputs.keys(), f"{self.name}: {stream}"
+        for index, wanted in self.outputs.items():
+            got = stream.outputs[index]
+            assert got.ids == wanted.ids, f"{self.name}: {stream}: {first_difference(got.ids, wanted.ids)}"
+            assert got.text == wanted.text, f"{self.name}: {stream}"
+            assert got.finish == wanted.finish, f"{self.name}: {stream}"
+            assert _token_ids(got.logprobs) == _token_ids(wanted.logprobs), f"{self.name}: {stream}"
+            worst = largest_difference(_values(got), _values(wanted))
+            assert worst < LOGPROB_TOLERANCE, f"{self.name}: {stream}: a log-probability differs by {worst}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Attributes:
+    model: the model's folder.
+    cases: prompts of 1 to 120 tokens with 160 ids each.
+    long: prompts of 640 tokens, several chunks of a prefill, with 16 ids each.
+    features: requests with log-probabilities, a grammar, a stop string, several answers, penalties.
+    """
+
+    model: Path
+    cases: list[Case]
+    long: list[Case]
+    features: list[Feature]
+
+
+def make_corpus(folder: Path, arch: Arch) -> Corpus:
+    """Make the float32 tiny model in `folder` and ask plain SGLang, whose log stays there."""
+    model = make_tiny_model(folder / "model", arch=arch)
+    args = ["--model-path", str(model), "--device", "cpu", "--skip-server-warmup", "--max-total-tokens", "32768"]
+    rng = random.Random(7)
+
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(3, VOCAB) for _ in range(length)]
+
+    short = [prompt(rng.choice((1, 2, 5, 17, 31, 64, 120))) for _ in range(_CANDIDATES)]
+    long = [prompt(LONG) for _ in range(_LONG_CANDIDATES)]
+    feature_prompts = [prompt(length) for length in (9, 40)]
+    with SglangServer(args, log=folder / "plain.log") as server, Load(server.url) as load:
+        cases = _ask(load, short, TOKENS)
+        long_cases = _ask(load, long, _LONG_TOKENS)
+        features = [_ask_feature(load, name, each) for name in (*_FEATURES, "stop") for each in feature_prompts]
+    assert len(cases) >= 16 and len(long_cases) >= 3, "too few prompts whose answer is certain"
+    return Corpus(model=model, cases=cases, long=long_cases, features=features)
+
+
+def _ask(load: Load, prompts: Sequence[list[int]], tokens: int) -> list[Case]:
+    """Without those where a token was chosen by less than rounding may change."""
+    streams = [load.start(prompt, tokens, return_logprob=True, top_logprobs_num=2) for prompt in prompts]
+    load.wait(streams)
+    cases = []
+    for prompt, stream in zip(prompts, streams, strict=True):
+        stream.check()
+        margins = [best[0] - second[0] for best, second in stream.output.top_logprobs]
+        if min(margins) >= _CERTAIN:
+            cases.append(Case(prompt=prompt, ids=stream.ids, text=stream.output.text))
+    return cases
+
+
+def _ask_feature(load: Load, name: str, prompt: list[int]) -> Feature:
+    fields = _FEATURES.get(name)
+    if fields is None:
+        free = load.start(prompt, _FEATURE_TOKENS).wait(60)
+        fields = {"sampling": {"stop": [_late_piece(free.output.text)]}}
+    feature = Feature(name=name, prompt=prompt, fields=dict(fields), outputs={})
+    stream = feature.start(load).wait(60)
+    stream.check()
+    feature.outputs.update(stream.outputs)
+    return feature
+
+
+def _late_piece(text: str) -> str:
+    """Three characters that occur for the first time late in the text."""
+    for at in range(len(text) * 3 // 4, len(text) - 3):
+        piece = text[at : at + 3]
+        if "\ufffd" not in piece and text.find(piece) == at:
+            return piece
+    raise AssertionError(f"no piece of {text!r} serves as a stop string")
+
+
+def _values(output: Output) -> list[float]:
+    """All log-probabilities of an output, the prompt's first."""
+    tops = [entry[0] for position in output.top_logprobs for entry in position]
+    # The prompt's first token has none.
+    return [entry[0] for entry in (*output.input_logprobs[1:], *output.logprobs)] + tops
+
+
+def _token_ids(logprobs: Sequence[Any]) -> list[int]:
+    return [entry[1] for entry in logprobs]
+
+
+def largest_difference(one: Sequence[float], other: Sequence[float]) -> float:
+    """Raises ValueError when there are more of one than of the other."""
+    return max((abs(a - b) for a, b in zip(one, other, strict=True)), default=0.0)

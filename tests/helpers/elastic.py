@@ -1,0 +1,70 @@
+"""An elastic server under test: the real one, on the CPU, and its changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.server import SglangServer
+
+SEATS = 4
+
+
+class ElasticServer(SglangServer):
+    """SGLang with our flags, two of four seats occupied unless told otherwise."""
+
+    def __init__(
+        self, model: Path, args: Sequence[str] = (), *, log: Path, ep_size: int = 2, capacity: int = SEATS, **options: Any
+    ) -> None:
+        own = ["--model-path", str(model), "--device", "cpu", "--skip-server-warmup", "--max-total-tokens", "8192"]
+        own += ["--elasticmoe-ep-size", str(ep_size), "--elasticmoe-max-ep-size", str(capacity)]
+        super().__init__([*own, *args], log=log, **options)
+
+    def scale(self, size: int | None = None, *, retire: Sequence[int] = (), wait: bool = True) -> dict[str, Any]:
+        """The operation, ended unless `wait` is False; whether it succeeded is for the caller to look at."""
+        body: dict[str, Any] = {"retire_seats": list(retire)} if retire else {"new_ep_size": size}
+        response = self.post("/scale_elastic_ep", {**body, "wait": wait})
+        assert response.status_code in (200, 202), f"{response.status_code}: {response.text}"
+        operation: dict[str, Any] = response.json()
+        return operation
+
+    def must_scale(self, size: int | None = None, *, retire: Sequence[int] = ()) -> dict[str, Any]:
+        """The operation, which is done and has lost nothing."""
+        operation = self.scale(size, retire=retire)
+        assert operation["phase"] == "done", f"{operation['phase']}: {operation['error']}\n{self.log_tail()}"
+        assert operation["columns_moved"] == operation["columns_planned"]
+        return operation
+
+    def operation(self, operation_id: str) -> dict[str, Any]:
+        response = self.get(f"/elastic_ep/operations/{operation_id}")
+        assert response.status_code == 200, response.text
+        operation: dict[str, Any] = response.json()
+        return operation
+
+    def ended(self, operation_id: str, timeout_s: float = 120.0) -> dict[str, Any]:
+        """The operation once it has ended. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_s
+        while (operation := self.operation(operation_id))["phase"] not in ("done", "failed", "rolled_back"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"operation {operation_id} is still {operation['phase']}")
+            time.sleep(0.05)
+        return operation
+
+    def status(self) -> dict[str, Any]:
+        response = self.get("/elastic_ep/status")
+        assert response.status_code == 200, response.text
+        status: dict[str, Any] = response.json()
+        return status
+
+    def seat_pids(self) -> dict[int, int]:
+        """Occupied seats and their processes."""
+        return {seat["seat"]: seat["pid"] for seat in self.status()["seats"] if seat["state"] == "occupied"}
+
+
+def commit_time(operation: dict[str, Any]) -> float:
+    """Unix time at which the operation's phase of committing ended."""
+    timings = operation["timings"]
+    spent = [timings[f"{phase}_ms"] or 0.0 for phase in ("planned", "preparing", "committing")]
+    return float(operation["created_at"]) + sum(spent) / 1000
