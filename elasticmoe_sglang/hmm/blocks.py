@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
+import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
 
-from elasticmoe_sglang.errors import BlockNotFound
+from elasticmoe_sglang.errors import BlockNotFound, ProtocolError
 from elasticmoe_sglang.hmm.ledger import Ledger
 from elasticmoe_sglang.hmm.protocol import Block, Kind
 from elasticmoe_sglang.hmm.vmm.base import VmmBackend, VmmHandle
@@ -33,7 +35,9 @@ class BlockTable:
         self._backend = backend
         self._ledger = ledger
         self._entries: dict[int, _Entry] = {}
-        self._ids = itertools.count(1)
+        # Far from those of any other HMM, so that a block keeps its id when another HMM adopts it.
+        self._ids = itertools.count(secrets.randbits(31) << 20)
+        self.adopted = 0
 
     def create(
         self,
@@ -58,13 +62,37 @@ class BlockTable:
         self._entries[block.block_id] = _Entry(block=block, handle=handle)
         return block
 
+    def adopt(self, block: Block, fd: int) -> bool:
+        """Takes over memory of another HMM and counts one lease of it; `fd` stays the caller's. Whether it was new.
+
+        Raises VmmError when the descriptor is not what the block says, ProtocolError when other clients said otherwise.
+        """
+        entry = self._entries.get(block.block_id)
+        if entry is not None:
+            _require_same(entry.block, block)
+            entry.block = msgspec.structs.replace(entry.block, sealed=entry.block.sealed or block.sealed)
+            entry.leases += 1
+            return False
+        handle = self._backend.import_(os.dup(fd), block.nbytes, block.device)
+        try:
+            self._ledger.count(block.device, block.kind, block.nbytes)
+        except BaseException:
+            self._backend.close(handle)
+            raise
+        # The transaction it may have been allocated in ended with its HMM.
+        adopted = msgspec.structs.replace(block, txn=None)
+        self._entries[block.block_id] = _Entry(block=adopted, handle=handle, leases=1)
+        self.adopted += 1
+        return True
+
     def get(self, block_id: int) -> Block:
         """Raises BlockNotFound."""
         return self._live(block_id).block
 
     def find(self, wanted: Callable[[Block], bool]) -> list[Block]:
         """Live blocks that `wanted` accepts, by id."""
-        return [e.block for e in self._entries.values() if not e.retired and wanted(e.block)]
+        found = [e.block for e in self._entries.values() if not e.retired and wanted(e.block)]
+        return sorted(found, key=lambda block: block.block_id)  # adopted ones come in any order
 
     def seal(self, block_ids: Iterable[int]) -> None:
         """Declares contents complete; all or none."""
@@ -127,3 +155,12 @@ class BlockTable:
                 f"block {block_id} does not exist or was released", hint="Look it up again; another client released it."
             )
         return entry
+
+
+def _require_same(held: Block, offered: Block) -> None:
+    for name in ("device", "kind", "column", "name", "nbytes"):
+        if getattr(held, name) != getattr(offered, name):
+            raise ProtocolError(
+                f"block {held.block_id} was offered with {name} {getattr(offered, name)}, "
+                f"another client says {getattr(held, name)}"
+            )

@@ -18,6 +18,7 @@ from elasticmoe_sglang.errors import HmmError, HmmUnavailable, ProtocolError, Vm
 from elasticmoe_sglang.hmm import protocol as p
 from elasticmoe_sglang.hmm.config import Endpoint
 from elasticmoe_sglang.hmm.handles import MAX_FDS, close_all
+from elasticmoe_sglang.hmm.leases import LeaseBook
 from elasticmoe_sglang.hmm.link import HmmLink
 from elasticmoe_sglang.hmm.vmm import VmmBackend, VmmHandle, get_backend
 from elasticmoe_sglang.messages import ErrorReply, error_from
@@ -73,6 +74,8 @@ class HmmClient:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._link: HmmLink | None = None
+        self._leases = LeaseBook()
+        self._model: p.ModelSpec | None = None
 
     @property
     def endpoint(self) -> str:
@@ -100,8 +103,10 @@ class HmmClient:
         """Detaches. Open transactions are rolled back and leases dropped; what is mapped stays mapped."""
         with self._lock:
             link, self._link = self._link, None
-        if link is not None and self._pid == os.getpid():
-            link.close()
+        if self._pid == os.getpid():
+            if link is not None:
+                link.close()
+            self._leases.close()
 
     def __enter__(self) -> HmmClient:
         return self
@@ -111,6 +116,35 @@ class HmmClient:
     ) -> None:
         self.close()
 
+    # Another HMM ---------------------------------------------------------------------------------------------------
+
+    def attached_to(self) -> str | None:
+        """The HMM's instance, as it was told; None when it is gone or was never asked for. Does not wait."""
+        link = self._link
+        return None if link is None or link.hung_up() else link.welcome.instance
+
+    def held(self) -> int:
+        """Leases of this process, and so the descriptors it keeps for them."""
+        return len(self._leases)
+
+    def offer(self) -> int:
+        """Gives an HMM that was started in the place of an earlier one what this process still has of its memory.
+
+        Returns how many blocks it did not have yet, from others. Blocks keep their ids, and the leases are its to
+        count from now on. Raises ModelMismatch when it holds another model. Calling it again offers nothing twice.
+        """
+        deadline = self._deadline()
+        self.attached_to()  # notices that the HMM has gone
+        link = self._attached(deadline)
+        try:
+            return self._leases.offer(link, self._model, deadline)
+        except BaseException:
+            # What it has counted so far is uncertain: it forgets this link's leases, and the next offer names all.
+            with self._lock:
+                self._link = None
+            link.close()
+            raise
+
     # State -------------------------------------------------------------------------------------------------------
 
     def status(self) -> p.HmmStatus:
@@ -118,12 +152,14 @@ class HmmClient:
 
     def register_model(self, model: p.ModelSpec) -> p.ModelSpec:
         """Tells what the memory holds. Idempotent; raises ModelMismatch when it holds something else."""
-        return self._call(p.RegisterModel(model=model), p.ModelReply).model
+        self._model = self._call(p.RegisterModel(model=model), p.ModelReply).model
+        return self._model
 
     def region(self, name: str, nbytes: int) -> RegionHandle:
         """A zeroed host-shared region, made on the first call of any client. Raises RegionMismatch for another size."""
         [block] = self._call(p.OpenRegion(name=name, nbytes=nbytes), p.BlocksReply).blocks
         [handle] = self.handles([block.block_id])
+        self._leases.regions(block.block_id, nbytes)
         return RegionHandle(
             name=name,
             block_id=block.block_id,
@@ -170,6 +206,7 @@ class HmmClient:
     def seal(self, block_ids: Sequence[int]) -> None:
         """Declares that the blocks' contents are complete. Idempotent."""
         self._call(p.Seal(block_ids=list(block_ids)), p.Done)
+        self._leases.sealed(block_ids)
 
     def lookup(
         self, *, kind: p.Kind | None = None, device: int | None = None, columns: Sequence[int] | None = None
@@ -181,6 +218,7 @@ class HmmClient:
     def wait_sealed(self, block_ids: Sequence[int], timeout_s: float) -> None:
         """Returns when all are sealed. Raises SealTimeout, or BlockNotFound as soon as one is released."""
         self._call(p.WaitSealed(block_ids=list(block_ids)), p.Done, wait_s=timeout_s)
+        self._leases.sealed(block_ids)
 
     def handles(self, block_ids: Sequence[int]) -> list[VmmHandle]:
         """Handles of the blocks' memory, to map and then close. Raises BlockNotFound.
@@ -210,17 +248,18 @@ class HmmClient:
         handles: list[VmmHandle] = []
         backend = self.backend
         for index, (block, fd) in enumerate(fetched):
+            lease = self._leases.take(block, link, fd)
             try:
                 handle = backend.import_(fd, block.nbytes, block.device)
             except VmmError:
+                self._leases.give_back(lease)
                 rest = fetched[index + 1 :]
                 close_all([fd for _, fd in rest])
-                link.return_leases([block.block_id for block, _ in fetched[index:]])
+                link.return_leases([block.block_id for block, _ in rest])
                 for done in handles:
                     backend.close(done)
                 raise
-            # The link, not the client: a later HMM knows nothing of this lease.
-            handle.on_free = partial(link.return_leases, [block.block_id])
+            handle.on_free = partial(self._leases.give_back, lease)
             handles.append(handle)
         return handles
 
@@ -256,15 +295,27 @@ class AsyncHmmClient:
     """The coordinator's twin of HmmClient: the same calls as coroutines, carried out by a few threads.
 
     A cancelled call still runs to its end or deadline in its thread.
+
+    Args:
+        client: used instead of a new one.
     """
 
-    def __init__(self, endpoint: str, *, name: str, timeout_s: float = 10.0) -> None:
-        self._client = HmmClient(endpoint, name=name, timeout_s=timeout_s)
+    def __init__(self, endpoint: str, *, name: str, timeout_s: float = 10.0, client: HmmClient | None = None) -> None:
+        self._client = client or HmmClient(endpoint, name=name, timeout_s=timeout_s)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="hmm-client")
 
     @property
     def endpoint(self) -> str:
         return self._client.endpoint
+
+    def attached_to(self) -> str | None:
+        return self._client.attached_to()
+
+    async def connect(self) -> p.Welcome:
+        return await self._run(self._client.connect)
+
+    async def offer(self) -> int:
+        return await self._run(self._client.offer)
 
     async def status(self) -> p.HmmStatus:
         return await self._run(self._client.status)

@@ -52,6 +52,10 @@ class Ledger:
     def charge(self, device: int, kind: Kind, nbytes: int) -> None:
         """Counts `nbytes` of `kind` as used on `device`, or raises as `require` and changes nothing."""
         self.require(device, nbytes)
+        self.count(device, kind, nbytes)
+
+    def count(self, device: int, kind: Kind, nbytes: int) -> None:
+        """The same for memory that is in use already, whatever the budget says."""
         account = self._account(device)
         account.used += nbytes
         account.by_kind[kind] += nbytes

@@ -127,6 +127,22 @@ class HmmLink:
             raise ProtocolError(f"the HMM answered with {type(reply).__name__} and {len(fds)} descriptors")
         return list(zip(reply.blocks, fds, strict=True))
 
+    def adopt(self, model: p.ModelSpec | None, offers: list[p.Offer], fds: Sequence[int], deadline: float) -> int:
+        """Offers blocks of an earlier HMM with a descriptor each, which stay the caller's. How many were new there."""
+        self._flush(deadline)
+        reply, _ = self._exchange(p.Adopt(model=model, offers=offers), deadline, fds)
+        if not isinstance(reply, p.Adopted):
+            raise ProtocolError(f"the HMM answered Adopt with {type(reply).__name__}")
+        return reply.blocks
+
+    def hung_up(self) -> bool:
+        """Whether the HMM is gone, without asking it."""
+        if not self.dead:
+            poller = select.poll()
+            poller.register(self._sock, 0)  # hang-up and errors are always reported
+            self.dead = bool(poller.poll(0))
+        return self.dead
+
     def return_leases(self, block_ids: Sequence[int]) -> None:
         """Never blocks and never raises, since finalizers call it; a dead HMM needs no leases back."""
         self._owed.extend(block_ids)
@@ -180,14 +196,14 @@ class HmmLink:
                 hint=f"Start one: elasticmoe hmm --endpoint {self._endpoint.url} --budget 2GiB",
             ) from error
 
-    def _exchange(self, body: p.LinkRequest, deadline: float) -> tuple[p.LinkReply, list[int]]:
+    def _exchange(self, body: p.LinkRequest, deadline: float, fds: Sequence[int] = ()) -> tuple[p.LinkReply, list[int]]:
         request = Envelope(request_id=new_request_id(), body=body)
         if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise self._silent(type(body).__name__)
         try:
             if self.dead:
                 raise self._gone()
-            send_packet(self._sock, _requests.encode(request))
+            send_packet(self._sock, _requests.encode(request), fds)
             return self._await_reply(request, deadline)
         except OSError as error:
             raise self._gone() from error

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from elasticmoe_sglang.errors import ElasticMoEError, HmmError, MalformedMessage, ProtocolError
@@ -105,7 +105,12 @@ class LinkTable:
         except ProtocolError as error:
             self._malformed(link, error, "?")
             return True
-        close_all(fds)  # no request carries any
+        try:
+            return self._serve(link, packet, fds)
+        finally:
+            close_all(fds)
+
+    def _serve(self, link: _Link, packet: bytes, fds: Sequence[int]) -> bool:
         if not packet:
             self._drop(link, "it closed its link")
             return False
@@ -120,7 +125,7 @@ class LinkTable:
             self._malformed(link, error, error.request_id or "?")
             return True
         try:
-            self._execute(link, request)
+            self._execute(link, request, fds)
         except ElasticMoEError as error:
             self._reply(link, request.request_id, error_reply(error))
         except Exception as error:
@@ -130,7 +135,7 @@ class LinkTable:
             self._reply(link, request.request_id, error_reply(HmmError(f"the HMM failed: {error!r}")))
         return True
 
-    def _execute(self, link: _Link, request: Envelope[p.LinkRequest]) -> None:
+    def _execute(self, link: _Link, request: Envelope[p.LinkRequest], fds: Sequence[int]) -> None:
         match request.body:
             case p.Hello(name=name):
                 if link.client_id is not None:
@@ -140,13 +145,16 @@ class LinkTable:
                 self._by_client[welcome.client_id] = link
                 self._reply(link, request.request_id, welcome)
             case p.FetchHandles(block_ids=block_ids):
-                blocks, fds = self._service.lease(self._client_of(link), block_ids)
+                blocks, leased = self._service.lease(self._client_of(link), block_ids)
                 try:
-                    self._reply(link, request.request_id, p.Handles(blocks=blocks), fds)
+                    self._reply(link, request.request_id, p.Handles(blocks=blocks), leased)
                 finally:
-                    close_all(fds)
+                    close_all(leased)
             case p.ReturnLeases(block_ids=block_ids):
                 self._service.unlease(self._client_of(link), block_ids)
+            case p.Adopt(model=model, offers=offers):
+                new = self._service.adopt(self._client_of(link), model, offers, fds)
+                self._reply(link, request.request_id, p.Adopted(blocks=new))
 
     def _client_of(self, link: _Link) -> str:
         if link.client_id is None:

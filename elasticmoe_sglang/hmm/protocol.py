@@ -1,7 +1,7 @@
 """What the HMM and its clients say to each other. Plain data; importing it costs nothing.
 
 Commands go over ZMQ (`Command` in, `Answer` out), descriptors over the SEQPACKET socket beside it (`LinkRequest` in,
-`LinkReply` out). Every block is named by an integer that the HMM never reuses.
+`LinkReply` out). Every block is named by an integer that no HMM ever reuses: it survives the HMM with the block.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ Command = (
 class HmmStatus(Message, frozen=True, kw_only=True):
     """The whole state of an HMM.
 
-    instance: changes with every start; block ids of another instance mean nothing.
+    instance: changes with every start; of another instance's blocks it knows those that were offered to it.
+    adopted_blocks: taken over from clients since it started.
     blocks: live ones; retired_blocks: released but still mapped by a client, so still charged.
     host_bytes: shared regions, outside every budget.
     """
@@ -208,6 +209,7 @@ class HmmStatus(Message, frozen=True, kw_only=True):
     regions: list[RegionStatus]
     blocks: int
     retired_blocks: int
+    adopted_blocks: int
     model: ModelSpec | None
     txns: list[TxnStatus]
     clients: list[ClientStatus]
@@ -266,7 +268,24 @@ class ReturnLeases(Message, frozen=True, kw_only=True):
     block_ids: BlockIds
 
 
-LinkRequest = Hello | FetchHandles | ReturnLeases
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
+    """A block of an HMM that is gone, whose memory the client still has. region_bytes: of a region, as asked for."""
+
+    block: Block
+    region_bytes: Annotated[int, Meta(gt=0, lt=1 << 53)] | None = None
+
+
+class Adopt(Message, frozen=True, kw_only=True):
+    """Take these blocks over, under their old ids; the packet carries one descriptor an offer, in this order.
+
+    Several clients may offer the same block. A lease is counted for each offer.
+    """
+
+    model: ModelSpec | None
+    offers: Annotated[list[Offer], Meta(min_length=1, max_length=253)]
+
+
+LinkRequest = Hello | FetchHandles | ReturnLeases | Adopt
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -285,4 +304,10 @@ class Handles(Message, frozen=True, kw_only=True):
     blocks: list[Block]
 
 
-LinkReply = Welcome | Handles | ErrorReply
+class Adopted(Message, frozen=True, kw_only=True):
+    """blocks: how many of the offered ones the HMM did not have yet."""
+
+    blocks: int
+
+
+LinkReply = Welcome | Handles | Adopted | ErrorReply

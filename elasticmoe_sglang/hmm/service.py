@@ -129,6 +129,40 @@ class HmmService:
                 del client.leases[block_id]
             self.blocks.unlease(block_id, count)
 
+    def adopt(self, client_id: str, model: p.ModelSpec | None, offers: Sequence[p.Offer], fds: Sequence[int]) -> int:
+        """Takes over what an HMM that is gone has left with this client; returns how many blocks were new.
+
+        A budget that is too small for what is in use already is logged, and refuses the next allocation.
+        Raises ProtocolError, or ModelMismatch when the memory here belongs to another model.
+        """
+        if len(fds) != len(offers):
+            raise ProtocolError(f"{len(offers)} blocks were offered with {len(fds)} descriptors")
+        if model is not None:
+            self.register_model(model)
+        client = self._clients[client_id]
+        before = self.blocks.adopted
+        for offer, fd in zip(offers, fds, strict=True):
+            block = offer.block
+            self.blocks.adopt(block, fd)
+            client.leases[block.block_id] += 1
+            if block.name is not None and offer.region_bytes is not None:
+                self._regions[block.name] = p.RegionStatus(
+                    name=block.name, block_id=block.block_id, nbytes=offer.region_bytes
+                )
+        self._report_excess()
+        log.info("%d blocks adopted from %s (pid %d)", self.blocks.adopted - before, client.name, client.pid)
+        return self.blocks.adopted - before
+
+    def _report_excess(self) -> None:
+        for usage in self.ledger.usage():
+            if usage.free < 0:
+                log.error(
+                    "device %d: %d bytes are in use, %d more than its budget; nothing can be allocated there",
+                    usage.device,
+                    usage.used,
+                    -usage.free,
+                )
+
     # Commands ----------------------------------------------------------------------------------------------------
 
     def execute(self, client_id: str, command: p.Command) -> p.Answer:
@@ -283,6 +317,7 @@ class HmmService:
             regions=[r for r in self._regions.values() if self.blocks.is_live(r.block_id)],
             blocks=live,
             retired_blocks=retired,
+            adopted_blocks=self.blocks.adopted,
             model=self._model,
             txns=self.txns.status(now, {key: client.name for key, client in self._clients.items()}),
             clients=[
