@@ -19,11 +19,12 @@ from benchmarks.scaling import machine
 from benchmarks.scaling.analyser import analyse
 from benchmarks.scaling.experiments import COMMANDS, Defaults, Experiment
 from benchmarks.scaling.figures import Slo
-from benchmarks.scaling.methods import METHODS
+from benchmarks.scaling.methods import METHODS, MethodFailed
 from benchmarks.scaling.plots import draw
 from benchmarks.scaling.records import RunLog, read_log, write_log
 from benchmarks.scaling.report import Result, Results, compare_outputs, describe_workload, markdown, targets
 from benchmarks.scaling.runner import run
+from benchmarks.server import ServerFailed
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.tiny_model import make_tiny_model
 
@@ -87,14 +88,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
-    if args.command == "simulate":
-        return int(args.run(args))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return int(args.run(args)) if args.command == "simulate" else _measure(args, words)
+    except (ServerFailed, MethodFailed) as error:
+        _say(str(error))
+        return 1
+
+
+def _measure(args: argparse.Namespace, words: Sequence[str]) -> int:
     defaults = _with_flags(COMMANDS[args.command], args)
     unknown = [method for method in defaults.methods if method not in METHODS]
     if unknown:
         raise UserInputError(f"no such method: {', '.join(unknown)}", hint=f"Known: {', '.join(METHODS)}")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args.out.mkdir(parents=True, exist_ok=True)
     invocation = shlex.join(["elasticmoe", "bench", *words])
     before = machine.describe()

@@ -15,11 +15,16 @@ import aiohttp
 from benchmarks.scaling.clock import Clock
 from benchmarks.scaling.records import ChangeRecord, DevicePeak, Holding
 from benchmarks.scaling.servers import Instance, ServerSettings
+from benchmarks.server import ServerFailed
 from benchmarks.streams import Ask, StreamRecord
 
 _POLL_S = 0.02
 _DRAIN_S = 120.0
 NO_SERVER = "refused: no server takes requests"
+
+
+class MethodFailed(Exception):
+    """A server does not answer as it should; the text says which request and what came back."""
 
 
 class Method(ABC):
@@ -62,7 +67,8 @@ class Method(ABC):
         )
         try:
             await self.carry_out(size, record)
-        except Exception as error:  # the run goes on and reports it
+        except (ServerFailed, MethodFailed, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            # The run goes on and reports it.
             record.error = f"{type(error).__name__}: {error}"
         record.ended_at = self.clock.now()
         return record
@@ -145,7 +151,7 @@ async def warm_up(method: Method, size: int) -> None:
         await asyncio.gather(*(method.ask(record) for record in records))
         failures = [record.failure for record in records if record.failure]
         if failures:
-            raise RuntimeError(f"{method.name}: a request before the run failed: {failures[0]}")
+            raise MethodFailed(f"{method.name}: a request before the run failed: {failures[0]}")
 
 
 class Static(Method):
@@ -285,7 +291,7 @@ class Elastic(Method):
         ):
             answer: dict[str, Any] = await response.json()
         if response.status != 200:
-            raise RuntimeError(f"/scale_elastic_ep answered {response.status}: {answer}")
+            raise MethodFailed(f"/scale_elastic_ep answered {response.status}: {answer}")
         return answer
 
     async def _devices(self) -> list[dict[str, Any]]:
@@ -294,6 +300,8 @@ class Elastic(Method):
             aiohttp.ClientSession() as session,
             session.get(f"{instance.url}/elastic_ep/status") as response,
         ):
+            if response.status != 200:
+                raise MethodFailed(f"/elastic_ep/status answered {response.status}: {await response.text()}")
             status = await response.json()
         devices: list[dict[str, Any]] = status["memory"]["devices"]
         return devices

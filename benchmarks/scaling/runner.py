@@ -109,12 +109,12 @@ async def run(
     """Start the method's servers, put it under load, change its size as planned, stop everything.
 
     Raises:
-        ServerFailed: the first server did not start. RuntimeError: it does not answer.
+        ServerFailed: the first server did not start. MethodFailed: it does not answer as it should.
     """
     say(f"{method.name}: starting")
-    await method.start(plan.schedule.start)
     sampler: asyncio.Task[None] | None = None
     try:
+        await method.start(plan.schedule.start)
         await warm_up(method, method.size)
         running = _Run(method, plan, say)
         method.begin(running.clock)

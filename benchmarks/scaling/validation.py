@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.scaling.costs import H200, Costs, measured
-from benchmarks.scaling.methods import Elastic, warm_up
+from benchmarks.scaling.methods import Elastic, MethodFailed, warm_up
 from benchmarks.scaling.records import ChangeRecord
 from benchmarks.scaling.servers import ServerSettings
 from benchmarks.scaling.simulation import Weights, predict
@@ -49,16 +49,16 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def measure(settings: ServerSettings, sizes: Sequence[int] = SIZES) -> list[Point]:
-    """Take an idle server through the sizes. Raises RuntimeError for a change that fails."""
+    """Take an idle server through the sizes. Raises MethodFailed for a change that fails."""
     method = Elastic(settings, max(sizes))
     points = []
-    await method.start(sizes[0])
     try:
+        await method.start(sizes[0])
         await warm_up(method, sizes[0])
         for size in sizes[1:]:
             record = await method.change(size)
             if record.error is not None:
-                raise RuntimeError(f"{record.old_size} -> {size}: {record.error}")
+                raise MethodFailed(f"{record.old_size} -> {size}: {record.error}")
             points.append(_point(record))
             # A fresh standby takes the place of the one that was used.
             await asyncio.sleep(1.0)
