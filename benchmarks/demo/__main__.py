@@ -36,6 +36,7 @@ def main() -> int:
     progress = Progress(settings=settings, started_at=time.monotonic())
     plain = args.plain or not console.is_terminal or console.is_dumb_terminal
     view = PlainView(console, progress) if plain else LiveView(console, progress)
+    failed = False
     try:
         asyncio.run(_run(settings, progress, view))
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -43,14 +44,16 @@ def main() -> int:
         return 130
     except (ServerFailed, DemoFailed, ElasticMoEError) as error:
         console.print(f"demo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 1
+        if not progress.records:
+            return 1
+        failed = True
     result = figures(progress, shlex.join(["python", "-m", "benchmarks.demo", *sys.argv[1:]]))
     _write(settings, progress, result)
     console.print()
     console.print(report(result), highlight=False)
     for name, what in (("demo.png", "tokens/s over time"), ("demo.json", "figures"), ("server.log", "of the server")):
         console.print(f"        {settings.out / name}: {what}", highlight=False, soft_wrap=True)
-    return 0 if result.passed else 1
+    return 0 if result.passed and not failed else 1
 
 
 async def _run(settings: Settings, progress: Progress, view: PlainView | LiveView) -> None:

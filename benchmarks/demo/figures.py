@@ -32,6 +32,7 @@ class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
         longest_gap_ms: the longest time between two tokens of one stream around the change; `median_gap_ms` is the
             median of that same stream over its whole life.
         commit_s: when the new membership served.
+        commit_gap_ms: as longest_gap_ms, around the phase `committing` alone.
         streams: that were decoding when the change was asked for.
         moved_requests: handed from leaving seats to others.
         lost: streams alive during the change that did not end with exactly the tokens asked for.
@@ -51,6 +52,7 @@ class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
     pause_ms: float | None = None
     longest_gap_ms: float | None = None
     median_gap_ms: float | None = None
+    commit_gap_ms: float | None = None
     streams: int = 0
     columns_moved: int = 0
     bytes_moved: int = 0
@@ -178,7 +180,14 @@ def _change(change: Change, records: list[StreamRecord], begin: float) -> Change
         streams=_decoding(records, change.asked_at),
         lost=sum(record.lost for record in around),
     )
-    return row if change.operation is None else _with_operation(row, change.operation)
+    if change.operation is None:
+        return row
+    row = _with_operation(row, change.operation)
+    if row.commit_s is None or row.committing_ms is None:
+        return row
+    committed_at = begin + row.commit_s
+    commit_gap, _ = _longest_gap(records, committed_at - row.committing_ms / 1e3, committed_at)
+    return msgspec.structs.replace(row, commit_gap_ms=commit_gap)
 
 
 def _with_operation(row: ChangeFigures, operation: Operation) -> ChangeFigures:

@@ -10,10 +10,16 @@ from rich.text import Text
 from benchmarks.demo.figures import ChangeFigures, Figures
 from elasticmoe_sglang.units import format_bytes
 
+_LEGEND = """
+total        from the request until the change has ended; streams go on meanwhile
+pause        by which the commit delayed a seat's next batch (the server's figure)
+longest gap  between two tokens of any stream around the change; median gap: of
+             that stream over its whole life"""
+
 
 def report(result: Figures) -> RenderableType:
     """What the run showed."""
-    parts: list[RenderableType] = [table(result), Text()]
+    parts: list[RenderableType] = [table(result), Text(_LEGEND, style="dim"), Text()]
     for check in result.checks:
         mark = ("ok    ", "green") if check.passed else ("FAILED", "bold red")
         parts.append(Text.assemble(mark, f"  {check.name}: {check.detail}"))
@@ -25,7 +31,7 @@ def report(result: Figures) -> RenderableType:
 def table(result: Figures) -> Table:
     """One line a change."""
     # Fits into 80 columns.
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for name in ("\nEP size", "\ntotal", "\npause", "longest\ngap", "median\ngap", "columns\nmoved",
                  "bytes\ncopied", "requests\nmoved", "requests\nlost"):  # fmt: skip
         made.add_column(name, justify="right", no_wrap=True)
@@ -52,4 +58,4 @@ def _cells(row: ChangeFigures) -> list[Text | str]:
 def _time(milliseconds: float | None) -> str:
     if milliseconds is None:
         return "-"
-    return f"{milliseconds:.1f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"
+    return f"{milliseconds:.1f} ms" if milliseconds < 100 else f"{milliseconds / 1000:.2f} s"

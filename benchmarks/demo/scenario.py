@@ -158,10 +158,10 @@ async def _changes(settings: Settings, session: aiohttp.ClientSession, progress:
         progress.changes.append(change)
         view.say(f"EP size {old} -> {new}: asked for")
         await _change(session, change)
-        progress.status = await _status(session)
         view.say(_outcome(change))
         if not change.done:
             return
+        progress.status = await _status(session)
         progress.stage = "steady"
         await asyncio.sleep(settings.steady_s)
 

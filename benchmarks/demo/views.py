@@ -54,7 +54,7 @@ class PlainView:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_LINE_EVERY_S)
-            if self._progress.reference:
+            if any(record.ended_at is None for record in (*self._progress.reference, *self._progress.records)):
                 self.say(_summary(self._progress))
 
 
@@ -130,7 +130,7 @@ def _summary(progress: Progress) -> str:
     rates = progress.rates(int(_LINE_EVERY_S / 0.5))
     status = progress.status
     size = f"EP size {status.ep_size}, epoch {status.epoch}: " if status is not None else ""
-    return f"{size}{sum(rates) / max(1, len(rates)):.0f} tokens/s, {_streams(progress)}"
+    return f"{size}{sum(rates) / max(1, len(rates)):.0f} tokens/s; streams: {_streams(progress)}"
 
 
 def _streams(progress: Progress) -> str:
@@ -138,7 +138,7 @@ def _streams(progress: Progress) -> str:
     running = sum(record.ended_at is None for record in records)
     complete = sum(record.complete for record in records)
     lost = sum(record.lost for record in records)
-    return f"{running} streams run, {complete} complete, {lost} lost"
+    return f"{running} running, {complete} complete, {lost} lost"
 
 
 def sparkline(values: list[float]) -> str:

@@ -158,6 +158,7 @@ def test_figures_of_a_change() -> None:
     (row,) = result.changes
     assert result.passed, result.checks
     assert row.longest_gap_ms == pytest.approx(500) and row.median_gap_ms == pytest.approx(100)
+    assert row.commit_gap_ms == pytest.approx(500)
     assert (row.streams, row.lost, row.columns_moved, row.commit_s) == (1, 0, 8, 11.1)
     assert sum(result.tokens_per_s) * result.rate_bin_s == 40
 
