@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from elasticmoe_sglang.hmm.vmm.base import VmmBackend, VmmHandle
 
-CHUNK_BYTES = 8 << 20
-"""Small enough to stop within a few milliseconds, large enough that the calls between chunks cost nothing."""
 _NAP_S = 0.01
+_LIMITED_CHUNK_S = 0.004
+"""With a limit, a chunk is no longer than the limit's bytes of this time: a burst at full speed would slow serving."""
+_LEAST_CHUNK_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,21 @@ def pull_bytes(
     source: VmmHandle,
     nbytes: int,
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     bytes_per_second: float | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> PullStats:
     """Copies the first `nbytes` of `source`, which stays the caller's, to the mapped address `destination`.
 
-    The copy lets other threads run. It stops between two chunks as soon as `should_stop()` is true.
+    The copy lets other threads run. It stops between two chunks as soon as `should_stop()` is true. Chunks are as
+    large as the backend advises, where nothing else is asked for.
     """
-    assert chunk_bytes > 0 and (bytes_per_second is None or bytes_per_second > 0)
+    assert bytes_per_second is None or bytes_per_second > 0
+    if chunk_bytes is None:
+        chunk_bytes = backend.copy_chunk_bytes
+        if bytes_per_second is not None:
+            chunk_bytes = min(chunk_bytes, max(int(bytes_per_second * _LIMITED_CHUNK_S), _LEAST_CHUNK_BYTES))
+    assert chunk_bytes > 0
     stop = should_stop or (lambda: False)
     started = time.monotonic()
     done = chunks = 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from elasticmoe_sglang.errors import VmmError
 from elasticmoe_sglang.hmm.layout import ITEM_BYTES, ColumnLayout, DenseLayout
-from elasticmoe_sglang.hmm.pull import CHUNK_BYTES, PullStats, pull_bytes
+from elasticmoe_sglang.hmm.pull import PullStats, pull_bytes
 from elasticmoe_sglang.hmm.vmm.base import VmmBackend, VmmHandle, round_up
 from elasticmoe_sglang.hmm.vmm.tensors import MappedRange, contiguous_strides, tensor_in
 
@@ -81,7 +81,7 @@ class ColumnSpace:
         slot: int,
         source: VmmHandle,
         *,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         bytes_per_second: float | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> PullStats:
@@ -164,7 +164,7 @@ class DenseSpace:
         self,
         source: VmmHandle,
         *,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         bytes_per_second: float | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> PullStats:

@@ -34,6 +34,8 @@ _W_SEATS, _SEAT_WORDS = 64, 8
 _PID, _START, _HEARTBEAT, _STATE = 0, 1, 2, 3
 GATE_ARRIVAL = 4
 """Word of a seat's line in which it arrives at the gate."""
+WINDOW_BLOCK = 5
+"""Word of a seat's line that names its window of device memory: the HMM's block id plus one, 0 for none yet."""
 
 
 class SeatState(IntEnum):

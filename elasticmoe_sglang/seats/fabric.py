@@ -8,6 +8,8 @@ nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.seats import futex
@@ -59,6 +61,10 @@ class Fabric:
         self._adopted_epoch = -1
         self.version = 0
         """Grows whenever the view changes; groups compare it to notice."""
+        self.listeners: list[Callable[[], None]] = []
+        """Called after every change of the view, in the thread that changed it."""
+        self.group_type: Any = None
+        """Makes the process groups, None on seats outside; None itself for groups that carry CPU tensors only."""
 
     @staticmethod
     def region_bytes(capacity: int, channels: int = DEFAULT_CHANNELS, window_bytes: int = DEFAULT_WINDOW_BYTES) -> int:
@@ -128,12 +134,17 @@ class Fabric:
             )
         self._members, self._epoch = membership.seats, membership.epoch
         self._adopted_epoch = membership.epoch
-        self.version += 1
+        self._changed()
 
     def solo(self) -> None:
         """Take part alone: a joiner while it boots and warms up, a seat that has left."""
         self._members = (self.me,)
+        self._changed()
+
+    def _changed(self) -> None:
         self.version += 1
+        for listener in self.listeners:
+            listener()
 
     # Channels
 

@@ -27,33 +27,15 @@ from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.seats.copying import zero_bytes
 from elasticmoe_sglang.seats.engine import GroupEngine
 from elasticmoe_sglang.seats.fabric import Fabric
-from elasticmoe_sglang.seats.header import Op, Reduction, dtype_field, pack_header
+from elasticmoe_sglang.seats.header import Op, dtype_field, pack_header
+from elasticmoe_sglang.seats.options import reduction_of, work_of
 from elasticmoe_sglang.seats.point_to_point import PointToPoint
-from elasticmoe_sglang.seats.reduce import check_reduction
 from elasticmoe_sglang.seats.work import FINISHED, FinishedWork
 
 BACKEND_NAME = "elastic"
 _DEFAULT_TIMEOUT = timedelta(minutes=30)  # torch.distributed's own
 
-_RedOp = dist.ReduceOp.RedOpType
-_REDUCTIONS: dict[Any, Reduction] = {getattr(_RedOp, reduction.name): reduction for reduction in Reduction}
 _Base: Any = dist.ProcessGroup  # the stubs do not know that it can be subclassed
-
-
-def _reduction(opts: Any, tensor: Tensor) -> Reduction:
-    if opts is None:
-        return Reduction.SUM
-    op = getattr(opts.reduceOp, "op", opts.reduceOp)
-    reduction = _REDUCTIONS.get(op)
-    if reduction is None:
-        raise UserInputError(f"reduction {op} is not supported")
-    if reduction is not Reduction.SUM or tensor.is_complex():
-        check_reduction(reduction, tensor.dtype)
-    return reduction
-
-
-def _work(opts: Any, result: list[Any]) -> FinishedWork:
-    return FinishedWork(result) if opts is not None and opts.asyncOp else FINISHED
 
 
 class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
@@ -134,8 +116,8 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> FinishedWork:
         for tensor in tensors:
-            self._all_reduce(tensor, _reduction(opts, tensor))
-        return _work(opts, tensors)
+            self._all_reduce(tensor, reduction_of(opts, tensor))
+        return work_of(opts, tensors)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> FinishedWork:
         return self.allreduce(tensors, opts)
@@ -143,8 +125,8 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
     def reduce(self, tensors: list[Tensor], opts: Any) -> FinishedWork:
         engine = self._engine_for_root(opts.rootRank, Op.REDUCE)
         for tensor in tensors:
-            self._all_reduce(tensor, _reduction(opts, tensor), None if engine.local else opts.rootRank)
-        return _work(opts, tensors)
+            self._all_reduce(tensor, reduction_of(opts, tensor), None if engine.local else opts.rootRank)
+        return work_of(opts, tensors)
 
     def _all_reduce(self, tensor: Tensor, reduction: Reduction, root: int | None = None) -> None:
         engine = self.engine
@@ -172,7 +154,7 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
                 values = tensor.contiguous()
                 engine.broadcast(values.data_ptr(), tensor.nbytes, root, header)
                 tensor.copy_(values)
-        return _work(opts, tensors)
+        return work_of(opts, tensors)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> FinishedWork:
         """output [size * n]: row r is rank r's input [n]."""
@@ -195,14 +177,14 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
                 zero_bytes(begin + first * nbytes, count * nbytes)
         if target is not output:
             output.copy_(target)
-        return _work(opts, [output])
+        return work_of(opts, [output])
 
     _allgather_base = all_gather_single
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> FinishedWork:
         for output, input in zip(outputs, inputs, strict=True):
             self._gather_list(output, input, Op.ALLGATHER, None)
-        return _work(opts, [tensor for output in outputs for tensor in output])
+        return work_of(opts, [tensor for output in outputs for tensor in output])
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> FinishedWork:
         return self.allgather(outputs, inputs, opts)
@@ -212,7 +194,7 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
     ) -> FinishedWork:
         for output, input in zip(outputs, inputs, strict=True):
             self.all_gather_single(output, input)
-        return _work(opts, outputs)
+        return work_of(opts, outputs)
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced
 
@@ -220,7 +202,7 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
         self._engine_for_root(opts.rootRank, Op.GATHER)
         for index, input in enumerate(inputs):
             self._gather_list(outputs[index] if outputs else [], input, Op.GATHER, opts.rootRank)
-        return _work(opts, [tensor for output in outputs for tensor in output])
+        return work_of(opts, [tensor for output in outputs for tensor in output])
 
     def _gather_list(self, output: list[Tensor], input: Tensor, op: Op, root: int | None) -> None:
         engine = self.engine
@@ -275,7 +257,7 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
             engine.scatter(target.data_ptr(), output.nbytes, addresses, root, header)
             if target is not output:
                 output.copy_(target)
-        return _work(opts, outputs)
+        return work_of(opts, outputs)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> FinishedWork:
         """output [n] = the combined row "my rank" of the inputs [size * n]."""
@@ -289,7 +271,7 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
         addresses = range(begin, begin + nbytes * self.engine.size, nbytes) if nbytes else (begin,) * self.engine.size
         rows = source.view(self.engine.size, -1) if nbytes else source
         self._reduce_scatter(output, addresses, rows, opts)
-        return _work(opts, [output])
+        return work_of(opts, [output])
 
     _reduce_scatter_base = reduce_scatter_single
 
@@ -298,14 +280,14 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
             self._check_list(input, output, Op.REDUCE_SCATTER)
             rows = [tensor.contiguous() for tensor in input]
             self._reduce_scatter(output, [row.data_ptr() for row in rows], rows, opts)
-        return _work(opts, outputs)
+        return work_of(opts, outputs)
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
     ) -> FinishedWork:
         for output, input in zip(outputs, inputs, strict=True):
             self.reduce_scatter_single(output, input, opts)
-        return _work(opts, outputs)
+        return work_of(opts, outputs)
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
@@ -314,7 +296,7 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
     ) -> None:
         engine = self.engine
         engine.refresh()
-        reduction = _reduction(opts, output)
+        reduction = reduction_of(opts, output)
         header = pack_header(
             Op.REDUCE_SCATTER, dtype_field=dtype_field(output), nbytes=output.nbytes, reduction=reduction
         )
@@ -346,7 +328,7 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
                 zero_bytes(*receives[rank])
         if target is not output:
             output.copy_(target)
-        return _work(opts, [output])
+        return work_of(opts, [output])
 
     alltoall_base = all_to_all_single
 
@@ -361,7 +343,7 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
             uneven=len(sizes) > 1,
         )
         self._finish_rows(outputs, targets)
-        return _work(opts, outputs)
+        return work_of(opts, outputs)
 
     def _all_to_all(
         self, sends: list[tuple[int, int]], receives: list[tuple[int, int]], like: Tensor, uneven: bool
@@ -414,6 +396,8 @@ def make_group(fabric: Fabric, ranks: tuple[int, ...], timeout: timedelta | None
         UserInputError: no channel is left.
     """
     channel = fabric.take_channel() if len(ranks) > 1 else None
-    if fabric.me not in ranks:
-        return None
-    return ElasticProcessGroup(fabric, ranks, channel, (timeout or _DEFAULT_TIMEOUT).total_seconds())
+    timeout_s = (timeout or _DEFAULT_TIMEOUT).total_seconds()
+    if fabric.group_type is not None:
+        made: ElasticProcessGroup | None = fabric.group_type(fabric, ranks, channel, timeout_s)
+        return made
+    return ElasticProcessGroup(fabric, ranks, channel, timeout_s) if fabric.me in ranks else None

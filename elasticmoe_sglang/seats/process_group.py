@@ -28,7 +28,8 @@ _fabrics: dict[str, Fabric] = {}
 
 
 def install_backend(fabric: Fabric, name: str = BACKEND_NAME) -> None:
-    """Register the backend with torch.distributed for CPU tensors. Again with another fabric: that one from now on."""
+    """Register the backend with torch.distributed for CPU tensors, and for CUDA tensors if the fabric's groups carry
+    them (`cuda_group.install_cuda_groups`). Again with another fabric: that one from now on."""
     registered = name in _fabrics
     _fabrics[name] = fabric
     if registered:
@@ -41,7 +42,8 @@ def install_backend(fabric: Fabric, name: str = BACKEND_NAME) -> None:
         assert group is not None, "torch.distributed creates a group only on its own ranks"
         return group
 
-    dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
+    devices = ["cpu"] if fabric.group_type is None else ["cpu", "cuda"]
+    dist.Backend.register_backend(name, create, extended_api=True, devices=devices)
     install_object_collectives()
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from elasticmoe_sglang.errors import DriverError
 from elasticmoe_sglang.hmm.vmm import VmmBackend
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
 from tests.helpers import cann, cann_standin
@@ -26,17 +27,17 @@ class Rig:
     write: Callable[[int, bytes], None]
     environment: dict[str, str] = field(default_factory=dict)
     """For a second process with the same devices."""
+    access: str = "read = ctypes.string_at\ndef write(va, data): ctypes.memmove(va, data, len(data))\n"
+    """How a second process reaches the memory."""
 
     def in_another_process(self, program: str, *fds: int) -> str:
         """Runs `program`, which finds `backend`, `G` (the granularity), `fds`, `read`, `write`; returns its output."""
         setup = (
             "import ctypes\nfrom elasticmoe_sglang.hmm.vmm import get_backend\n"
             f"backend = get_backend({self.backend.name!r}); G = backend.granularity; fds = {list(fds)}\n"
-            "read = ctypes.string_at\n"
-            "def write(va, data): ctypes.memmove(va, data, len(data))\n"
         )
         done = subprocess.run(
-            [sys.executable, "-c", setup + program],
+            [sys.executable, "-c", setup + self.access + program],
             env={**os.environ, **self.environment},
             pass_fds=fds,
             capture_output=True,
@@ -68,5 +69,18 @@ def _npu() -> Iterator[Rig]:
         yield Rig(backend=AscendBackend(), read=ctypes.string_at, write=_host_write, environment=environment)
 
 
-RIGS = {"cpu": _cpu, "npu": _npu}
+@contextmanager
+def _cuda() -> Iterator[Rig]:
+    from elasticmoe_sglang.hmm.vmm.cuda import CudaBackend
+    from tests.helpers import cuda_memory
+
+    try:
+        backend = CudaBackend()
+    except DriverError as error:
+        pytest.skip(f"needs an NVIDIA GPU: {error}")
+    access = "from tests.helpers.cuda_memory import read, write\n"
+    yield Rig(backend=backend, read=cuda_memory.read, write=cuda_memory.write, access=access)
+
+
+RIGS = {"cpu": _cpu, "npu": _npu, "cuda": _cuda}
 """By backend name. Each yields a rig, or skips the test and says what is missing."""

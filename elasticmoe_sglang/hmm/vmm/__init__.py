@@ -25,6 +25,7 @@ __all__ = [
 # Named, not imported: a driver's bindings are loaded by those who use them.
 _classes: dict[str, str] = {
     "cpu": "elasticmoe_sglang.hmm.vmm.cpu:CpuBackend",
+    "cuda": "elasticmoe_sglang.hmm.vmm.cuda:CudaBackend",
     "npu": "elasticmoe_sglang.hmm.vmm.ascend:AscendBackend",
 }
 _instances: dict[str, VmmBackend] = {}

@@ -109,6 +109,9 @@ class VmmBackend(ABC):
     """
 
     name: ClassVar[str]
+    copy_chunk_bytes: ClassVar[int] = 8 << 20
+    """How much a background copy should take at once: small enough to stop within a few milliseconds, large enough that
+    the calls between chunks cost nothing."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

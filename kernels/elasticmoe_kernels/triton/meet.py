@@ -1,0 +1,157 @@
+# mypy: disable-error-code="no-untyped-def, misc, untyped-decorator, no-untyped-call"
+"""How the seats' kernels meet: flags in the peers' windows, with system scope, and a deadline.
+
+Every program of a launch meets the programs of the same number on the other seats. A step is: write my part of the
+window, raise my flag in each peer's window (release), wait until each peer's flag in mine is up (acquire), read the
+peers' parts. Windows alternate, so one meeting a step is enough: who writes window p again at step n+2 has seen every
+peer at step n+1, hence after its step n had ended (launches of one stream follow each other).
+
+Which peers take part is read from the control block at every launch. A seat that is alone touches no window at all.
+
+Times and flags enter a branch only through scalar atomics: one thread does them and all get its answer, so all threads
+of a program take the same branch.
+
+A wait that outlasts the deadline writes the error word, marks this seat as failed for the rest of the epoch and raises
+poisoned flags at its peers. Nobody waits after that: a replayed graph runs to its end with meaningless results, and the
+host raises the error when it looks at the word.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+from elasticmoe_kernels.triton import windows
+
+EPOCH = tl.constexpr(windows.EPOCH)
+MEMBERS = tl.constexpr(windows.MEMBERS)
+DEADLINE_NS = tl.constexpr(windows.DEADLINE_NS)
+FAILED = tl.constexpr(windows.FAILED)
+ERROR_ADDRESS = tl.constexpr(windows.ERROR_ADDRESS)
+CLOCKS = tl.constexpr(windows.CLOCKS)
+COUNTERS = tl.constexpr(windows.COUNTERS)
+EPOCH_SHIFT = tl.constexpr(windows.EPOCH_SHIFT)
+POISON_STEP = tl.constexpr(windows.POISON_STEP)
+TIMED_OUT = tl.constexpr(windows.TIMED_OUT)
+TOLD = tl.constexpr(windows.TOLD)
+MISMATCHED = tl.constexpr(windows.MISMATCHED)
+_POLLS_A_LOOK = tl.constexpr(64)
+
+
+@triton.jit
+def word_at(address):
+    """An int64 pointer to a byte address."""
+    return address.to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def members_of(control, group):
+    """Bit i set: seat i takes part in the group's collectives now. group: the seats that belong to it at all."""
+    return tl.load(word_at(control) + MEMBERS) & group
+
+
+@triton.jit
+def has(seats, seat):
+    """Whether a seat's bit is set."""
+    return ((seats >> tl.cast(seat, tl.int64)) & 1) != 0
+
+
+@triton.jit
+def my_step(control, channel: tl.constexpr, block, BLOCKS: tl.constexpr):
+    """The number of this launch's first step. Programs of one launch all find the same."""
+    return tl.load(word_at(control) + COUNTERS + channel * BLOCKS + block) + 1
+
+
+@triton.jit
+def finish_step(control, channel: tl.constexpr, block, step, BLOCKS: tl.constexpr):
+    """Remember the last step of this launch. Every program does, also one that had nothing to do."""
+    tl.store(word_at(control) + COUNTERS + channel * BLOCKS + block, step)
+
+
+@triton.jit
+def data_at(base, pitch, seat, channel: tl.constexpr, step, DATA_OFFSET: tl.constexpr, DATA_BYTES: tl.constexpr):
+    """Address of a seat's data for a step."""
+    at = base + tl.cast(seat, tl.int64) * pitch + DATA_OFFSET + (channel * 2 + step % 2) * DATA_BYTES
+    return tl.multiple_of(at, 16)
+
+
+@triton.jit
+def time_ns(control, block):
+    """The device's clock in nanoseconds, the same for all threads of the program. It ticks about every microsecond."""
+    clock = word_at(control) + CLOCKS + block
+    tl.atomic_max(clock, globaltimer(), sem="relaxed", scope="gpu")
+    return tl.atomic_add(clock, 0, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def _await_flag(flag, token, control, block):
+    """The flag's value once it reached the token or the deadline passed."""
+    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    if seen < token:
+        limit = tl.load(word_at(control) + DEADLINE_NS)
+        began = time_ns(control, block)
+        waited = began - began
+        polls = 0
+        while (seen < token) & (waited <= limit):
+            seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+            polls += 1
+            if polls % _POLLS_A_LOOK == 0:
+                waited = time_ns(control, block) - began
+    return seen
+
+
+@triton.jit
+def _give_up(control, flags, live, epoch, kind, seat, channel: tl.constexpr, operation: tl.constexpr, step):
+    """Write the error word, mark this seat as failed, poison the peers' flags."""
+    packed = (tl.cast(kind, tl.int64) << 56) | (tl.cast(seat, tl.int64) << 48)
+    packed = packed | (channel << 44) | (operation << 40) | step
+    tl.atomic_xchg(word_at(tl.load(word_at(control) + ERROR_ADDRESS)), packed, sem="release", scope="sys")
+    tl.atomic_xchg(word_at(control) + FAILED, epoch + 1, sem="release", scope="gpu")
+    poison = tl.zeros_like(live.to(tl.int64)) + ((epoch << EPOCH_SHIFT) | POISON_STEP)
+    tl.atomic_max(flags, poison, mask=live, sem="release", scope="sys")
+
+
+@triton.jit
+def meet(control, base, pitch, members, me, block, step, header, channel: tl.constexpr, operation: tl.constexpr,
+         CAPACITY: tl.constexpr, SEATS: tl.constexpr, BLOCKS: tl.constexpr, HEADERS: tl.constexpr):  # fmt: skip
+    """Announce that my window holds this program's part of the step, and wait for the peers' programs.
+
+    members: bits of the seats that take part, mine among them. header: what this collective is; the first program
+    compares it with the peers'. SEATS: CAPACITY rounded up to a power of two.
+    """
+    epoch = tl.load(word_at(control) + EPOCH)
+    token = (epoch << EPOCH_SHIFT) | step
+    poison = (epoch << EPOCH_SHIFT) | POISON_STEP
+    seat = tl.arange(0, SEATS).to(tl.int64)
+    live = (((members >> seat) & 1) != 0) & (seat != me) & (seat < CAPACITY)
+    place = (channel * BLOCKS + block).to(tl.int64) * CAPACITY
+    theirs = word_at(base + seat * pitch) + place + me
+    slot = HEADERS // 8 + (channel * 2 + step % 2) * CAPACITY
+    failed = tl.atomic_add(word_at(control) + FAILED, 0, sem="relaxed", scope="gpu") == epoch + 1
+    if block == 0:
+        tl.store(word_at(base + seat * pitch) + slot + me, tl.zeros_like(seat) + header, mask=live)
+    tl.debug_barrier()  # every thread's part is written before any flag goes up
+    tl.atomic_max(theirs, tl.zeros_like(seat) + tl.where(failed, poison, token), mask=live, sem="release", scope="sys")
+    if not failed:
+        mine = word_at(base + tl.cast(me, tl.int64) * pitch)
+        culprit = tl.full([], -1, tl.int32)
+        kind = tl.full([], 0, tl.int32)
+        for other in range(CAPACITY):
+            if has(members, other) & (other != me) & (culprit < 0):
+                seen = _await_flag(mine + place + other, token, control, block)
+                if seen < token:
+                    culprit = tl.full([], 0, tl.int32) + other
+                    kind = tl.full([], TIMED_OUT, tl.int32)
+                elif seen == poison:
+                    culprit = tl.full([], 0, tl.int32) + other
+                    kind = tl.full([], TOLD, tl.int32)
+        tl.debug_barrier()  # what a flag allows to read, all threads may read now
+        if (block == 0) & (culprit < 0):
+            heard = tl.load(mine + slot + seat, mask=live, other=0, volatile=True)
+            differs = tl.max(tl.where(live & (heard != header), seat.to(tl.int32) + 1, 0), axis=0)
+            if differs > 0:
+                culprit = differs - 1
+                kind = tl.full([], MISMATCHED, tl.int32)
+        if culprit >= 0:
+            _give_up(control, theirs, live, epoch, kind, culprit, channel, operation, step)

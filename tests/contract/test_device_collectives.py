@@ -1,0 +1,109 @@
+"""The kernels' collectives among real processes, without a GPU: in Triton's interpreter, over windows of host memory.
+
+The same protocol word by word (flags, windows, epochs, deadlines) through the real HMM; what it cannot show is the
+device's memory model and speed (`tests/gpu`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+from elasticmoe_kernels.triton.windows import Failure, WindowLayout
+from elasticmoe_sglang.errors import CollectiveMismatch, PeerDied, PeerTimeout
+from tests.helpers import device_cases as cases
+from tests.helpers.device_seats import DevicePool
+
+LAYOUT = WindowLayout(capacity=3, channels=2, data_bytes=8192, blocks=2)
+TIMEOUT_S = 4.0
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[DevicePool]:
+    with tempfile.TemporaryDirectory(prefix="em") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("PYTHONWARNINGS", "ignore::RuntimeWarning")
+        made = DevicePool(3, folder=Path(folder), backend="cpu", layout=LAYOUT, timeout_s=TIMEOUT_S)
+        yield made
+        made.close()
+
+
+MEMBERSHIPS = [(0, *rest) for size in range(3) for rest in combinations((1, 2), size)]
+
+
+@pytest.mark.parametrize("seats", MEMBERSHIPS, ids=str)
+def test_every_membership_computes_what_torch_does(pool: DevicePool, seats: tuple[int, ...]) -> None:
+    epoch = pool.next_epoch()
+    for counts, dtype, offset, reductions in (
+        ((3,), torch.float32, 0, (1, 2, 4, 5)),  # not even 16 bytes
+        ((1400,), torch.int64, 0, (1,)),  # several pieces and programs, the last ones not full
+        ((130,), torch.bfloat16, 1, (1,)),  # beside a 16-byte boundary
+        ((70,), torch.uint8, 0, ()),
+    ):
+        pool.run(seats, cases.everything, seats, epoch, counts, (dtype,), offset, reductions)
+
+
+def test_steps_restart_with_the_epoch(pool: DevicePool) -> None:
+    for seat in range(3):
+        pool.run([seat], cases.alone, seat + 1)
+    for seats in ((0, 2), (0, 1, 2), (0, 1)):
+        epoch = pool.next_epoch()
+        pool.run(seats, cases.everything, seats, epoch, (40,), (torch.float32,), 0, (1,))
+        pool.run([0], cases.alone, 1)
+        # Seat 0 left and comes back in a later epoch; the others never knew.
+
+
+def test_seats_that_disagree_are_told(pool: DevicePool) -> None:
+    epoch = pool.next_epoch()
+    results = pool.run((0, 1, 2), cases.differ, (0, 1, 2), epoch)
+    assert {type(error) for error in results.values()} == {CollectiveMismatch}
+    assert results[1].seat == 0 and "all" in str(results[1]) and f"epoch {epoch}" in str(results[1])
+    epoch = pool.next_epoch()
+    pool.run((0, 1, 2), cases.everything, (0, 1, 2), epoch, (40,), (torch.float32,), 0, (1,))
+
+
+def test_a_late_seat_ends_in_a_typed_error(pool: DevicePool) -> None:
+    epoch = pool.next_epoch()
+    for seat in (0, 1):
+        pool.submit(seat, cases.meet_or_fail, (0, 1, 2), epoch, 40)
+    pool.submit(2, cases.meet_or_fail, (0, 1, 2), epoch, 40, TIMEOUT_S + 2)
+    results = {seat: pool.result(seat) for seat in (0, 1, 2)}
+    for seat in (0, 1):
+        seconds, error = results[seat]
+        assert isinstance(error, PeerTimeout) and not isinstance(error, PeerDied), (seat, error)
+        assert TIMEOUT_S - 0.5 < seconds < TIMEOUT_S + 2
+    assert 2 in {results[seat][1].seat for seat in (0, 1)}
+    # The late seat finds that the others gave up and does not wait for them.
+    seconds, error = results[2]
+    assert isinstance(error, PeerTimeout) and "gave up" in str(error) and seconds < 1.0
+
+
+def test_a_killed_seat_is_named_and_its_successor_joins(pool: DevicePool) -> None:
+    epoch = pool.next_epoch()
+    for seat in (0, 1, 2):
+        pool.submit(seat, cases.meet_or_fail, (0, 1, 2), epoch, 40, 60.0 if seat == 2 else 1.0)
+    time.sleep(3.0)  # all have met; seat 2 sleeps, the others wait for it
+    pool.kill(2)
+    results = [pool.result(seat) for seat in (0, 1)]
+    assert all(seconds < TIMEOUT_S + 2 for seconds, _ in results)
+    assert any(isinstance(error, PeerDied) and error.seat == 2 for _, error in results)
+    assert all(isinstance(error, PeerDied | PeerTimeout) for _, error in results)
+    epoch = pool.next_epoch()
+    pool.run((0, 1), cases.everything, (0, 1), epoch, (40,), (torch.float32,), 0, (1,))
+    pool.start(2)
+    epoch = pool.next_epoch()
+    pool.run((0, 1, 2), cases.everything, (0, 1, 2), epoch, (40, 700), (torch.float32,), 0, (1,))
+    usage = next(d for d in pool.status().devices if d.device == 0)
+    assert usage.by_kind == {"window": 3 * LAYOUT.window_bytes}, "the killed seat's window was given back"
+
+
+def test_an_error_word_says_what_happened() -> None:
+    assert Failure.unpack(0) is None
+    word = 1 << 56 | 63 << 48 | 1 << 44 | 3 << 40 | 77
+    assert Failure.unpack(word) == Failure(kind=1, seat=63, channel=1, operation=3, step=77)

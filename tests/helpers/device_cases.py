@@ -1,0 +1,190 @@
+"""What the seats of `device_seats.py` do and check: the kernels' collectives against torch on gathered copies.
+
+Every function runs in the workers, at the same time in all seats of a membership.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elasticmoe_kernels.triton import collectives
+from elasticmoe_sglang.errors import CollectiveError
+from tests.helpers.device_seats import DeviceContext, Failed
+
+__all__ = ["Failed"]
+
+REDUCTIONS = {
+    collectives.SUM: lambda rows: rows.sum(0),
+    collectives.AVERAGE: lambda rows: rows.mean(0),
+    collectives.MINIMUM: lambda rows: rows.amin(0),
+    collectives.MAXIMUM: lambda rows: rows.amax(0),
+}
+
+GPU_CASES: tuple[tuple[tuple[int, ...], torch.dtype, int, tuple[int, ...]], ...] = (
+    ((3, 4096, 300_000), torch.bfloat16, 0, (collectives.SUM,)),
+    ((1000,), torch.bfloat16, 1, (collectives.SUM,)),
+    ((17, 65_536), torch.float16, 0, (collectives.SUM,)),
+    ((1000,), torch.float32, 0, (collectives.SUM,)),
+    ((5, 640), torch.int64, 0, (collectives.SUM,)),
+    ((70,), torch.uint8, 0, ()),
+)
+"""(counts, dtype, offset, reductions) for `everything`: few, since each kernel is compiled first."""
+
+
+def values(seat: int, count: int, dtype: torch.dtype, salt: int) -> Tensor:
+    """What a seat puts in: every process can make any seat's. On the CPU."""
+    generator = torch.Generator().manual_seed(1000 * salt + seat)
+    if dtype.is_floating_point:
+        return torch.randn(count, generator=generator).to(dtype)
+    return torch.randint(-(1 << 20), 1 << 20, (count,), generator=generator).to(dtype)
+
+
+def _spoiled(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((count,), float("nan") if dtype.is_floating_point else 5, dtype=dtype, device=device)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else torch.int64
+
+
+def _same(ours: Tensor, wanted: Tensor, what: str, *, exact: bool) -> None:
+    ours = ours.cpu()
+    if exact:
+        assert torch.equal(ours, wanted), f"{what}: {ours[:4]} is not {wanted[:4]}"
+        return
+    limit = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-6, torch.float64: 1e-14}[ours.dtype]
+    error = float((ours.double() - wanted.double()).norm() / max(1e-30, float(wanted.double().norm())))
+    assert error <= limit, f"{what}: relative error {error:g}"
+
+
+def everything(
+    context: DeviceContext,
+    seats: tuple[int, ...],
+    epoch: int,
+    counts: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    offset: int = 0,
+    reductions: tuple[int, ...] = tuple(REDUCTIONS),
+) -> int:
+    """All collectives of these sizes and dtypes; offset: elements by which the tensors miss a 16-byte boundary.
+
+    epoch: -1 leaves the membership as it is.
+
+    Returns how many results were compared.
+    """
+    if epoch >= 0:
+        context.adopt(seats, epoch)
+    device, group = context.device, context.everybody
+    made = 0
+    for salt, (dtype, count) in enumerate(itertools.product(dtypes, counts)):
+        made += _gather(device, group, seats, dtype, count, salt, offset)
+        if dtype in collectives.REDUCED_DTYPES:
+            for reduction in reductions:
+                if reduction != collectives.AVERAGE or dtype.is_floating_point:
+                    made += _reductions(device, group, seats, dtype, count, salt, offset, reduction)
+        made += _broadcast(device, group, seats, dtype, count, salt)
+    device.drain()
+    device.check()
+    return made
+
+
+def _gather(device: Any, group: Any, seats: Any, dtype: Any, count: int, salt: int, offset: int) -> int:
+    me, capacity = device.fabric.me, device.fabric.capacity
+    floats = dtype.is_floating_point
+    inp = _spoiled(count + offset, dtype, device.device)[offset:]
+    inp.copy_(values(me, count, dtype, salt))
+    out = _spoiled(capacity * count + offset, dtype, device.device)[offset:]
+    wanted = torch.zeros(capacity, count, dtype=dtype) if floats else torch.full((capacity, count), 5, dtype=dtype)
+    for seat in seats:
+        wanted[seat] = values(seat, count, dtype, salt)
+    collectives.all_gather(device.windows, group, out, inp, zero_absent=floats)
+    _same(out, wanted.view(-1), f"all_gather {count} {dtype}", exact=True)
+    return 1
+
+
+def _reductions(
+    device: Any, group: Any, seats: Any, dtype: Any, count: int, salt: int, offset: int, reduction: int
+) -> int:
+    me, capacity = device.fabric.me, device.fabric.capacity
+    parts = torch.stack([values(seat, capacity * count, dtype, salt) for seat in seats]).to(_wide(dtype))
+    wanted = REDUCTIONS[reduction](parts).to(dtype)
+    exact = reduction in (collectives.MINIMUM, collectives.MAXIMUM) or not dtype.is_floating_point
+    inp = _spoiled(capacity * count + offset, dtype, device.device)[offset:]
+    inp.copy_(values(me, capacity * count, dtype, salt))
+    out = _spoiled(count, dtype, device.device)
+    collectives.reduce_scatter(device.windows, group, out, inp, reduction=reduction)
+    _same(out, wanted[me * count : (me + 1) * count], f"reduce_scatter {count} {dtype}", exact=exact)
+    for sliced in (False, True):
+        out = _spoiled(capacity * count, dtype, device.device)
+        if sliced:  # in place
+            out = inp
+        collectives.all_reduce(device.windows, group, out, inp, reduction=reduction, sliced=sliced)
+        _same(out, wanted, f"all_reduce {count} {dtype} {sliced=}", exact=exact)
+    return 3
+
+
+def _broadcast(device: Any, group: Any, seats: Any, dtype: Any, count: int, salt: int) -> int:
+    for root in (seats[0], seats[-1]):
+        tensor = values(device.fabric.me, count, dtype, salt + root).to(device.device)
+        collectives.broadcast(device.windows, group, tensor, root=root)
+        _same(tensor, values(root, count, dtype, salt + root), f"broadcast {count} {dtype} from {root}", exact=True)
+    return 2
+
+
+def alone(context: DeviceContext, times: int) -> None:
+    """Collectives of a seat that is alone: they touch nobody, and count steps that nobody else counts."""
+    context.fabric.solo()
+    device, group = context.device, context.everybody
+    for turn in range(times):
+        assert _gather(device, group, (context.seat,), torch.float32, 40, turn, 0)
+    device.check()
+
+
+def meet_or_fail(context: DeviceContext, seats: tuple[int, ...], epoch: int, count: int, delay_s: float = 0.0) -> Any:
+    """One all-reduce after a delay: the seconds it took, and the error that the device reported (None: none)."""
+    context.adopt(seats, epoch)
+    device, group = context.device, context.everybody
+    tensor = torch.ones(count, dtype=torch.float32, device=device.device)
+    collectives.all_reduce(device.windows, group, tensor, tensor.clone())  # everybody is there, everything compiled
+    device.drain()
+    time.sleep(delay_s)
+    started = time.monotonic()
+    for _ in range(3):
+        collectives.all_reduce(device.windows, group, tensor, tensor.clone())
+    device.drain()
+    seconds = time.monotonic() - started
+    try:
+        device.check()
+    except CollectiveError as error:
+        return seconds, error
+    return seconds, None
+
+
+def differ(context: DeviceContext, seats: tuple[int, ...], epoch: int) -> Any:
+    """Seat 0 calls another size than the rest; the error of the device."""
+    context.adopt(seats, epoch)
+    device, group = context.device, context.everybody
+    tensor = torch.ones(64 if context.seat == 0 else 128, dtype=torch.float32, device=device.device)
+    collectives.all_reduce(device.windows, group, tensor, tensor.clone())
+    device.drain()
+    try:
+        device.check()
+    except CollectiveError as error:
+        return error
+    return None
+
+
+def warm_up(context: DeviceContext) -> None:
+    """Alone: every kernel that the GPU tests use is compiled."""
+    context.fabric.solo()
+    for counts, dtype, offset, reductions in GPU_CASES:
+        everything(context, (context.seat,), -1, counts, (dtype,), offset, reductions)
+    averages = (collectives.AVERAGE, collectives.MAXIMUM)
+    everything(context, (context.seat,), -1, (2048,), (torch.float32,), 0, averages)
+    most = torch.zeros(1, dtype=torch.int64, device=context.device.device)
+    collectives.all_reduce(context.device.windows, context.everybody, most, most, reduction=collectives.MAXIMUM)
