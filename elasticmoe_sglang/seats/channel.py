@@ -196,7 +196,8 @@ class Channel:
             known = self._identities.get(seat)
             if known is None:
                 continue  # nobody sat there yet: a seat that starts late
-            gone = self._fabric.control.identity(seat) != known or process_start_time(known[0]) != known[1]
+            # The process that sat there when the epoch began; a fresh one in the seat is not it.
+            gone = process_start_time(known[0]) != known[1]
             # It may have arrived and then died, while we slept.
             if gone and self._words[_LINES_WORD + _LINE_WORDS * seat + _ARRIVAL] < token:
                 self._fail(_DIED, seat, header, f"the process of seat {seat} (pid {known[0]}) is gone")

@@ -124,6 +124,17 @@ def test_many_steps_with_random_delays(tmp_path: Any, seats: tuple[int, ...]) ->
         pool.close()
 
 
+def test_sleepers_are_woken(tmp_path: Any) -> None:
+    seats, steps = (0, 1, 2), 200
+    pool = SeatPool(3, scratch=str(tmp_path), window_bytes=12 << 10)
+    try:
+        pool.run(seats, cases.late_seat_barriers, seats, 1, steps)
+        # Nobody relied on looking up every 50 ms.
+        assert pool.seconds[0] < steps * 0.02
+    finally:
+        pool.close()
+
+
 def test_a_waiting_seat_does_not_burn_its_core(tmp_path: Any) -> None:
     pool = SeatPool(2, scratch=str(tmp_path), window_bytes=8 << 10)
     try:

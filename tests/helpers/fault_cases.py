@@ -73,3 +73,12 @@ def receive_from(context: SeatContext, seats: tuple[int, ...], epoch: int, sourc
 def send_to(context: SeatContext, seats: tuple[int, ...], epoch: int, target: int, count: int) -> None:
     context.adopt(seats, epoch)
     dist.send(torch.zeros(count), target, group=context.memo["group"])
+
+
+def late_seat_barriers(context: SeatContext, seats: tuple[int, ...], epoch: int, steps: int) -> None:
+    """The last seat comes a millisecond late to every barrier, so the others sleep in every one."""
+    context.adopt(seats, epoch)
+    for _ in range(steps):
+        if context.seat == seats[-1]:
+            time.sleep(1e-3)
+        dist.barrier(group=context.memo["group"])
