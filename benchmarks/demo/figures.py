@@ -171,7 +171,7 @@ def _change(change: Change, records: list[StreamRecord], begin: float) -> Change
     row = ChangeFigures(
         old=change.old,
         new=change.new,
-        phase="refused",
+        phase="error",
         error=change.error,
         asked_s=round(change.asked_at - begin, 3),
         ended_s=round(ended_at - begin, 3),
