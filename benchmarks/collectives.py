@@ -178,7 +178,8 @@ def against_gloo(size: int) -> list[dict[str, Any]]:
             rows.append(row)
             print(
                 f"{size} seats  {name:32} {nbytes:>9} B  {ours:9.1f} us (best {our_best:9.1f})  "
-                f"gloo {theirs:9.1f} us (best {their_best:9.1f})  x{row['times_faster']} (best x{row['times_faster_best']})",
+                f"gloo {theirs:9.1f} us (best {their_best:9.1f})  "
+                f"x{row['times_faster']} (best x{row['times_faster_best']})",
                 flush=True,
             )
     return rows
