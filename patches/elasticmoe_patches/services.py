@@ -18,11 +18,13 @@ from typing import Any, TypeVar
 
 import psutil
 
+from elasticmoe_sglang import janitor
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.handle import CoordinatorHandle
 from elasticmoe_sglang.coordinator.healer import Healer
 from elasticmoe_sglang.coordinator.memory_port import HmmMemory, release_leftovers
+from elasticmoe_sglang.coordinator.memory_watch import MemoryWatch
 from elasticmoe_sglang.coordinator.seat_lines import Heard, SeatLines
 from elasticmoe_sglang.coordinator.seats_port import ProcessSeats
 from elasticmoe_sglang.errors import SeatError
@@ -33,7 +35,7 @@ from elasticmoe_sglang.planner import initial_placement
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.seats import messages as sm
 from elasticmoe_sglang.seats.control import ControlPage
-from elasticmoe_sglang.seats.region import format_region, release_stale_regions
+from elasticmoe_sglang.seats.region import format_region, open_region, release_stale_regions
 
 logger = logging.getLogger(__name__)
 
@@ -57,24 +59,33 @@ class Services:
         self.runtime = runtime
         self.coordinator: Coordinator | None = None
         self.hmm: HmmProcess | None = None
+        if runtime.config.run_dir is None:
+            janitor.watch(str(runtime.paths.run_dir), os.getpid())
         if runtime.config.hmm_endpoint is None:
-            self.hmm = spawn_hmm(runtime.paths.hmm_endpoint, budgets(runtime.config))
-        with HmmClient(runtime.hmm_endpoint, name="launcher") as client:
-            release_stale_regions(client, runtime.run_id)
-            self.control: ControlPage = format_region(client, runtime.config, runtime.run_id)
-            self._imm: subprocess.Popen[bytes] = start_imm("elasticmoe_patches.imm", [])
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="elasticmoe-coordinator", daemon=True)
-            self._thread.start()
-            self._tokenizer: Any = None
-            self._early: list[Heard] = []
-            self._seats: ProcessSeats | None = None
-            self._lines = SeatLines(
-                runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._heard, self._end_server
-            )
-            # The IMM takes its time to import SGLang; the launch goes on meanwhile.
-            self._lines_open = self.call(self._open_lines())
+            self._start_hmm()
+        self._client = HmmClient(runtime.hmm_endpoint, name="coordinator")
+        release_stale_regions(self._client, runtime.run_id)
+        # The handle stays open: another HMM gets the region from here.
+        self._region = open_region(self._client, runtime.config, runtime.run_id)
+        self.control: ControlPage = format_region(self._region, runtime.config)
+        self._imm: subprocess.Popen[bytes] = start_imm("elasticmoe_patches.imm", [])
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="elasticmoe-coordinator", daemon=True)
+        self._thread.start()
+        self._tokenizer: Any = None
+        self._early: list[Heard] = []
+        self._seats: ProcessSeats | None = None
+        self._lines = SeatLines(
+            runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._heard, self._end_server
+        )
+        # The IMM takes its time to import SGLang; the launch goes on meanwhile.
+        self._lines_open = self.call(self._open_lines())
         atexit.register(self.stop)
+
+    def _start_hmm(self) -> None:
+        """Our own HMM, if it is not running."""
+        if self.hmm is None or not self.hmm.alive():
+            self.hmm = spawn_hmm(self.runtime.paths.hmm_endpoint, budgets(self.runtime.config))
 
     async def _open_lines(self) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self._wait_for_imm)
@@ -107,7 +118,7 @@ class Services:
         membership = self.control.read_membership()
         hellos = await asyncio.gather(*(self._lines.expect(sm.Hello, seat=seat) for seat in membership.seats))
         placement = initial_placement(hellos[0].columns, membership.seats)
-        hmm = AsyncHmmClient(self.runtime.hmm_endpoint, name="coordinator")
+        hmm = AsyncHmmClient(self.runtime.hmm_endpoint, name="coordinator", client=self._client)
         await release_leftovers(hmm, placement, {config.device_of(seat) for seat in membership.seats}, config)
         self._seats = ProcessSeats(
             config=config,
@@ -135,7 +146,16 @@ class Services:
         coordinator = Coordinator(
             config=config, membership=membership, placement=placement, memory=HmmMemory(hmm), seats=self._seats
         )
-        healer = Healer(coordinator, self._seats, deadline_s=config.commit_deadline_s, on_failure=self._end_server)
+        watch = MemoryWatch(
+            coordinator, self._seats, hmm, config, restart=None if self.hmm is None else self._start_hmm
+        )
+        healer = Healer(
+            coordinator,
+            self._seats,
+            deadline_s=config.commit_deadline_s,
+            on_failure=self._end_server,
+            memory_whole=watch.whole,
+        )
         return coordinator
 
     # -- SGLang's message way, owned by the main thread's event loop -----------------------------------------------

@@ -29,7 +29,7 @@ FORBIDDEN = {
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("", "errors"),
-    ("units", "messages", "tiny_model", "model_shape", "faults"),
+    ("units", "messages", "tiny_model", "model_shape", "faults", "janitor"),
     ("config", "seats.membership"),
     ("runtime", "launch_config"),
     ("hmm", "planner", "moe"),
