@@ -59,10 +59,12 @@ def _timelines(pyplot: Any, results: Sequence[Result], logs: Sequence[RunLog]) -
             end = change.effective_at or change.ended_at
             axes.axvspan(change.requested_at, end, color=_COLOURS[log.method], alpha=0.18, linewidth=0)
         failed = [request.due_at for request in log.requests if not is_complete(request)]
-        axes.plot(failed, [0] * len(failed), "x", color="black", markersize=5, clip_on=False)
+        if failed:
+            axes.plot(failed, [0] * len(failed), "x", color="black", markersize=5, clip_on=False)
         axes.set_title(_headline(result), fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(bottom=0)
+        axes.set_xlim(0, max(len(tokens_per_second(each)) for each in logs))
     all_axes[len(logs) // 2, 0].set_ylabel("output tokens/s")
     all_axes[-1, 0].set_xlabel("seconds   (shaded: change asked for until the new size serves; x: failed request)")
     return figure
