@@ -6,6 +6,7 @@ outside the tree: `python -m elasticmoe_sglang.janitor RUN_DIR PID` forks away, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -43,10 +44,8 @@ def _close_inherited(keep: int) -> None:
         os.dup2(null, standard)
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd > 2 and fd != keep:
-            try:
+            with contextlib.suppress(OSError):  # the listing's own descriptor
                 os.close(fd)
-            except OSError:
-                pass  # the listing's own descriptor
 
 
 if __name__ == "__main__":
