@@ -20,7 +20,7 @@ def janitors(folder: Path) -> list[int]:
     ]
 
 
-def gone(what, timeout_s: float = 10.0) -> bool:
+def gone(what, timeout_s: float = 30.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while what() and time.monotonic() < deadline:
         time.sleep(0.02)
