@@ -140,9 +140,8 @@ class Experiment:
         for rate in d.rates or (d.rate,):
             for method in d.methods:
                 for ablation in d.ablations if d.ablations and method == "elastic" else ("",):
-                    label = " ".join(
-                        filter(None, (method, ablation and f"without {ablation}", d.rates and f"at {rate:g}/s"))
-                    )
+                    words = [method, f"without {ablation}" if ablation else "", f"at {rate:g}/s" if d.rates else ""]
+                    label = " ".join(filter(None, words))
                     cases.append(
                         Case(label=label, method=method, plan=self._plan(rate), settings=self._settings(ablation))
                     )

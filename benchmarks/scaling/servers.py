@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from benchmarks.server import ElasticServer
 from benchmarks.streams import StreamClient, StreamRecord
@@ -84,14 +83,9 @@ class Instance(ElasticServer):
         await self.client.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
-        await super().__aexit__(kind, error, traceback)
-        await self.client.__aexit__(kind, error, traceback)
+    async def __aexit__(self, *reason: object) -> None:
+        await super().__aexit__(*reason)
+        await self.client.__aexit__(*reason)
 
     async def ask(self, record: StreamRecord) -> None:
         """Fill the record; see `StreamClient.run`."""

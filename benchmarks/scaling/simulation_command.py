@@ -33,7 +33,6 @@ _ROOT = Path(__file__).parents[2]
 _SIZES = (8, 16, 32, 64, 128, 256)
 _DTYPES = {"h200": "fp8_block128", "910c": "bfloat16"}
 _CONTEXT = 4096
-_TINY = {"layers": 8, "hidden": 512, "experts": 32}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -120,7 +119,7 @@ def predictions(
 
 def _validate(args: argparse.Namespace) -> tuple[list[Check], Costs]:
     with tempfile.TemporaryDirectory(prefix="elasticmoe-bench-") as folder:
-        model = make_tiny_model(Path(folder) / "model", **_TINY)
+        model = make_tiny_model(Path(folder) / "model", layers=8, hidden=512, experts=32)
         shape = shape_of(json.loads((model / "config.json").read_text()))
         if args.points:
             points = read_points(args.points)

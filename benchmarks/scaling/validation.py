@@ -124,9 +124,9 @@ def measure_copy_rate(nbytes: int = 64 << 20) -> float:
     rates = []
     for _ in range(3):
         target = mmap.mmap(-1, nbytes)
-        addresses = [ctypes.addressof(ctypes.c_char.from_buffer(area)) for area in (target, source)]
+        to, origin = (ctypes.addressof(ctypes.c_char.from_buffer(area)) for area in (target, source))
         started = time.perf_counter()
-        ctypes.memmove(*addresses, nbytes)
+        ctypes.memmove(to, origin, nbytes)
         rates.append(nbytes / (time.perf_counter() - started))
     return sorted(rates)[1]
 
