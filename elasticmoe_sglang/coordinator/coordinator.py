@@ -61,7 +61,7 @@ class Coordinator:
         self._task: asyncio.Task[None] | None = None
         self._submitting = asyncio.Lock()
         self._closed = False
-        self._healing: str | None = None
+        self._holds: list[ElasticMoEError] = []
 
     @property
     def membership(self) -> Membership:
@@ -116,8 +116,9 @@ class Coordinator:
             )
         if self._closed:
             raise OperationInProgress("the server is shutting down")
-        if self._healing is not None:
-            raise OperationInProgress(self._healing, hint="Ask again in a second or two")
+        held = self._memory_hold() or next(iter(self._holds), None)
+        if held is not None:
+            raise type(held)(held.what, hint=held.hint)
         plan = plan_scale(self._membership, self._placement, wish)
         if not plan.is_noop:
             await self._check_room(plan)
@@ -161,15 +162,18 @@ class Coordinator:
         self._membership = membership
         self._placement = placement
 
-    async def hold(self, reason: str) -> None:
-        """Refuse wishes with this sentence until `resume`, and wait for the running change to end."""
-        self._healing = reason
+    async def hold(self, reason: ElasticMoEError) -> None:
+        """Refuse wishes with an error like this one until `resume`, and wait for the running change to end."""
+        self._holds.append(reason)
         if self._task is not None and not self._task.done():
             await asyncio.wait({self._task})
 
-    def resume(self) -> None:
-        """Take wishes again."""
-        self._healing = None
+    def resume(self, reason: ElasticMoEError) -> None:
+        """Take wishes again, as far as this hold is concerned."""
+        self._holds.remove(reason)
+
+    def _memory_hold(self) -> HmmUnavailable | None:
+        return next((hold for hold in self._holds if isinstance(hold, HmmUnavailable)), None)
 
     def _remember(self, operation: RunningOperation) -> None:
         self._latest = operation
@@ -204,6 +208,10 @@ class Coordinator:
 
     async def _memory_status(self) -> MemoryStatus:
         """The HMM's answer, or why there is none: the rest of the server's status does not depend on it."""
+        held = self._memory_hold()
+        if held is not None:
+            error = f"{held.what}. {held.hint}"
+            return MemoryStatus(available=False, endpoint=self._config.hmm_endpoint, error=error)
         try:
             return await asyncio.wait_for(self._memory.status(), _MEMORY_STATUS_S)
         except asyncio.TimeoutError:

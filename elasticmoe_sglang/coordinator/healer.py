@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.recovery import plan_recovery
 from elasticmoe_sglang.coordinator.seats_port import ProcessSeats
-from elasticmoe_sglang.errors import ElasticMoEError
+from elasticmoe_sglang.errors import ElasticMoEError, OperationInProgress
 
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
+# Survivors wait longer than this to be told how to go on.
+_MEMORY_S = 20.0
 
 
 class Healer:
@@ -23,6 +25,7 @@ class Healer:
     Args:
         deadline_s: for the survivors to meet at the gate, each attempt.
         on_failure: serving cannot go on; gets a sentence.
+        memory_whole: waits, that many seconds at most, while an HMM that died is being replaced.
     """
 
     def __init__(
@@ -32,11 +35,13 @@ class Healer:
         *,
         deadline_s: float,
         on_failure: Callable[[str], None],
+        memory_whole: Callable[[float], Awaitable[None]],
     ) -> None:
         self._coordinator = coordinator
         self._seats = seats
         self._deadline_s = deadline_s
         self._on_failure = on_failure
+        self._memory_whole = memory_whole
         self._dead: set[int] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -49,7 +54,10 @@ class Healer:
 
     async def _heal(self) -> None:
         started = time.monotonic()
-        await self._coordinator.hold("a seat has died and the others are taking over")
+        hold = OperationInProgress(
+            "a seat has died and the others are taking over", hint="Ask again in a second or two"
+        )
+        await self._coordinator.hold(hold)
         problem: Exception | None = None
         for attempt in range(_ATTEMPTS):
             dead = set(self._dead)
@@ -57,6 +65,7 @@ class Healer:
                 break
             plan = plan_recovery(self._seats.membership(), self._coordinator.placement, dead, replace_all=attempt > 0)
             try:
+                await self._memory_whole(_MEMORY_S)
                 sent = await asyncio.wait_for(self._seats.recover(plan, self._deadline_s), 4 * self._deadline_s)
             except (ElasticMoEError, OSError, asyncio.TimeoutError) as error:
                 problem = error
@@ -76,4 +85,4 @@ class Healer:
             )
         if self._dead:
             self._on_failure(f"seats {sorted(self._dead)} were lost and could not be replaced: {problem}")
-        self._coordinator.resume()
+        self._coordinator.resume(hold)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.views import DeviceMemory, MemoryStatus
+from elasticmoe_sglang.errors import HmmUnavailable, TransactionError
 from elasticmoe_sglang.hmm.client import AsyncHmmClient
 from elasticmoe_sglang.hmm.vmm.base import round_up
 from elasticmoe_sglang.planner import Placement
+
+logger = logging.getLogger(__name__)
 
 
 class HmmMemory:
@@ -16,6 +21,7 @@ class HmmMemory:
 
     def __init__(self, client: AsyncHmmClient) -> None:
         self._client = client
+        self._instances: dict[str, str | None] = {}  # of open transactions: the HMM that has them
 
     async def status(self) -> MemoryStatus:
         status = await self._client.status()
@@ -41,13 +47,23 @@ class HmmMemory:
         )
 
     async def begin(self, operation_id: str) -> str:
-        return await self._client.begin(operation_id)
+        txn = await self._client.begin(operation_id)
+        self._instances[txn] = self._client.attached_to()
+        return txn
 
     async def commit(self, txn: str) -> None:
+        del self._instances[txn]
         await self._client.commit(txn)
 
     async def rollback(self, txn: str) -> None:
-        await self._client.rollback(txn)
+        instance = self._instances.pop(txn)
+        try:
+            await self._client.rollback(txn)
+        except (HmmUnavailable, TransactionError) as error:
+            # With its HMM the transaction has ended, and nobody else has its memory: the seats have unmapped it.
+            if instance is not None and self._client.attached_to() == instance:
+                raise
+            logger.warning("transaction %s went with its HMM: %s", txn, error)
 
 
 async def release_leftovers(

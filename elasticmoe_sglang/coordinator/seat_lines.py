@@ -106,8 +106,10 @@ class SeatLines:
                 return False
             if isinstance(message, imm.SeatExited | imm.Refused):
                 return exits or isinstance(message, kind)
+            if isinstance(message, sm.Failed):  # of another operation it may be old
+                return message.operation_id == operation_id
             same = operation_id is None or getattr(message, "operation_id", operation_id) == operation_id
-            return same and (isinstance(message, sm.Failed) or (isinstance(message, kind) and about(message)))
+            return same and isinstance(message, kind) and about(message)
 
         heard = await self._next(wanted)
         if isinstance(heard, kind):

@@ -78,6 +78,7 @@ class ProcessSeats:
         self._on_seat_lost = on_seat_lost
         self._pids: dict[int, int] = {}
         self._standbys: list[int] = []
+        self._hellos: dict[int, sm.Hello] = {}
         self._booting: set[int] = set()
         self._departures: dict[int, _Departure] = {}
         self._attempt = 0
@@ -93,7 +94,10 @@ class ProcessSeats:
             self._pids[message.seat] = message.pid
         elif isinstance(message, imm.SeatExited):
             self._pids.pop(message.seat, None)
+            self._hellos.pop(message.seat, None)
             self._check_loss(message)
+        elif isinstance(message, sm.Hello):
+            self._hellos[message.seat] = message
         elif isinstance(message, sm.Paused):
             self.pauses[message.seat] = message.pause_ms
         elif isinstance(message, sm.Broken) and message.culprit in self._pids.keys() - self._booting:
@@ -131,7 +135,17 @@ class ProcessSeats:
             else:
                 pid = next(standbys, None)
                 state = SeatState.STANDBY if pid is not None else SeatState.EMPTY
-            infos.append(SeatInfo(seat=seat, state=state, device=self._config.device_of(seat), pid=pid))
+            hello = self._hellos.get(seat)
+            infos.append(
+                SeatInfo(
+                    seat=seat,
+                    state=state,
+                    device=self._config.device_of(seat),
+                    pid=pid,
+                    checkpoint_bytes=hello.checkpoint_bytes if hello else None,
+                    load_s=hello.load_s if hello else None,
+                )
+            )
         return infos
 
     # -- prepare ------------------------------------------------------------------------------------------------
@@ -273,6 +287,19 @@ class ProcessSeats:
 
     async def _adopted(self, survivor: int, leaver: int) -> sm.Adopted:
         return await self._lines.expect(sm.Adopted, seat=survivor, about=lambda message: message.leaver == leaver)
+
+    # -- another HMM ----------------------------------------------------------------------------------------------
+
+    async def offer_memory(self) -> int:
+        """Have every seat offer what it maps to the HMM that answers now. Returns how many blocks it did not have."""
+        operation_id = f"offer-{time.monotonic_ns()}"
+        seats = [seat for seat in self.membership().seats if seat in self._pids]
+        for seat in seats:
+            await self._lines.tell_seat(seat, sm.OfferMemory(operation_id=operation_id))
+        offered = await asyncio.gather(
+            *(self._lines.expect(sm.Offered, seat=seat, operation_id=operation_id) for seat in seats)
+        )
+        return sum(message.blocks for message in offered)
 
     # -- a seat's death -----------------------------------------------------------------------------------------
 

@@ -91,12 +91,18 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SeatInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One seat. `pid` is None when no process sits in it."""
+    """One seat. `pid` is None when no process sits in it.
+
+    checkpoint_bytes: what its process read of the checkpoint; load_s: seconds in which it filled or attached its
+        weights. None until it has said so.
+    """
 
     seat: int
     state: SeatState
     device: int
     pid: int | None = None
+    checkpoint_bytes: int | None = None
+    load_s: float | None = None
 
 
 class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):

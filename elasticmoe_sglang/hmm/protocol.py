@@ -194,6 +194,7 @@ class HmmStatus(Message, frozen=True, kw_only=True):
     """The whole state of an HMM.
 
     instance: changes with every start; of another instance's blocks it knows those that were offered to it.
+    granularity: bytes; sizes are rounded up to multiples of it.
     adopted_blocks: taken over from clients since it started.
     blocks: live ones; retired_blocks: released but still mapped by a client, so still charged.
     host_bytes: shared regions, outside every budget.
@@ -203,6 +204,7 @@ class HmmStatus(Message, frozen=True, kw_only=True):
     endpoint: str
     instance: str
     backend: str
+    granularity: int
     uptime_s: float
     devices: list[DeviceUsage]
     host_bytes: int

@@ -311,6 +311,7 @@ class HmmService:
             endpoint=self.endpoint,
             instance=self.instance,
             backend=self.backend.name,
+            granularity=self.backend.granularity,
             uptime_s=round(now - self._started, 3),
             devices=self.ledger.usage(),
             host_bytes=self.ledger.used(p.HOST),

@@ -63,8 +63,25 @@ class CountRequests(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     forget: int
 
 
+class OfferMemory(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Coordinator -> seat: the HMM has ended; offer what is mapped here to the one that answers now."""
+
+    operation_id: str
+
+
+class Offered(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Seat -> coordinator: `OfferMemory` is done; `blocks` were new to the HMM."""
+
+    seat: int
+    operation_id: str
+    blocks: int
+
+
 class Hello(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Seat -> coordinator: this process sits in the seat. `stage`: serving (started with the server) or gate."""
+    """Seat -> coordinator: this process sits in the seat. `stage`: serving (started with the server) or gate.
+
+    boot_s: from taking the seat on; load_s: of it, building the model and filling or attaching its weights.
+    """
 
     seat: int
     pid: int
@@ -75,6 +92,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     checkpoint_bytes: int
     pulled_bytes: int
     boot_s: float
+    load_s: float
 
 
 class Pulled(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -179,6 +197,8 @@ Message = (
     | ReleaseAdopted
     | Recover
     | CountRequests
+    | OfferMemory
+    | Offered
     | Hello
     | Pulled
     | Dropped

@@ -38,13 +38,11 @@ def release_stale_regions(client: HmmClient, run_id: str) -> int:
     return len(stale)
 
 
-def format_region(client: HmmClient, config: ElasticConfig, run_id: str) -> ControlPage:
+def format_region(region: RegionHandle, config: ElasticConfig) -> ControlPage:
     """Before the first seat starts: empty seats, and the first membership in epoch 0."""
-    region = open_region(client, config, run_id)
     control = Fabric.format(region.fd, capacity=config.max_ep_size, channels=CHANNELS, window_bytes=config.window_bytes)
     control.publish_membership(Membership(seats=tuple(range(config.ep_size)), epoch=0, capacity=config.max_ep_size))
     shared = SharedRegion(region.fd)
-    region.close()
     page = ControlPage(shared)
     shared.close_fd()
     return page

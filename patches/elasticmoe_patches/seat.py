@@ -105,6 +105,7 @@ class Seat:
             {
                 sm.PullColumns: self._pull,
                 sm.DropColumns: self._drop,
+                sm.OfferMemory: self._offer,
                 sm.ReleaseAdopted: self._release_adopted,
                 sm.Recover: self._recover,
                 sm.CountRequests: self._count,
@@ -143,6 +144,10 @@ class Seat:
         assert isinstance(message, sm.DropColumns)
         return sm.Dropped(seat=self.me, operation_id=message.operation_id, columns=self.memory.unmap(message.columns))
 
+    def _offer(self, message: sm.Message) -> sm.Message:
+        assert isinstance(message, sm.OfferMemory)
+        return sm.Offered(seat=self.me, operation_id=message.operation_id, blocks=self.client.offer())
+
     def _release_adopted(self, message: sm.Message) -> None:
         assert isinstance(message, sm.ReleaseAdopted)
         self.arrivals.released.add(message.leaver)
@@ -174,6 +179,7 @@ class Seat:
                 checkpoint_bytes=self.checkpoint_bytes,
                 pulled_bytes=self.memory.pulled_bytes,
                 boot_s=time.monotonic() - self.started,
+                load_s=self.load_seconds,
             )
         )
 
@@ -200,6 +206,7 @@ class Seat:
         if decision is not Decision.COMMIT:
             raise CommitError("the change that would have brought this seat in was given up", seat=self.me)
         self._enter(self.ticket.members, self.ticket.epoch)
+        self.fault_point("gate.after")
         logger.info("seat %d joined in epoch %d", self.me, self.ticket.epoch)
 
     def serve(self) -> None:

@@ -24,8 +24,10 @@ def client(tmp_path: Path) -> Iterator[HmmClient]:
 
 
 def test_a_new_server_gives_back_what_a_dead_one_left(client: HmmClient) -> None:
-    format_region(client, CONFIG, "old")
-    page = format_region(client, CONFIG, "new")
+    open_region(client, CONFIG, "old").close()
+    region = open_region(client, CONFIG, "new")
+    page = format_region(region, CONFIG)
+    region.close()
     assert release_stale_regions(client, "new") == 1
     assert [block.name for block in client.lookup(kind="window")] == ["fabric-new"]
     assert release_stale_regions(client, "new") == 0
@@ -33,7 +35,9 @@ def test_a_new_server_gives_back_what_a_dead_one_left(client: HmmClient) -> None
 
 
 def test_every_process_of_a_server_sees_the_same_page(client: HmmClient) -> None:
-    page = format_region(client, CONFIG, "run")
+    first = open_region(client, CONFIG, "run")
+    page = format_region(first, CONFIG)
+    first.close()
     page.routing_mask = 0b101
     region = open_region(client, CONFIG, "run")
     from elasticmoe_sglang.seats.control import ControlPage, SharedRegion

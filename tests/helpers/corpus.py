@@ -95,14 +95,14 @@ def make_corpus(folder: Path, arch: Arch) -> Corpus:
     long = [prompt(LONG) for _ in range(_LONG_CANDIDATES)]
     feature_prompts = [prompt(length) for length in (9, 40)]
     with SglangServer(args, log=folder / "plain.log") as server, Load(server.url) as load:
-        cases = _ask(load, short, TOKENS)
-        long_cases = _ask(load, long, _LONG_TOKENS)
+        cases = ask(load, short, TOKENS)
+        long_cases = ask(load, long, _LONG_TOKENS)
         features = [_ask_feature(load, name, each) for name in (*_FEATURES, "stop") for each in feature_prompts]
     assert len(cases) >= 16 and len(long_cases) >= 3, "too few prompts whose answer is certain"
     return Corpus(model=model, cases=cases, long=long_cases, features=features)
 
 
-def _ask(load: Load, prompts: Sequence[list[int]], tokens: int) -> list[Case]:
+def ask(load: Load, prompts: Sequence[list[int]], tokens: int) -> list[Case]:
     """Without those where a token was chosen by less than rounding may change."""
     streams = [load.start(prompt, tokens, return_logprob=True, top_logprobs_num=2) for prompt in prompts]
     load.wait(streams)

@@ -1,0 +1,318 @@
+"""A process is killed in each phase of a change, up and down: serving goes on, nothing is lost, the next change works.
+
+One server for all cases, with streams running all the time. The points at which processes are killed are those of
+`elasticmoe_sglang/faults.py`. At the end the matrix is printed (`pytest -s`), and written to the file that
+ELASTICMOE_FAULT_MATRIX names.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import pytest
+
+from elasticmoe_sglang.faults import ENV_FAULTS, FAULT_FILE
+from elasticmoe_sglang.tiny_model import VOCAB, make_tiny_model
+from tests.helpers.corpus import Case as Prompt
+from tests.helpers.corpus import ask
+from tests.helpers.elastic import ElasticServer
+from tests.helpers.load import Load, Pump, Stream, longest_gap, settled
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+
+Role = Literal["joiner", "survivor", "leaver", "seat 0", "HMM"]
+Way = Literal["2 -> 4", "4 -> 2"]
+Phase = Literal["preparing", "committing", "finishing"]
+
+TOKENS = 96
+STREAMS = 4
+# The target is 2 s on a quiet machine; tests share theirs with others.
+BACK_WITHIN_S = 15.0
+SETTLED_WITHIN_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Who is killed when. `point` is reached by the seat in the part of `at`, which kills itself or the victim."""
+
+    victim: Role
+    way: Way
+    phase: Phase
+    point: str
+    at: Role
+
+    @property
+    def id(self) -> str:
+        return f"{self.way.replace(' ', '')}-{self.phase}-{self.victim.replace(' ', '')}-{self.point}"
+
+
+def _up(victim: Role, phase: Phase, point: str, at: Role) -> Fault:
+    return Fault(victim=victim, way="2 -> 4", phase=phase, point=point, at=at)
+
+
+def _down(victim: Role, phase: Phase, point: str, at: Role) -> Fault:
+    return Fault(victim=victim, way="4 -> 2", phase=phase, point=point, at=at)
+
+
+FAULTS = (
+    _up("joiner", "preparing", "boot.attached", "joiner"),
+    _up("joiner", "committing", "commit.received", "survivor"),
+    _up("joiner", "finishing", "gate.after", "joiner"),
+    _up("survivor", "preparing", "boot.attached", "joiner"),
+    _up("survivor", "committing", "gate.before", "survivor"),
+    _up("survivor", "finishing", "gate.after", "survivor"),
+    _up("seat 0", "preparing", "boot.attached", "joiner"),
+    _up("seat 0", "committing", "gate.before", "seat 0"),
+    _up("seat 0", "finishing", "gate.after", "seat 0"),
+    _up("HMM", "preparing", "boot.attached", "joiner"),
+    _up("HMM", "committing", "commit.received", "survivor"),
+    _up("HMM", "finishing", "gate.after", "survivor"),
+    _down("survivor", "preparing", "pull.started", "survivor"),
+    _down("survivor", "committing", "gate.before", "survivor"),
+    _down("survivor", "finishing", "adopt.before", "survivor"),
+    _down("leaver", "preparing", "pull.started", "survivor"),
+    _down("leaver", "committing", "gate.before", "leaver"),
+    _down("leaver", "finishing", "leave.sending", "leaver"),
+    _down("leaver", "finishing", "leave.sent", "leaver"),
+    _down("seat 0", "preparing", "pull.started", "seat 0"),
+    _down("seat 0", "committing", "gate.before", "seat 0"),
+    _down("seat 0", "finishing", "gate.after", "seat 0"),
+    _down("HMM", "preparing", "pull.started", "survivor"),
+    _down("HMM", "committing", "commit.received", "survivor"),
+    _down("HMM", "finishing", "gate.after", "survivor"),
+)
+ALWAYS = {
+    ("joiner", "preparing"),
+    ("survivor", "committing"),
+    ("leaver", "finishing"),
+    ("seat 0", "committing"),
+    ("HMM", "preparing"),
+}
+"""Victims and phases that every test run covers, in the first of their cases; the others are for `make soak`."""
+
+
+def _params() -> Iterator[Any]:
+    seen: set[tuple[str, str]] = set()
+    for fault in FAULTS:
+        key = (fault.victim, fault.phase)
+        quick = key in ALWAYS and key not in seen
+        seen.add(key)
+        yield pytest.param(fault, id=fault.id, marks=() if quick else pytest.mark.soak)
+
+
+@dataclass
+class Row:
+    """One case's outcome."""
+
+    fault: Fault
+    phase: str
+    gap_s: float
+    median_ms: float
+    settled_s: float
+    requests: int
+
+
+@dataclass
+class Bench:
+    """The server under test, with prompts and the tokens that must follow."""
+
+    server: ElasticServer
+    load: Load
+    prompts: list[Prompt]
+    run_dir: Path
+    rows: list[Row] = field(default_factory=list)
+    rng: random.Random = field(default_factory=lambda: random.Random(3))
+
+    def request(self, load: Load) -> Stream:
+        prompt = self.rng.choice(self.prompts)
+        stream = load.start(prompt.prompt, self.rng.randint(TOKENS // 2, TOKENS))
+        self.expected[stream.rid] = prompt.ids
+        return stream
+
+    expected: dict[str, list[int]] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("matrix")
+    run_dir = Path(tempfile.mkdtemp(prefix="em-"))  # a short path: it holds sockets
+    model = make_tiny_model(folder / "model", arch="qwen3_moe")
+    rng = random.Random(11)
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((2, 17, 64)))] for _ in range(20)]
+    args = ["--elasticmoe-run-dir", str(run_dir)]
+    try:
+        with (
+            ElasticServer(model, args, log=folder / "server.log", env={ENV_FAULTS: "1"}) as server,
+            Load(server.url) as load,
+        ):
+            found = Bench(server=server, load=load, prompts=ask(load, prompts, TOKENS), run_dir=run_dir)
+            yield found
+            _publish(found.rows)
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _publish(rows: list[Row]) -> None:
+    lines = [
+        "| change | phase | killed | at | ended as | longest gap, s | whole again, s | requests |",
+        "|" + "---|" * 8,
+    ]
+    for row in rows:
+        fault = row.fault
+        lines.append(
+            f"| {fault.way} | {fault.phase} | {fault.victim} | {fault.point} | {row.phase} | {row.gap_s:.2f} "
+            f"| {row.settled_s:.2f} | {row.requests} |"
+        )
+    text = "\n".join(lines)
+    print("\n" + text)
+    if path := os.environ.get("ELASTICMOE_FAULT_MATRIX"):
+        Path(path).write_text(text + "\n")
+
+
+def change(bench: Bench, size: int) -> dict[str, Any]:
+    """A change without a fault; asked for again while the server refuses because it is still recovering."""
+    deadline = time.monotonic() + SETTLED_WITHIN_S
+    while True:
+        response = bench.server.post("/scale_elastic_ep", {"new_ep_size": size, "wait": True})
+        if response.status_code == 200:
+            operation: dict[str, Any] = response.json()
+            assert operation["phase"] == "done", f"{operation['error']}\n{bench.server.log_tail(200)}"
+            return operation
+        assert response.status_code in (409, 503), response.text
+        assert time.monotonic() < deadline, f"still refused: {response.text}"
+        time.sleep(0.1)
+
+
+def imbalance(status: dict[str, Any]) -> str | None:
+    """What the HMM's ledger has that the placement does not explain, or the other way round; None when they agree."""
+    memory = status["memory"]
+    if not memory["available"]:
+        return str(memory["error"])
+    devices = {seat["seat"]: seat["device"] for seat in status["seats"]}
+    for device in memory["devices"]:
+        here = [seat for seat in status["membership"] if devices[seat] == device["device"]]
+        columns = sum(devices[owner] == device["device"] for owner in status["placement"])
+        wanted = {"column": columns * memory["column_bytes"], "dense": memory["dense_bytes"] if here else 0}
+        if {kind: size for kind, size in wanted.items() if size} != device["by_kind"]:
+            return f"device {device['device']} holds {device['by_kind']}, wanted {wanted}"
+    return None
+
+
+def whole(bench: Bench) -> bool:
+    """The server has come to rest: ledger and placement agree, and every member has a living process."""
+    status = bench.server.status()
+    pids = [seat["pid"] for seat in status["seats"] if seat["seat"] in status["membership"]]
+    states = {seat["state"] for seat in status["seats"] if seat["seat"] in status["membership"]}
+    return imbalance(status) is None and states == {"occupied"} and all(map(psutil.pid_exists, pids))
+
+
+def cast(bench: Bench, fault: Fault) -> dict[Role, int]:
+    """Which seat has which part in the coming change."""
+    members = bench.server.status()["membership"]
+    empty = [seat for seat in range(4) if seat not in members]
+    if fault.way == "2 -> 4":
+        return {"seat 0": 0, "survivor": members[1], "joiner": empty[0]}
+    return {"seat 0": 0, "survivor": members[1], "leaver": members[-1]}
+
+
+def arm(bench: Bench, fault: Fault, parts: dict[Role, int], pid: int | None) -> None:
+    action = "self" if fault.victim == fault.at else f"kill:{pid}"
+    text = f"{fault.point} {parts[fault.at]} {action}"
+    (bench.run_dir / "fault.new").write_text(text)
+    (bench.run_dir / "fault.new").rename(bench.run_dir / FAULT_FILE)  # never seen half written
+
+
+def victim_pid(bench: Bench, fault: Fault, parts: dict[Role, int]) -> int | None:
+    status = bench.server.status()
+    if fault.victim == "HMM":
+        return int(status["memory"]["pid"])
+    pid = status["seats"][parts[fault.victim]]["pid"]
+    return None if pid is None else int(pid)
+
+
+def begin(bench: Bench, fault: Fault) -> tuple[str, float]:
+    """Starts the change with the fault armed; its operation and when the fault happened."""
+    parts = cast(bench, fault)
+    booted = fault.victim == "joiner" and fault.at != "joiner"  # its process is not in its seat before the change
+    if not booted:
+        arm(bench, fault, parts, victim_pid(bench, fault, parts))
+    if fault.way == "2 -> 4":
+        operation = bench.server.scale(4, wait=False)
+    else:
+        members = bench.server.status()["membership"]
+        operation = bench.server.scale(retire=members[2:], wait=False)
+    if booted:
+        seat = parts["joiner"]
+        settled(lambda: bench.server.status()["seats"][seat]["state"] == "booting", 20, "the joiner boots")
+        arm(bench, fault, parts, victim_pid(bench, fault, parts))
+    settled(lambda: not (bench.run_dir / FAULT_FILE).exists(), 30, f"{fault.id} happens")
+    return operation["operation_id"], time.time()
+
+
+@pytest.mark.parametrize("fault", list(_params()))
+def test_killed_in_a_change(bench: Bench, fault: Fault) -> None:
+    server = bench.server
+    start = int(fault.way[0])
+    change(bench, start)
+    settled(lambda: whole(bench), SETTLED_WITHIN_S, "the server is whole before the change")
+    with Pump(bench.load, bench.request, STREAMS) as pump:
+        settled(lambda: len(pump.streams) >= STREAMS, 10, "streams start")
+        for stream in pump.streams[:STREAMS]:
+            stream.wait_for_tokens(4, 60)
+        operation_id, at = begin(bench, fault)
+        operation = server.ended(operation_id)
+        try:
+            settled(lambda: whole(bench), SETTLED_WITHIN_S, "the server is whole again")
+        except TimeoutError as error:
+            raise AssertionError(f"{error}: {imbalance(server.status())}\n{server.log_tail(150)}") from error
+        whole_s = time.time() - at
+        running = [stream for stream in pump.streams if not stream.done.done()]
+        known = [len(stream.ids) for stream in running]
+        for stream, tokens in zip(running, known, strict=True):
+            stream.wait_for_tokens(min(tokens + 1, stream.wanted), BACK_WITHIN_S)
+    bench.load.wait(pump.streams)
+    for stream in pump.streams:
+        stream.check(bench.expected[stream.rid])
+    gap, _ = longest_gap(pump.streams, at - 0.2, at + whole_s)
+    gaps = [gap for stream in pump.streams for gap in stream.gaps()]
+    bench.rows.append(
+        Row(
+            fault=fault,
+            phase=operation["phase"],
+            gap_s=gap,
+            median_ms=statistics.median(gaps) * 1e3,
+            settled_s=whole_s,
+            requests=len(pump.streams),
+        )
+    )
+    print(
+        f"{fault.id}: {operation['phase']}, longest gap {gap:.2f} s, whole after {whole_s:.2f} s: {operation['error']}"
+    )
+    assert gap < BACK_WITHIN_S
+    change(bench, 6 - start)
+    settled(lambda: imbalance(server.status()) is None, SETTLED_WITHIN_S, "the ledger agrees after the next change")
+
+
+def test_without_an_hmm_changes_are_refused_and_serving_goes_on(bench: Bench) -> None:
+    """A stopped process cannot be replaced before it is gone, so there is time to ask."""
+    change(bench, 2)
+    pid = bench.server.status()["memory"]["pid"]
+    os.kill(pid, 9)
+    response = bench.server.post("/scale_elastic_ep", {"new_ep_size": 3, "wait": True})
+    assert response.status_code == 503, response.text
+    assert "HMM" in response.json()["error"] and "Serving goes on" in response.json()["error"]
+    prompt = bench.prompts[0]
+    stream = bench.load.start(prompt.prompt, TOKENS).wait(60)
+    stream.check(prompt.ids)
+    change(bench, 3)
+    assert bench.server.status()["memory"]["pid"] != pid
