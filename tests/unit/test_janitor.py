@@ -31,14 +31,16 @@ def test_the_folder_goes_with_a_killed_server(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "hmm.sock").touch()
-    server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    janitor.watch(str(folder), server.pid)
-    [pid] = janitors(folder)
-    assert server.pid not in [parent.pid for parent in psutil.Process(pid).parents()]
-    assert psutil.Process(pid).ppid() != psutil.Process().pid, "it would be ended with the server's children"
-    assert folder.exists()
-    server.kill()
-    server.wait()
+    server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        janitor.watch(str(folder), server.pid)
+        [pid] = janitors(folder)
+        assert server.pid not in [parent.pid for parent in psutil.Process(pid).parents()]
+        assert psutil.Process(pid).ppid() != psutil.Process().pid, "it would be ended with the server's children"
+        assert folder.exists()
+    finally:
+        server.kill()
+        server.wait()
     assert gone(folder.exists)
     assert gone(lambda: janitors(folder))
 
