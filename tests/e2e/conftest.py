@@ -8,8 +8,6 @@ from elasticmoe_sglang.tiny_model import Arch
 from tests.helpers.corpus import Corpus, make_corpus
 
 
-
-
 class Corpora:
     """Makes a model's corpus when it is first asked for."""
 

@@ -1,7 +1,7 @@
-"""float32: every request's greedy tokens equal plain SGLang's, before, during and after 2 -> 3 -> 1 -> 4 -> 2 under load.
+"""float32: every request's greedy tokens equal plain SGLang's before, during and after changes under load.
 
-Plain SGLang is one rank without any flag of ours. At every change there are requests that decode, that are in the
-middle of a chunked prefill, and that wait in a queue; more arrive while the change goes on.
+The changes are 2 -> 3 -> 1 -> 4 -> 2. Plain SGLang is one rank without any flag of ours. At every change there are
+requests that decode, that are in the middle of a chunked prefill, and that wait in a queue; more arrive meanwhile.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def report(before: int, size: int, operation: dict[str, Any], streams: Sequence[
 
 
 def test_features_through_changes(running: Running) -> None:
-    """Log-probabilities, grammars, stop strings, several answers and penalties go on after a move as if there was none."""
+    """Log-probabilities, grammars, stop strings, several answers and penalties go on as if there was no move."""
     moved: set[str] = set()
     for size in (1, 3, 1, 2):
         pairs = [(feature, feature.start(running.load)) for feature in running.corpus.features]

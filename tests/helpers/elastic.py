@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import requests
+
 from tests.helpers.server import SglangServer
 
 SEATS = 4
@@ -16,11 +18,26 @@ class ElasticServer(SglangServer):
     """SGLang with our flags, two of four seats occupied unless told otherwise."""
 
     def __init__(
-        self, model: Path, args: Sequence[str] = (), *, log: Path, ep_size: int = 2, capacity: int = SEATS, **options: Any
+        self,
+        model: Path,
+        args: Sequence[str] = (),
+        *,
+        log: Path,
+        ep_size: int = 2,
+        capacity: int = SEATS,
+        admin_key: str | None = None,
+        **options: Any,
     ) -> None:
         own = ["--model-path", str(model), "--device", "cpu", "--skip-server-warmup", "--max-total-tokens", "8192"]
         own += ["--elasticmoe-ep-size", str(ep_size), "--elasticmoe-max-ep-size", str(capacity)]
         super().__init__([*own, *args], log=log, **options)
+        self.headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
+
+    def get(self, path: str, timeout_s: float = 30.0) -> requests.Response:
+        return requests.get(self.url + path, headers=self.headers, timeout=timeout_s)
+
+    def post(self, path: str, body: object, timeout_s: float = 120.0) -> requests.Response:
+        return requests.post(self.url + path, json=body, headers=self.headers, timeout=timeout_s)
 
     def scale(self, size: int | None = None, *, retire: Sequence[int] = (), wait: bool = True) -> dict[str, Any]:
         """The operation, ended unless `wait` is False; whether it succeeded is for the caller to look at."""
