@@ -56,8 +56,9 @@ def _rate(axes: Any, result: Figures) -> None:
     if result.load_ended_s is not None:
         axes.annotate(
             "no new streams",
-            (result.load_ended_s, 0),
-            xytext=(4, 6),
+            (result.load_ended_s, 0.7),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(4, 0),
             textcoords="offset points",
             fontsize=8,
             color="dimgray",

@@ -19,7 +19,9 @@ longest gap  between two tokens of any stream around the change; median gap: of
 
 def report(result: Figures) -> RenderableType:
     """What the run showed."""
-    parts: list[RenderableType] = [table(result), Text(_LEGEND, style="dim"), Text()]
+    parts: list[RenderableType] = [table(result), Text(_LEGEND, style="dim")]
+    cores, load = result.machine["cores"], result.machine["load_1min"]
+    parts.append(Text(f"{cores} cores, load {load} in the last minute\n", style="dim"))
     for check in result.checks:
         mark = ("ok    ", "green") if check.passed else ("FAILED", "bold red")
         parts.append(Text.assemble(mark, f"  {check.name}: {check.detail}"))
