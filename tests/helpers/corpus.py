@@ -94,7 +94,7 @@ def make_corpus(folder: Path, arch: Arch) -> Corpus:
     short = [prompt(rng.choice((1, 2, 5, 17, 31, 64, 120))) for _ in range(_CANDIDATES)]
     long = [prompt(LONG) for _ in range(_LONG_CANDIDATES)]
     feature_prompts = [prompt(length) for length in (9, 40)]
-    with SglangServer(args, log=folder / "plain.log") as server, Load(server.url) as load:
+    with SglangServer(args, log=folder / "plain.log", start_timeout_s=400) as server, Load(server.url) as load:
         cases = ask(load, short, TOKENS)
         long_cases = ask(load, long, _LONG_TOKENS)
         features = [_ask_feature(load, name, each) for name in (*_FEATURES, "stop") for each in feature_prompts]

@@ -30,7 +30,8 @@ class ElasticServer(SglangServer):
     ) -> None:
         own = ["--model-path", str(model), "--device", "cpu", "--skip-server-warmup", "--max-total-tokens", "8192"]
         own += ["--elasticmoe-ep-size", str(ep_size), "--elasticmoe-max-ep-size", str(capacity)]
-        super().__init__([*own, *args], log=log, **options)
+        # A busy machine boots four processes that import SGLang in minutes.
+        super().__init__([*own, *args], log=log, start_timeout_s=400, **options)
         self.headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
 
     def get(self, path: str, timeout_s: float = 30.0) -> requests.Response:

@@ -1,0 +1,288 @@
+"""Changes that fail before their commit: serving is untouched, the operation says why, and the next change works.
+
+One server for all cases, with streams running. Its devices have room for twelve of sixteen expert columns beside the
+dense weights, so EP size 1 does not fit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors import safe_open
+
+from elasticmoe_sglang.faults import ENV_FAULTS, FAULT_FILE
+from elasticmoe_sglang.hmm.client import HmmClient
+from elasticmoe_sglang.tiny_model import VOCAB, make_tiny_model
+from tests.helpers.corpus import Case, ask
+from tests.helpers.elastic import ElasticServer
+from tests.helpers.load import Load, Pump, Stream, settled
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+EXPERTS = 16
+ROOM = 12
+TOKENS = 120
+STREAMS = 4
+PREPARE_DEADLINE_S = 15.0
+COMMIT_DEADLINE_S = 3.0
+
+
+@dataclass
+class Bench:
+    """The server under test, with prompts and the tokens that must follow."""
+
+    server: ElasticServer
+    load: Load
+    cases: list[Case]
+    run_dir: Path
+    rng: random.Random = field(default_factory=lambda: random.Random(5))
+    expected: dict[str, list[int]] = field(default_factory=dict)
+
+    def request(self, load: Load) -> Stream:
+        case = self.rng.choice(self.cases)
+        stream = load.start(case.prompt, self.rng.randint(TOKENS // 3, TOKENS))
+        self.expected[stream.rid] = case.ids
+        return stream
+
+    def arm(self, point: str, seat: int, action: str) -> None:
+        """`seat` does `action` when it reaches `point`, once."""
+        (self.run_dir / "fault.new").write_text(f"{point} {seat} {action}")
+        (self.run_dir / "fault.new").rename(self.run_dir / FAULT_FILE)  # never seen half written
+
+    def happened(self) -> bool:
+        return not (self.run_dir / FAULT_FILE).exists()
+
+    def at_two(self) -> None:
+        """Seats 0 and 1 are occupied and a standby waits."""
+        status = self.server.status()
+        if status["membership"] != [0, 1]:
+            if status["ep_size"] == 2:
+                self.server.must_scale(4)
+            self.server.must_scale(retire=[seat for seat in (2, 3) if seat in self.server.status()["membership"]])
+        settled(lambda: standby_pid(self.server) is not None, 60, "a standby")
+
+
+def standby_pid(server: ElasticServer) -> int | None:
+    pids = [seat["pid"] for seat in server.status()["seats"] if seat["state"] == "standby"]
+    return pids[0] if pids else None
+
+
+def dense_bytes(model: Path) -> int:
+    """Bytes of everything that is not a routed expert."""
+    with safe_open(model / "model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if ".experts." not in name]  # noqa: SIM118 (it is no dict)
+        return sum(file.get_tensor(name).nbytes for name in names)
+
+
+def column_bytes(model: Path) -> int:
+    config = json.loads((model / "config.json").read_text())
+    return int(config["num_hidden_layers"] * 3 * config["hidden_size"] * config["moe_intermediate_size"] * 4)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("faults")
+    run_dir = Path(tempfile.mkdtemp(prefix="em-"))  # a short path: it holds sockets
+    model = make_tiny_model(folder / "model", experts=EXPERTS)
+    budget = dense_bytes(model) + ROOM * column_bytes(model) + column_bytes(model) // 2
+    rng = random.Random(13)
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((2, 17, 64)))] for _ in range(16)]
+    args = ["--elasticmoe-run-dir", str(run_dir), "--elasticmoe-device-budget", str(budget)]
+    args += ["--elasticmoe-prepare-deadline", str(PREPARE_DEADLINE_S)]
+    args += ["--elasticmoe-commit-deadline", str(COMMIT_DEADLINE_S)]
+    try:
+        with (
+            ElasticServer(model, args, log=folder / "server.log", env={ENV_FAULTS: "1"}) as server,
+            Load(server.url) as load,
+        ):
+            yield Bench(server=server, load=load, cases=ask(load, prompts, TOKENS), run_dir=run_dir)
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def picture(server: ElasticServer) -> dict[str, Any]:
+    """What a failed change must leave as it was."""
+    status = server.status()
+    occupied = [(seat["seat"], seat["pid"]) for seat in status["seats"] if seat["state"] == "occupied"]
+    ledger = [(device["used"], device["by_kind"]) for device in status["memory"]["devices"]]
+    return {name: status[name] for name in ("membership", "epoch", "placement")} | {
+        "occupied": occupied,
+        "ledger": ledger,
+        "busy": [seat["state"] for seat in status["seats"] if seat["state"] in ("booting", "leaving")],
+    }
+
+
+@contextmanager
+def untouched(bench: Bench) -> Iterator[list[Stream]]:
+    """Streams run before, during and after the block, complete and right; and all is as before."""
+    before = picture(bench.server)
+    with Pump(bench.load, bench.request, STREAMS) as pump:
+        settled(lambda: len(pump.streams) >= STREAMS, 10, "streams start")
+        for stream in pump.streams[:STREAMS]:
+            stream.wait_for_tokens(4, 60)
+        yield pump.streams
+        running = [stream for stream in pump.streams if not stream.done.done()]
+        for stream, tokens in [(stream, len(stream.ids)) for stream in running]:
+            stream.wait_for_tokens(min(tokens + 3, stream.wanted), 30)
+    bench.load.wait(pump.streams)
+    for stream in pump.streams:
+        stream.check(bench.expected[stream.rid])
+    after = picture(bench.server)
+    assert after == before
+
+
+def next_change_works(bench: Bench) -> None:
+    bench.server.must_scale(3)
+    case = bench.cases[0]
+    streams = [bench.load.start(case.prompt, TOKENS) for _ in range(3)]
+    bench.load.wait(streams)
+    for stream in streams:
+        stream.check(case.ids)
+    assert {rank for stream in streams for rank in stream.ranks} == {0, 1, 2}
+    bench.server.must_scale(2)
+
+
+def test_a_size_that_does_not_fit_is_refused_with_numbers(bench: Bench) -> None:
+    bench.at_two()
+    with untouched(bench):
+        response = bench.server.post("/scale_elastic_ep", {"new_ep_size": 1, "wait": True})
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert "EP size 1 does not fit" in error and "device 0 needs 12.0 MiB more" in error, error
+    next_change_works(bench)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """`seat` does `action` at `point` of a change to `size`; the operation's error then has these words."""
+
+    point: str
+    seat: int
+    action: str
+    size: int
+    words: tuple[str, ...]
+    start: int = 2
+
+
+FAULTS = {
+    "joiner-fails": Fault(point="boot.attached", seat=2, action="raise", size=3, words=("seat 2", "ended")),
+    "joiner-dies": Fault(point="boot.attached", seat=2, action="self", size=3, words=("seat 2", "-9")),
+    "joiner-dies-at-the-gate": Fault(point="boot.gate", seat=3, action="self", size=4, words=("seat 3",)),
+    "joiner-is-late": Fault(point="boot.attached", seat=2, action="stall:60", size=3, words=("preparing", "15 s")),
+    "pull-fails": Fault(point="pull.started", seat=1, action="raise", size=2, start=3, words=("injected", "seat 1")),
+    "seat-is-late-at-the-gate": Fault(point="gate.before", seat=1, action="stall:5", size=3, words=("seat 1",)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_failure_before_the_commit_is_undone(bench: Bench, fault: Fault) -> None:
+    bench.at_two()
+    if fault.start != 2:
+        bench.server.must_scale(fault.start)
+    with untouched(bench):
+        bench.arm(fault.point, fault.seat, fault.action)
+        operation = bench.server.scale(fault.size)
+        assert bench.happened(), "the fault did not happen"
+        assert operation["phase"] == "rolled_back", f"{operation['error']}\n{bench.server.log_tail(100)}"
+        assert all(word in operation["error"] for word in fault.words), operation["error"]
+        assert bench.server.operation(operation["operation_id"]) == operation
+        state = bench.server.get("/is_scaling_elastic_ep").json()
+        assert (state["scale_phase"], state["last_error"]) == ("failed", operation["error"])
+    bench.at_two()
+    next_change_works(bench)
+
+
+def test_a_joiner_is_killed_while_it_boots(bench: Bench) -> None:
+    bench.at_two()
+    with untouched(bench):
+        bench.arm("boot.attached", 2, "stall:20")
+        accepted = bench.server.scale(3, wait=False)
+        settled(bench.happened, 60, "the joiner boots")
+        [joiner] = [seat for seat in bench.server.status()["seats"] if seat["state"] == "booting"]
+        assert joiner["seat"] == 2
+        os.kill(joiner["pid"], signal.SIGKILL)
+        operation = bench.server.ended(accepted["operation_id"])
+        assert operation["phase"] == "rolled_back"
+        assert f"pid {joiner['pid']}" in operation["error"] and "status -9" in operation["error"]
+    next_change_works(bench)
+
+
+def test_memory_runs_out_inside_prepare(bench: Bench) -> None:
+    """The check of the budget has passed; somebody else takes the memory before the survivor asks for it."""
+    bench.at_two()
+    bench.server.must_scale(4)
+    memory = bench.server.status()["memory"]
+    with HmmClient(memory["endpoint"], name="greedy") as client, untouched(bench):
+        free = memory["devices"][1]["budget"] - memory["devices"][1]["used"]
+        bench.arm("pull.started", 1, "stall:2")
+        accepted = bench.server.scale(2, wait=False)
+        settled(bench.happened, 60, "the survivor begins to pull")
+        blocks = client.allocate(1, "other", nbytes=free // 4096 * 4096)
+        operation = bench.server.ended(accepted["operation_id"])
+        client.release([block.block_id for block in blocks])
+        assert operation["phase"] == "rolled_back", operation["error"]
+        assert "device 1" in operation["error"] and "seat 1" in operation["error"], operation["error"]
+    bench.at_two()
+    next_change_works(bench)
+
+
+def test_the_hmm_does_not_answer(bench: Bench) -> None:
+    bench.at_two()
+    with untouched(bench):
+        pid = bench.server.status()["memory"]["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            response = bench.server.post("/scale_elastic_ep", {"new_ep_size": 3, "wait": True})
+            status = bench.server.status()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert response.status_code == 503, response.text
+        assert "HMM" in response.json()["error"] and "Serving goes on" in response.json()["error"]
+        assert not status["memory"]["available"] and "HMM" in status["memory"]["error"]
+        assert status["membership"] == [0, 1]
+        settled(lambda: bench.server.status()["memory"]["available"], 30, "the HMM answers again")
+    next_change_works(bench)
+
+
+def test_a_standby_is_killed(bench: Bench) -> None:
+    bench.at_two()
+    with untouched(bench):
+        pid = standby_pid(bench.server)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        settled(lambda: standby_pid(bench.server) not in (None, pid), 60, "another standby")
+        assert not psutil.pid_exists(pid)
+    next_change_works(bench)
+
+
+def test_the_client_of_a_waiting_request_leaves(bench: Bench) -> None:
+    bench.at_two()
+    operation_id = f"left-alone-{time.time_ns()}"
+    body = json.dumps({"new_ep_size": 3, "wait": True, "operation_id": operation_id}).encode()
+    head = (
+        f"POST /scale_elastic_ep HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
+    with socket.create_connection(("127.0.0.1", bench.server.port)) as client:
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        settled(known(bench, operation_id), 10, "the operation starts")
+    assert bench.server.ended(operation_id)["phase"] == "done"
+    assert bench.server.status()["membership"] == [0, 1, 2]
+    bench.server.must_scale(2)
+
+
+def known(bench: Bench, operation_id: str) -> Callable[[], bool]:
+    return lambda: bench.server.get(f"/elastic_ep/operations/{operation_id}").status_code == 200
