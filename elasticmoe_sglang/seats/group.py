@@ -27,14 +27,13 @@ from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.seats.copying import zero_bytes
 from elasticmoe_sglang.seats.engine import GroupEngine
 from elasticmoe_sglang.seats.fabric import Fabric
-from elasticmoe_sglang.seats.header import Op, dtype_field, pack_header
+from elasticmoe_sglang.seats.header import Op, Reduction, dtype_field, pack_header
 from elasticmoe_sglang.seats.options import reduction_of, work_of
 from elasticmoe_sglang.seats.point_to_point import PointToPoint
 from elasticmoe_sglang.seats.work import FINISHED, FinishedWork
 
 BACKEND_NAME = "elastic"
 _DEFAULT_TIMEOUT = timedelta(minutes=30)  # torch.distributed's own
-
 _Base: Any = dist.ProcessGroup  # the stubs do not know that it can be subclassed
 
 
@@ -56,7 +55,6 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
         self._desc = ""
 
     # What torch.distributed asks a group about itself.
-
     def getBackendName(self) -> str:
         return BACKEND_NAME
 
@@ -113,7 +111,6 @@ class ElasticProcessGroup(PointToPoint, _Base):  # type: ignore[misc]
         self.shutdown()
 
     # Collectives
-
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> FinishedWork:
         for tensor in tensors:
             self._all_reduce(tensor, reduction_of(opts, tensor))

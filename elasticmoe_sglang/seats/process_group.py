@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import HashStore
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.seats.fabric import Fabric
 from elasticmoe_sglang.seats.group import BACKEND_NAME, ElasticProcessGroup, make_group
+from elasticmoe_sglang.seats.new_groups import install_new_groups
 from elasticmoe_sglang.seats.object_collectives import install_object_collectives
 
 __all__ = ["BACKEND_NAME", "ElasticProcessGroup", "elastic_init_process_group", "init_elastic", "install_backend"]
@@ -45,6 +46,7 @@ def install_backend(fabric: Fabric, name: str = BACKEND_NAME) -> None:
     devices = ["cpu"] if fabric.group_type is None else ["cpu", "cuda"]
     dist.Backend.register_backend(name, create, extended_api=True, devices=devices)
     install_object_collectives()
+    install_new_groups(name)
 
 
 def init_elastic(

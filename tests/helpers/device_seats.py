@@ -5,6 +5,7 @@ Workers are spawned, never forked: neither CUDA nor the choice between Triton's 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
 import signal
@@ -66,6 +67,7 @@ class Failed:
 
 
 def _serve(path: str, seat: int, timeout_s: float, endpoint: str, layout: WindowLayout, pipe: Connection) -> None:
+    faulthandler.register(signal.SIGUSR1)
     try:
         context = _sit_down(path, seat, timeout_s, endpoint, layout)
         pipe.send("ready")
@@ -164,10 +166,12 @@ class DevicePool:
         """Start a function in a worker; `result` waits for it."""
         self._workers[seat][1].send((function, args))
 
-    def result(self, seat: int, timeout_s: float = 120.0) -> Any:
+    def result(self, seat: int, timeout_s: float = 45.0) -> Any:
         """What the function returned, or `Failed`."""
         pipe = self._workers[seat][1]
         if not pipe.poll(timeout_s):
+            for process, _ in self._workers.values():
+                os.kill(process.pid, signal.SIGUSR1)  # they say where they are
             raise TimeoutError(f"seat {seat} did not answer within {timeout_s} s")
         return pipe.recv()
 

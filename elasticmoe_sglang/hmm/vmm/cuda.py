@@ -7,8 +7,7 @@ does; it uses the device's primary context, which is the one torch uses.
 Access: a mapping may be used by the devices on which this process has a primary context, which in a seat is the seat's
 own; before there is one, by the device the memory lies on. Memory of another device is reached over NVLink or PCIe.
 
-Copies run on streams of the lowest priority in the process that pulls, beside its decoding, and are waited for without
-spinning.
+Copies run on streams of the lowest priority in the process that pulls, beside its decoding.
 
 CUDA does not survive a fork: a process that forks others must not have made this backend.
 
@@ -220,6 +219,5 @@ class CudaBackend(VmmBackend):
         api = self._driver.api
         least, _greatest = self._driver("cuCtxGetStreamPriorityRange")
         stream = self._driver("cuStreamCreateWithPriority", int(api.CUstream_flags.CU_STREAM_NON_BLOCKING), least)
-        flags = int(api.CUevent_flags.CU_EVENT_BLOCKING_SYNC) | int(api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
-        event = self._driver("cuEventCreate", flags)
+        event = self._driver("cuEventCreate", int(api.CUevent_flags.CU_EVENT_DISABLE_TIMING))
         return _CopyLane(stream=stream, event=event)

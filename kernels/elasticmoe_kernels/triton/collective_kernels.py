@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, misc, untyped-decorator, no-untyped-call, attr-defined"
+# mypy: disable-error-code="no-untyped-def, misc, untyped-decorator, no-untyped-call, attr-defined, assignment"
 """The kernels behind `collectives`. They work on contiguous memory given by address.
 
 Sizes and strides are counted in units of FACTOR elements (16 bytes where addresses and sizes allow), so that the
@@ -13,6 +13,8 @@ import triton.language as tl
 
 from elasticmoe_kernels.triton.meet import data_at, finish_step, has, meet, members_of, my_step
 
+ROWS = tl.constexpr(8)
+"""Rows that a program of an all-gather has under way at once."""
 _RUNTIME = ["count", "stride", "header", "rank", "root", "me", "group"]
 
 
@@ -56,8 +58,8 @@ def copy_units(target, source, low, high, T: tl.constexpr, FACTOR: tl.constexpr,
     """Units [low, high) from one address to another."""
     to, of = pointer(target, T, FACTOR), pointer(source, T, FACTOR)
     last = tl.cast(high, tl.int64) * FACTOR
-    for start in range(low, high, TILE // FACTOR):
-        at = tl.cast(start, tl.int64) * FACTOR + tl.arange(0, TILE)
+    for start in range(low, high, 2 * TILE // FACTOR):
+        at = tl.cast(start, tl.int64) * FACTOR + tl.arange(0, 2 * TILE)
         tl.store(to + at, tl.load(of + at, mask=at < last), mask=at < last)
 
 
@@ -107,16 +109,25 @@ def all_gather_kernel(out, inp, count, stride, header, rank, group, control, bas
         row_bytes = tl.cast(stride, tl.int64) * (FACTOR * T.primitive_bitwidth // 8)
         for start in range(low, high, TILE // FACTOR):
             at = tl.cast(start, tl.int64) * FACTOR + tl.arange(0, TILE)
-            for turn in tl.static_range(SIZE):
-                row = (rank + turn) % SIZE
-                source, present = source_of(members, seat_of_rank, row, me, inp, base, pitch, channel, step, 0,
-                                            DATA_OFFSET, DATA_BYTES)  # fmt: skip
-                value = tl.load(pointer(source, T, FACTOR) + at, mask=(at < last) & present, other=0)
-                to = pointer(out + tl.cast(row, tl.int64) * row_bytes, T, FACTOR)
-                if ZERO:
-                    tl.store(to + at, value, mask=at < last)
-                else:
-                    tl.store(to + at, value, mask=(at < last) & present)
+            for first in tl.static_range(0, SIZE, ROWS):
+                # All loads before the first store: a store might change what a later load reads, so none passes it.
+                values = ()
+                wanted = ()
+                for turn in tl.static_range(first, first + ROWS):
+                    if turn < SIZE:
+                        row = (rank + turn) % SIZE
+                        source, present = source_of(members, seat_of_rank, row, me, inp, base, pitch, channel, step, 0,
+                                                    DATA_OFFSET, DATA_BYTES)  # fmt: skip
+                        mask = (at < last) & present
+                        values = values + (tl.load(pointer(source, T, FACTOR) + at, mask=mask, other=0),)
+                        wanted = wanted + (mask,)
+                for turn in tl.static_range(first, first + ROWS):
+                    if turn < SIZE:
+                        to = pointer(out + tl.cast((rank + turn) % SIZE, tl.int64) * row_bytes, T, FACTOR)
+                        if ZERO:
+                            tl.store(to + at, values[turn - first], mask=at < last)
+                        else:
+                            tl.store(to + at, values[turn - first], mask=wanted[turn - first])
     finish_step(control, channel, block, step, BLOCKS)
 
 
