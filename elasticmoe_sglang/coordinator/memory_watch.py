@@ -27,6 +27,7 @@ class MemoryWatch:
     Args:
         hmm: has the server's shared region, and offers it like every seat offers what it maps.
         restart: starts the HMM anew if it is this server's own; None: whoever started it has to.
+        ending: the server is shutting down, so an HMM that ends is not to be replaced.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class MemoryWatch:
         config: ElasticConfig,
         *,
         restart: Callable[[], None] | None,
+        ending: Callable[[], bool] = lambda: False,
     ) -> None:
         self._coordinator = coordinator
         self._seats = seats
         self._hmm = hmm
         self._config = config
         self._restart = restart
+        self._ending = ending
         self._instance = hmm.attached_to()
         self._whole = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._watch())
@@ -63,7 +66,7 @@ class MemoryWatch:
         return self._whole.is_set()
 
     async def _watch(self) -> None:
-        while True:
+        while not self._ending():
             if not self._look():
                 await self._replace()
             await asyncio.sleep(_LOOK_S)

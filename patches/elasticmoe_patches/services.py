@@ -130,7 +130,7 @@ class Services:
             send_route=self._send_route,
             send_recover_route=self._send_recover_route,
             send_again=self._send_again,
-            on_seat_lost=lambda seat, why: healer.seat_lost(seat, why),
+            on_seat_lost=lambda seat, why: None if self._ending() else healer.seat_lost(seat, why),
         )
         for message in self._early:
             self._seats.heard(message)
@@ -147,7 +147,12 @@ class Services:
             config=config, membership=membership, placement=placement, memory=HmmMemory(hmm), seats=self._seats
         )
         watch = MemoryWatch(
-            coordinator, self._seats, hmm, config, restart=None if self.hmm is None else self._start_hmm
+            coordinator,
+            self._seats,
+            hmm,
+            config,
+            restart=None if self.hmm is None else self._start_hmm,
+            ending=self._ending,
         )
         healer = Healer(
             coordinator,
@@ -212,8 +217,14 @@ class Services:
 
     # -- the end --------------------------------------------------------------------------------------------------
 
+    def _ending(self) -> bool:
+        """SGLang shuts down in good order (SIGTERM): all processes end, and none is to be replaced."""
+        return self._tokenizer is not None and bool(self._tokenizer.gracefully_exit)
+
     def _end_server(self, sentence: str) -> None:
         """SGLang's own way of ending: its handler of this signal ends the process tree."""
+        if self._ending():
+            return
         logger.critical("%s; the server ends, because its requests cannot go on", sentence)
         os.kill(os.getpid(), signal.SIGQUIT)
 

@@ -242,10 +242,12 @@ def report(load: Load, operations: list[dict[str, Any]], before: Footprint, afte
 
 
 def leaves_nothing(server: ElasticServer, footprint: Footprint) -> None:
-    """After the server's end: no process, no shared memory, no run folder."""
+    """After the server's orderly end: no process, no shared memory, no run folder."""
     run_dir = Path(server.status()["memory"]["endpoint"].removeprefix("ipc://")).parent
     pids = [process.pid for process in server.processes()]
-    server.stop(timeout_s=30)
+    server.stop(timeout_s=60)
+    assert server.exit_status == 0
+    assert "CRITICAL" not in server.log_tail() and "anew" not in server.log_tail(), server.log_tail()
     settled(lambda: not any(psutil.pid_exists(pid) for pid in pids), 20, "all processes end")
     settled(lambda: not run_dir.exists(), 20, "the run folder is removed")
     left = [path for path in footprint.shm if os.path.exists(path)]

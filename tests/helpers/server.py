@@ -53,6 +53,7 @@ class SglangServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.boot_s = 0.0
+        self.exit_status: int | None = None
         self._env = {key: value for key, value in {**os.environ, **(env or {})}.items() if value is not None}
         self._module = module
         self._start_timeout_s = start_timeout_s
@@ -109,10 +110,10 @@ class SglangServer:
         load_files = {path for process in tree for path in _mapped_load_files(process.pid)}
         self._process.terminate()
         try:
-            self._process.wait(timeout_s)
+            self.exit_status = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait(timeout_s)
+            self.exit_status = self._process.wait(timeout_s)
         # Multiprocessing's resource tracker outlives the others for a moment, to remove their semaphores.
         _, alive = psutil.wait_procs(tree, timeout=3)
         with contextlib.suppress(ProcessLookupError):  # an empty session: everybody ended by themselves

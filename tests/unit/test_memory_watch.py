@@ -73,11 +73,11 @@ async def eventually(condition: Any) -> None:
         await asyncio.sleep(0.005)
 
 
-def rig(restart: Any) -> tuple[Coordinator, Hmm, Seats, MemoryWatch]:
+def rig(restart: Any, ending: Any = lambda: False) -> tuple[Coordinator, Hmm, Seats, MemoryWatch]:
     cluster = FakeCluster(occupied=(0, 1))
     coordinator, hmm, seats = cluster.coordinator(), Hmm(), Seats()
     config = ElasticConfig(ep_size=2, max_ep_size=4)
-    watch = MemoryWatch(coordinator, seats, hmm, config, restart=restart)  # type: ignore[arg-type]
+    watch = MemoryWatch(coordinator, seats, hmm, config, restart=restart, ending=ending)  # type: ignore[arg-type]
     return coordinator, hmm, seats, watch
 
 
@@ -134,5 +134,18 @@ def test_another_ones_hmm_is_waited_for_and_why_it_is_not_taken_is_said() -> Non
         hmm.refusal = None
         await watch.whole(1)
         assert seats.offers == 1
+
+    run(main())
+
+
+def test_a_server_that_ends_starts_no_hmm() -> None:
+    async def main() -> None:
+        ending, started = [False], []
+        coordinator, hmm, _, watch = rig(lambda: started.append("HMM"), lambda: ending[0])
+        await watch.whole(1)
+        ending[0] = True
+        hmm.instance = None
+        await asyncio.wait_for(watch._task, 1)
+        assert not started and not coordinator._holds
 
     run(main())
