@@ -11,10 +11,11 @@ from benchmarks.demo.figures import ChangeFigures, Figures
 from elasticmoe_sglang.units import format_bytes
 
 _LEGEND = """
-total        from the request until the change has ended; streams go on meanwhile
-pause        by which the commit delayed a seat's next batch (the server's figure)
-longest gap  between two tokens of any stream around the change; median gap: of
-             that stream over its whole life"""
+total        from the request to the end of the change; streams go on meanwhile
+pause        by which the commit delayed the next batch (as the server measures)
+longest gap  between two tokens of any stream around the change; median gap:
+             of that stream over its whole life
+"""
 
 
 def report(result: Figures) -> RenderableType:
