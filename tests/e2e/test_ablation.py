@@ -1,0 +1,30 @@
+"""A joiner without standby, peers and memory handles joins all the same, and serves the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elasticmoe_sglang.tiny_model import make_tiny_model
+from tests.helpers.server import SglangServer
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_joiner_that_does_without(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    args = ["--model-path", model, "--device", "cpu", "--max-total-tokens", "4096", "--skip-server-warmup"]
+    args += ["--elasticmoe-ep-size", "1", "--elasticmoe-max-ep-size", "2"]
+    args += ["--elasticmoe-ablate", "standby,peer-copy,handles"]
+    with SglangServer(args, log=tmp_path / "server.log", start_timeout_s=400) as server:
+        prompts = [f"import os  # {number}" for number in range(4)]
+        expected = [server.generate(prompt, 16)["output_ids"] for prompt in prompts]
+        change = server.post("/scale_elastic_ep", {"new_ep_size": 2, "wait": True}, timeout_s=300).json()
+        assert change["phase"] == "done", change
+        answers = [server.generate(prompt, 16) for prompt in prompts]
+        assert [answer["output_ids"] for answer in answers] == expected
+        assert {answer["meta_info"]["dp_rank"] for answer in answers} == {0, 1}
+        log = server.log.read_text()
+        # The joiner says so itself: it read its dense weights and columns from the checkpoint.
+        assert "bytes of the checkpoint to join" in log
