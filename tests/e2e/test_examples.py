@@ -47,7 +47,7 @@ def test_an_example_gives_the_same_while_the_server_scales(server: SglangServer,
     assert found["results"] == reference["results"]
     assert [change["phase"] for change in found["changes"]] == ["done"] * 3
     assert [change["new_ep_size"] for change in found["changes"]] == [4, 1, 3]
-    assert found["different"] == 0 and found["runs"] >= 3
+    assert found["different"] == 0 and found["runs"] >= 1
     _check_content(name, found["results"])
     # The next example starts where this one did.
     assert server.post("/scale_elastic_ep", {"new_ep_size": 2, "wait": True}).json()["phase"] == "done"
