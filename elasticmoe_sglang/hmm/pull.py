@@ -59,7 +59,7 @@ def pull_bytes(
             backend.copy(destination + done, origin + done, size)
             done += size
             chunks += 1
-            if bytes_per_second is not None and done < nbytes:
+            if bytes_per_second is not None:  # after the last chunk too: the next pull follows at once
                 _sleep_until(started + done / bytes_per_second, stop)
     return PullStats(nbytes=done, seconds=time.monotonic() - started, chunks=chunks, complete=done == nbytes)
 

@@ -66,10 +66,12 @@ class Failed:
     trace: str
 
 
-def _serve(path: str, seat: int, timeout_s: float, endpoint: str, layout: WindowLayout, pipe: Connection) -> None:
+def _serve(
+    path: str, seat: int, device: int, timeout_s: float, endpoint: str, layout: WindowLayout, pipe: Connection
+) -> None:
     faulthandler.register(signal.SIGUSR1)
     try:
-        context = _sit_down(path, seat, timeout_s, endpoint, layout)
+        context = _sit_down(path, seat, device, timeout_s, endpoint, layout)
         pipe.send("ready")
     except Exception:
         pipe.send(Failed(trace=traceback.format_exc()))
@@ -85,7 +87,9 @@ def _serve(path: str, seat: int, timeout_s: float, endpoint: str, layout: Window
             pipe.send(Failed(trace=traceback.format_exc()))
 
 
-def _sit_down(path: str, seat: int, timeout_s: float, endpoint: str, layout: WindowLayout) -> DeviceContext:
+def _sit_down(
+    path: str, seat: int, device: int, timeout_s: float, endpoint: str, layout: WindowLayout
+) -> DeviceContext:
     import torch
 
     torch.set_num_threads(1)
@@ -96,9 +100,11 @@ def _sit_down(path: str, seat: int, timeout_s: float, endpoint: str, layout: Win
     os.close(descriptor)
     fabric.register()
     client = HmmClient(endpoint, name=f"seat-{seat}", timeout_s=20)
-    device = CudaFabric(client, fabric, device=0, layout=layout)
-    everybody = device.group(tuple(range(fabric.capacity)))
-    return DeviceContext(fabric=fabric, seat=seat, device=device, client=client, everybody=everybody)
+    if client.backend.name == "cuda":
+        torch.cuda.set_device(device)
+    windows = CudaFabric(client, fabric, device=device, layout=layout)
+    everybody = windows.group(tuple(range(fabric.capacity)))
+    return DeviceContext(fabric=fabric, seat=seat, device=windows, client=client, everybody=everybody)
 
 
 class DevicePool:
@@ -108,7 +114,8 @@ class DevicePool:
     backend: of the HMM: "cuda", or "cpu" for the interpreter.
     layout: of the windows.
     timeout_s: the fabric's deadline for a late member.
-    budget: bytes of each of the HMM's two devices.
+    budget: bytes of each of the HMM's devices.
+    seats_per_device: seat i sits on device i // this; None puts all on device 0.
     """
 
     def __init__(
@@ -121,6 +128,7 @@ class DevicePool:
         seats: Iterable[int] | None = None,
         timeout_s: float = 20.0,
         budget: int = 1 << 30,
+        seats_per_device: int | None = None,
     ) -> None:
         self.capacity = capacity
         self.epoch = 0
@@ -131,7 +139,9 @@ class DevicePool:
         self.fd = os.memfd_create("elasticmoe-test", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, Fabric.region_bytes(capacity, 2, 1 << 16))
         self.control = Fabric.format(self.fd, capacity=capacity, channels=2, window_bytes=1 << 16)
-        self.hmm = spawn_hmm(f"ipc://{folder}/hmm.sock", [budget, budget], backend=backend, log_path=folder / "hmm.log")
+        self._seats_per_device = seats_per_device or capacity
+        budgets = [budget] * (1 + (capacity - 1) // self._seats_per_device)
+        self.hmm = spawn_hmm(f"ipc://{folder}/hmm.sock", budgets, backend=backend, log_path=folder / "hmm.log")
         try:
             for seat in range(capacity) if seats is None else seats:
                 self.start(seat, wait=False)
@@ -145,7 +155,8 @@ class DevicePool:
         """Put a fresh process into a seat."""
         ours, theirs = self._spawn.Pipe()
         path = f"/proc/{os.getpid()}/fd/{self.fd}"
-        arguments = (path, seat, self._timeout_s, self.hmm.endpoint, self._layout, theirs)
+        device = seat // self._seats_per_device
+        arguments = (path, seat, device, self._timeout_s, self.hmm.endpoint, self._layout, theirs)
         process = self._spawn.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
