@@ -26,6 +26,7 @@ class Healer:
         deadline_s: for the survivors to meet at the gate, each attempt.
         on_failure: serving cannot go on; gets a sentence.
         memory_whole: waits, that many seconds at most, while an HMM that died is being replaced.
+        tidy: gives memory back that no seat uses: of a change that the death kept from its end.
     """
 
     def __init__(
@@ -36,12 +37,14 @@ class Healer:
         deadline_s: float,
         on_failure: Callable[[str], None],
         memory_whole: Callable[[float], Awaitable[None]],
+        tidy: Callable[[], Awaitable[int]],
     ) -> None:
         self._coordinator = coordinator
         self._seats = seats
         self._deadline_s = deadline_s
         self._on_failure = on_failure
         self._memory_whole = memory_whole
+        self._tidy = tidy
         self._dead: set[int] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -83,6 +86,10 @@ class Healer:
                 len(plan.moves),
                 sent,
             )
+        try:
+            await self._tidy()
+        except ElasticMoEError as error:
+            logger.error("memory that no seat uses could not be given back: %s", error)
         if self._dead:
             self._on_failure(f"seats {sorted(self._dead)} were lost and could not be replaced: {problem}")
         self._coordinator.resume(hold)

@@ -58,6 +58,13 @@ class MemoryWatch:
         except asyncio.TimeoutError:
             raise HmmUnavailable(f"no HMM has taken the memory over within {timeout_s:g} s") from None
 
+    async def tidy(self) -> int:
+        """Gives weights back that no seat uses; while no change runs. Returns how many blocks."""
+        placement, seats = self._coordinator.placement, self._coordinator.membership.seats
+        return await release_leftovers(
+            self._hmm, placement, {self._config.device_of(seat) for seat in seats}, self._config
+        )
+
     def _look(self) -> bool:
         if self._hmm.attached_to() == self._instance:
             self._whole.set()
@@ -99,7 +106,7 @@ class MemoryWatch:
                 await asyncio.get_running_loop().run_in_executor(None, self._restart)
             instance = (await self._hmm.connect()).instance
             blocks = await self._hmm.offer() + await asyncio.wait_for(self._seats.offer_memory(), _OFFER_S)
-            leftovers = await release_leftovers(self._hmm, self._coordinator.placement, self._devices(), self._config)
+            leftovers = await self.tidy()
         except (ElasticMoEError, OSError, asyncio.TimeoutError) as error:
             if absent.what != (why := _why(error)):
                 absent.what = why
@@ -108,9 +115,6 @@ class MemoryWatch:
         logger.info("HMM %s took over %d blocks, of which %d were not needed", instance, blocks, leftovers)
         self._instance = instance
         return self._look()
-
-    def _devices(self) -> set[int]:
-        return {self._config.device_of(seat) for seat in self._coordinator.membership.seats}
 
 
 def _why(error: BaseException) -> str:

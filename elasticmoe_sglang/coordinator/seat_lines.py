@@ -129,7 +129,7 @@ class SeatLines:
     async def _next(self, wanted: Callable[[Heard], bool]) -> Heard:
         for index, message in enumerate(self._backlog):
             if wanted(message):
-                return self._backlog.pop(index)
+                return message if isinstance(message, imm.SeatExited) else self._backlog.pop(index)
         future: asyncio.Future[Heard] = asyncio.get_running_loop().create_future()
         entry = (wanted, future)
         self._waiting.append(entry)
@@ -141,12 +141,15 @@ class SeatLines:
 
     def _heard(self, message: Heard) -> None:
         self._on_heard(message)
-        for entry in self._waiting:
+        # An exit concerns everybody who waits for the seat, and whoever will ask until another process takes it.
+        exited = isinstance(message, imm.SeatExited)
+        for entry in list(self._waiting):
             wanted, future = entry
             if not future.done() and wanted(message):
                 self._waiting.remove(entry)
                 future.set_result(message)
-                return
+                if not exited:
+                    return
         self._backlog.append(message)
         del self._backlog[:-_BACKLOG]
 

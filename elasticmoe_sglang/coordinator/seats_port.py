@@ -277,16 +277,26 @@ class ProcessSeats:
             await asyncio.wait_for(departure.fence.wait(), _OUTPUT_FENCE_S)
         except asyncio.TimeoutError:
             logger.error("seat %d's last output did not pass within %.0f s; going on", seat, _OUTPUT_FENCE_S)
-        for survivor in left.handed:
-            await self._lines.tell_seat(survivor, sm.ReleaseAdopted(operation_id=departure.operation_id, leaver=seat))
-        adopted = await asyncio.gather(*(self._adopted(survivor, seat) for survivor in left.handed))
-        lost = sum(left.handed.values()) - sum(message.requests for message in adopted)
+        release = sm.ReleaseAdopted(operation_id=departure.operation_id, leaver=seat)
+        adopted = await asyncio.gather(
+            *(self._adopted(survivor, release, handed) for survivor, handed in left.handed.items())
+        )
+        lost = sum(left.handed.values()) - sum(adopted)
         if lost:
             raise SeatError(f"{lost} requests of seat {seat} did not arrive", seat=seat)
         return sum(left.handed.values())
 
-    async def _adopted(self, survivor: int, leaver: int) -> sm.Adopted:
-        return await self._lines.expect(sm.Adopted, seat=survivor, about=lambda message: message.leaver == leaver)
+    async def _adopted(self, survivor: int, release: sm.ReleaseAdopted, handed: int) -> int:
+        try:
+            await self._lines.tell_seat(survivor, release)
+            message = await self._lines.expect(
+                sm.Adopted, seat=survivor, about=lambda message: message.leaver == release.leaver
+            )
+        except SeatError as error:
+            # What only it had is sent again when the others have got over its death.
+            logger.warning("seat %d died with %d requests of leaver %d: %s", survivor, handed, release.leaver, error)
+            return handed
+        return message.requests
 
     # -- another HMM ----------------------------------------------------------------------------------------------
 

@@ -160,6 +160,7 @@ class Services:
             deadline_s=config.commit_deadline_s,
             on_failure=self._end_server,
             memory_whole=watch.whole,
+            tidy=watch.tidy,
         )
         return coordinator
 
