@@ -97,6 +97,7 @@ def test_a_killed_seat_is_named_and_its_successor_joins(pool: DevicePool) -> Non
     epoch = pool.next_epoch()
     pool.run((0, 1), cases.everything, (0, 1), epoch, (40,), (torch.float32,), 0, (1,))
     pool.start(2)
+    assert pool.run([2], cases.prefetch, (0, 1)) == {2: [0, 1, 2]}
     epoch = pool.next_epoch()
     pool.run((0, 1, 2), cases.everything, (0, 1, 2), epoch, (40, 700), (torch.float32,), 0, (1,))
     usage = next(d for d in pool.status().devices if d.device == 0)

@@ -179,6 +179,12 @@ def differ(context: DeviceContext, seats: tuple[int, ...], epoch: int) -> Any:
     return None
 
 
+def prefetch(context: DeviceContext, seats: tuple[int, ...]) -> list[int]:
+    """Map windows ahead of the commit; the seats whose windows are mapped then."""
+    context.device.prefetch(seats)
+    return sorted(context.device._mapped)
+
+
 def warm_up(context: DeviceContext) -> None:
     """Alone: every kernel that the GPU tests use is compiled."""
     context.fabric.solo()

@@ -111,7 +111,7 @@ def all_gather_kernel(out, inp, count, stride, header, rank, group, control, bas
             at = tl.cast(start, tl.int64) * FACTOR + tl.arange(0, TILE)
             for first in tl.static_range(0, SIZE, ROWS):
                 # All loads before the first store: a store might change what a later load reads, so none passes it.
-                values = ()
+                values = ()  # grown by +: Triton knows no unpacking
                 wanted = ()
                 for turn in tl.static_range(first, first + ROWS):
                     if turn < SIZE:
@@ -119,8 +119,8 @@ def all_gather_kernel(out, inp, count, stride, header, rank, group, control, bas
                         source, present = source_of(members, seat_of_rank, row, me, inp, base, pitch, channel, step, 0,
                                                     DATA_OFFSET, DATA_BYTES)  # fmt: skip
                         mask = (at < last) & present
-                        values = values + (tl.load(pointer(source, T, FACTOR) + at, mask=mask, other=0),)
-                        wanted = wanted + (mask,)
+                        values = values + (tl.load(pointer(source, T, FACTOR) + at, mask=mask, other=0),)  # noqa: RUF005
+                        wanted = wanted + (mask,)  # noqa: RUF005
                 for turn in tl.static_range(first, first + ROWS):
                     if turn < SIZE:
                         to = pointer(out + tl.cast((rank + turn) % SIZE, tl.int64) * row_bytes, T, FACTOR)
