@@ -1,0 +1,67 @@
+"""Penalties of a request that goes on elsewhere (mirrors sglang/srt/sampling/penaltylib/orchestrator.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from elasticmoe_patches.spec import HookSpec
+
+
+def after_init(_result: None, self: Any, vocab_size: int, batch: Any, penalizers: Any) -> None:
+    """Count the tokens that a moved or retracted request has generated already.
+
+    SGLang starts every batch that is prefilled at zero, also for a request that has output, so such a request would
+    go on as if it had just begun.
+    """
+    if not self.is_required:
+        return
+    import torch
+
+    counted = [(row, torch.tensor(ids, dtype=torch.int64)) for row, ids in _counted(batch.reqs, batch.enable_overlap)]
+    for penalizer in self.penalizers.values():
+        if not penalizer.is_prepared():
+            continue
+        for row, ids in counted:
+            _count(penalizer, row, ids.to(self.device))
+
+
+def _counted(reqs: Sequence[Any], overlap: bool) -> Iterator[tuple[int, list[int]]]:
+    """(row, token ids) that decoding without a break would have counted before the token that is sampled next.
+
+    With the overlap schedule SGLang prepares a step before the last one's token is known: it counts one token later,
+    and the prompt's last one first (`ScheduleBatch.cumulate_penalty_output_tokens`).
+    """
+    for row, req in enumerate(reqs):
+        output = list(req.output_ids)
+        if output:
+            yield row, [req.origin_input_ids[-1], *output[:-1]] if overlap else output
+
+
+def _count(penalizer: Any, row: int, ids: Any) -> None:
+    """What a call of `cumulate_output_tokens` for each id would do to this row alone."""
+    match type(penalizer).__name__:
+        case "BatchedFrequencyPenalizer":
+            weight = penalizer.frequency_penalties[row].expand(len(ids))
+            penalizer.cumulated_frequency_penalties[row].scatter_add_(0, ids, weight)
+        case "BatchedPresencePenalizer":
+            penalizer.cumulated_presence_penalties[row, ids] = penalizer.presence_penalties[row]
+        case "BatchedRepetitionPenalizer":
+            penalizer.cumulated_repetition_penalties[row, ids] = penalizer.repetition_penalties[row]
+        case "BatchedMinNewTokensPenalizer":
+            penalizer.len_output_tokens[row] = len(ids)
+        case other:
+            raise NotImplementedError(f"SGLang's {other} is not known here")
+
+
+HOOKS = (
+    HookSpec(
+        target="sglang.srt.sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__",
+        kind="after",
+        hook=f"{__name__}:after_init",
+        signature="(self, vocab_size, batch, penalizers)",
+        reason="A moved request's penalties count the tokens it has generated before; SGLang forgets them.",
+        expires="SGLang restores penalties of retracted requests.",
+        processes=frozenset(("seat", "standby")),
+    ),
+)
