@@ -231,6 +231,11 @@ class ProcessSeats:
         else:
             for seat in plan.leaving:
                 self._departures.pop(seat, None)
+        for seat in self.membership().seats:
+            if (
+                seat not in self._pids
+            ):  # a leaver that stays after all, or a joiner, whose end was no surprise until now
+                self._on_seat_lost(seat, f"seat {seat} ended during the change and is a member after it")
         await self._send_route((plan.after if committed else plan.before).seats)
 
     async def _wait_for_pauses(self, plan: ScalePlan) -> None:
