@@ -251,6 +251,38 @@ def test_a_middle_seat_retires(two_seats: ElasticServer) -> None:
     assert two_seats.generate(PROMPT, 24)["output_ids"] == before
 
 
+def test_sglangs_own_benchmark_loses_nothing_to_changes(two_seats: ElasticServer, model: Path, tmp_path: Path) -> None:
+    """`python -m sglang.benchmark.serving` runs while the server is scaled up and down."""
+    requests_sent, results = 60, tmp_path / "results.jsonl"
+    flags = ["--backend", "sglang", "--host", "127.0.0.1", "--port", str(two_seats.port), "--model", str(model)]
+    flags += ["--dataset-name", "random-ids", "--random-input-len", "48", "--random-output-len", "40"]
+    flags += ["--num-prompts", str(requests_sent), "--request-rate", "6", "--random-range-ratio", "0.3"]
+    flags += ["--output-file", str(results), "--output-details", "--disable-tqdm"]
+    command = [sys.executable, "-m", "sglang.benchmark.serving", *flags]
+    with (tmp_path / "log").open("w") as log:
+        benchmark = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            settled(lambda: busy(two_seats) or benchmark.poll() is not None, 120, "the benchmark sends requests")
+            sizes = []
+            while benchmark.poll() is None:
+                size = (3, 1, 4, 2)[len(sizes) % 4]
+                two_seats.must_scale(size)
+                sizes.append(size)
+                time.sleep(0.5)
+        finally:
+            benchmark.kill()
+            benchmark.wait()
+    printed = (tmp_path / "log").read_text()
+    assert benchmark.returncode == 0, printed
+    found = json.loads(results.read_text().splitlines()[-1])
+    assert found["completed"] == requests_sent and not any(found["errors"]), printed
+    assert len(sizes) >= 3, f"only {sizes} happened meanwhile"
+
+
+def busy(server: ElasticServer) -> bool:
+    return any(entry["num_running_reqs"] for entry in server.get("/v1/loads").json()["loads"])
+
+
 def cli(*words: str, key: str | None = KEY) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "elasticmoe_sglang.cli.main", *words]
     return subprocess.run(

@@ -28,7 +28,7 @@ _FEATURES: Mapping[str, dict[str, Any]] = {
     "logprobs": {"return_logprob": True, "top_logprobs_num": 3, "logprob_start_len": 0},
     "regex": {"sampling": {"regex": r"([0-9]{3}-[a-f]{2}:){14}[A-Z]{4}"}},
     "several": {"sampling": {"n": 2}},
-    "penalties": {"sampling": {"frequency_penalty": 0.7, "presence_penalty": 0.3}},
+    "penalties": {"sampling": {"frequency_penalty": 0.7, "presence_penalty": 0.3, "repetition_penalty": 1.1}},
 }
 
 
