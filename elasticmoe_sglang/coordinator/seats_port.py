@@ -6,13 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 
 from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.coordinator.departure import Departure, picture
 from elasticmoe_sglang.coordinator.ports import BootTicket, CommitReport, PullReport
 from elasticmoe_sglang.coordinator.recovery import RecoveryPlan
 from elasticmoe_sglang.coordinator.seat_lines import Heard, SeatLines
-from elasticmoe_sglang.coordinator.views import SeatInfo, SeatState
+from elasticmoe_sglang.coordinator.views import SeatInfo
 from elasticmoe_sglang.errors import SeatError
 from elasticmoe_sglang.hmm.client import AsyncHmmClient
 from elasticmoe_sglang.imm import messages as imm
@@ -30,16 +30,6 @@ _OUTPUT_FENCE_S = 5.0
 _PAUSE_REPORT_S = 0.1
 # How long a seat that others miss may live on before it counts as stalled.
 _STALLED_S = 0.3
-
-
-@dataclass
-class _Departure:
-    """A leaver between its commit and its exit."""
-
-    operation_id: str
-    survivors: tuple[int, ...]
-    fence: asyncio.Event = field(default_factory=asyncio.Event)
-    handover: asyncio.Task[int] | None = None
 
 
 class ProcessSeats:
@@ -80,7 +70,7 @@ class ProcessSeats:
         self._standbys: list[int] = []
         self._hellos: dict[int, sm.Hello] = {}
         self._booting: set[int] = set()
-        self._departures: dict[int, _Departure] = {}
+        self._departures: dict[int, Departure] = {}
         self._attempt = 0
         self.pauses: dict[int, float] = {}
 
@@ -121,32 +111,14 @@ class ProcessSeats:
         return self._control.read_membership()
 
     def seats(self) -> Sequence[SeatInfo]:
-        occupied = self.membership().seats
-        standbys = iter(self._standbys)
-        infos = []
-        for seat in range(self._config.max_ep_size):
-            pid = self._pids.get(seat)
-            if seat in self._departures:
-                state = SeatState.LEAVING
-            elif seat in self._booting:
-                state = SeatState.BOOTING
-            elif seat in occupied:
-                state = SeatState.OCCUPIED
-            else:
-                pid = next(standbys, None)
-                state = SeatState.STANDBY if pid is not None else SeatState.EMPTY
-            hello = self._hellos.get(seat)
-            infos.append(
-                SeatInfo(
-                    seat=seat,
-                    state=state,
-                    device=self._config.device_of(seat),
-                    pid=pid,
-                    checkpoint_bytes=hello.checkpoint_bytes if hello else None,
-                    load_s=hello.load_s if hello else None,
-                )
-            )
-        return infos
+        return picture(
+            self._config,
+            occupied=self.membership().seats,
+            pids=self._pids,
+            standbys=self._standbys,
+            booting=self._booting,
+            leaving=self._departures.keys(),
+        )
 
     # -- prepare ------------------------------------------------------------------------------------------------
 
@@ -201,7 +173,7 @@ class ProcessSeats:
         )
         self.pauses = {}
         for seat in plan.leaving:
-            self._departures[seat] = _Departure(operation_id=operation_id, survivors=plan.survivors)
+            self._departures[seat] = Departure(operation_id=operation_id, survivors=plan.survivors)
         try:
             await self._send_command(sm.encode_command(command))
             reports = await asyncio.gather(
@@ -271,7 +243,7 @@ class ProcessSeats:
         await self._release_dense(seat)
         return moved
 
-    async def _hand_over(self, seat: int, departure: _Departure) -> int:
+    async def _hand_over(self, seat: int, departure: Departure) -> int:
         """Let the survivors go on with the leaver's requests once its last tokens have been delivered."""
         try:
             left = await self._lines.expect(sm.Left, seat=seat, operation_id=departure.operation_id)

@@ -146,10 +146,10 @@ class SeatMemory:
             return sources[0]
         deadline = time.monotonic() + self._deadline_s
         while time.monotonic() < deadline:
-            others = [block for block in self._client.lookup(kind="dense") if block.device != self._device]
-            if others:
-                self._client.wait_sealed([others[0].block_id], deadline - time.monotonic())
-                return others[0]
+            # Any that is filled: another seat's may be waiting just as this one does.
+            for block in self._client.lookup(kind="dense"):
+                if block.device != self._device and block.sealed:
+                    return block
             time.sleep(0.01)
         raise SeatError(
             f"no device got the dense weights within {self._deadline_s:.0f} s",
