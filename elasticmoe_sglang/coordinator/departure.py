@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.views import SeatInfo, SeatState
+from elasticmoe_sglang.seats.messages import Hello
 
 
 @dataclass
@@ -32,11 +33,13 @@ def picture(
     standbys: Sequence[int],
     booting: Collection[int],
     leaving: Collection[int],
+    hellos: Mapping[int, Hello],
 ) -> list[SeatInfo]:
     """All seats, ascending. An empty seat shows the standby that would take it.
 
     Args:
         occupied: the committed membership; pids: seat -> process; standbys: processes without a seat.
+        hellos: what each seat's process said when it had booted.
     """
     waiting = iter(standbys)
     infos = []
@@ -51,5 +54,15 @@ def picture(
         else:
             pid = next(waiting, None)
             state = SeatState.STANDBY if pid is not None else SeatState.EMPTY
-        infos.append(SeatInfo(seat=seat, state=state, device=config.device_of(seat), pid=pid))
+        hello = hellos.get(seat)
+        infos.append(
+            SeatInfo(
+                seat=seat,
+                state=state,
+                device=config.device_of(seat),
+                pid=pid,
+                checkpoint_bytes=hello.checkpoint_bytes if hello else None,
+                load_s=hello.load_s if hello else None,
+            )
+        )
     return infos

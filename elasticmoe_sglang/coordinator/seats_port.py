@@ -118,6 +118,7 @@ class ProcessSeats:
             standbys=self._standbys,
             booting=self._booting,
             leaving=self._departures.keys(),
+            hellos=self._hellos,
         )
 
     # -- prepare ------------------------------------------------------------------------------------------------
