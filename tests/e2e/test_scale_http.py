@@ -251,6 +251,7 @@ def test_a_middle_seat_retires(two_seats: ElasticServer) -> None:
     assert two_seats.generate(PROMPT, 24)["output_ids"] == before
 
 
+@pytest.mark.soak  # Takes minutes on two cores.
 def test_sglangs_own_benchmark_loses_nothing_to_changes(two_seats: ElasticServer, model: Path, tmp_path: Path) -> None:
     """`python -m sglang.benchmark.serving` runs while the server is scaled up and down."""
     requests_sent, results = 60, tmp_path / "results.jsonl"

@@ -31,7 +31,8 @@ from tests.helpers.corpus import Case, ask
 from tests.helpers.elastic import ElasticServer
 from tests.helpers.load import Load, Pump, Stream, settled
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+# In `make soak` until it has passed alone on a quiet machine.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), pytest.mark.soak]
 
 EXPERTS = 16
 ROOM = 12

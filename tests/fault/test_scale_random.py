@@ -27,7 +27,8 @@ from tests.helpers.elastic import SEATS, ElasticServer
 from tests.helpers.leaks import holdings
 from tests.helpers.load import Load, Pump, Stream, settled
 
-pytestmark = [pytest.mark.e2e]
+# In `make soak` until it has passed alone on a quiet machine.
+pytestmark = [pytest.mark.e2e, pytest.mark.soak]
 
 TOKENS = 120
 STREAMS = 8

@@ -17,7 +17,8 @@ from tests.helpers.elastic import ElasticServer
 from tests.helpers.load import settled
 from tests.helpers.server import ServerFailed
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+# In `make soak` until it has passed alone on a quiet machine.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.soak]
 
 BUDGET = 1 << 30
 PROMPT = list(range(5, 40))
