@@ -16,7 +16,7 @@ from tests.helpers.leaks import no_leaks as check_no_leaks
 
 TESTS = Path(__file__).parent
 
-TIME_LIMITS_S = {"unit": 240, "contract": 600, "fault": 180, "e2e": 600, "gpu": 300}
+TIME_LIMITS_S = {"unit": 240, "contract": 600, "fault": 600, "e2e": 900, "gpu": 300}
 """Time limit of one test by the folder it lies in; a `timeout` marker on the test overrides it."""
 
 

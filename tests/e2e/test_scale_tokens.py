@@ -45,7 +45,11 @@ class Setup:
 
 SETUPS = (
     pytest.param(Setup(arch="qwen3_moe"), id="qwen3_moe-overlap"),
-    pytest.param(Setup(arch="deepseek_v2", args=(*_PAGED, _NO_OVERLAP)), id="deepseek_v2-paged-no-overlap"),
+    pytest.param(
+        Setup(arch="deepseek_v2", args=(*_PAGED, _NO_OVERLAP)),
+        id="deepseek_v2-paged-no-overlap",
+        marks=pytest.mark.soak,
+    ),
     pytest.param(
         Setup(arch="qwen3_moe", args=(*_PAGED, _NO_OVERLAP)), id="qwen3_moe-paged-no-overlap", marks=pytest.mark.soak
     ),
