@@ -163,7 +163,7 @@ def test_a_size_that_does_not_fit_is_refused_with_numbers(bench: Bench) -> None:
         response = bench.server.post("/scale_elastic_ep", {"new_ep_size": 1, "wait": True})
         assert response.status_code == 400, response.text
         error = response.json()["error"]
-        assert "EP size 1 does not fit" in error and "device 0 needs 12.0 MiB more" in error, error
+        assert "EP size 1 does not fit" in error and "device 0 needs 12 MiB more" in error, error
     next_change_works(bench)
 
 
@@ -185,7 +185,9 @@ FAULTS = {
     "joiner-dies-at-the-gate": Fault(point="boot.gate", seat=3, action="self", size=4, words=("seat 3",)),
     "joiner-is-late": Fault(point="boot.attached", seat=2, action="stall:60", size=3, words=("preparing", "15 s")),
     "pull-fails": Fault(point="pull.started", seat=1, action="raise", size=2, start=3, words=("injected", "seat 1")),
-    "seat-is-late-at-the-gate": Fault(point="gate.before", seat=1, action="stall:5", size=3, words=("seat 1",)),
+    "seat-is-late-at-the-gate": Fault(
+        point="gate.before", seat=1, action="stall:6", size=3, words=("committing", "4 s")
+    ),
 }
 
 
