@@ -51,7 +51,15 @@ class ImmClient:
         return self.sock.fileno()
 
     def send(self, message: m.Message) -> None:
-        self.sock.send(m.encode(message))
+        """Send one request.
+
+        Raises:
+            SeatError: the IMM has gone.
+        """
+        try:
+            self.sock.send(m.encode(message))
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise _gone() from error
 
     def receive(self, timeout_s: float) -> m.Message | None:
         """The next message, or None when none came in time.
@@ -62,13 +70,20 @@ class ImmClient:
         ready, _, _ = select.select([self.sock], [], [], timeout_s)
         if not ready:
             return None
-        frame = self.sock.recv(m.MAX_FRAME)
+        try:
+            frame = self.sock.recv(m.MAX_FRAME)
+        except ConnectionResetError:  # it died with a request of ours unread: Linux says so instead of end of file
+            frame = b""
         if not frame:
-            raise SeatError("the IMM has gone", hint="Restart the server; its log says why the IMM ended.")
+            raise _gone()
         return m.decode(frame)
 
     def close(self) -> None:
         self.sock.close()
+
+
+def _gone() -> SeatError:
+    return SeatError("the IMM has gone", hint="Restart the server; its log says why the IMM ended.")
 
 
 def start_imm(module: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:

@@ -156,6 +156,21 @@ def test_seats_and_standbys_end_with_the_imm(imm) -> None:
     assert [pid for pid in children if runs(pid)] == []
 
 
+def test_an_imm_that_dies_with_a_request_unread_is_gone_too(imm) -> None:
+    """Linux answers with a reset, not with end of file, when the dead end of a socket had not read everything."""
+    process, client = imm
+    population(client, lambda p: len(p.standbys) == STANDBYS)
+    process.send_signal(signal.SIGSTOP)
+    client.send(m.Query())
+    process.kill()
+    process.wait()
+    with pytest.raises(SeatError, match="has gone"):
+        while client.receive(5) is not None:
+            pass
+    with pytest.raises(SeatError, match="has gone"):
+        assign(client, 2, "hang")
+
+
 def runs(pid: int) -> bool:
     """Not gone, and not a zombie that the machine's first process has yet to bury."""
     try:
