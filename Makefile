@@ -80,5 +80,5 @@ clean: ## Remove caches and outputs.
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo-out
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## Remove the virtual environment as well.
-	@rm -rf $(VENV) *.egg-info
+distclean: clean ## Remove the virtual environments as well.
+	@rm -rf $(VENV) .venv-* .dev *.egg-info

@@ -4,7 +4,8 @@ Two measurements, written to benchmarks/results/scale-timing-cpu.json with the t
 
 1. Changes by one seat, up from a warm standby and down, again and again while streams decode: the pause of each
    surviving seat at the commit, the time of the whole operation, and the longest gap of each stream during it.
-2. Tokens a second at a fixed size of two, beside plain SGLang with gloo at the same size, on the same model.
+2. Tokens a second at a fixed size of two, beside plain SGLang with gloo at the same size, on the same model. What no
+   collective can beat is measured too: one seat alone with half of the streams, counted twice.
 
 Exit status 1 when a target was missed; the targets are for a machine of two cores that does nothing else.
 """
@@ -17,6 +18,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -160,17 +162,20 @@ def worst_gap(record: StreamRecord, since: float, until: float) -> tuple[float, 
     return max(inside), 3 * statistics.median(gap for _, gap in gaps) + 0.1
 
 
-async def measure_rate(instance: Instance, name: str, settings: argparse.Namespace) -> tuple[Rate, list[StreamRecord]]:
+async def measure_rate(
+    instance: Instance, name: str, settings: argparse.Namespace, *, share: int = 1
+) -> tuple[Rate, list[StreamRecord]]:
+    """Tokens a second; with `share` n an n-th of the streams is run and counted n times."""
     rounds, records = [], []
     for number in range(settings.rounds + 1):
         load = Load(instance.client, lambda lane, number: Ask(key="", prompt="", tokens=1))
         started = time.monotonic()
-        await load.run_once(asks(settings.streams, settings.tokens, seed=2))
+        await load.run_once(asks(settings.streams // share, settings.tokens, seed=2))
         seconds = time.monotonic() - started
         if load.lost:
             raise SystemExit(f"{name}: {load.lost[0].failure}")
         if number:  # the first one warms up
-            rounds.append(sum(len(record.token_ids) for record in load.records) / seconds)
+            rounds.append(share * sum(len(record.token_ids) for record in load.records) / seconds)
         records = load.records
     return Rate(name=name, tokens_per_s=statistics.median(rounds), rounds=rounds), records
 
@@ -181,7 +186,8 @@ async def run(settings: argparse.Namespace, folder: Path, console: Console) -> t
 
     def start(name: str, args: Sequence[str], *, plain: bool) -> Instance:
         console.print(f"starting: {name}")
-        return Instance(args, plain=plain, generation=0, size=2, log=folder / f"{name.replace(' ', '-')}.log")
+        log = folder / f"{re.sub('[^a-z0-9]+', '-', name)}.log"
+        return Instance(args, plain=plain, generation=0, size=2, log=log)
 
     rates, answers = [], []
     sizes = {"plain SGLang, gloo": None, "elastic, 2 of 2 seats": 2, "elastic, 2 of 4 seats": 4}
@@ -195,6 +201,10 @@ async def run(settings: argparse.Namespace, folder: Path, console: Console) -> t
             console.print(f"{name}: {rate.tokens_per_s:.0f} tokens/s")
             if capacity == 4:
                 changes = await measure_changes(instance, settings)
+    name = "no collectives: 1 seat, half of the streams, twice"
+    async with start(name, servers.elastic(1, 2), plain=False) as instance:
+        rates.append((await measure_rate(instance, name, settings, share=2))[0])
+        console.print(f"{name}: {rates[-1].tokens_per_s:.0f} tokens/s")
     for records in answers[1:]:
         if different := unequal(records, answers[0]):
             raise SystemExit(f"tokens differ from plain SGLang's: {different[0]}")
@@ -205,7 +215,7 @@ def targets(changes: Sequence[Change], rates: Sequence[Rate]) -> list[Target]:
     def seconds(up: bool) -> float:
         return statistics.median(change.total_ms for change in changes if change.up is up) / 1e3
 
-    gloo, elastic, roomy = (rate.tokens_per_s for rate in rates)
+    gloo, elastic, roomy, _ = (rate.tokens_per_s for rate in rates)
     excess = max(change.gap_ms - change.gap_limit_ms for change in changes)
     pauses = [pause for change in changes for pause in change.pauses_ms]
     return [

@@ -62,7 +62,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         epoch: the epoch that the change leads to.
         columns_planned, columns_moved, bytes_moved: expert columns, and the bytes that the receivers pulled so far.
         moved_requests: requests handed from leaving seats to others.
-        pause_ms: milliseconds that each seat stood at the commit gate; `max_pause_ms` is the largest.
+        pause_ms: of each seat that stayed, milliseconds from its last result before the commit to the first after it,
+            less its median interval (`seats.pause.PauseMeter`); `max_pause_ms` is the largest.
         error: what went wrong, None while nothing did.
         created_at: Unix time in seconds.
     """
