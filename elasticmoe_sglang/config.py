@@ -42,6 +42,12 @@ class ElasticConfig:
     device_budget: int | None = None
     """Bytes of each device that the HMM may hand out. None: what the device offers."""
 
+    headroom: str = "0.01"
+    """What KV caches leave unused of each device: a fraction of its budget such as 0.02, or a size such as 2GiB."""
+
+    kv_tokens: int | None = None
+    """The most KV tokens of one seat. None: as many as the device has room for, or SGLang's --max-total-tokens."""
+
     run_dir: str | None = None
     """Folder for the sockets, made with mode 0700. None: a fresh one for each launch."""
 
@@ -72,12 +78,13 @@ class ElasticConfig:
         _at_least(self, "seats_per_device", 1)
         _at_least(self, "standbys", 0)
         _at_least(self, "window_bytes", 4096)
-        for name in ("device_budget", "pull_bandwidth"):
+        for name in ("device_budget", "pull_bandwidth", "kv_tokens"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
         for name in ("prepare_deadline_s", "commit_deadline_s", "finish_deadline_s", "collective_deadline_s"):
             _is_duration(self, name)
         _are_ablations(self.ablate)
+        self.headroom_bytes(1 << 40)
         if self.ep_size > self.max_ep_size:
             raise UserInputError(
                 f"{flag('ep_size')} {self.ep_size} is larger than {flag('max_ep_size')} {self.max_ep_size}",
@@ -88,6 +95,21 @@ class ElasticConfig:
                 f"{flag('hmm_endpoint')} {self.hmm_endpoint!r} is not an endpoint",
                 hint="Write it like ipc:///run/user/1000/elasticmoe/hmm.sock",
             )
+
+    def headroom_bytes(self, budget: int) -> int:
+        """Bytes of a device of `budget` bytes that KV caches leave unused."""
+        try:
+            share = float(self.headroom)
+        except ValueError:
+            return parse_bytes(self.headroom)
+        if 0 <= share < 1:
+            return int(budget * share)
+        if share.is_integer() and share > 0:
+            return int(share)
+        raise UserInputError(
+            f"{flag('headroom')} {self.headroom} is neither a fraction below 1 nor a size",
+            hint="Write it like 0.02 or 2GiB",
+        )
 
     def device_of(self, seat: int) -> int:
         """The device on which `seat` sits."""
@@ -190,6 +212,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         "SIZE",
         "Memory of each device that the HMM may hand out, like 2GiB. Default: all of it.",
     )
+    add("headroom", str, "SIZE", "What KV caches leave unused of a device: 0.02 or 2GiB. Default: 0.01.")
+    add("kv_tokens", int, "N", "The most KV tokens of one seat. Default: as many as there is room for.")
     add("run_dir", str, "DIR", "Folder for the sockets (mode 0700). Keep the path short. Default: a fresh one.")
     add(
         "pull_bandwidth",

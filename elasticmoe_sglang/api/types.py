@@ -6,6 +6,7 @@ import msgspec
 
 from elasticmoe_sglang.coordinator.views import (
     DeviceMemory,
+    DevicePeak,
     MemoryStatus,
     Move,
     Operation,
@@ -18,6 +19,7 @@ from elasticmoe_sglang.coordinator.views import (
 
 __all__ = [
     "DeviceMemory",
+    "DevicePeak",
     "ErrorBody",
     "MemoryStatus",
     "Move",

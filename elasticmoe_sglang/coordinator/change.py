@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from elasticmoe_sglang.config import ElasticConfig
@@ -24,7 +24,8 @@ Step = tuple[str, Callable[[], Awaitable[None]]]
 
 
 class Change:
-    """Runs one operation: begin, boot and pull, commit, keep, dismiss, release; or the undo of what was begun.
+    """Runs one operation: begin, make room, boot and pull, commit, keep, dismiss, release, fill; or the undo of what
+    was begun.
 
     An undo is noted before a seat starts its step, because a step that failed half-way needs it too, and it runs
     exactly once. Undos of seats run together, then the HMM's rollback: nothing is freed while a seat maps it.
@@ -46,6 +47,7 @@ class Change:
         self._config = config
         self._on_committed = on_committed
         self._txn: str | None = None
+        self._kv_before: Mapping[int, int] = {}
         self._undos: list[Step] = []
 
     async def run(self) -> None:
@@ -77,12 +79,15 @@ class Change:
             operation.end(Phase.DONE)
 
     async def _prepare(self) -> None:
+        self._operation.memory_before(await self._memory.status())
         self._txn = txn = await self._memory.begin(self._operation.operation_id)
-        boots = [self._boot(seat, txn) for seat in self._plan.joining]
+        self._kv_before = self._seats.kv_sizes()
+        first = await self._seats.make_room(self._plan)
+        boots = [self._boot(seat, txn, first.get(seat, 0)) for seat in self._plan.joining]
         pulls = [self._pull(seat, txn, moves) for seat in self._plan.survivors if (moves := self._plan.incoming(seat))]
         await _within(None, "preparing", [*boots, *pulls])
 
-    async def _boot(self, seat: int, txn: str) -> None:
+    async def _boot(self, seat: int, txn: str, kv_chunks: int) -> None:
         plan = self._plan
         ticket = BootTicket(
             operation_id=self._operation.operation_id,
@@ -91,6 +96,7 @@ class Change:
             membership=plan.after,
             placement=plan.placement_after,
             moves=plan.incoming(seat),
+            kv_chunks=kv_chunks,
             deadline_s=self._config.prepare_deadline_s,
         )
         self._undos.append((f"dismiss joiner {seat}", lambda: self._dismiss_joiner(seat)))
@@ -133,7 +139,7 @@ class Change:
     async def _finish(self) -> list[str]:
         plan, txn = self._plan, self._txn
         assert txn is not None, "a commit without a transaction"
-        problems = await self._each([("keep the HMM transaction", lambda: self._memory.commit(txn))])
+        problems = await self._each([("keep the HMM transaction", lambda: self._keep(txn))])
         gone: set[int] = set()
         steps = [self._release(seat) for seat in plan.survivors if plan.outgoing(seat)]
         steps += [self._dismiss_leaver(seat, gone) for seat in plan.leaving]
@@ -142,7 +148,17 @@ class Change:
         problems += await self._each(
             [self._release(seat) for seat in plan.leaving if seat in gone and plan.outgoing(seat)]
         )
-        return problems
+        problems += await self._each([("fill the devices with KV", self._seats.fill_kv)])
+        return problems + await self._each([("read the ledger", self._read_ledger)])
+
+    async def _keep(self, txn: str) -> None:
+        self._operation.memory_peak(await self._memory.commit(txn))
+
+    async def _give_back(self, txn: str) -> None:
+        self._operation.memory_peak(await self._memory.rollback(txn))
+
+    async def _read_ledger(self) -> None:
+        self._operation.memory_after(await self._memory.status())
 
     def _release(self, seat: int) -> Step:
         departed = [move.column for move in self._plan.outgoing(seat)]
@@ -159,7 +175,9 @@ class Change:
         problems = await self._each(self._undos)
         if self._txn is not None:
             txn = self._txn
-            problems += await self._each([("roll back the HMM transaction", lambda: self._memory.rollback(txn))])
+            problems += await self._each([("roll back the HMM transaction", lambda: self._give_back(txn))])
+            before = self._kv_before
+            problems += await self._each([("give KV its memory back", lambda: self._seats.restore_kv(before))])
         if problems:
             held = f"{reason}; epoch {self._plan.before.epoch} goes on, but the undo was incomplete"
             self._operation.end(Phase.FAILED, f"{held}: {'; '.join(problems)}")

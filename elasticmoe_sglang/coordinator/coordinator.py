@@ -12,7 +12,7 @@ from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.change import Change
 from elasticmoe_sglang.coordinator.operation import RunningOperation, wish_words
 from elasticmoe_sglang.coordinator.ports import MemoryPort, SeatsPort
-from elasticmoe_sglang.coordinator.views import MemoryStatus, Operation, Phase, Status
+from elasticmoe_sglang.coordinator.views import DeviceMemory, MemoryStatus, Operation, Phase, Status
 from elasticmoe_sglang.errors import ElasticMoEError, HmmUnavailable, OperationInProgress, UserInputError
 from elasticmoe_sglang.planner import (
     DeviceRoom,
@@ -37,7 +37,6 @@ class Coordinator:
 
     Args:
         membership, placement: as the server started.
-        seat_bytes: bytes that an occupied seat takes for itself, counted when a joiner is checked against a budget.
     """
 
     def __init__(
@@ -48,14 +47,12 @@ class Coordinator:
         placement: Placement,
         memory: MemoryPort,
         seats: SeatsPort,
-        seat_bytes: int = 0,
     ) -> None:
         self._config = config
         self._membership = membership
         self._placement = placement
         self._memory = memory
         self._seats = seats
-        self._seat_bytes = seat_bytes
         self._operations: dict[str, RunningOperation] = {}
         self._latest: RunningOperation | None = None
         self._task: asyncio.Task[None] | None = None
@@ -190,21 +187,22 @@ class Coordinator:
             )
         if memory.column_bytes is None or memory.dense_bytes is None:
             raise HmmUnavailable("the HMM holds no model yet", hint="Ask again when the server has loaded it")
-        model = ModelNeeds(
-            column_bytes=memory.column_bytes, dense_bytes=memory.dense_bytes, seat_bytes=self._seat_bytes
+        least = self._seats.least_kv_bytes()
+        model = ModelNeeds(column_bytes=memory.column_bytes, dense_bytes=memory.dense_bytes, seat_bytes=least)
+        check_budgets(plan, model, [self._room(device, plan, least) for device in memory.devices])
+
+    def _room(self, device: DeviceMemory, plan: ScalePlan, least: int) -> DeviceRoom:
+        seats = tuple(seat.seat for seat in self._seats.seats() if seat.device == device.device)
+        kv = device.by_kind.get("kv", 0)
+        serving = sum(seat in plan.before.seats for seat in seats)
+        return DeviceRoom(
+            device=device.device,
+            seats=seats,
+            budget=device.budget,
+            # Seats give up KV where columns need the room, down to the least they can do with.
+            used=device.used - max(0, kv - serving * least),
+            holds_dense=device.by_kind.get("dense", 0) > 0,
         )
-        seats = self._seats.seats()
-        rooms = [
-            DeviceRoom(
-                device=device.device,
-                seats=tuple(seat.seat for seat in seats if seat.device == device.device),
-                budget=device.budget,
-                used=device.used,
-                holds_dense=device.by_kind.get("dense", 0) > 0,
-            )
-            for device in memory.devices
-        ]
-        check_budgets(plan, model, rooms)
 
     async def _memory_status(self) -> MemoryStatus:
         """The HMM's answer, or why there is none: the rest of the server's status does not depend on it."""

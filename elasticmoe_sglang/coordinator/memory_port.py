@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.views import DeviceMemory, MemoryStatus
 from elasticmoe_sglang.errors import HmmUnavailable, TransactionError
-from elasticmoe_sglang.hmm.client import AsyncHmmClient
+from elasticmoe_sglang.hmm.client import AsyncHmmClient, HmmClient
 from elasticmoe_sglang.hmm.vmm.base import round_up
 from elasticmoe_sglang.planner import Placement
 
@@ -51,25 +52,34 @@ class HmmMemory:
         self._instances[txn] = self._client.attached_to()
         return txn
 
-    async def commit(self, txn: str) -> None:
+    async def commit(self, txn: str) -> Sequence[int]:
         del self._instances[txn]
-        await self._client.commit(txn)
+        return (await self._client.commit(txn)).peak_bytes
 
-    async def rollback(self, txn: str) -> None:
+    async def rollback(self, txn: str) -> Sequence[int]:
         instance = self._instances.pop(txn)
         try:
-            await self._client.rollback(txn)
+            return (await self._client.rollback(txn)).peak_bytes
         except (HmmUnavailable, TransactionError) as error:
             # With its HMM the transaction has ended, and nobody else has its memory: the seats have unmapped it.
             if instance is not None and self._client.attached_to() == instance:
                 raise
             logger.warning("transaction %s went with its HMM: %s", txn, error)
+            return ()
+
+
+def drop_kv(client: HmmClient) -> int:
+    """Before a server's first seat boots: give back the KV of an earlier server on this HMM. Returns the blocks."""
+    blocks = client.lookup(kind="kv")
+    if blocks:
+        client.release([block.block_id for block in blocks])
+    return len(blocks)
 
 
 async def release_leftovers(
-    client: AsyncHmmClient, placement: Placement, devices: set[int], config: ElasticConfig
+    client: AsyncHmmClient, placement: Placement, seats: Collection[int], config: ElasticConfig
 ) -> int:
-    """Give back what an earlier server left in an HMM that outlived it: weights that no seat of this one uses.
+    """Give back what nobody uses: weights of an earlier server or change, and KV of seats that are not occupied.
 
     Returns:
         Number of blocks given back.
@@ -79,7 +89,10 @@ async def release_leftovers(
         for block in await client.lookup(kind="column")
         if block.column is not None and config.device_of(placement.owners[block.column]) != block.device
     ]
+    devices = {config.device_of(seat) for seat in seats}
     dense = [block.block_id for block in await client.lookup(kind="dense") if block.device not in devices]
-    if columns or dense:
-        await client.release([*columns, *dense])
-    return len(columns) + len(dense)
+    kv = [block.block_id for block in await client.lookup(kind="kv") if block.seat not in seats]
+    leftovers = [*columns, *dense, *kv]
+    if leftovers:
+        await client.release(leftovers)
+    return len(leftovers)

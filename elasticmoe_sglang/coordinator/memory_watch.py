@@ -59,11 +59,9 @@ class MemoryWatch:
             raise HmmUnavailable(f"no HMM has taken the memory over within {timeout_s:g} s") from None
 
     async def tidy(self) -> int:
-        """Gives weights back that no seat uses; while no change runs. Returns how many blocks."""
+        """Gives memory back that no seat uses; while no change runs. Returns how many blocks."""
         placement, seats = self._coordinator.placement, self._coordinator.membership.seats
-        return await release_leftovers(
-            self._hmm, placement, {self._config.device_of(seat) for seat in seats}, self._config
-        )
+        return await release_leftovers(self._hmm, placement, seats, self._config)
 
     def _look(self) -> bool:
         if self._hmm.attached_to() == self._instance:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
+
+import msgspec
 
 from elasticmoe_sglang.coordinator.ports import CommitReport, PullReport
-from elasticmoe_sglang.coordinator.views import Move, Operation, Phase, Timings
+from elasticmoe_sglang.coordinator.views import DevicePeak, MemoryStatus, Move, Operation, Phase, Timings
 from elasticmoe_sglang.planner import RetireSeats, ScalePlan, ScaleTo, Wish
 
 _NEXT: dict[Phase, tuple[Phase, ...]] = {
@@ -43,6 +46,7 @@ class RunningOperation:
         self._pulled: list[PullReport] = []
         self._commit: CommitReport | None = None
         self._moved = 0
+        self._memory: list[DevicePeak] = []
 
     def advance(self, phase: Phase) -> None:
         """Enter the next phase; the clock of the last one stops."""
@@ -70,6 +74,26 @@ class RunningOperation:
         """Count requests that a leaver has handed over."""
         self._moved += requests
 
+    def memory_before(self, status: MemoryStatus) -> None:
+        """The ledger before anything is allocated."""
+        self._memory = [
+            DevicePeak(device=d.device, budget=d.budget, before=d.used, peak=d.used, after=d.used)
+            for d in status.devices
+        ]
+
+    def memory_peak(self, peaks: Sequence[int]) -> None:
+        """The most that was in use on each device; empty when nobody knows."""
+        for index, peak in enumerate(peaks):
+            known = self._memory[index]
+            self._memory[index] = msgspec.structs.replace(known, peak=max(known.peak, peak))
+
+    def memory_after(self, status: MemoryStatus) -> None:
+        """The ledger when everything is given back and filled again. What grows then grows up to there."""
+        for index, device in enumerate(status.devices):
+            known = self._memory[index]
+            peak = max(known.peak, device.used)
+            self._memory[index] = msgspec.structs.replace(known, peak=peak, after=device.used)
+
     def view(self) -> Operation:
         plan, commit = self.plan, self._commit
         pause = dict(commit.pause_ms) if commit else {}
@@ -94,6 +118,7 @@ class RunningOperation:
             moved_requests=self._moved,
             pause_ms=pause,
             max_pause_ms=max(pause.values(), default=None),
+            memory=list(self._memory),
             error=self.error,
         )
 

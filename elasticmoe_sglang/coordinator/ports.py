@@ -23,6 +23,7 @@ class BootTicket:
         txn: the HMM transaction in which it allocates.
         membership, placement: as they will be after the commit; the joiner is in both.
         moves: the columns that it pulls, all with itself as target.
+        kv_chunks: KV memory to begin with; 0 leaves it to the seat.
         deadline_s: seconds it has until it must wait at the gate.
     """
 
@@ -32,6 +33,7 @@ class BootTicket:
     membership: Membership
     placement: Placement
     moves: tuple[ColumnMove, ...]
+    kv_chunks: int = 0
     deadline_s: float
 
 
@@ -69,11 +71,19 @@ class MemoryPort(Protocol):
     async def begin(self, operation_id: str) -> str:
         """Open a transaction. If the call fails, nothing stays open: the HMM drops transactions without an owner."""
 
-    async def commit(self, txn: str) -> None:
-        """Keep what was allocated in the transaction. Called once, after the seats have committed."""
+    async def commit(self, txn: str) -> Sequence[int]:
+        """Keep what was allocated in the transaction. Called once, after the seats have committed.
 
-    async def rollback(self, txn: str) -> None:
-        """Free all that was allocated in the transaction. Called once for each begin that returned and was undone."""
+        Returns:
+            For each device the most bytes that were in use on it while the transaction was open.
+        """
+
+    async def rollback(self, txn: str) -> Sequence[int]:
+        """Free all that was allocated in the transaction. Called once for each begin that returned and was undone.
+
+        Returns:
+            As `commit`; empty when that went with its HMM.
+        """
 
 
 class SeatsPort(Protocol):
@@ -84,6 +94,27 @@ class SeatsPort(Protocol):
 
     def membership(self) -> Membership:
         """The membership committed last, read from the gate's control page: the truth when a commit gave no answer."""
+
+    def kv_sizes(self) -> Mapping[int, int]:
+        """Chunks of KV memory of each seat that has any, from what is known here."""
+
+    def least_kv_bytes(self) -> int:
+        """What a seat's KV cache cannot do without."""
+
+    async def make_room(self, plan: ScalePlan) -> Mapping[int, int]:
+        """Before anything is allocated: survivors give up KV for the columns they are to receive, while they serve.
+
+        Undone by `restore_kv`, after the HMM's rollback.
+
+        Returns:
+            Chunks for each joiner to begin with.
+        """
+
+    async def restore_kv(self, sizes: Mapping[int, int]) -> None:
+        """Give each seat as many chunks again as `kv_sizes` said before."""
+
+    async def fill_kv(self) -> None:
+        """Let KV have all that is free, when the change is over and departed columns are given back."""
 
     async def boot(self, seat: int, ticket: BootTicket) -> PullReport:
         """A standby takes the seat, boots, attaches, pulls its columns and waits at the gate. Raises SeatError.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.coordinator.departure import Departure, picture
+from elasticmoe_sglang.coordinator.departure import OUTPUT_FENCE_S, Departure, hand_over, picture
+from elasticmoe_sglang.coordinator.kv_pools import KvPools
 from elasticmoe_sglang.coordinator.ports import BootTicket, CommitReport, PullReport
 from elasticmoe_sglang.coordinator.recovery import RecoveryPlan
 from elasticmoe_sglang.coordinator.seat_lines import Heard, SeatLines
@@ -24,8 +25,6 @@ from elasticmoe_sglang.seats.ticket import SeatTicket, encode_ticket
 
 logger = logging.getLogger(__name__)
 
-# How long a leaver's last tokens may take through the detokenizer before its requests go on regardless.
-_OUTPUT_FENCE_S = 5.0
 # How long after the commit the seats' measured pauses are waited for; an idle server reports none.
 _PAUSE_REPORT_S = 0.1
 # How long a seat that others miss may live on before it counts as stalled.
@@ -60,6 +59,7 @@ class ProcessSeats:
         self._lines = lines
         self._hmm = hmm
         self._control = control
+        self._kv = KvPools(config, lines, hmm, resize_s=config.commit_deadline_s)
         self._placement = placement
         self._send_command = send_command
         self._send_route = send_route
@@ -85,9 +85,11 @@ class ProcessSeats:
         elif isinstance(message, imm.SeatExited):
             self._pids.pop(message.seat, None)
             self._hellos.pop(message.seat, None)
+            self._kv.forget(message.seat)
             self._check_loss(message)
         elif isinstance(message, sm.Hello):
             self._hellos[message.seat] = message
+            self._kv.learn(message.seat, message.kv)
         elif isinstance(message, sm.Paused):
             self.pauses[message.seat] = message.pause_ms
         elif isinstance(message, sm.Broken) and message.culprit in self._pids.keys() - self._booting:
@@ -119,7 +121,25 @@ class ProcessSeats:
             booting=self._booting,
             leaving=self._departures.keys(),
             hellos=self._hellos,
+            kv=self._control.kv,
         )
+
+    # -- KV -----------------------------------------------------------------------------------------------------
+
+    def kv_sizes(self) -> Mapping[int, int]:
+        return self._kv.sizes()
+
+    def least_kv_bytes(self) -> int:
+        return self._kv.least_bytes()
+
+    async def make_room(self, plan: ScalePlan) -> Mapping[int, int]:
+        return await self._kv.make_room(plan, seats=plan.after.seats, joining=plan.joining, leaving=plan.leaving)
+
+    async def restore_kv(self, sizes: Mapping[int, int]) -> None:
+        await self._kv.set_sizes(sizes)
+
+    async def fill_kv(self) -> None:
+        await self._kv.fill(self.membership().seats, self._placement)
 
     # -- prepare ------------------------------------------------------------------------------------------------
 
@@ -134,6 +154,7 @@ class ProcessSeats:
             placement=ticket.placement.owners,
             sources={move.column: device(move.source) for move in ticket.moves},
             dense_source=device(0),
+            kv_chunks=ticket.kv_chunks,
             txn=ticket.txn,
             operation_id=ticket.operation_id,
         )
@@ -242,6 +263,7 @@ class ProcessSeats:
             await self._lines.expect(imm.SeatExited, seat=seat, exits=False)
         del self._departures[seat]
         await self._release_dense(seat)
+        await self._kv.drop([seat])
         return moved
 
     async def _hand_over(self, seat: int, departure: Departure) -> int:
@@ -251,30 +273,7 @@ class ProcessSeats:
         except SeatError as error:
             logger.error("a leaver died while handing over; its requests are sent again: %s", error)
             return await self._resend(f"resend-{departure.operation_id}-{seat}", forget=seat)
-        try:
-            await asyncio.wait_for(departure.fence.wait(), _OUTPUT_FENCE_S)
-        except asyncio.TimeoutError:
-            logger.error("seat %d's last output did not pass within %.0f s; going on", seat, _OUTPUT_FENCE_S)
-        release = sm.ReleaseAdopted(operation_id=departure.operation_id, leaver=seat)
-        adopted = await asyncio.gather(
-            *(self._adopted(survivor, release, handed) for survivor, handed in left.handed.items())
-        )
-        lost = sum(left.handed.values()) - sum(adopted)
-        if lost:
-            raise SeatError(f"{lost} requests of seat {seat} did not arrive", seat=seat)
-        return sum(left.handed.values())
-
-    async def _adopted(self, survivor: int, release: sm.ReleaseAdopted, handed: int) -> int:
-        try:
-            await self._lines.tell_seat(survivor, release)
-            message = await self._lines.expect(
-                sm.Adopted, seat=survivor, about=lambda message: message.leaver == release.leaver
-            )
-        except SeatError as error:
-            # What only it had is sent again when the others have got over its death.
-            logger.warning("seat %d died with %d requests of leaver %d: %s", survivor, handed, release.leaver, error)
-            return handed
-        return message.requests
+        return await hand_over(self._lines, departure, left)
 
     # -- another HMM ----------------------------------------------------------------------------------------------
 
@@ -301,9 +300,11 @@ class ProcessSeats:
         operation_id = f"recover-{plan.membership.epoch}.{self._attempt}"
         for departure in self._departures.values():
             if departure.handover is not None:
-                await asyncio.wait({departure.handover}, timeout=_OUTPUT_FENCE_S)
+                await asyncio.wait({departure.handover}, timeout=OUTPUT_FENCE_S)
+        await self._kv.drop(plan.dead)
+        first = await self._kv.make_room(plan, seats=plan.membership.seats, joining=plan.replaced)
         await asyncio.gather(
-            *(self._replace(seat, plan, operation_id) for seat in plan.replaced),
+            *(self._replace(seat, plan, operation_id, first.get(seat, 0)) for seat in plan.replaced),
             *(self._take_over(seat, plan, operation_id) for seat in plan.survivors if plan.incoming(seat)),
         )
         members = plan.membership.seats
@@ -323,6 +324,7 @@ class ProcessSeats:
         self._booting -= set(plan.replaced)
         sent = await self._send_again(opened - here)
         await self._release_dead(plan)
+        await self.fill_kv()
         return sent
 
     async def _recovered(self, operation_id: str, members: Sequence[int]) -> set[str]:
@@ -334,7 +336,7 @@ class ProcessSeats:
             raise SeatError(f"seats {absent} did not pass the gate", operation=operation_id)
         return {rid for report in reports for rid in report.rids}
 
-    async def _replace(self, seat: int, plan: RecoveryPlan, operation_id: str) -> None:
+    async def _replace(self, seat: int, plan: RecoveryPlan, operation_id: str, kv_chunks: int) -> None:
         """A standby takes the dead seat's place; its weights are still on its device."""
         self._booting.add(seat)
         ticket = SeatTicket(
@@ -344,6 +346,7 @@ class ProcessSeats:
             joiner=True,
             placement=plan.placement.owners,
             attempt=self._attempt,
+            kv_chunks=kv_chunks,
             operation_id=operation_id,
         )
         self._lines.forget(lambda heard: getattr(heard, "seat", None) == seat)

@@ -54,6 +54,16 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     total_ms: float | None = None
 
 
+class DevicePeak(msgspec.Struct, frozen=True, kw_only=True):
+    """One device's memory around a change, in bytes: in use before it, at most during it, and after it."""
+
+    device: int
+    budget: int
+    before: int
+    peak: int
+    after: int
+
+
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """One change of membership, from the wish to its end.
 
@@ -64,6 +74,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         moved_requests: requests handed from leaving seats to others.
         pause_ms: of each seat that stayed, milliseconds from its last result before the commit to the first after it,
             less its median interval (`seats.pause.PauseMeter`); `max_pause_ms` is the largest.
+        memory: each device before, at the peak and after; empty for a change that needed none.
         error: what went wrong, None while nothing did.
         created_at: Unix time in seconds.
     """
@@ -88,6 +99,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     moved_requests: int = 0
     pause_ms: dict[int, float] = {}
     max_pause_ms: float | None = None
+    memory: list[DevicePeak] = []
     error: str | None = None
 
 
@@ -96,6 +108,8 @@ class SeatInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     checkpoint_bytes: what its process read of the checkpoint; load_s: seconds in which it filled or attached its
         weights. None until it has said so.
+    kv_tokens: what it has room for; kv_used: tokens of its requests; kv_cached: tokens kept for next requests. None
+        for a seat that does not serve.
     """
 
     seat: int
@@ -104,6 +118,9 @@ class SeatInfo(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None = None
     checkpoint_bytes: int | None = None
     load_s: float | None = None
+    kv_tokens: int | None = None
+    kv_used: int | None = None
+    kv_cached: int | None = None
 
 
 class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):

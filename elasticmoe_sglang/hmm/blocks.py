@@ -47,6 +47,8 @@ class BlockTable:
         *,
         column: int | None = None,
         name: str | None = None,
+        seat: int | None = None,
+        chunk: int | None = None,
         txn: str | None = None,
     ) -> Block:
         """Charges and creates; `nbytes` is a multiple of the granularity. Raises BudgetExceeded or VmmError."""
@@ -57,7 +59,15 @@ class BlockTable:
             self._ledger.refund(device, kind, nbytes)
             raise
         block = Block(
-            block_id=next(self._ids), device=device, kind=kind, column=column, name=name, nbytes=nbytes, txn=txn
+            block_id=next(self._ids),
+            device=device,
+            kind=kind,
+            column=column,
+            name=name,
+            seat=seat,
+            chunk=chunk,
+            nbytes=nbytes,
+            txn=txn,
         )
         self._entries[block.block_id] = _Entry(block=block, handle=handle)
         return block
@@ -158,7 +168,7 @@ class BlockTable:
 
 
 def _require_same(held: Block, offered: Block) -> None:
-    for name in ("device", "kind", "column", "name", "nbytes"):
+    for name in ("device", "kind", "column", "name", "seat", "chunk", "nbytes"):
         if getattr(held, name) != getattr(offered, name):
             raise ProtocolError(
                 f"block {held.block_id} was offered with {name} {getattr(offered, name)}, "

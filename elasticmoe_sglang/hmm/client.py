@@ -191,16 +191,19 @@ class HmmClient:
         kind: p.Kind,
         *,
         columns: Sequence[int] | None = None,
+        seat: int | None = None,
+        chunks: Sequence[int] | None = None,
         nbytes: int | None = None,
         txn: str | None = None,
     ) -> list[p.Block]:
-        """One zeroed block a column, or a single block; all or none.
+        """One zeroed block a column or a chunk of a seat's KV cache, or a single block; all or none.
 
         nbytes: of each block, rounded up to the granularity; None takes the registered model's size. Any client may
         allocate in a transaction, whoever began it. Raises BudgetExceeded with the numbers.
         """
         wanted = list(columns) if columns is not None else None
-        command = p.Allocate(device=device, kind=kind, columns=wanted, nbytes=nbytes, txn=txn)
+        parts = list(chunks) if chunks is not None else None
+        command = p.Allocate(device=device, kind=kind, columns=wanted, seat=seat, chunks=parts, nbytes=nbytes, txn=txn)
         return self._call(command, p.BlocksReply).blocks
 
     def seal(self, block_ids: Sequence[int]) -> None:
@@ -209,11 +212,16 @@ class HmmClient:
         self._leases.sealed(block_ids)
 
     def lookup(
-        self, *, kind: p.Kind | None = None, device: int | None = None, columns: Sequence[int] | None = None
+        self,
+        *,
+        kind: p.Kind | None = None,
+        device: int | None = None,
+        columns: Sequence[int] | None = None,
+        seat: int | None = None,
     ) -> list[p.Block]:
         """Live blocks that match all that is given, by id; those of open transactions carry their `txn`."""
         wanted = list(columns) if columns is not None else None
-        return self._call(p.Lookup(kind=kind, device=device, columns=wanted), p.BlocksReply).blocks
+        return self._call(p.Lookup(kind=kind, device=device, columns=wanted, seat=seat), p.BlocksReply).blocks
 
     def wait_sealed(self, block_ids: Sequence[int], timeout_s: float) -> None:
         """Returns when all are sealed. Raises SealTimeout, or BlockNotFound as soon as one is released."""
@@ -344,9 +352,14 @@ class AsyncHmmClient:
         return await self._run(self._client.allocate, device, kind, columns=columns, nbytes=nbytes, txn=txn)
 
     async def lookup(
-        self, *, kind: p.Kind | None = None, device: int | None = None, columns: Sequence[int] | None = None
+        self,
+        *,
+        kind: p.Kind | None = None,
+        device: int | None = None,
+        columns: Sequence[int] | None = None,
+        seat: int | None = None,
     ) -> list[p.Block]:
-        return await self._run(self._client.lookup, kind=kind, device=device, columns=columns)
+        return await self._run(self._client.lookup, kind=kind, device=device, columns=columns, seat=seat)
 
     async def wait_sealed(self, block_ids: Sequence[int], timeout_s: float) -> None:
         await self._run(self._client.wait_sealed, block_ids, timeout_s)

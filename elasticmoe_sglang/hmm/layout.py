@@ -106,3 +106,12 @@ class DenseLayout(PackedLayout):
     @property
     def dense_bytes(self) -> int:
         return self.nbytes
+
+
+@dataclass(frozen=True)
+class KvLayout(PackedLayout):
+    """Keys and values of one token over all layers, such as ("0.k", [heads, width], bfloat16), ("0.v", ...), ..."""
+
+    @property
+    def token_bytes(self) -> int:
+        return self.nbytes

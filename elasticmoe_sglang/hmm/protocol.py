@@ -32,6 +32,7 @@ class Block(msgspec.Struct, frozen=True, kw_only=True):
     device: which device (CPU: arena) it lies on; HOST for a shared region.
     column: the expert column it holds, for kind "column".
     name: the shared region's name, for a region.
+    seat, chunk: whose KV cache it is a part of and which part, for kind "kv".
     nbytes: physical size, a multiple of the granularity.
     sealed: somebody declared its content complete.
     txn: the open transaction it was allocated in; None once committed.
@@ -42,6 +43,8 @@ class Block(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind
     column: int | None = None
     name: str | None = None
+    seat: int | None = None
+    chunk: int | None = None
     nbytes: int
     sealed: bool = False
     txn: str | None = None
@@ -145,9 +148,13 @@ class Rollback(Message, frozen=True, kw_only=True):
 
 
 class Allocate(Message, frozen=True, kw_only=True):
+    """columns: one block each, kind "column". seat and chunks: one block a chunk of the seat's KV cache, kind "kv"."""
+
     device: Index
     kind: Kind
     columns: Columns | None = None
+    seat: Index | None = None
+    chunks: Columns | None = None
     nbytes: Annotated[int, Meta(gt=0, lt=1 << 53)] | None = None
     txn: Text | None = None
 
@@ -160,6 +167,7 @@ class Lookup(Message, frozen=True, kw_only=True):
     kind: Kind | None = None
     device: Index | None = None
     columns: Columns | None = None
+    seat: Index | None = None
 
 
 class WaitSealed(Message, frozen=True, kw_only=True):

@@ -14,12 +14,13 @@ from typing import Literal
 
 import msgspec
 
-from elasticmoe_sglang.errors import HmmError, ModelMismatch, ProtocolError, RegionMismatch, UndoFailed, UserInputError
+from elasticmoe_sglang.errors import ModelMismatch, ProtocolError, RegionMismatch, UndoFailed
 from elasticmoe_sglang.hmm import protocol as p
 from elasticmoe_sglang.hmm.blocks import BlockTable
 from elasticmoe_sglang.hmm.ledger import Ledger
 from elasticmoe_sglang.hmm.transaction import Transaction, TransactionTable, UndoLog
 from elasticmoe_sglang.hmm.vmm.base import VmmBackend, round_up
+from elasticmoe_sglang.hmm.wanted import block_bytes, parts_of
 
 log = logging.getLogger(__name__)
 
@@ -226,15 +227,23 @@ class HmmService:
         return block
 
     def allocate(self, command: p.Allocate) -> list[p.Block]:
-        """One block a column, or a single block. All or none; in a transaction they vanish when it is rolled back."""
+        """One block a column or chunk, or a single one. All or none; a transaction's vanish when it is rolled back."""
         transaction = self.txns.get(command.txn) if command.txn is not None else None
-        columns = self._columns_of(command)
-        size = round_up(self._block_bytes(command), self.backend.granularity)
-        self.ledger.require(command.device, size * len(columns))
+        wanted = parts_of(command, self._model, held=self.lookup)
+        size = round_up(block_bytes(command, self._model), self.backend.granularity)
+        self.ledger.require(command.device, size * len(wanted))
         blocks: list[p.Block] = []
         with UndoLog(transaction.operation_id if transaction else None) as steps:
-            for column in columns:
-                block = self.blocks.create(command.device, command.kind, size, column=column, txn=command.txn)
+            for column, chunk in wanted:
+                block = self.blocks.create(
+                    command.device,
+                    command.kind,
+                    size,
+                    column=column,
+                    seat=command.seat,
+                    chunk=chunk,
+                    txn=command.txn,
+                )
                 steps.record(f"free block {block.block_id}", partial(self._retire_if_live, block.block_id))
                 blocks.append(block)
         if transaction is not None:
@@ -251,6 +260,7 @@ class HmmService:
                 (command.kind is None or block.kind == command.kind)
                 and (command.device is None or block.device == command.device)
                 and (columns is None or block.column in columns)
+                and (command.seat is None or block.seat == command.seat)
             )
         )
 
@@ -330,32 +340,6 @@ class HmmService:
     def close(self) -> None:
         """Gives all memory up; what clients have mapped lives on with them."""
         self.blocks.close()
-
-    def _columns_of(self, command: p.Allocate) -> Sequence[int | None]:
-        if (command.columns is not None) != (command.kind == "column"):
-            raise UserInputError(f"an allocation of kind {command.kind} names columns if and only if it is for columns")
-        if command.columns is None:
-            return [None]
-        if not command.columns or len(set(command.columns)) != len(command.columns):
-            raise UserInputError("the columns to allocate are empty or not distinct")
-        if self._model is not None and max(command.columns) >= self._model.num_columns:
-            raise UserInputError(
-                f"column {max(command.columns)} does not exist; the model has {self._model.num_columns}"
-            )
-        return command.columns
-
-    def _block_bytes(self, command: p.Allocate) -> int:
-        if command.nbytes is not None:
-            return command.nbytes
-        if self._model is None:
-            raise HmmError(
-                f"no size given for a {command.kind} block and no model registered",
-                hint="Register the model first, or pass nbytes.",
-            )
-        sizes = {"column": self._model.column_bytes, "dense": self._model.dense_bytes}
-        if not sizes.get(command.kind):
-            raise UserInputError(f"the model does not say how large a {command.kind} block is", hint="Pass nbytes.")
-        return sizes[command.kind]
 
     def _retire_if_live(self, block_id: int) -> None:
         if self.blocks.is_live(block_id):

@@ -6,12 +6,15 @@ a seat, with as few moves as any balanced placement allows, and the same plan fo
 """
 
 from elasticmoe_sglang.planner.budget import DeviceRoom, ModelNeeds, check_budgets, extra_bytes
+from elasticmoe_sglang.planner.kv import KvDevice, KvShape, kv_shape
 from elasticmoe_sglang.planner.placement import Placement, initial_placement
 from elasticmoe_sglang.planner.plan import ColumnMove, RetireSeats, ScalePlan, ScaleTo, Wish, plan_scale
 
 __all__ = [
     "ColumnMove",
     "DeviceRoom",
+    "KvDevice",
+    "KvShape",
     "ModelNeeds",
     "Placement",
     "RetireSeats",
@@ -21,5 +24,6 @@ __all__ = [
     "check_budgets",
     "extra_bytes",
     "initial_placement",
+    "kv_shape",
     "plan_scale",
 ]

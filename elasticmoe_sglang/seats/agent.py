@@ -50,6 +50,10 @@ class SeatAgent:
         self._outbox.append(message)
         os.eventfd_write(self._wake, 1)
 
+    def run(self, action: Callable[[], None]) -> None:
+        """Have a worker thread do something that nobody waits for."""
+        self._workers.submit(action)
+
     def stop(self, timeout_s: float) -> None:
         """Send what is still queued and end the thread."""
         self._stopping.set()

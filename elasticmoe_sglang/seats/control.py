@@ -34,6 +34,7 @@ _W_SEATS, _SEAT_WORDS = 64, 8
 _PID, _START, _HEARTBEAT, _STATE = 0, 1, 2, 3
 GATE_ARRIVAL = 4
 """Word of a seat's line in which it arrives at the gate."""
+_KV_CAPACITY, _KV_USE = 6, 7
 WINDOW_BLOCK = 5
 """Word of a seat's line that names its window of device memory: the HMM's block id plus one, 0 for none yet."""
 
@@ -181,11 +182,22 @@ class ControlPage:
         self.words[line + _STATE] = state
         self.words[line + _HEARTBEAT] = time.monotonic_ns()
         self.words[line + GATE_ARRIVAL] = 0
+        self.words[line + _KV_CAPACITY] = self.words[line + _KV_USE] = 0
         futex.order_stores()
         self.words[line + _PID] = pid
 
     def set_seat_state(self, seat: int, state: SeatState) -> None:
         self.words[self.seat_word(seat, _STATE)] = state
+
+    def set_kv(self, seat: int, *, capacity: int, used: int, cached: int) -> None:
+        """The seat's KV tokens: how many it has, how many are in use, how many are kept for a next request."""
+        self.words[self.seat_word(seat, _KV_CAPACITY)] = capacity
+        self.words[self.seat_word(seat, _KV_USE)] = used | cached << 32
+
+    def kv(self, seat: int) -> tuple[int, int, int]:
+        """(capacity, used, cached) in tokens; zeros when the seat has not said so."""
+        use = self.words[self.seat_word(seat, _KV_USE)]
+        return self.words[self.seat_word(seat, _KV_CAPACITY)], use & 0xFFFFFFFF, use >> 32
 
     def heartbeat(self, seat: int) -> None:
         """Note that the seat's process does something now."""

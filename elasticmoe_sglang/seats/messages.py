@@ -33,10 +33,14 @@ class DropColumns(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class ReleaseAdopted(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Coordinator -> seat: the leaver's last tokens have reached the clients' side; its requests may go on here."""
+    """Coordinator -> seat: the leaver's last tokens have reached the clients' side; its requests may go on here.
+
+    kv_chunks: the chunks of the leaver's HMM memory in which their KV lies.
+    """
 
     operation_id: str
     leaver: int
+    kv_chunks: tuple[int, ...] = ()
 
 
 class Recover(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -77,9 +81,41 @@ class Offered(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     blocks: int
 
 
+class ResizeKv(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Coordinator -> seat: have so many chunks of KV. timeout_s: for the scheduler to let go of what goes."""
+
+    operation_id: str
+    chunks: int
+    timeout_s: float
+
+
+class KvResized(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Seat -> coordinator: `ResizeKv` is done. Tokens evicted from the prefix cache, moved within the memory; requests
+    that wait again."""
+
+    seat: int
+    operation_id: str
+    chunks: int
+    tokens: int
+    evicted: int
+    moved: int
+    retracted: int
+
+
+class KvState(msgspec.Struct, frozen=True, kw_only=True):
+    """A seat's KV cache in HMM memory; see planner.KvShape."""
+
+    token_bytes: int
+    page_tokens: int
+    chunk_bytes: int
+    cap_tokens: int | None
+    chunks: int
+
+
 class Hello(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Seat -> coordinator: this process sits in the seat. `stage`: serving (started with the server) or gate.
 
+    kv: its KV cache, None where that is not in HMM memory.
     boot_s: from taking the seat on; load_s: of it, building the model and filling or attaching its weights.
     """
 
@@ -93,6 +129,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     pulled_bytes: int
     boot_s: float
     load_s: float
+    kv: KvState | None = None
 
 
 class Pulled(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -172,12 +209,16 @@ class Recovered(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Left(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Leaver -> coordinator: all requests are handed over. `handed` maps survivor -> number of requests."""
+    """Leaver -> coordinator: all requests are handed over. `handed` maps survivor -> number of requests.
+
+    kv_chunks: survivor -> chunks of this seat's HMM memory that hold their KV; kv_tokens: how many tokens' KV it is.
+    """
 
     seat: int
     operation_id: str
     handed: dict[int, int]
-    kv_bytes: int
+    kv_chunks: dict[int, tuple[int, ...]] = {}
+    kv_tokens: int = 0
     seconds: float
 
 
@@ -199,6 +240,8 @@ Message = (
     | CountRequests
     | OfferMemory
     | Offered
+    | ResizeKv
+    | KvResized
     | Hello
     | Pulled
     | Dropped

@@ -17,6 +17,7 @@ class SeatTicket(msgspec.Struct, frozen=True, kw_only=True):
         sources: the columns to pull: column -> device that holds it now. Empty at a server's start.
         dense_source: the device whose dense block a joiner copies.
         attempt: not 0 for a process that takes a dead seat's place: its try at the gate, to which it comes by itself.
+        kv_chunks: KV memory to begin with; 0: the seat's share of what the weights leave.
         txn: the HMM transaction that its memory belongs to; empty when the seat opens its own.
         operation_id: the change, for messages; empty at the start of a server.
     """
@@ -29,6 +30,7 @@ class SeatTicket(msgspec.Struct, frozen=True, kw_only=True):
     sources: dict[int, int] = {}
     dense_source: int = 0
     attempt: int = 0
+    kv_chunks: int = 0
     txn: str = ""
     operation_id: str = ""
 

@@ -75,6 +75,7 @@ def send_again(tokenizer_manager: Any, rids: set[str]) -> int:
                 request=request,
                 progress=wrap_as_pickle(progress),
                 kv_tokens=0,
+                kv_pages=[],
             )
         )
         request.time_stats = stats

@@ -11,10 +11,11 @@ import os
 import pickle
 import queue
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from elasticmoe_patches.srt.managers.handover import Arrivals
-from elasticmoe_sglang.errors import CommitError, SeatError
+from elasticmoe_sglang.errors import CommitError, ElasticMoEError, SeatError
 from elasticmoe_sglang.faults import point
 from elasticmoe_sglang.hmm.protocol import ModelSpec
 from elasticmoe_sglang.imm.messages import Enter
@@ -27,6 +28,7 @@ from elasticmoe_sglang.seats.control import SeatState
 from elasticmoe_sglang.seats.fabric import Fabric
 from elasticmoe_sglang.seats.gate import CommitGate, Decision
 from elasticmoe_sglang.seats.idle import IdleWait
+from elasticmoe_sglang.seats.kv import SeatKv
 from elasticmoe_sglang.seats.membership import Membership
 from elasticmoe_sglang.seats.memory import SeatMemory
 from elasticmoe_sglang.seats.pause import PauseMeter
@@ -53,6 +55,8 @@ class Seat:
     pulled: this iteration's input until it has been dealt with; replay: input to be dealt with again.
     sent_again: requests of a dead seat that are to go on here.
     new_batch: the prefill batch that is being put together or run.
+    placement: expert column -> seat, with which this process came in.
+    kv: the KV cache in HMM memory; None where SGLang's pool has its own.
     """
 
     def __init__(self, runtime: Runtime, ticket: SeatTicket) -> None:
@@ -97,6 +101,8 @@ class Seat:
         self.new_batch: Any = None
         self.left = False
         self.spec: ModelSpec | None = None
+        self.placement: Sequence[int] = ()
+        self.kv: SeatKv | None = None
         self.checkpoint_bytes = 0
         self.load_seconds = 0.0
         self.agent = SeatAgent(
@@ -106,6 +112,7 @@ class Seat:
                 sm.PullColumns: self._pull,
                 sm.DropColumns: self._drop,
                 sm.OfferMemory: self._offer,
+                sm.ResizeKv: self._resize_kv,
                 sm.ReleaseAdopted: self._release_adopted,
                 sm.Recover: self._recover,
                 sm.CountRequests: self._count,
@@ -150,8 +157,28 @@ class Seat:
 
     def _release_adopted(self, message: sm.Message) -> None:
         assert isinstance(message, sm.ReleaseAdopted)
+        if message.kv_chunks and self.kv is not None:
+            try:
+                self.arrivals.windows[message.leaver] = self.kv.window(message.leaver, message.kv_chunks)
+            except ElasticMoEError as error:
+                logger.warning("seat %d: the KV of leaver %d is recomputed: %s", self.me, message.leaver, error)
         self.arrivals.released.add(message.leaver)
         self.idle.wake_all()
+
+    def _resize_kv(self, message: sm.Message) -> sm.Message:
+        assert isinstance(message, sm.ResizeKv)
+        if self.kv is None:
+            raise SeatError("this seat's KV cache is not in HMM memory", seat=self.me)
+        done = self.kv.resize(message.chunks, message.timeout_s, self.idle.wake_all)
+        return sm.KvResized(
+            seat=self.me,
+            operation_id=message.operation_id,
+            chunks=self.kv.chunks,
+            tokens=done.tokens,
+            evicted=done.evicted,
+            moved=done.moved,
+            retracted=done.retracted,
+        )
 
     def _recover(self, message: sm.Message) -> None:
         assert isinstance(message, sm.Recover)
@@ -180,7 +207,20 @@ class Seat:
                 pulled_bytes=self.memory.pulled_bytes,
                 boot_s=time.monotonic() - self.started,
                 load_s=self.load_seconds,
+                kv=self._kv_state(),
             )
+        )
+
+    def _kv_state(self) -> sm.KvState | None:
+        if self.kv is None:
+            return None
+        shape = self.kv.shape
+        return sm.KvState(
+            token_bytes=shape.token_bytes,
+            page_tokens=shape.page_tokens,
+            chunk_bytes=shape.chunk_bytes,
+            cap_tokens=shape.cap_tokens,
+            chunks=self.kv.chunks,
         )
 
     def join(self) -> None:

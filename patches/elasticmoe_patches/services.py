@@ -23,11 +23,11 @@ from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.handle import CoordinatorHandle
 from elasticmoe_sglang.coordinator.healer import Healer
-from elasticmoe_sglang.coordinator.memory_port import HmmMemory, release_leftovers
+from elasticmoe_sglang.coordinator.memory_port import HmmMemory, drop_kv, release_leftovers
 from elasticmoe_sglang.coordinator.memory_watch import MemoryWatch
 from elasticmoe_sglang.coordinator.seat_lines import Heard, SeatLines
 from elasticmoe_sglang.coordinator.seats_port import ProcessSeats
-from elasticmoe_sglang.errors import SeatError
+from elasticmoe_sglang.errors import ElasticMoEError, SeatError
 from elasticmoe_sglang.hmm.client import AsyncHmmClient, HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.imm.client import ImmClient, start_imm
@@ -65,6 +65,7 @@ class Services:
             self._start_hmm()
         self._client = HmmClient(runtime.hmm_endpoint, name="coordinator")
         release_stale_regions(self._client, runtime.run_id)
+        drop_kv(self._client)
         # The handle stays open: another HMM gets the region from here.
         self._region = open_region(self._client, runtime.config, runtime.run_id)
         self.control: ControlPage = format_region(self._region, runtime.config)
@@ -119,7 +120,7 @@ class Services:
         hellos = await asyncio.gather(*(self._lines.expect(sm.Hello, seat=seat) for seat in membership.seats))
         placement = initial_placement(hellos[0].columns, membership.seats)
         hmm = AsyncHmmClient(self.runtime.hmm_endpoint, name="coordinator", client=self._client)
-        await release_leftovers(hmm, placement, {config.device_of(seat) for seat in membership.seats}, config)
+        await release_leftovers(hmm, placement, membership.seats, config)
         self._seats = ProcessSeats(
             config=config,
             lines=self._lines,
@@ -143,6 +144,10 @@ class Services:
                 hello.checkpoint_bytes / 2**20,
                 hello.pulled_bytes / 2**20,
             )
+        try:
+            await self._seats.fill_kv()
+        except ElasticMoEError as error:
+            logger.error("KV could not be given all memory that is free: %s", error)
         coordinator = Coordinator(
             config=config, membership=membership, placement=placement, memory=HmmMemory(hmm), seats=self._seats
         )

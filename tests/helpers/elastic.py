@@ -15,7 +15,11 @@ SEATS = 4
 
 
 class ElasticServer(SglangServer):
-    """SGLang with our flags, two of four seats occupied unless told otherwise."""
+    """SGLang with our flags, two of four seats occupied unless told otherwise.
+
+    Args:
+        kv_tokens: the most KV tokens of a seat; None: all that its device has room for.
+    """
 
     def __init__(
         self,
@@ -26,9 +30,11 @@ class ElasticServer(SglangServer):
         ep_size: int = 2,
         capacity: int = SEATS,
         admin_key: str | None = None,
+        kv_tokens: int | None = 8192,
         **options: Any,
     ) -> None:
-        own = ["--model-path", str(model), "--device", "cpu", "--skip-server-warmup", "--max-total-tokens", "8192"]
+        own = ["--model-path", str(model), "--device", "cpu", "--skip-server-warmup"]
+        own += ["--max-total-tokens", str(kv_tokens)] if kv_tokens is not None else []
         own += ["--elasticmoe-ep-size", str(ep_size), "--elasticmoe-max-ep-size", str(capacity)]
         # A busy machine boots four processes that import SGLang in minutes.
         super().__init__([*own, *args], log=log, start_timeout_s=400, **options)

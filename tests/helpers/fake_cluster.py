@@ -29,6 +29,7 @@ from elasticmoe_sglang.seats.membership import Membership
 
 COLUMN = 1000
 DENSE = 5000
+KV_CHUNKS = 10
 
 
 class InjectedFault(Exception):
@@ -56,6 +57,7 @@ class FakeCluster:
         self.held = {(owner, column) for column, owner in enumerate(placement.owners)}
         self.mapped = set(self.held)
         self.open: dict[str, set[tuple[int, int]]] = {}
+        self.kv = dict.fromkeys(self.occupied, KV_CHUNKS)
         self.calls: Counter[str] = Counter()
         self.log: list[str] = []
 
@@ -109,12 +111,40 @@ class FakeCluster:
         self.open[txn] = set()
         return txn
 
-    async def rollback(self, txn: str) -> None:
+    async def rollback(self, txn: str) -> list[int]:
         how = await self._enter("rollback")
         blocks = self.open.pop(txn)
         assert not blocks & self.mapped, "the HMM would free blocks that a seat still maps"
         self.held -= blocks
         await self._leave("rollback", how)
+        return [0] * self.capacity
+
+    def kv_sizes(self) -> dict[int, int]:
+        return dict(self.kv)
+
+    def least_kv_bytes(self) -> int:
+        return 0
+
+    async def make_room(self, plan: ScalePlan) -> dict[int, int]:
+        how = await self._enter("make_room")
+        for seat in plan.survivors:
+            self.kv[seat] -= len(plan.incoming(seat))
+            await asyncio.sleep(0)
+            if how == "hang":
+                break
+        await self._leave("make_room", how)
+        return dict.fromkeys(plan.joining, KV_CHUNKS)
+
+    async def restore_kv(self, sizes: Mapping[int, int]) -> None:
+        how = await self._enter("restore_kv")
+        assert not self.open, "KV would take what the transaction still has"
+        self.kv = dict(sizes)
+        await self._leave("restore_kv", how)
+
+    async def fill_kv(self) -> None:
+        how = await self._enter("fill_kv")
+        self.kv = dict.fromkeys(self.members.seats, KV_CHUNKS)
+        await self._leave("fill_kv", how)
 
     def seats(self) -> list[SeatInfo]:
         return [SeatInfo(seat=seat, state=state, device=seat, pid=100 + seat) for seat, state in enumerate(self.states)]
@@ -153,7 +183,7 @@ class FakeCluster:
         self.mapped -= {(seat, move.column) for move in moves}
         await self._leave(f"drop {seat}", how)
 
-    async def commit(self, plan: ScalePlan | str, deadline_s: float = 0) -> CommitReport | None:  # type: ignore[override]
+    async def commit(self, plan: ScalePlan | str, deadline_s: float = 0) -> CommitReport | list[int]:  # type: ignore[override]
         if isinstance(plan, str):
             return await self._commit_memory(plan)
         how = await self._enter("seats.commit")
@@ -172,10 +202,11 @@ class FakeCluster:
         pause = {seat: 1.0 + seat for seat in plan.after.seats}
         return CommitReport(committed=True, epoch=plan.after.epoch, pause_ms=pause)
 
-    async def _commit_memory(self, txn: str) -> None:
+    async def _commit_memory(self, txn: str) -> list[int]:
         how = await self._enter("hmm.commit")
         del self.open[txn]
         await self._leave("hmm.commit", how)
+        return [0] * self.capacity
 
     async def release(self, seat: int, columns: Sequence[int]) -> None:
         how = await self._enter(f"release {seat}")
@@ -204,6 +235,7 @@ class FakeCluster:
         placed = {(owner, column) for column, owner in enumerate(coordinator.placement.owners)}
         assert not self.open
         assert self.mapped == placed
+        assert self.kv == dict.fromkeys(self.members.seats, KV_CHUNKS)
         assert self.held == placed
         assert coordinator.membership == self.members
         occupied = [seat for seat, state in enumerate(self.states) if state is SeatState.OCCUPIED]

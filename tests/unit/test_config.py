@@ -35,6 +35,8 @@ def test_flags_reach_their_fields() -> None:
         "standbys": ("0", 0),
         "hmm_endpoint": ("ipc:///tmp/x.sock", "ipc:///tmp/x.sock"),
         "device_budget": ("2GiB", 2 << 30),
+        "headroom": ("0.02", "0.02"),
+        "kv_tokens": ("4096", 4096),
         "run_dir": ("/tmp/r", "/tmp/r"),
         "prepare_deadline_s": ("12.5", 12.5),
         "commit_deadline_s": ("1", 1.0),

@@ -63,10 +63,11 @@ def test_scale_up_order_and_report() -> None:
         assert done.pause_ms == {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0} and done.max_pause_ms == 4.0
         assert done.epoch == coordinator.membership.epoch == 1
         cluster.check_settled(coordinator)
-        assert cluster.log[0] == "begin"
-        assert set(cluster.log[1:3]) == {"boot 2", "boot 3"}
-        assert cluster.log[3:5] == ["seats.commit", "hmm.commit"]
-        assert set(cluster.log[5:]) == {"release 0", "release 1"}
+        assert cluster.log[:2] == ["begin", "make_room"]
+        assert set(cluster.log[2:4]) == {"boot 2", "boot 3"}
+        assert cluster.log[4:6] == ["seats.commit", "hmm.commit"]
+        assert set(cluster.log[6:8]) == {"release 0", "release 1"}
+        assert cluster.log[8:] == ["fill_kv"], "KV grows into what departed columns left"
 
     run(main())
 
@@ -79,9 +80,9 @@ def test_scale_down_order_and_report() -> None:
         assert done.phase is Phase.DONE and done.moved_requests == 1
         assert done.leaving == [1] and done.seats_after == [0, 2, 3]
         cluster.check_settled(coordinator)
-        assert cluster.log[0] == "begin"
-        assert set(cluster.log[1:4]) == {"pull 0", "pull 2", "pull 3"}
-        assert cluster.log[4:] == ["seats.commit", "hmm.commit", "dismiss 1", "release 1"]
+        assert cluster.log[:2] == ["begin", "make_room"], "KV makes room before columns are allocated"
+        assert set(cluster.log[2:5]) == {"pull 0", "pull 2", "pull 3"}
+        assert cluster.log[5:] == ["seats.commit", "hmm.commit", "dismiss 1", "release 1", "fill_kv"]
 
     run(main())
 
@@ -99,13 +100,13 @@ def test_phases_are_timed() -> None:
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("call", ["begin", "boot 2", "boot 3", "seats.commit"])
+@pytest.mark.parametrize("call", ["begin", "make_room", "boot 2", "boot 3", "seats.commit"])
 def test_a_failed_growth_is_undone_exactly_once(call: str, how: str) -> None:
     check_rolled_back(up_cluster(), UP, call, how)
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("call", ["begin", "pull 0", "pull 2", "pull 3", "seats.commit"])
+@pytest.mark.parametrize("call", ["begin", "make_room", "pull 0", "pull 2", "pull 3", "seats.commit"])
 def test_a_failed_shrinking_is_undone_exactly_once(call: str, how: str) -> None:
     check_rolled_back(down_cluster(), DOWN, call, how)
 
@@ -126,7 +127,7 @@ def check_rolled_back(cluster: FakeCluster, wish: Wish, call: str, how: str) -> 
         assert (coordinator.membership, coordinator.placement) == before
         cluster.check_settled(coordinator)
         opened = call != "begin"
-        assert cluster.calls["rollback"] == opened
+        assert cluster.calls["rollback"] == cluster.calls["restore_kv"] == opened
         assert cluster.calls["hmm.commit"] == 0
         for seat in range(cluster.capacity):
             assert cluster.calls[f"dismiss {seat}"] == cluster.calls[f"boot {seat}"] <= 1
@@ -140,13 +141,13 @@ def check_rolled_back(cluster: FakeCluster, wish: Wish, call: str, how: str) -> 
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("call", ["hmm.commit", "release 0", "release 1"])
+@pytest.mark.parametrize("call", ["hmm.commit", "release 0", "release 1", "fill_kv"])
 def test_a_growth_that_fails_in_finish_is_loud_and_keeps_the_new_membership(call: str, how: str) -> None:
     check_failed_in_finish(up_cluster(), UP, call, how)
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("call", ["hmm.commit", "dismiss 1", "release 1"])
+@pytest.mark.parametrize("call", ["hmm.commit", "dismiss 1", "release 1", "fill_kv"])
 def test_a_shrinking_that_fails_in_finish_is_loud_and_keeps_the_new_membership(call: str, how: str) -> None:
     check_failed_in_finish(down_cluster(), DOWN, call, how)
 
@@ -169,7 +170,7 @@ def check_failed_in_finish(cluster: FakeCluster, wish: Wish, call: str, how: str
     run(main())
 
 
-@pytest.mark.parametrize("undo", ["dismiss 2", "rollback"])
+@pytest.mark.parametrize("undo", ["dismiss 2", "rollback", "restore_kv"])
 def test_a_failing_undo_is_loud_and_does_not_stop_the_other_undos(undo: str) -> None:
     async def main() -> None:
         cluster = up_cluster(faults={"boot 3": "raise_after", undo: "raise_after"})
@@ -331,7 +332,7 @@ def test_close_ends_a_change_that_has_not_begun() -> None:
 
 
 calls = st.sampled_from(
-    ["begin", "seats.commit"] + [f"{verb} {seat}" for verb in ("boot", "pull") for seat in range(5)],
+    ["begin", "make_room", "seats.commit"] + [f"{verb} {seat}" for verb in ("boot", "pull") for seat in range(5)],
 )
 wishes = st.one_of(
     st.builds(ScaleTo, size=st.integers(0, 6)),

@@ -16,11 +16,13 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from elasticmoe_patches.platform import environment
+from elasticmoe_sglang.runtime import current_runtime
 
 DISPATCH_KEY = "elasticmoe_cpu"
 ATTENTION_BACKEND = "torch_native"
 KV_TOKENS = 65536
-"""KV rows of a rank where neither --max-total-tokens nor --mem-fraction-static is given. SGLang's own rule would take
+"""KV rows of a rank where nothing says how much there shall be: no --max-total-tokens, no --mem-fraction-static, and
+for an elastic server no budget and no --elasticmoe-kv-tokens. SGLang's own rule would take
 most of the machine's memory in every rank and write zeros to all of it: 14 s of a launch for 4.3 GiB."""
 
 
@@ -35,7 +37,7 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             server_args.dtype = "float32"  # SGLang would take float16, which this processor computes in float32 anyway
         if server_args.attention_backend is None:
             server_args.attention_backend = ATTENTION_BACKEND
-        if server_args.mem_fraction_static is None and server_args.max_total_tokens is None:
+        if server_args.mem_fraction_static is None and server_args.max_total_tokens is None and not kv_is_chosen():
             server_args.max_total_tokens = KV_TOKENS
         environment.set_rank_defaults(ranks(server_args))
 
@@ -49,15 +51,22 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     def get_dispatch_key_name(self) -> str:
         return DISPATCH_KEY
 
+    @property
+    def elastic_kv(self) -> bool:
+        """Whether this server's KV pools lie in HMM memory and change their size."""
+        return current_runtime() is not None
+
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-        return MHATokenToKVPool  # type: ignore[no-any-return]
+        from elasticmoe_patches.srt.mem_cache.memory_pool import ElasticMHATokenToKVPool
+
+        return ElasticMHATokenToKVPool if self.elastic_kv else MHATokenToKVPool
 
     def get_mla_kv_pool_cls(self) -> type:
-        from elasticmoe_patches.srt.mem_cache.memory_pool import CpuMLATokenToKVPool
+        from elasticmoe_patches.srt.mem_cache import memory_pool
 
-        return CpuMLATokenToKVPool
+        return memory_pool.ElasticMLATokenToKVPool if self.elastic_kv else memory_pool.CpuMLATokenToKVPool
 
     def get_paged_allocator_cls(self) -> type:
         from elasticmoe_patches.srt.mem_cache.allocator import allocator_class
@@ -78,6 +87,15 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         from elasticmoe_patches.platform.install import install
 
         install()
+
+
+def kv_is_chosen() -> bool:
+    """Whether an elastic server was told how much memory it has: then KV takes what the weights leave."""
+    runtime = current_runtime()
+    if runtime is None:
+        return False
+    config = runtime.config
+    return config.device_budget is not None or config.hmm_endpoint is not None or config.kv_tokens is not None
 
 
 def checkpoint_dtype(model_path: str) -> str | None:

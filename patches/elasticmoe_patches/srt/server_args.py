@@ -34,6 +34,8 @@ def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
     runtime.export()
     # Read by SGLang's DeepSeek model: a shared expert that every seat holds whole.
     os.environ.setdefault("SGLANG_SHARED_EXPERT_TP1", "1")
+    # A seat that gives up KV capacity moves cached prefixes to other rows; only this core's nodes can be reached.
+    os.environ["SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND"] = "python"
     # The shared-memory broadcaster waits for all ranks, absent seats included.
     os.environ["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
     install_for_process("main")

@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import zmq
 
-from elasticmoe_patches.srt.managers.handover import Parcel, Progress, drain_results, parcels, place_kv
+from elasticmoe_patches.srt.managers.handover import (
+    Parcel,
+    Progress,
+    drain_results,
+    fill_from_frames,
+    parcels,
+    place_kv,
+)
+from elasticmoe_patches.srt.managers.kv_jobs import fetch
 from elasticmoe_sglang.errors import SeatError
+from elasticmoe_sglang.hmm.kv_space import KvWindow
 from elasticmoe_sglang.seats import messages as sm
+from elasticmoe_sglang.seats.kv import chunks_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +64,10 @@ def leave(scheduler: Any, seat: Any, command: sm.CommitCommand) -> None:
     drain_results(scheduler)
     _read_until_fence(scheduler, seat, command.operation_id)
     survivors = [member for member in command.members if member not in command.joining] or [0]
-    load = parcels(scheduler)
+    load = parcels(scheduler, in_hmm=seat.kv is not None)
     seat.fault_point("leave.sending")
-    handed = _send(seat, command.operation_id, survivors, load)
+    dealt = {survivor: load[index :: len(survivors)] for index, survivor in enumerate(survivors)}
+    _send(seat, command.operation_id, dealt)
     scheduler.ipc_channels.send_to_detokenizer.send_output(
         ElasticFenceReq(operation_id=command.operation_id, seat=seat.me), None
     )
@@ -65,8 +77,9 @@ def leave(scheduler: Any, seat: Any, command: sm.CommitCommand) -> None:
         sm.Left(
             seat=seat.me,
             operation_id=command.operation_id,
-            handed=handed,
-            kv_bytes=sum(parcel.kv_bytes for parcel in load),
+            handed={survivor: len(part) for survivor, part in dealt.items()},
+            kv_chunks={survivor: _chunks(seat, part) for survivor, part in dealt.items()},
+            kv_tokens=sum(parcel.kv_tokens for parcel in load),
             seconds=time.monotonic() - started,
         )
     )
@@ -90,29 +103,28 @@ def _read_until_fence(scheduler: Any, seat: Any, operation_id: str) -> None:
             time.sleep(0.0005)
 
 
-def _send(seat: Any, operation_id: str, survivors: list[int], load: list[Parcel]) -> dict[int, int]:
-    """Deal the requests round the survivors. Returns survivor -> number of requests."""
+def _chunks(seat: Any, load: list[Parcel]) -> tuple[int, ...]:
+    pages = [page for parcel in load for page in parcel.pages]
+    return tuple(chunks_of(pages, seat.kv.shape)) if pages else ()
+
+
+def _send(seat: Any, operation_id: str, dealt: dict[int, list[Parcel]]) -> None:
+    """Send each survivor its requests, and how many they are."""
     from elasticmoe_patches.srt.managers.io_struct import to_wire
 
     context = zmq.Context(io_threads=1)
-    sockets = {}
-    for survivor in survivors:
-        sockets[survivor] = context.socket(zmq.PUSH)
-        sockets[survivor].setsockopt(zmq.LINGER, _LINGER_MS)
-        sockets[survivor].setsockopt(zmq.SNDHWM, 0)
-        sockets[survivor].connect(seat.runtime.paths.peer_endpoint(survivor))
-    handed = dict.fromkeys(survivors, 0)
-    for index, parcel in enumerate(load):
-        survivor = survivors[index % len(survivors)]
-        header, buffers = parcel.kv or (b"", [])
-        frames: list[Any] = [to_wire(_adopt_request(seat, operation_id, parcel)), header, *buffers]
-        sockets[survivor].send_multipart(frames, copy=False)
-        handed[survivor] += 1
-    for survivor, socket in sockets.items():
-        socket.send_multipart([b"", str(seat.me).encode(), str(handed[survivor]).encode()])
+    for survivor, load in dealt.items():
+        socket = context.socket(zmq.PUSH)
+        socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.connect(seat.runtime.paths.peer_endpoint(survivor))
+        for parcel in load:
+            header, buffers = parcel.kv or (b"", [])
+            frames: list[Any] = [to_wire(_adopt_request(seat, operation_id, parcel)), header, *buffers]
+            socket.send_multipart(frames, copy=False)
+        socket.send_multipart([b"", str(seat.me).encode(), str(len(load)).encode()])
         socket.close()
     context.term()
-    return handed
 
 
 def _adopt_request(seat: Any, operation_id: str, parcel: Parcel) -> Any:
@@ -127,6 +139,7 @@ def _adopt_request(seat: Any, operation_id: str, parcel: Parcel) -> Any:
         request=parcel.request,
         progress=wrap_as_pickle(parcel.progress),
         kv_tokens=parcel.kv_tokens,
+        kv_pages=parcel.pages,
     )
 
 
@@ -172,24 +185,35 @@ def adopt_ready(scheduler: Any, seat: Any) -> None:
         seat.fault_point("adopt.before")
         with_kv, operation_id = 0, ""
         items = seat.arrivals.take(leaver)
+        window = seat.arrivals.windows.pop(leaver, None)
         for message, header, buffers in items:
             operation_id = message.operation_id
-            with_kv += _adopt(scheduler, seat, message, header, buffers)
+            with_kv += _adopt(scheduler, seat, message, header, buffers, window)
+        if window is not None:
+            scheduler.device_module.synchronize()  # the copies are done
+            seat.agent.run(window.close)
         seat.agent.post(
             sm.Adopted(seat=seat.me, operation_id=operation_id, leaver=leaver, requests=len(items), with_kv=with_kv)
         )
 
 
-def _adopt(scheduler: Any, seat: Any, message: Any, header: bytes | None, buffers: list[bytes]) -> bool:
+def _adopt(
+    scheduler: Any, seat: Any, message: Any, header: bytes | None, buffers: list[bytes], window: KvWindow | None = None
+) -> bool:
     from sglang.srt.managers.io_struct import AbortReq, unwrap_from_pickle
 
     request = message.request
     request.unwrap_pickle_fields()
     progress: Progress = unwrap_from_pickle(message.progress)
     placed = False
+    fill = None
     if header is not None:
+        fill = fill_from_frames(scheduler, header, buffers)
+    elif window is not None and message.kv_pages:
+        fill = partial(fetch, seat, scheduler, window.rows(), message.kv_pages)
+    if fill is not None:
         try:
-            placed = place_kv(scheduler, request, progress.output_ids, message.kv_tokens, (header, buffers))
+            placed = place_kv(scheduler, request, progress.output_ids, message.kv_tokens, fill)
         except Exception:
             # Recomputing is always possible; losing the request is not.
             logger.exception("seat %d could not place the KV of %s; it is recomputed", seat.me, request.rid)

@@ -1,19 +1,22 @@
 """Moving a running request from a leaving seat to a survivor.
 
-The leaver sends the request as its client sent it, what has been generated and streamed so far, and the KV of its
-tokens. The survivor lets SGLang build the request anew, restores the progress before it enters the waiting queue, and
-puts the KV into its radix cache: the next prefill finds it as a prefix and extends by one token. Where the KV cannot be
-placed (radix cache off, pool full) the same prefill recomputes it; the result is the same.
+The leaver sends the request as its client sent it, what has been generated and streamed so far, and says in which
+pages of its HMM memory the KV of its tokens lies. The survivor lets SGLang build the request anew, restores the
+progress before it enters the waiting queue, copies the pages and puts them into its radix cache: the next prefill finds
+them as a prefix and extends by one token. Where the KV cannot be placed (radix cache off, pool full) the same prefill
+recomputes it; the result is the same. A pool that is not over HMM memory sends the KV itself along.
 """
 
 from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from elasticmoe_patches.srt.managers.kv_jobs import pages_of
+from elasticmoe_sglang.hmm.kv_space import KvWindow
 from elasticmoe_sglang.seats.tensor_pack import pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -84,16 +87,13 @@ def _fill_logprobs(logprob: Any, tokens: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Parcel:
-    """One request on its way: SGLang's message, its progress, and its KV as (header, buffers) or None."""
+    """One request on its way: SGLang's message, its progress, and its KV: pages of HMM memory, or (header, buffers)."""
 
     request: Any
     progress: Progress
     kv_tokens: int
+    pages: list[int] = field(default_factory=list)
     kv: tuple[bytes, list[memoryview]] | None = None
-
-    @property
-    def kv_bytes(self) -> int:
-        return sum(len(buffer) for buffer in self.kv[1]) if self.kv else 0
 
 
 def progress_of(req: Any) -> Progress:
@@ -130,31 +130,44 @@ def live_requests(scheduler: Any) -> Iterator[tuple[Any, int]]:
             yield req, 0
 
 
-def parcels(scheduler: Any) -> list[Parcel]:
-    """What a leaver hands over, longest first, so that dealing them round keeps the survivors' loads close."""
+def parcels(scheduler: Any, *, in_hmm: bool) -> list[Parcel]:
+    """What a leaver hands over, longest first, so that dealing them round keeps the survivors' loads close.
+
+    Args:
+        in_hmm: the KV lies in HMM memory, from where the survivors copy it.
+    """
     found = []
-    for req, kv_tokens in live_requests(scheduler):
-        kv = _read_kv(scheduler, req, kv_tokens) if kv_tokens > 0 else None
+    for req, tokens in live_requests(scheduler):
+        kept = 0 if scheduler.disable_radix_cache else tokens
         found.append(
             Parcel(
                 request=getattr(req, ORIGIN),
                 progress=progress_of(req),
-                kv_tokens=kv_tokens if kv else 0,
-                kv=kv,
+                kv_tokens=kept,
+                pages=pages_of(scheduler, req, kept) if kept and in_hmm else [],
+                kv=_read_kv(scheduler, req, kept) if kept and not in_hmm else None,
             )
         )
     return sorted(found, key=lambda parcel: -parcel.kv_tokens)
 
 
-def _read_kv(scheduler: Any, req: Any, tokens: int) -> tuple[bytes, list[memoryview]] | None:
-    if scheduler.disable_radix_cache:
-        return None
+def _read_kv(scheduler: Any, req: Any, tokens: int) -> tuple[bytes, list[memoryview]]:
     indices = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :tokens].long()
     return pack(scheduler.token_to_kv_pool_allocator.get_cpu_copy(indices))
 
 
-def place_kv(scheduler: Any, parcel_request: Any, output_ids: tuple[int, ...], tokens: int, kv: Any) -> bool:
-    """Put a moved request's KV into the radix cache. False when there is no room or no cache: it is recomputed then."""
+def place_kv(
+    scheduler: Any,
+    parcel_request: Any,
+    output_ids: tuple[int, ...],
+    tokens: int,
+    fill: Callable[[int, Any], None],
+) -> bool:
+    """Put a moved request's KV into the radix cache. False when there is no room or no cache: it is recomputed then.
+
+    Args:
+        fill: (first, rows) writes the KV of the request's tokens `first`, `first` + 1, ... to these rows of the pool.
+    """
     import torch
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -172,10 +185,20 @@ def place_kv(scheduler: Any, parcel_request: Any, output_ids: tuple[int, ...], t
     fresh = allocator.alloc(whole - len(known))
     if fresh is None:
         return False
-    allocator.load_cpu_copy(_rows(unpack(*kv), len(known), whole), fresh)
+    fill(len(known), fresh)
     value = torch.cat([known.to(fresh.dtype), fresh])
     scheduler.tree_cache.insert(InsertParams(key=key, value=value, prev_prefix_len=len(known)))
     return True
+
+
+def fill_from_frames(scheduler: Any, header: bytes, buffers: list[Any]) -> Callable[[int, Any], None]:
+    """For `place_kv`: from KV that came along."""
+
+    def fill(first: int, rows: Any) -> None:
+        nested = _rows(unpack(header, buffers), first, first + len(rows))
+        scheduler.token_to_kv_pool_allocator.load_cpu_copy(nested, rows)
+
+    return fill
 
 
 def _make_room(scheduler: Any, allocator: Any, tokens: int) -> bool:
@@ -220,6 +243,8 @@ class Arrivals:
     complete: dict[int, int] = field(default_factory=dict)
     held: dict[int, list[tuple[Any, bytes | None, list[Any]]]] = field(default_factory=dict)
     released: set[int] = field(default_factory=set)
+    windows: dict[int, KvWindow] = field(default_factory=dict)
+    """Leaver -> its KV memory, where it could be had."""
 
     def ready(self) -> list[int]:
         """Leavers whose requests are all here and may go on."""
@@ -234,6 +259,7 @@ class Arrivals:
         self.complete.pop(leaver, None)
         self.held.pop(leaver, None)
         self.released.discard(leaver)
+        self.windows.pop(leaver, None)
 
     def take(self, leaver: int) -> list[tuple[Any, bytes | None, list[Any]]]:
         del self.complete[leaver]

@@ -51,7 +51,8 @@ class ElasticAdoptReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     Attributes:
         request: as the client sent it, tokenised.
         progress: what was generated and sent so far (see handover.Progress), SGLang's own wrapper.
-        kv_tokens: how many leading tokens' KV follows in the next frame; 0 for none.
+        kv_tokens: how many leading tokens' KV the leaver has for it; 0 for none.
+        kv_pages: where it lies in the leaver's HMM memory, in order. Empty: it follows in the next frames.
     """
 
     operation_id: str
@@ -59,6 +60,7 @@ class ElasticAdoptReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     request: TokenizedGenerateReqInput
     progress: PickleWrapper
     kv_tokens: int
+    kv_pages: list[int]
 
 
 def register_types() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from elasticmoe_patches.srt.managers.change import take_parcels
 from elasticmoe_patches.srt.managers.handover import live_requests
+from elasticmoe_patches.srt.managers.kv_jobs import run_kv_jobs
 from elasticmoe_sglang.errors import CollectiveError
 from elasticmoe_sglang.seats import messages as sm
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 # How long a survivor waits for the coordinator before it gives up; then the server ends.
 _RECOVER_DEADLINE_S = 30.0
 _FENCE_DEADLINE_S = 2.0
+# How often a waiting survivor looks whether it shall give up KV for the columns it takes over.
+_LOOK_S = 0.005
 
 
 def recover(scheduler: Any, seat: Any, error: CollectiveError) -> None:
@@ -41,11 +44,12 @@ def recover(scheduler: Any, seat: Any, error: CollectiveError) -> None:
     seat.agent.post(sm.Broken(seat=seat.me, epoch=seat.fabric.epoch, culprit=culprit, reason=str(error)))
     seat.recovering = True
     deadline = time.monotonic() + _RECOVER_DEADLINE_S
-    while (left := deadline - time.monotonic()) > 0:
+    while time.monotonic() < deadline:
+        run_kv_jobs(scheduler, seat)
         try:
-            command = seat.recoveries.get(timeout=left)
+            command = seat.recoveries.get(timeout=_LOOK_S)
         except queue.Empty:
-            break
+            continue
         if seat.pass_recovery_gate(command):
             report(scheduler, seat, command.operation_id)
             logger.info("seat %d goes on in epoch %d with %d requests set aside", seat.me, command.epoch, kept)

@@ -31,9 +31,11 @@ def _on_command(request: Any) -> None:
 def around_ingest_requests(original: Any, self: Any) -> Any:
     from elasticmoe_patches.seat import current_seat
     from elasticmoe_patches.srt.managers.change import adopt_ready, carry_out, take_parcels
+    from elasticmoe_patches.srt.managers.kv_jobs import run_kv_jobs
     from elasticmoe_patches.srt.managers.recovery import answer_counts
 
     seat = current_seat()
+    run_kv_jobs(self, seat)
     take_parcels(seat)
     if seat.pending is not None:
         command, seat.pending = seat.pending, None
@@ -65,11 +67,13 @@ def _enter_service(scheduler: Any) -> None:
     from elasticmoe_patches.plugin import verify_for_process
     from elasticmoe_patches.seat import current_seat
     from elasticmoe_patches.srt.managers.change import open_peer_socket
+    from elasticmoe_patches.srt.managers.kv_jobs import announce_first
     from elasticmoe_patches.srt.managers.recovery import report
 
     verify_for_process("seat")
     seat = current_seat()
     open_peer_socket(seat)
+    announce_first(scheduler, seat)
     for socket in (scheduler.ipc_channels.recv_from_tokenizer, scheduler.ipc_channels.recv_from_rpc):
         seat.idle.watch(socket)
     if seat.ticket.joiner:

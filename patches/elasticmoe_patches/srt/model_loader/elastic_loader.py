@@ -147,6 +147,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             detail={"architecture": model_config.hf_config.architectures[0], "dtype": str(model_config.dtype)},
         )
         placement = seat.ticket.placement or initial_placement(num_columns, seat.ticket.members).owners
+        seat.placement = placement
         owned = [column for column, owner in enumerate(placement) if owner == seat.me]
         found = seat.memory.attach(
             spec,

@@ -1,0 +1,271 @@
+"""A seat's KV cache in a real HMM: chunks come and go at its end, a leaver's are read from there, nothing leaks."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elasticmoe_sglang.errors import BudgetExceeded, SeatError, UserInputError, VmmError
+from elasticmoe_sglang.hmm.client import HmmClient
+from elasticmoe_sglang.hmm.kv_space import KvSpace
+from elasticmoe_sglang.hmm.layout import KvLayout
+from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
+from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
+from elasticmoe_sglang.planner import KvShape
+from elasticmoe_sglang.seats.kv import Resized, SeatKv, chunks_of, copy_tokens
+
+PAGE = 4096
+BUDGET = 64 * PAGE
+LAYOUT = KvLayout.of([(f"{layer}.{part}", (2, 6), torch.float32) for layer in range(3) for part in ("k", "v")])
+SHAPE = KvShape(token_bytes=LAYOUT.token_bytes, page_tokens=4, chunk_bytes=2 * PAGE, least_tokens=8)
+"""A token takes 384 bytes, so that chunks begin in the middle of tokens."""
+WAIT_S = 20.0
+
+
+@pytest.fixture
+def hmm(tmp_path: Path) -> Iterator[HmmProcess]:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    with spawn_hmm(f"ipc://{folder}/hmm.sock", [BUDGET] * 2) as process:
+        yield process
+
+
+class Seat:
+    """A seat's KV with a scheduler of its own: a thread that takes over whatever capacity it is asked for."""
+
+    def __init__(self, endpoint: str, seat: int, max_chunks: int = 32) -> None:
+        self.client = HmmClient(endpoint, name=f"seat-{seat}")
+        self.kv = SeatKv(self.client, seat=seat, device=seat, shape=SHAPE, layout=LAYOUT, max_chunks=max_chunks)
+        self.capacity = 0
+        self.refuse: Exception | None = None
+        self.at_resize: Callable[[], None] = lambda: None
+        self._wake = threading.Event()
+        self._end = False
+        self._thread = threading.Thread(target=self._schedule)
+
+    def __enter__(self) -> Seat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end = True
+        self._wake.set()
+        self._thread.join(WAIT_S)
+        self.client.close()
+
+    def _schedule(self) -> None:
+        while not self._end:
+            self._wake.wait()
+            self._wake.clear()
+            self.kv.jobs.run(self._take_over)
+
+    def _take_over(self, tokens: int) -> Resized:
+        self.at_resize()
+        if self.refuse is not None:
+            raise self.refuse
+        self.capacity = tokens
+        return Resized(tokens=tokens)
+
+    def resize(self, chunks: int) -> Resized:
+        return self.kv.resize(chunks, WAIT_S, self._wake.set)
+
+    def fill(self, seed: int) -> torch.Tensor:
+        """Random numbers in every row that may be used."""
+        rows = SHAPE.tokens(self.kv.chunks) + SHAPE.page_tokens
+        content = torch.randint(1 << 60, (rows, self.kv.rows.shape[1]), generator=torch.Generator().manual_seed(seed))
+        self.kv.rows[:rows] = content
+        return content
+
+
+def used(seat: Seat) -> int:
+    return seat.client.status().devices[seat.kv._device].by_kind.get("kv", 0)
+
+
+def test_capacity_follows_the_chunks(hmm: HmmProcess) -> None:
+    with Seat(hmm.endpoint, 0) as seat:
+        seat.kv.open(5, None, WAIT_S)
+        content = seat.fill(1)
+        for chunks in (9, 3, 30, 1, 12):
+            result = seat.resize(chunks)
+            assert result.tokens == seat.capacity == SHAPE.tokens(chunks)
+            assert used(seat) == chunks * SHAPE.chunk_bytes
+            keep = min(len(content), seat.capacity + SHAPE.page_tokens)
+            content = content[:keep]
+            assert torch.equal(seat.kv.rows[:keep], content), "what stays is not touched"
+        assert seat.client.status().retired_blocks == 0
+
+
+def test_chunks_are_mapped_before_the_scheduler_hears_and_unmapped_after(hmm: HmmProcess) -> None:
+    with Seat(hmm.endpoint, 0) as seat:
+        seat.kv.open(4, None, WAIT_S)
+        seen: list[int] = []
+        seat.at_resize = lambda: seen.append(seat.kv.chunks)
+        seat.resize(8)
+        seat.resize(2)
+        assert seen == [8, 8]
+        assert seat.kv.chunks == 2
+
+
+def test_a_scheduler_that_cannot_let_go_keeps_everything(hmm: HmmProcess) -> None:
+    with Seat(hmm.endpoint, 0) as seat:
+        seat.kv.open(6, None, WAIT_S)
+        content = seat.fill(2)
+        seat.refuse = SeatError("a request needs it")
+        with pytest.raises(SeatError, match="needs it"):
+            seat.resize(2)
+        assert seat.kv.chunks == 6 and used(seat) == 6 * SHAPE.chunk_bytes
+        assert torch.equal(seat.kv.rows[: len(content)], content)
+        seat.refuse = None
+        assert seat.resize(2).tokens == SHAPE.tokens(2)
+
+
+def test_a_job_that_came_too_late_never_happens(hmm: HmmProcess) -> None:
+    with Seat(hmm.endpoint, 0) as seat:
+        seat.kv.open(6, None, WAIT_S)
+        with pytest.raises(SeatError, match="did not take over"):
+            seat.kv.resize(2, 0.05, lambda: None)  # nobody wakes the scheduler
+        assert seat.kv.chunks == 6
+        seat._wake.set()
+        assert seat.resize(7).tokens == seat.capacity == SHAPE.tokens(7)
+
+
+def test_no_room_changes_nothing(hmm: HmmProcess) -> None:
+    with Seat(hmm.endpoint, 0, max_chunks=64) as seat:
+        seat.kv.open(4, None, WAIT_S)
+        seat.client.allocate(0, "other", nbytes=BUDGET - 10 * SHAPE.chunk_bytes)
+        with pytest.raises(BudgetExceeded):
+            seat.resize(20)
+        assert seat.kv.chunks == 4 and used(seat) == 4 * SHAPE.chunk_bytes
+        assert seat.resize(10).tokens == SHAPE.tokens(10)
+
+
+def test_a_first_share_that_does_not_fit_is_what_there_is_room_for(hmm: HmmProcess) -> None:
+    with HmmClient(hmm.endpoint, name="weights") as other:
+        [block] = other.allocate(0, "other", nbytes=BUDGET - 3 * SHAPE.chunk_bytes)
+        with Seat(hmm.endpoint, 0) as seat:
+            seat.kv.open(10, None, 0.1)
+            assert seat.kv.chunks == 3
+        other.release([block.block_id])
+        other.release([block.block_id for block in other.lookup(kind="kv")])
+        other.allocate(0, "other", nbytes=BUDGET)
+        with Seat(hmm.endpoint, 0) as seat, pytest.raises(BudgetExceeded):
+            seat.kv.open(1, None, 0.1)
+
+
+def test_who_takes_the_seat_again_drops_what_was_there(hmm: HmmProcess) -> None:
+    with Seat(hmm.endpoint, 0, max_chunks=70) as first:
+        first.kv.open(8, None, WAIT_S)
+    with HmmClient(hmm.endpoint, name="look") as look:
+        assert len(look.lookup(kind="kv", seat=0)) == 8, "the HMM owns it, not the process"
+    with Seat(hmm.endpoint, 0, max_chunks=70) as second:
+        second.kv.open(3, None, WAIT_S)
+        assert len(second.client.lookup(kind="kv", seat=0)) == second.kv.chunks
+        assert used(second) == second.kv.chunks * SHAPE.chunk_bytes
+
+
+def test_a_joiner_s_chunks_go_with_its_transaction(hmm: HmmProcess) -> None:
+    with HmmClient(hmm.endpoint, name="coordinator") as coordinator:
+        txn = coordinator.begin("change")
+        with Seat(hmm.endpoint, 1) as seat:
+            seat.kv.open(5, txn, WAIT_S)
+        coordinator.rollback(txn)
+        assert coordinator.status().devices[1].used == 0
+
+
+def test_chunks_of_a_seat_are_one_each(hmm: HmmProcess) -> None:
+    with HmmClient(hmm.endpoint, name="c") as client:
+        blocks = client.allocate(0, "kv", seat=3, chunks=[0, 1], nbytes=PAGE)
+        assert [(block.seat, block.chunk) for block in blocks] == [(3, 0), (3, 1)]
+        with pytest.raises(UserInputError, match="already"):
+            client.allocate(0, "kv", seat=3, chunks=[1, 2], nbytes=PAGE)
+        assert client.allocate(0, "kv", seat=4, chunks=[1, 2], nbytes=PAGE)
+        for wrong in ({"seat": 1}, {"chunks": [1]}, {"seat": 1, "chunks": []}, {"seat": 1, "chunks": [1, 1]}):
+            with pytest.raises(UserInputError):
+                client.allocate(0, "kv", nbytes=PAGE, **wrong)  # type: ignore[arg-type]
+        with pytest.raises(UserInputError):
+            client.allocate(0, "other", seat=1, chunks=[1], nbytes=PAGE)
+        assert len(client.lookup(kind="kv", seat=3)) == 2
+
+
+def test_a_leaver_s_pages_are_copied_out_of_its_memory_after_it_has_gone(hmm: HmmProcess) -> None:
+    pages = [5, 2, 11]
+    with Seat(hmm.endpoint, 1) as survivor:
+        survivor.kv.open(12, None, WAIT_S)
+        with Seat(hmm.endpoint, 0) as leaver:
+            leaver.kv.open(12, None, WAIT_S)
+            content = leaver.fill(3)
+        chunks = chunks_of(pages, SHAPE)
+        window = survivor.kv.window(0, chunks)
+        there = torch.tensor([page * 4 + token for page in pages for token in range(4)])
+        here = torch.tensor(range(40, 52))
+        before = survivor.fill(4)
+        copy_tokens(survivor.kv.rows, here, window.rows(), there)
+        assert torch.equal(survivor.kv.rows[here], content[there])
+        before[here] = content[there]
+        assert torch.equal(survivor.kv.rows[: len(before)], before), "nothing else was touched"
+        survivor.client.release([block.block_id for block in survivor.client.lookup(kind="kv", seat=0)])
+        assert survivor.client.status().devices[0].used > 0, "the window still has it mapped"
+        window.close()
+        assert survivor.client.status().devices[0].used == 0
+        with pytest.raises(SeatError, match="gone"):
+            survivor.kv.window(0, chunks)
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=10))
+def test_every_byte_of_a_page_lies_in_its_chunks(pages: list[int]) -> None:
+    needed = {
+        byte // SHAPE.chunk_bytes
+        for page in pages
+        for byte in range(page * SHAPE.page_bytes, (page + 1) * SHAPE.page_bytes)
+    }
+    assert chunks_of(pages, SHAPE) == sorted(needed)
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(0, 1 << 16))
+@settings(max_examples=50, deadline=None)
+def test_the_space_against_a_plain_tensor(steps: list[bool], seed: int) -> None:
+    """Growing and shrinking by a chunk, writing through the views of layers and reading whole rows."""
+    backend = CpuBackend()
+    rng = random.Random(seed)
+    space = KvSpace(backend, LAYOUT, chunk_bytes=2 * PAGE, max_chunks=8)
+    model = torch.zeros((space.max_tokens, LAYOUT.token_bytes // 8), dtype=torch.int64)
+    views, rows = space.views(), space.rows()
+    for grow in steps:
+        if grow and space.chunks < space.max_chunks:
+            space.map_chunk(backend.create(2 * PAGE, 0))
+        elif not grow and space.chunks:
+            space.unmap_chunk()
+            # A token of which a part is gone is lost; what comes back is zero.
+            usable = space.chunks * 2 * PAGE // LAYOUT.token_bytes
+            model[usable:] = 0
+        usable = space.chunks * 2 * PAGE // LAYOUT.token_bytes
+        for _ in range(min(usable, 3)):
+            token, name = rng.randrange(usable), rng.choice(list(views))
+            value = torch.rand((2, 6), generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
+            views[name][torch.tensor([token])] = value[None]
+            start = LAYOUT.offsets[name] // 4
+            model.view(torch.float32)[token, start : start + 12] = value.flatten()
+        same = torch.equal(rows[:usable], model[:usable])
+        assert same
+        if usable:
+            picked = torch.randint(usable, (5,), generator=torch.Generator().manual_seed(seed))
+            for name in views:
+                start = LAYOUT.offsets[name] // 4
+                expected = model.view(torch.float32)[picked, start : start + 12].reshape(5, 2, 6)
+                read = views[name].index_select(0, picked)
+                assert torch.equal(read, expected)
+    if space.chunks == space.max_chunks:
+        extra = backend.create(2 * PAGE, 0)
+        with pytest.raises(VmmError):
+            space.map_chunk(extra)
+    del views, rows
+    space.close()
+    usage = backend.usage()
+    assert (usage.reserved_bytes, usage.mapped_bytes, usage.open_handles) == (0, 0, 0)

@@ -1,0 +1,208 @@
+"""Every device is full before and after changes 2 -> 4 -> 2: what columns leave is KV, and KV makes the room again.
+
+Streams go on with the same tokens, cached prefixes stay, and what a change cannot fit is refused with numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from elasticmoe_sglang.tiny_model import VOCAB, Arch, make_tiny_model
+from tests.helpers.corpus import Case, ask
+from tests.helpers.elastic import ElasticServer
+from tests.helpers.load import Load, Stream
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+BUDGET = 32 << 20
+TOKENS = 240
+HOT = 6
+"""Prompts that each seat answers again and again."""
+FILLERS = 20
+"""Prompts a seat answers once, more than its cache can keep."""
+PROMPT = 320
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    arch: Arch
+    args: tuple[str, ...] = ()
+
+
+SETUPS = (
+    pytest.param(Setup(arch="qwen3_moe", args=("--page-size", "4")), id="qwen3_moe-paged"),
+    pytest.param(
+        Setup(arch="deepseek_v2", args=("--disable-overlap-schedule",)),
+        id="deepseek_v2-no-overlap",
+        marks=pytest.mark.soak,
+    ),
+    pytest.param(
+        Setup(arch="qwen3_moe", args=("--disable-overlap-schedule",)),
+        id="qwen3_moe-no-overlap",
+        marks=pytest.mark.soak,
+    ),
+    pytest.param(Setup(arch="deepseek_v2", args=("--page-size", "16")), id="deepseek_v2-paged", marks=pytest.mark.soak),
+)
+
+
+class Served:
+    """A server whose seats have all of their devices, and what its requests must answer."""
+
+    def __init__(self, server: ElasticServer, load: Load) -> None:
+        self.server = server
+        self.load = load
+        self.rng = random.Random(5)
+        self.hot = {seat: [self.prompt() for _ in range(HOT)] for seat in (0, 1)}
+        self.table: list[dict[str, Any]] = []
+
+    def prompt(self, length: int = PROMPT) -> list[int]:
+        return [self.rng.randrange(3, VOCAB) for _ in range(length)]
+
+    def hit_rate(self) -> float:
+        """Share of the hot prompts' tokens that their seats had cached."""
+        hits = total = 0
+        for seat, prompts in self.hot.items():
+            for prompt in prompts:
+                answer = self.server.generate(prompt, 1, routed_dp_rank=seat)
+                hits += answer["meta_info"]["cached_tokens"]
+                total += len(prompt)
+        return hits / total
+
+    def fill_caches(self, seats: Sequence[int]) -> None:
+        """More new prompts than the caches can keep."""
+        for seat in seats:
+            streams = [self.load.start(self.prompt(), 1, routed_dp_rank=seat) for _ in range(FILLERS)]
+            self.load.wait(streams)
+
+    def check_full(self, when: str) -> dict[int, int]:
+        """Each occupied seat's device is full; KV tokens of each seat."""
+        status = self.server.status()
+        tokens = {}
+        for seat in status["seats"]:
+            if seat["state"] != "occupied":
+                continue
+            device = status["memory"]["devices"][seat["device"]]
+            tokens[seat["seat"]] = seat["kv_tokens"]
+            share = device["used"] / device["budget"]
+            row = {"when": when, "seat": seat["seat"], "kv_tokens": seat["kv_tokens"], "in_use": round(share, 4)}
+            self.table.append(row | device["by_kind"])
+            assert 0.97 <= share <= 1, row
+        for device in status["memory"]["devices"]:
+            if device["device"] not in status["membership"]:
+                assert device["used"] == 0, f"device {device['device']} has no seat and is not empty"
+        return tokens
+
+    def streams(self, cases: Sequence[Case]) -> list[tuple[Stream, Case]]:
+        started = [(self.load.start(case.prompt, len(case.ids)), case) for case in cases]
+        for stream, _ in started:
+            stream.wait_for_tokens(10, 60)
+        return started
+
+
+@pytest.fixture(scope="module", params=SETUPS)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    setup: Setup = request.param
+    folder = tmp_path_factory.mktemp("kv")
+    model = make_tiny_model(folder / "model", arch=setup.arch)
+    args = [*setup.args, "--elasticmoe-device-budget", str(BUDGET)]
+    with (
+        ElasticServer(model, args, log=folder / "server.log", kv_tokens=None) as server,
+        Load(server.url) as load,
+    ):
+        print(f"healthy after {server.boot_s:.1f} s")
+        served = Served(server, load)
+        yield served
+        for row in served.table:
+            print(json.dumps(row))
+        log = server.log.read_text(errors="replace")
+        assert "Leak Detected" not in log and "memory leak" not in log.lower()
+
+
+def number(line: str, what: str) -> int:
+    """The number in front of these words."""
+    match = re.search(rf"(\d+) {what}", line)
+    assert match is not None, line
+    return int(match[1])
+
+
+def check_peaks(operation: dict[str, Any]) -> None:
+    for device in operation["memory"]:
+        assert device["peak"] <= 1.02 * max(device["before"], device["after"]), device
+        assert device["peak"] <= device["budget"]
+
+
+def test_kv_takes_and_gives_what_columns_leave_and_need(served: Served) -> None:
+    server = served.server
+    cases = ask(served.load, [served.prompt(40) for _ in range(8)], TOKENS)
+    assert len(cases) >= 4
+    small = served.check_full("2 seats")
+    served.hit_rate()
+    before = served.hit_rate()
+    assert before > 0.9
+
+    streams = served.streams(cases)
+    up = server.must_scale(4)
+    large = served.check_full("2 -> 4")
+    check_peaks(up)
+    assert all(large[seat] > 1.2 * small[seat] for seat in small), "departed columns became KV"
+    after_up = served.hit_rate()
+    for stream, case in streams:
+        stream.wait(120).check(case.ids)
+
+    served.fill_caches(sorted(large))
+    served.hit_rate()  # what is asked for often is not what goes
+    streams = served.streams(cases)
+    down = server.must_scale(2)
+    final = served.check_full("4 -> 2")
+    check_peaks(down)
+    assert final == small, "the same share of the same weights"
+    after_down = served.hit_rate()
+    for stream, case in streams:
+        stream.wait(120).check(case.ids)
+    moved = [stream for stream, _ in streams if len(stream.ranks) > 1]
+    assert moved, "no stream was on a seat that left"
+    handed = [line for line in server.log.read_text(errors="replace").splitlines() if "handed over" in line]
+    assert handed and all(number(line, "requests") == number(line, "with their KV") for line in handed), handed
+
+    figures = {
+        "hit_rate": {"before": before, "after_up": after_up, "after_down": after_down},
+        "moved_requests": down["moved_requests"],
+        "pause_ms": {"up": up["max_pause_ms"], "down": down["max_pause_ms"]},
+        "total_ms": {"up": up["timings"]["total_ms"], "down": down["timings"]["total_ms"]},
+    }
+    print(json.dumps(figures))
+    assert after_up >= 0.95 * before and after_down >= 0.95 * before
+
+
+def test_what_cannot_fit_is_refused_with_numbers(served: Served) -> None:
+    """One seat would have to hold all columns and some KV."""
+    before = served.check_full("before the refusal")
+    answer = served.server.post("/scale_elastic_ep", {"new_ep_size": 1, "wait": True})
+    assert answer.status_code == 400
+    assert "device 0 needs" in answer.text and "free of 32 MiB" in answer.text, answer.text
+    assert served.check_full("after the refusal") == before
+
+
+def test_a_request_that_needs_the_room_keeps_it(served: Served) -> None:
+    """At four seats a request may take more than a seat has at two: the change is undone, and the request ends well."""
+    server = served.server
+    small = served.check_full("2 seats")
+    server.must_scale(4)
+    large = served.check_full("2 -> 4")
+    wanted = min(max(small.values()) + 200, min(large.values()) - 64)
+    assert wanted > max(small.values())
+    long = served.load.start(served.prompt(1500), wanted - 1540, routed_dp_rank=0).wait_for_tokens(20, 60)
+    refused = server.scale(2)
+    assert refused["phase"] == "rolled_back" and "may need" in refused["error"], refused
+    assert served.check_full("undone") == large
+    served.load.abort(long)
+    long.wait(60).check()
+    server.must_scale(2)
+    assert served.check_full("4 -> 2") == small
