@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.02
 _GIVEN_BACK_S = 1.0
+_PART_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +207,16 @@ class SeatKv:
         )
 
     def _add(self, count: int, txn: str | None) -> None:
+        """All or none. In parts, so that the HMM can answer others in between."""
+        before, part = self.chunks, max(1, _PART_BYTES // self.shape.chunk_bytes)
+        try:
+            while (left := before + count - self.chunks) > 0:
+                self._add_part(min(part, left), txn)
+        except BaseException:
+            self._remove(self.chunks - before)
+            raise
+
+    def _add_part(self, count: int, txn: str | None) -> None:
         numbers = range(self.chunks, self.chunks + count)
         blocks = self._client.allocate(
             self._device, "kv", seat=self._seat, chunks=numbers, nbytes=self.shape.chunk_bytes, txn=txn
@@ -213,22 +224,19 @@ class SeatKv:
         ids = [block.block_id for block in blocks]
         try:
             handles = self._client.handles(ids)
-            for number, handle in enumerate(handles):
-                try:
-                    self.space.map_chunk(handle)
-                except BaseException:
-                    for rest in handles[number + 1 :]:
-                        self._client.backend.close(rest)
-                    raise
         except BaseException:
-            self._remove(max(0, self.chunks - len(self._blocks)))
             self._client.release(ids)
             raise
         self._blocks += ids
+        for number, handle in enumerate(handles):
+            try:
+                self.space.map_chunk(handle)
+            except BaseException:
+                for rest in handles[number + 1 :]:
+                    self._client.backend.close(rest)
+                raise
 
     def _remove(self, count: int) -> None:
-        if count <= 0:
-            return
         for _ in range(count):
             self.space.unmap_chunk()
         gone = self._blocks[self.chunks :]
