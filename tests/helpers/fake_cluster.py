@@ -47,6 +47,8 @@ class FakeCluster:
     faults: Mapping[str, str] = field(default_factory=dict)
     hmm_answers: bool = True
     commit_verdict: str | None = None
+    kv_chunk: int = 0
+    """Bytes of a chunk of KV; a seat keeps two at least."""
 
     def __post_init__(self) -> None:
         placement = initial_placement(self.columns, self.occupied)
@@ -89,8 +91,9 @@ class FakeCluster:
         for seat in range(self.capacity):
             columns = COLUMN * sum(owner == seat for owner, _ in self.held)
             dense = DENSE if self.states[seat] is SeatState.OCCUPIED else 0
-            by_kind = {"column": columns, "dense": dense}
-            used = columns + dense
+            kv = self.kv_chunk * self.kv.get(seat, 0)
+            by_kind = {"column": columns, "dense": dense, "kv": kv}
+            used = columns + dense + kv
             devices.append(DeviceMemory(device=seat, budget=self.budget, used=used, peak=used, by_kind=by_kind))
         return MemoryStatus(
             available=True,
@@ -123,7 +126,7 @@ class FakeCluster:
         return dict(self.kv)
 
     def least_kv_bytes(self) -> int:
-        return 0
+        return 2 * self.kv_chunk
 
     async def make_room(self, plan: ScalePlan) -> dict[int, int]:
         how = await self._enter("make_room")

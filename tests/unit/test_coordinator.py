@@ -20,7 +20,7 @@ from elasticmoe_sglang.errors import (
     UserInputError,
 )
 from elasticmoe_sglang.planner import RetireSeats, ScaleTo, Wish
-from tests.helpers.fake_cluster import COLUMN, FakeCluster
+from tests.helpers.fake_cluster import COLUMN, DENSE, KV_CHUNKS, FakeCluster
 
 SHORT = {"prepare_deadline_s": 0.1, "commit_deadline_s": 0.05, "finish_deadline_s": 0.1}
 HOW = ["raise_before", "raise_after", "hang"]
@@ -278,6 +278,21 @@ def test_refusals_before_anything_is_begun() -> None:
         with pytest.raises(HmmUnavailable, match="nobody answers"):
             await coordinator.submit(UP)
         assert not cluster.calls and coordinator.operations() == []
+
+    run(main())
+
+
+def test_kv_counts_as_room_down_to_what_a_seat_needs() -> None:
+    """Ten chunks of KV, of which a seat needs two, have room for two columns (4 -> 2) and not for six (4 -> 1)."""
+    full = 2 * COLUMN + DENSE + KV_CHUNKS * 250
+
+    async def main() -> None:
+        cluster = FakeCluster(occupied=(0, 1, 2, 3), columns=8, budget=full, kv_chunk=250)
+        coordinator = cluster.coordinator()
+        with pytest.raises(BudgetExceeded, match=r"device 0 needs 5\.86 KiB more and has 1\.95 KiB free") as refused:
+            await coordinator.submit(ScaleTo(size=1))
+        assert refused.value.device == 0 and not cluster.calls
+        assert (await change(coordinator, ScaleTo(size=2))).phase is Phase.DONE
 
     run(main())
 
