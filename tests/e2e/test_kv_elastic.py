@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,7 @@ def test_kv_takes_and_gives_what_columns_leave_and_need(served: Served) -> None:
         stream.wait(120).check(case.ids)
     moved = [stream for stream, _ in streams if len(stream.ranks) > 1]
     assert moved, "no stream was on a seat that left"
-    handed = [line for line in server.log.read_text(errors="replace").splitlines() if "handed over" in line]
+    handed = server.log_lines("handed over")
     assert handed and all(number(line, "requests") == number(line, "with their KV") for line in handed), handed
 
     figures = {
@@ -188,6 +189,34 @@ def test_what_cannot_fit_is_refused_with_numbers(served: Served) -> None:
     assert answer.status_code == 400
     assert "device 0 needs" in answer.text and "free of 32 MiB" in answer.text, answer.text
     assert served.check_full("after the refusal") == before
+
+
+def test_running_requests_wait_when_nothing_else_is_left_and_lose_nothing(served: Served) -> None:
+    """The survivors have less than is in use there: some requests wait again, and all end with their tokens."""
+    server = served.server
+    small = served.check_full("2 seats")
+    server.must_scale(4)
+    most = max(small.values())
+    prompts = [served.prompt(most // 6) for _ in range(12)]
+    cases = ask(served.load, prompts, 100)
+    assert len(cases) >= 8
+    running = {seat: [served.rng.choice(cases) for _ in range(7)] for seat in (0, 1)}
+    started = [
+        (served.load.start(case.prompt, 100, routed_dp_rank=seat, extra_key=uuid.uuid4().hex), case)
+        for seat, chosen in running.items()
+        for case in chosen
+    ]
+    for stream, _ in started:
+        stream.wait_for_tokens(1, 120)
+    in_use = [seat["kv_used"] for seat in server.status()["seats"][:2]]
+    down = server.must_scale(2)
+    for stream, case in started:
+        stream.wait(240).check(case.ids)
+    retracted = [number(line, "requests retracted") for line in server.log_lines("requests retracted")]
+    print(json.dumps({"in_use": in_use, "left": most, "retracted": retracted, "pause_ms": down["max_pause_ms"]}))
+    assert max(in_use) > most, "there was room for all"
+    assert sum(retracted) > 0
+    assert served.check_full("4 -> 2") == small
 
 
 def test_a_request_that_needs_the_room_keeps_it(served: Served) -> None:

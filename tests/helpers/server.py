@@ -137,6 +137,10 @@ class SglangServer:
     def log_tail(self, lines: int = 60) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
+    def log_lines(self, words: str) -> list[str]:
+        """The log's lines in which these words occur."""
+        return [line for line in self.log.read_text(errors="replace").splitlines() if words in line]
+
     def get(self, path: str, timeout_s: float = 30.0) -> requests.Response:
         return requests.get(self.url + path, timeout=timeout_s)
 
