@@ -40,8 +40,19 @@ def status_view(status: Status) -> RenderableType:
 
 
 def seats_table(status: Status) -> Table:
-    """One line a seat, with the number of columns that it holds."""
-    table = Table("seat", "state", "device", "pid", "columns", title="seats", title_justify="left")
+    """One line a seat, with the number of columns that it holds and its KV tokens."""
+    table = Table(
+        "seat",
+        "state",
+        "device",
+        "pid",
+        "columns",
+        "KV tokens",
+        "in use",
+        "cached",
+        title="seats",
+        title_justify="left",
+    )
     for seat in status.seats:
         table.add_row(
             str(seat.seat),
@@ -49,6 +60,7 @@ def seats_table(status: Status) -> Table:
             str(seat.device),
             str(seat.pid) if seat.pid is not None else "-",
             str(status.placement.count(seat.seat)),
+            *("-" if tokens is None else str(tokens) for tokens in (seat.kv_tokens, seat.kv_used, seat.kv_cached)),
         )
     return table
 
@@ -114,6 +126,10 @@ def operation_panel(operation: Operation) -> RenderableType:
     grid.add_row("columns moved", moved)
     if operation.moved_requests:
         grid.add_row("requests moved", str(operation.moved_requests))
+    grown = [f"{format_bytes(d.before)} -> {format_bytes(d.after)}" for d in operation.memory if d.before or d.after]
+    if grown:
+        grid.add_row("devices", ", ".join(grown))
+        grid.add_row("peak", ", ".join(format_bytes(d.peak) for d in operation.memory if d.before or d.after))
     for name, value in (
         ("prepare", timings.preparing_ms),
         ("commit", timings.committing_ms),

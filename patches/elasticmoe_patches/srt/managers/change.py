@@ -189,12 +189,20 @@ def adopt_ready(scheduler: Any, seat: Any) -> None:
         for message, header, buffers in items:
             operation_id = message.operation_id
             with_kv += _adopt(scheduler, seat, message, header, buffers, window)
-        if window is not None:
-            scheduler.device_module.synchronize()  # the copies are done
-            seat.agent.run(window.close)
-        seat.agent.post(
-            sm.Adopted(seat=seat.me, operation_id=operation_id, leaver=leaver, requests=len(items), with_kv=with_kv)
+        adopted = sm.Adopted(
+            seat=seat.me, operation_id=operation_id, leaver=leaver, requests=len(items), with_kv=with_kv
         )
+        if window is None:
+            seat.agent.post(adopted)
+        else:
+            scheduler.device_module.synchronize()  # the copies are done
+            seat.agent.run(partial(_close_window, seat, window, adopted))
+
+
+def _close_window(seat: Any, window: KvWindow, adopted: sm.Adopted) -> None:
+    """Only then may the leaver's memory be given back."""
+    window.close()
+    seat.agent.post(adopted)
 
 
 def _adopt(
