@@ -259,7 +259,9 @@ class Arrivals:
         self.complete.pop(leaver, None)
         self.held.pop(leaver, None)
         self.released.discard(leaver)
-        self.windows.pop(leaver, None)
+        window = self.windows.pop(leaver, None)
+        if window is not None:
+            window.close()
 
     def take(self, leaver: int) -> list[tuple[Any, bytes | None, list[Any]]]:
         del self.complete[leaver]
