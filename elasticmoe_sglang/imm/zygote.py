@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import selectors
@@ -108,6 +109,10 @@ class Zygote:
             signal.signal(complaint, lambda *_: None)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._reap)
+        # A seat's collections need not visit what was imported here: with SGLang's modules that takes half of a
+        # joiner's boot, and because a visit writes to the object, it unshares its page.
+        gc.collect()
+        gc.freeze()
         self._refill()
         logger.info("IMM ready at %s with %d standbys", self._path, len(self._idle()))
         while True:

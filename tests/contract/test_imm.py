@@ -65,10 +65,18 @@ def test_standbys_wait_and_one_takes_a_seat(imm) -> None:
     assigned = expect(client, m.Assigned)
     assert assigned.seat == 1 and assigned.pid in before.standbys
     note = expect(client, m.SeatNote)
-    assert json.loads(note.note) == {"blob": "arguments", "ppid": process.pid}
+    facts = json.loads(note.note)
+    assert (facts["blob"], facts["ppid"]) == ("arguments", process.pid)
     after = population(client, lambda p: len(p.standbys) == STANDBYS)
     assert after.seats == {1: assigned.pid}
     assert assigned.pid not in after.standbys
+
+
+def test_a_collection_in_a_seat_leaves_out_what_the_imm_imported(imm) -> None:
+    _, client = imm
+    assign(client, 1, "hang")
+    # Python itself and the IMM's imports are some ten thousand objects.
+    assert json.loads(expect(client, m.SeatNote).note)["collectable"] < 1000
 
 
 def test_never_more_processes_than_seats(imm) -> None:

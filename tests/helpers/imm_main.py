@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -14,7 +15,8 @@ from elasticmoe_sglang.imm.zygote import StandbyChannel, Zygote, die_with_parent
 def seat_main(channel: StandbyChannel, enter: Enter) -> int:
     """`ticket` is the program: exit:N, hang, raise, quit (SIGQUIT to the parent, as SGLang does)."""
     order = enter.ticket.decode()
-    channel.note(enter.seat, json.dumps({"blob": enter.blob.decode(), "ppid": os.getppid()}).encode())
+    facts = {"blob": enter.blob.decode(), "ppid": os.getppid(), "collectable": len(gc.get_objects())}
+    channel.note(enter.seat, json.dumps(facts).encode())
     if order.startswith("exit:"):
         return int(order.removeprefix("exit:"))
     if order == "raise":
