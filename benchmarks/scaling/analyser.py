@@ -12,8 +12,10 @@ from benchmarks.scaling.records import ChangeRecord, DevicePeak, Holding, Memory
 
 STALL_S = 1.0
 """Silence from which on waiting users count as shut out, even though their requests were accepted."""
-MIN_DURING_S = 2.0
-"""A change that is over sooner is measured over this long, so that `during` is not three tokens."""
+MIN_DURING_S = 5.0
+"""A change that is over sooner is measured over this long. Where more seats share the same cores, each request takes
+some tenths of a second longer from then on: its tokens come later, once, and in a window of one or two seconds that
+would count as throughput lost. What a shorter dip does to a user is the longest gap's to say."""
 
 
 def analyse(log: RunLog, slo: Slo, *, window_s: float = 15.0, stall_s: float = STALL_S) -> Figures:
@@ -211,14 +213,14 @@ def _change_figures(
         after=after,
         during_over_before=during.tokens_per_s / before.tokens_per_s if before.tokens_per_s else None,
         max_gap_s=max(gaps, default=None),
-        memory_peak_over_steady=_memory_peak(log.memory, change, limit),
+        memory_peak_over_steady=_memory_peak(log.memory, change, max([0.0, *earlier]), limit),
         error=change.error,
     )
 
 
-def _memory_peak(samples: Sequence[MemorySample], change: ChangeRecord, limit: float) -> float | None:
-    """Peak while the change ran over the larger of the states before and after it, less one."""
-    before = [sample.host_bytes for sample in samples if sample.at < change.requested_at]
+def _memory_peak(samples: Sequence[MemorySample], change: ChangeRecord, since: float, limit: float) -> float | None:
+    """Peak while the change ran over the larger of the states before (from `since` on) and after it, less one."""
+    before = [sample.host_bytes for sample in samples if since <= sample.at < change.requested_at]
     during = [sample.host_bytes for sample in samples if change.requested_at <= sample.at <= change.ended_at]
     after = [sample.host_bytes for sample in samples if change.ended_at < sample.at <= limit]
     if not before or not during or not after:

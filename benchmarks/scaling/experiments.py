@@ -98,12 +98,13 @@ COMMANDS: dict[str, Defaults] = {
     "slo": Defaults(
         title="SLO attainment against the rate of requests, with a change in each run",
         paper="ElasticMoE: SLO attainment against request rate",
-        methods=("elastic", "cold-restart", "static"),
+        methods=("elastic", "cold-restart"),
         even=False,
-        rates=(1.0, 2.0, 4.0, 8.0),
-        changes="15:4",
-        duration_s=60.0,
+        rates=(1.0, 3.0, 6.0),
+        changes="10:4",
+        duration_s=40.0,
         settle_s=10.0,
+        window_s=10.0,
     ),
     "burst": Defaults(
         title="A burst of requests, answered by a scale-up two seconds after it begins",
@@ -132,6 +133,7 @@ class Experiment:
     trace: Path | None
     server_args: tuple[str, ...]
     log_dir: Path
+    boot_limit_s: float = 150.0
 
     def cases(self) -> list[Case]:
         """In the order in which they are run."""
@@ -173,6 +175,7 @@ class Experiment:
             device=self.device,
             kv_tokens=self.kv_tokens,
             log_dir=self.log_dir,
+            boot_limit_s=self.boot_limit_s,
             args=self.server_args,
         )
         return replace(settings, elastic_args=(flag("ablate"), ablation)) if ablation else settings

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.scaling import machine
+from benchmarks.scaling import machine, readme
 from benchmarks.scaling.analyser import analyse
 from benchmarks.scaling.experiments import COMMANDS, Defaults, Experiment
 from benchmarks.scaling.figures import Slo
@@ -74,10 +74,17 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str, d: Defaults) -> N
     servers.add_argument("--model-path", type=Path, help="default: a tiny model, made for the run")
     servers.add_argument("--device", default="cpu")
     servers.add_argument("--kv-tokens", type=int, default=8192, help="KV pool of a rank (default: %(default)s)")
+    servers.add_argument(
+        "--boot-limit", type=float, default=150.0, help="for a server started in the run (%(default)g s)"
+    )
     servers.add_argument("--server-args", type=shlex.split, default=[], help="further SGLang flags, as one word")
     out = parser.add_argument_group("results")
     out.add_argument("--out", type=Path, default=_RESULTS / name, help="folder (default: %(default)s)")
-    out.add_argument("--again", action="store_true", help="no runs: figures, report and picture from the folder's logs")
+    if name == "scaling":
+        out.add_argument("--readme", type=Path, help="a README whose marked block is to show these results")
+    source = out.add_mutually_exclusive_group()
+    source.add_argument("--again", action="store_true", help="no runs: figures, report and picture from its logs")
+    source.add_argument("--resume", action="store_true", help="run only the cases that the folder has no log of")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,7 +111,6 @@ def _measure(args: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserInputError(f"no such method: {', '.join(unknown)}", hint=f"Known: {', '.join(METHODS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     invocation = shlex.join(["elasticmoe", "bench", *words])
-    before = machine.describe()
     with tempfile.TemporaryDirectory(prefix="elasticmoe-bench-") as folder:
         model, about_model = _model(args, defaults, Path(folder))
         experiment = Experiment(
@@ -116,25 +122,30 @@ def _measure(args: argparse.Namespace, words: Sequence[str]) -> int:
             trace=args.trace,
             server_args=tuple(args.server_args),
             log_dir=Path(folder),
+            boot_limit_s=args.boot_limit,
         )
-        logs = _stored(experiment, args.out) if args.again else _run_all(experiment, args.out)
-    results = _results(args.command, experiment, logs)
+        logs = _stored(experiment, args.out) if args.again else _run_all(experiment, args.out, invocation, args.resume)
+    results = _results(experiment, logs)
+    runs = list(logs.values())
+    first, last = runs[0].about, runs[-1].about
     found = Results(
         command=args.command,
         title=defaults.title,
         paper=defaults.paper,
-        invocation=invocation,
-        machine=next(iter(logs.values())).about.get("machine", before) if args.again else before,
-        load_average_after=[round(value, 2) for value in os.getloadavg()],
+        invocation=last["invocation"],
+        machine=first["machine"],
+        load_average_after=last["load_average_after"],
         model=about_model,
         workload=describe_workload(defaults),
         slo=defaults.slo,
         results=results,
     )
     (args.out / "figures.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
-    draw(args.command, results, list(logs.values()), args.out / "figures.png")
+    draw(args.command, results, runs, args.out / "figures.png")
     report = markdown(found)
     (args.out / "report.md").write_text(report)
+    if getattr(args, "readme", None) is not None:
+        readme.write(args.readme, found, args.out / "figures.png")
     print(report)
     for target in targets(results) if args.command == "scaling" else []:
         if not target.met:
@@ -179,20 +190,28 @@ def _log_path(out: Path, label: str) -> Path:
     return out / "logs" / f"{label.replace(' ', '_').replace('/', '')}.json"
 
 
-def _run_all(experiment: Experiment, out: Path) -> dict[str, RunLog]:
+def _run_all(experiment: Experiment, out: Path, invocation: str, resume: bool) -> dict[str, RunLog]:
     """One case after the other, never two at once."""
     logs = {}
+    workload = describe_workload(experiment.defaults)
     for case in experiment.cases():
+        path = _log_path(out, case.label)
+        if resume and path.exists():
+            logs[case.label] = _read(path, workload)
+            continue
         method = METHODS[case.method](case.settings, case.plan.schedule.largest)
-        about = {"label": case.label, "machine": machine.describe()}
+        about = {
+            "label": case.label, "workload": workload, "invocation": invocation, "machine": machine.describe()
+        }  # fmt: skip
         try:
             log = asyncio.run(run(method, case.plan, about=about, say=_say))
         finally:
             for server_log in experiment.log_dir.glob("*.log"):
-                target = _log_path(out, case.label).with_suffix("") / server_log.name
+                target = path.with_suffix("") / server_log.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(server_log, target)
-        write_log(_log_path(out, case.label), log)
+        log.about["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
+        write_log(path, log)
         logs[case.label] = log
     return logs
 
@@ -202,10 +221,22 @@ def _stored(experiment: Experiment, out: Path) -> dict[str, RunLog]:
     missing = [label for label, path in paths.items() if not path.exists()]
     if missing:
         raise UserInputError(f"{out} has no log of {', '.join(missing)}", hint="Run without --again")
-    return {label: read_log(path) for label, path in paths.items()}
+    workload = describe_workload(experiment.defaults)
+    return {label: _read(path, workload) for label, path in paths.items()}
 
 
-def _results(command: str, experiment: Experiment, logs: dict[str, RunLog]) -> list[Result]:
+def _read(path: Path, workload: str) -> RunLog:
+    """Raises UserInputError for the log of another workload."""
+    log = read_log(path)
+    if log.about["workload"] != workload:
+        raise UserInputError(
+            f"{path} is of another workload: {log.about['workload']}",
+            hint=f"Use the settings of that run, or measure again. Asked for: {workload}",
+        )
+    return log
+
+
+def _results(experiment: Experiment, logs: dict[str, RunLog]) -> list[Result]:
     d = experiment.defaults
     # Requests are numbered alike in all runs of one rate; with several rates there is nothing common to compare.
     reference = next((log for log in logs.values() if log.method == "static"), next(iter(logs.values())))

@@ -20,6 +20,7 @@ from benchmarks.streams import Ask, StreamRecord
 
 _POLL_S = 0.02
 _DRAIN_S = 120.0
+FIRST_BOOT_S = 600.0
 NO_SERVER = "refused: no server takes requests"
 
 
@@ -68,8 +69,8 @@ class Method(ABC):
         try:
             await self.carry_out(size, record)
         except (ServerFailed, MethodFailed, aiohttp.ClientError, asyncio.TimeoutError) as error:
-            # The run goes on and reports it.
-            record.error = f"{type(error).__name__}: {error}"
+            # The run goes on and reports it. What follows the first line is the tail of a server's log.
+            record.error = str(error).splitlines()[0] if str(error) else type(error).__name__
         record.ended_at = self.clock.now()
         return record
 
@@ -115,7 +116,8 @@ class Method(ABC):
 
     def _instance(self, args: list[str], *, plain: bool, size: int) -> Instance:
         log = self.settings.log_dir / f"{self.name}-{self._generation}.log"
-        instance = Instance(args, plain=plain, generation=self._generation, size=size, log=log)
+        limit = self.settings.boot_limit_s if self._generation else FIRST_BOOT_S
+        instance = Instance(args, plain=plain, generation=self._generation, size=size, log=log, start_timeout_s=limit)
         self._generation += 1
         return instance
 

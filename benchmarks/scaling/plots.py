@@ -47,6 +47,11 @@ def tokens_per_second(log: RunLog) -> list[int]:
     return bins
 
 
+def _demand(log: RunLog) -> float:
+    """Tokens a second that were asked for, on average."""
+    return sum(request.wanted for request in log.requests) / max(log.load_ended_at, 1.0)
+
+
 def _timelines(pyplot: Any, results: Sequence[Result], logs: Sequence[RunLog]) -> Any:
     height = 1.2 + 1.6 * len(logs)
     figure, all_axes = pyplot.subplots(
@@ -54,6 +59,7 @@ def _timelines(pyplot: Any, results: Sequence[Result], logs: Sequence[RunLog]) -
     )
     for axes, result, log in zip(all_axes[:, 0], results, logs, strict=True):
         bins = tokens_per_second(log)
+        axes.axhline(_demand(log), color="black", linewidth=0.7, linestyle=":")
         axes.step(range(len(bins)), bins, where="post", color=_COLOURS[log.method], linewidth=1.5)
         for change in log.changes:
             end = change.effective_at or change.ended_at
@@ -66,7 +72,9 @@ def _timelines(pyplot: Any, results: Sequence[Result], logs: Sequence[RunLog]) -
         axes.set_ylim(bottom=0)
         axes.set_xlim(0, max(len(tokens_per_second(each)) for each in logs))
     all_axes[len(logs) // 2, 0].set_ylabel("output tokens/s")
-    all_axes[-1, 0].set_xlabel("seconds   (shaded: change asked for until the new size serves; x: failed request)")
+    all_axes[-1, 0].set_xlabel(
+        "seconds   (shaded: change asked for until the new size serves; dotted: tokens asked for; x: failed request)"
+    )
     return figure
 
 

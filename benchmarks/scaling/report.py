@@ -57,16 +57,13 @@ def describe_workload(d: Defaults) -> str:
 
 def markdown(results: Results) -> str:
     """The whole report."""
-    machine = results.machine
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     parts = [
         f"# {results.title}",
-        f"Written by `{results.invocation}` on {machine['date']}. Definitions: docs/benchmarks.md.",
+        f"Written by `{results.invocation}` on {results.machine['date']}. Definitions: docs/benchmarks.md.",
         f"- compare: {results.paper}\n"
         f"- model: {results.model}\n- workload: {results.workload}\n"
         f"- SLO: first token within {results.slo.ttft_s:g} s, {results.slo.tpot_s * 1e3:g} ms per token after it\n"
-        f"- machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB; "
-        f"load average {machine['load_average'][0]} before, {results.load_average_after[0]} after; {versions}",
+        f"- machine: {about_machine(results)}",
         "## Runs\n\n" + runs_table(results.results),
     ]
     if any(result.figures.changes for result in results.results):
@@ -75,6 +72,16 @@ def markdown(results: Results) -> str:
         parts.append("## Targets\n\n" + targets_table(results.results))
     parts.append("![figures](figures.png)")
     return "\n\n".join(parts) + "\n"
+
+
+def about_machine(results: Results) -> str:
+    """In one line."""
+    machine = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB; load average "
+        f"{machine['load_average'][0]} before, {results.load_average_after[0]} after; {versions}"
+    )
 
 
 def runs_table(results: Sequence[Result]) -> str:
@@ -94,12 +101,12 @@ def runs_table(results: Sequence[Result]) -> str:
                 str(f.lost_tokens),
                 str(f.duplicated_tokens),
                 differ,
-                f"{_ms(f.ttft.p50)} / {_ms(f.ttft.p99)}",
-                f"{_ms(f.tpot.p50)} / {_ms(f.tpot.p99)}",
-                f"{_ms(f.max_gaps.p50)} / {_ms(f.max_gaps.max)}",
-                _percent(f.slo_attainment),
+                f"{as_ms(f.ttft.p50)} / {as_ms(f.ttft.p99)}",
+                f"{as_ms(f.tpot.p50)} / {as_ms(f.tpot.p99)}",
+                f"{as_ms(f.max_gaps.p50)} / {as_ms(f.max_gaps.max)}",
+                as_percent(f.slo_attainment),
                 f"{f.goodput:.2f}",
-                _seconds(f.downtime_s),
+                as_seconds(f.downtime_s),
                 f"{f.device_seconds:.0f}",
                 _gib(f.host_peak_bytes),
             ]
@@ -120,14 +127,14 @@ def changes_table(results: Sequence[Result]) -> str:
                 [
                     result.label,
                     f"{change.old_size} → {change.new_size}",
-                    change.error or _seconds(change.scale_latency_s),
-                    _seconds(change.downtime_s),
+                    change.error or as_seconds(change.scale_latency_s),
+                    as_seconds(change.downtime_s),
                     " / ".join(f"{w.tokens_per_s:.1f}" for w in windows),
                     " / ".join(f"{w.requests_per_s:.2f}" for w in windows),
-                    _percent(change.during_over_before),
-                    _ms(change.max_gap_s),
-                    _over(change.memory_peak_over_steady),
-                    _over(result.figures.device_peak_over_steady),
+                    as_percent(change.during_over_before),
+                    as_ms(change.max_gap_s),
+                    as_over(change.memory_peak_over_steady),
+                    as_over(result.figures.device_peak_over_steady),
                 ]
             )
     return table(header, rows)
@@ -149,12 +156,12 @@ def targets(results: Sequence[Result]) -> list[Target]:
         return []
     change = elastic.changes[0]
     made = [
-        Target(name="downtime", wanted="0", found=_seconds(elastic.downtime_s), met=elastic.downtime_s == 0),
+        Target(name="downtime", wanted="0", found=as_seconds(elastic.downtime_s), met=elastic.downtime_s == 0),
         Target(name="failed requests", wanted="0", found=str(elastic.failed), met=elastic.failed == 0),
         Target(
             name="throughput during / before",
             wanted="at least 90 %",
-            found=_percent(change.during_over_before),
+            found=as_percent(change.during_over_before),
             met=change.during_over_before is not None and change.during_over_before >= 0.9,
         ),
         _latency_target(change, results),
@@ -163,7 +170,8 @@ def targets(results: Sequence[Result]) -> list[Target]:
         ("memory peak, all processes", change.memory_peak_over_steady),
         ("memory peak, devices in the HMM's ledger", elastic.device_peak_over_steady),
     ):
-        made.append(Target(name=name, wanted="at most +2 %", found=_over(over), met=over is not None and over <= 0.02))
+        met = over is not None and over <= 0.02
+        made.append(Target(name=name, wanted="at most +2 %", found=as_over(over), met=met))
     return made
 
 
@@ -194,19 +202,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _ms(seconds: float | None) -> str:
+def as_ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.0f} ms"
 
 
-def _seconds(seconds: float | None) -> str:
+def as_seconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.2f} s" if seconds else "0"
 
 
-def _percent(share: float | None) -> str:
+def as_percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
-def _over(share: float | None) -> str:
+def as_over(share: float | None) -> str:
     return "-" if share is None else f"{share:+.1%}"
 
 

@@ -20,6 +20,7 @@ class ServerSettings:
         args: further SGLang flags.
         elastic_args: further flags of `elasticmoe serve`, for the elastic method alone.
         log_dir: each server's output goes there.
+        boot_limit_s: for a server that starts during the run; the change is given up then.
     """
 
     model: str
@@ -28,6 +29,7 @@ class ServerSettings:
     log_dir: Path
     args: tuple[str, ...] = ()
     elastic_args: tuple[str, ...] = ()
+    boot_limit_s: float = 150.0
 
     def common(self, kv_tokens: int) -> list[str]:
         # Every server is warmed by the benchmark itself before the clock starts; one that boots during the run pays

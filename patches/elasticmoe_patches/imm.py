@@ -12,16 +12,24 @@ from elasticmoe_sglang.seats.idle import create_doorbells
 
 
 def preload() -> None:
-    """Import what a scheduler imports; nothing here may start a thread or touch a device."""
+    """Import what a scheduler imports, also what it imports only when it starts; nothing here may start a thread or
+    touch a device."""
     from elasticmoe_patches.plugin import install_for_process
 
     install_for_process("standby")
+    import sglang.srt.constrained.xgrammar_backend
+    import sglang.srt.distributed.device_communicators.custom_all_reduce
+    import sglang.srt.dllm.algorithm
     import sglang.srt.layers.moe.fused_moe_triton.layer
     import sglang.srt.managers.scheduler
+    import sglang.srt.mem_cache.rust_tree_core.adapter
     import sglang.srt.model_loader.loader
     import sglang.srt.models.registry  # noqa: F401  (imports every model: seconds that a joiner need not wait for)
 
-    import elasticmoe_patches.seat  # noqa: F401
+    import elasticmoe_patches.seat
+    import elasticmoe_patches.srt.managers.recovery
+    import elasticmoe_patches.srt.mem_cache.allocator
+    import elasticmoe_patches.srt.model_loader.elastic_loader  # noqa: F401
 
 
 def main() -> None:

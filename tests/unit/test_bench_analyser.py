@@ -184,10 +184,10 @@ def test_a_change_that_failed_has_no_latency() -> None:
     assert one.scale_latency_s is None and one.error == "no"
 
 
-def test_a_short_change_is_measured_over_two_seconds() -> None:
+def test_a_short_change_is_measured_over_five_seconds() -> None:
     [one] = figures([steady(0, 0.0, 40.0)], changes=[change(10.0, 10.1, 10.2)]).changes
     assert one.scale_latency_s == pytest.approx(0.1, abs=MS)
-    assert (one.during.start, one.during.end) == (pytest.approx(10.0), pytest.approx(12.0))
+    assert (one.during.start, one.during.end) == (pytest.approx(10.0), pytest.approx(15.0))
 
 
 def test_windows_of_two_changes_do_not_overlap() -> None:
@@ -226,6 +226,14 @@ def test_device_seconds_and_memory() -> None:
     assert found.host_peak_bytes == 9 * gib
     assert found.changes[0].memory_peak_over_steady == pytest.approx(9 / 5 - 1)
     assert found.device_peak_over_steady == pytest.approx(0.03)
+
+
+def test_memory_before_a_change_is_that_of_its_own_size() -> None:
+    # 2 GiB, 4 GiB from the first change on, 2 GiB again after the second: neither has a peak.
+    samples = [MemorySample(t, 2**30 * (4 if 20 <= t < 31 else 2)) for t in range(60)]
+    changes = [change(19.5, 20.5, 21.0), change(29.5, 30.5, 31.0)]
+    found = figures([steady(0, 0.0, 60.0)], end=60.0, changes=changes, memory=samples)
+    assert [one.memory_peak_over_steady for one in found.changes] == [0.0, 0.0]
 
 
 def test_an_empty_run() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from benchmarks.scaling.records import (
     read_log,
     write_log,
 )
-from benchmarks.scaling.report import targets
+from benchmarks.scaling.report import describe_workload, targets
 from benchmarks.scaling.runner import RunPlan, run
 from benchmarks.scaling.schedule import Schedule
 from benchmarks.scaling.servers import ServerSettings
@@ -144,7 +145,10 @@ def made_up(method: str, latency: float | None, refused: int) -> RunLog:
         method=method, load_ended_at=60.0, ended_at=61.0, requests=requests, changes=changes,
         memory=[MemorySample(float(t), 2**30) for t in range(60)], holdings=[Holding(0.0, 2), Holding(20.0, 4)],
         device_memory=[DevicePeak(device=0, before=100, peak=101, after=90)] if method == "elastic" else [],
-        about={"machine": {**_MACHINE}},
+        about={
+            "machine": {**_MACHINE}, "invocation": "elasticmoe bench scaling", "load_average_after": [2.0],
+            "workload": describe_workload(COMMANDS["scaling"]),
+        },
     )  # fmt: skip
 
 
@@ -167,8 +171,30 @@ def test_report_picture_and_figures_from_logs(tmp_path: Path, capsys: pytest.Cap
     assert [result["label"] for result in results] == list(COMMANDS["scaling"].methods)
     assert "abacus" in report and "| yes |" in report and "**no**" not in report
     assert "1.00 s, 0.040 of replica's 25.00 s" in report
+    assert "Written by `elasticmoe bench scaling` on" in report, "the command that measured, not the one that drew"
     cold = next(result["figures"] for result in results if result["label"] == "cold-restart")
     assert cold["refused"] == 30 and cold["downtime_s"] == pytest.approx(50.0 - 19.75, abs=0.001)
+
+
+def test_only_missing_cases_run_and_none_of_another_workload_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Second(Pretend):
+        name = "replica"
+
+    monkeypatch.setitem(METHODS, "replica", Second)
+    write_log(tmp_path / "logs" / "elastic.json", made_up("elastic", 1.0, 0))
+    words = ["bench", "scaling", "--resume", "--methods", "elastic,replica", "--out", str(tmp_path)]
+    assert elasticmoe([*words, "--rate", "50"]) == 2
+    assert "another workload" in capsys.readouterr().err
+    log = made_up("elastic", 1.0, 0)
+    short = replace(COMMANDS["scaling"], changes="0.3:4", rate=50.0)
+    log.about["workload"] = describe_workload(short)
+    write_log(tmp_path / "logs" / "elastic.json", log)
+    short_words = ["--changes", "0.3:4", "--rate", "50", "--duration", "0.5", "--settle", "0.3"]
+    assert elasticmoe([*words, *short_words]) == 0
+    assert read_log(tmp_path / "logs" / "elastic.json") == log, "it has not run again"
+    assert read_log(tmp_path / "logs" / "replica.json").requests
 
 
 def test_a_missed_target_shows(tmp_path: Path) -> None:

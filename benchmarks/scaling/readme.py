@@ -1,0 +1,85 @@
+"""The block of README.md that shows `elasticmoe bench scaling`: written from its figures, never by hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from benchmarks.scaling.report import (
+    Result,
+    Results,
+    about_machine,
+    as_ms,
+    as_over,
+    as_percent,
+    as_seconds,
+    table,
+    targets_table,
+)
+from elasticmoe_sglang.errors import UserInputError
+
+BEGIN = "<!-- elasticmoe bench scaling: begin; the command below writes these lines -->"
+END = "<!-- elasticmoe bench scaling: end -->"
+
+
+def block(results: Results, picture: str) -> str:
+    """The lines between the marks.
+
+    Args:
+        picture: path of the PNG as the README names it.
+    """
+    parts = [
+        f"```\n{results.invocation}\n```",
+        f"![{results.title}]({picture})",
+        _table(results.results),
+        targets_table(results.results),
+        f"{results.machine['date']}, {about_machine(results)}. Model: {results.model}. Load: {results.workload}.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _table(results: list[Result]) -> str:
+    header = [
+        "method", "scale latency", "downtime", "requests failed", "longest gap p50 / max", "within SLO",
+        "tokens/s before / during / after", "during / before", "memory peak", "device-s",
+    ]  # fmt: skip
+    rows = []
+    for result in results:
+        f = result.figures
+        change = next(iter(f.changes), None)
+        windows = (change.before, change.during, change.after) if change else (f.throughput,)
+        rows.append(
+            [
+                result.label,
+                (change.error or as_seconds(change.scale_latency_s)) if change else "-",
+                as_seconds(f.downtime_s),
+                f"{f.failed} of {f.requests}",
+                f"{as_ms(f.max_gaps.p50)} / {as_ms(f.max_gaps.max)}",
+                as_percent(f.slo_attainment),
+                " / ".join(f"{window.tokens_per_s:.1f}" for window in windows),
+                as_percent(change.during_over_before) if change else "-",
+                as_over(change.memory_peak_over_steady) if change else "-",
+                f"{f.device_seconds:.0f}",
+            ]
+        )
+    return table(header, rows)
+
+
+def between_marks(text: str) -> tuple[str, str, str]:
+    """(before, the block, after) of a README's text.
+
+    Raises:
+        UserInputError: it has no marks.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    found, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise UserInputError("the README has no place for the table", hint=f"Put two lines into it: {BEGIN} {END}")
+    return head + begin, found.strip(), end + tail
+
+
+def write(readme: Path, results: Results, picture: Path) -> None:
+    """Replace the block in `readme`. Raises UserInputError without marks."""
+    head, _, tail = between_marks(readme.read_text())
+    shown = Path(os.path.relpath(picture.resolve(), readme.resolve().parent)).as_posix()
+    readme.write_text(f"{head}\n{block(results, shown)}\n{tail}")
