@@ -19,6 +19,10 @@ _COLOURS = {
 }
 
 
+_SHOWN_S = 140
+"""One run that takes minutes must not squeeze the others to nothing; its headline has its figures."""
+
+
 def draw(command: str, results: Sequence[Result], logs: Sequence[RunLog], path: Path) -> None:
     """Write the PNG of one experiment."""
     # Slow to import, so not before the runs have ended.
@@ -70,7 +74,7 @@ def _timelines(pyplot: Any, results: Sequence[Result], logs: Sequence[RunLog]) -
         axes.set_title(_headline(result), fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(bottom=0)
-        axes.set_xlim(0, max(len(tokens_per_second(each)) for each in logs))
+        axes.set_xlim(0, min(_SHOWN_S, max(len(tokens_per_second(each)) for each in logs)))
     all_axes[len(logs) // 2, 0].set_ylabel("output tokens/s")
     all_axes[-1, 0].set_xlabel(
         "seconds   (shaded: change asked for until the new size serves; dotted: tokens asked for; x: failed request)"
@@ -82,6 +86,7 @@ def _headline(result: Result) -> str:
     f = result.figures
     latencies = [change.scale_latency_s for change in f.changes if change.scale_latency_s is not None]
     scaled = f", scale latency {', '.join(f'{latency:.1f} s' for latency in latencies)}" if latencies else ""
+    scaled += "".join(f", {change.error}" for change in f.changes if change.error)
     return f"{result.label}{scaled}, downtime {f.downtime_s:.1f} s, {f.failed} of {f.requests} requests failed"
 
 
