@@ -58,6 +58,8 @@ class SeatLines:
         self._router.bind(self._endpoint)
         self._imm = ImmClient(self._imm_socket)
         loop = asyncio.get_running_loop()
+        # Seats may have been assigned before this connection was made; the answer says who sits where.
+        self._imm.send(imm.Query())
         loop.add_reader(self._imm.fileno(), self._imm_readable)
         self._tasks.append(loop.create_task(self._hear_seats()))
 

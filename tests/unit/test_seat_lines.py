@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,5 +75,25 @@ def test_a_failure_belongs_to_its_operation() -> None:
         assert await hub.expect(sm.Adopted, seat=1) == adopted(2)
         with pytest.raises(SeatError, match="no room"):
             await hub.expect(sm.Pulled, seat=1, operation_id="old")
+
+    run(main())
+
+
+def test_a_line_opened_late_learns_who_sits_where(tmp_path: Path) -> None:
+    """The controller may have filled seats before the coordinator connected: what the IMM said then was not for it."""
+    population = imm.Population(seats={0: 11, 1: 12}, standbys=[13])
+
+    async def main() -> None:
+        heard: asyncio.Queue[Any] = asyncio.Queue()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(str(tmp_path / "imm"))
+            listener.listen()
+            hub = SeatLines(f"ipc://{tmp_path}/seats", str(tmp_path / "imm"), heard.put_nowait, lambda _: None)
+            hub.open()
+            with listener.accept()[0] as line:
+                assert imm.decode(line.recv(imm.MAX_FRAME)) == imm.Query()
+                line.send(imm.encode(population))
+                assert await heard.get() == population
+                hub.close()
 
     run(main())
