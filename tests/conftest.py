@@ -27,6 +27,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(TIME_LIMITS_S[folder]))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For the long runs of `make soak`."""
+    group = parser.getgroup("long runs")
+    group.addoption("--changes", type=int, default=None, help="how many changes a long run makes")
+    group.addoption("--seed", type=int, default=None, help="the seed of a long run's dice")
+
+
+@pytest.fixture
+def changes(request: pytest.FixtureRequest) -> int | None:
+    """--changes"""
+    count: int | None = request.config.getoption("--changes")
+    return count
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int | None:
+    """--seed"""
+    found: int | None = request.config.getoption("--seed")
+    return found
+
+
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
     """The test leaves no descriptor, no file in /dev/shm and no child process behind in this process."""

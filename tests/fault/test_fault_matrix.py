@@ -1,8 +1,10 @@
 """A process is killed in each phase of a change, up and down: serving goes on, nothing is lost, the next change works.
 
 One server for all cases, with streams running all the time. The points at which processes are killed are those of
-`elasticmoe_sglang/faults.py`. At the end the matrix is printed (`pytest -s`), and written to the file that
-ELASTICMOE_FAULT_MATRIX names.
+`elasticmoe_sglang/faults.py`. At the end the matrix is printed (`pytest -s`) and recorded (`tests/helpers/record.py`).
+"Longest gap" is the longest time between two tokens of any stream around the fault; "whole again" is when the HMM's
+ledger equalled the placement and every seat had a living process, counted from the fault. A change that is
+`rolled_back` has left the membership as it was; one that has `failed` serves with the new one.
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import pytest
 
-from elasticmoe_sglang.faults import ENV_FAULTS, FAULT_FILE
+from elasticmoe_sglang.faults import ENV_FAULTS
 from elasticmoe_sglang.tiny_model import VOCAB, make_tiny_model
 from tests.helpers.corpus import Case as Prompt
 from tests.helpers.corpus import ask
 from tests.helpers.elastic import ElasticServer
+from tests.helpers.faults import SETTLED_WITHIN_S, arm, armed, change, imbalance, whole
 from tests.helpers.load import Load, Pump, Stream, longest_gap, settled
+from tests.helpers.record import record
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -38,7 +41,6 @@ TOKENS = 96
 STREAMS = 4
 # The target is 2 s on a quiet machine; tests share theirs with others.
 BACK_WITHIN_S = 15.0
-SETTLED_WITHIN_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,18 +103,6 @@ ALWAYS = {
 """Victims and phases that every test run covers, in the first of their cases; the others are for `make soak`."""
 
 
-HEAD = """# Who may be killed when
-
-Written by `ELASTICMOE_FAULT_MATRIX=docs/fault-matrix.md python -m pytest -m "" tests/fault/test_fault_matrix.py`, on
-{cores} cores with a load of {load:.0f}. Streams run all the time; a request that ended early, or with another token
-than without the fault, would have failed the test. "Longest gap" is the longest time between two tokens of any stream
-around the fault; "whole again" is when the HMM's ledger equalled the placement and every seat had a living process,
-counted from the fault. A change that is `rolled_back` has left the membership as it was; one that has `failed` serves
-with the new one and says what was not tidied up, which the next HMM's adoption has done since.
-
-"""
-
-
 def _params() -> Iterator[Any]:
     seen: set[tuple[str, str]] = set()
     for fault in FAULTS:
@@ -132,6 +122,16 @@ class Row:
     median_ms: float
     settled_s: float
     requests: int
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "ended_as": self.phase,
+            "longest_gap_s": round(self.gap_s, 2),
+            "median_gap_ms": round(self.median_ms, 1),
+            "whole_again_s": round(self.settled_s, 2),
+            "requests": self.requests,
+            "lost": 0,
+        }
 
 
 @dataclass
@@ -175,6 +175,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 def _publish(rows: list[Row]) -> None:
+    """Print the table and record it; a case with a lost or wrong request is not in it: it has failed."""
+    if not rows:
+        return
     lines = [
         "| change | phase | killed | at | ended as | longest gap, s | whole again, s | requests |",
         "|" + "---|" * 8,
@@ -185,51 +188,9 @@ def _publish(rows: list[Row]) -> None:
             f"| {fault.way} | {fault.phase} | {fault.victim} | {fault.point} | {row.phase} | {row.gap_s:.2f} "
             f"| {row.settled_s:.2f} | {row.requests} |"
         )
-    text = "\n".join(lines)
-    print("\n" + text)
-    if path := os.environ.get("ELASTICMOE_FAULT_MATRIX"):
-        Path(path).write_text(HEAD.format(cores=os.cpu_count(), load=os.getloadavg()[0]) + text + "\n")
-
-
-def change(bench: Bench, size: int) -> dict[str, Any]:
-    """A change without a fault; asked for again while the server refuses because it is still recovering."""
-    deadline = time.monotonic() + SETTLED_WITHIN_S
-    while True:
-        response = bench.server.post("/scale_elastic_ep", {"new_ep_size": size, "wait": True})
-        if response.status_code == 200:
-            operation: dict[str, Any] = response.json()
-            assert operation["phase"] == "done", f"{operation['error']}\n{bench.server.log_tail(200)}"
-            return operation
-        assert response.status_code in (409, 503), response.text
-        assert time.monotonic() < deadline, f"still refused: {response.text}"
-        time.sleep(0.1)
-
-
-def imbalance(status: dict[str, Any]) -> str | None:
-    """What the HMM's ledger has that the placement does not explain, or the other way round; None when they agree."""
-    memory = status["memory"]
-    if not memory["available"]:
-        return str(memory["error"])
-    devices = {seat["seat"]: seat["device"] for seat in status["seats"]}
-    for device in memory["devices"]:
-        here = [seat for seat in status["membership"] if devices[seat] == device["device"]]
-        columns = sum(devices[owner] == device["device"] for owner in status["placement"])
-        wanted = {"column": columns * memory["column_bytes"], "dense": memory["dense_bytes"] if here else 0}
-        if {kind: size for kind, size in wanted.items() if size} != device["by_kind"]:
-            return f"device {device['device']} holds {device['by_kind']}, wanted {wanted}"
-    return None
-
-
-def whole(bench: Bench) -> bool:
-    """The server has come to rest: ledger and placement agree, and every member has a living process."""
-    status = bench.server.status()
-    pids = [seat["pid"] for seat in status["seats"] if seat["seat"] in status["membership"]]
-    states = {seat["state"] for seat in status["seats"] if seat["seat"] in status["membership"]}
-    return (
-        imbalance(status) is None
-        and states == {"occupied"}
-        and all(pid is not None and psutil.pid_exists(pid) for pid in pids)
-    )
+    print("\n" + "\n".join(lines))
+    for row in rows:
+        record("fault-matrix", row.fault.id, row.facts())
 
 
 def cast(bench: Bench, fault: Fault) -> dict[Role, int]:
@@ -241,13 +202,6 @@ def cast(bench: Bench, fault: Fault) -> dict[Role, int]:
     return {"seat 0": 0, "survivor": members[1], "leaver": members[-1]}
 
 
-def arm(bench: Bench, fault: Fault, parts: dict[Role, int], pid: int | None) -> None:
-    action = "self" if fault.victim == fault.at else f"kill:{pid}"
-    text = f"{fault.point} {parts[fault.at]} {action}"
-    (bench.run_dir / "fault.new").write_text(text)
-    (bench.run_dir / "fault.new").rename(bench.run_dir / FAULT_FILE)  # never seen half written
-
-
 def victim_pid(bench: Bench, fault: Fault, parts: dict[Role, int]) -> int | None:
     status = bench.server.status()
     if fault.victim == "HMM":
@@ -256,12 +210,17 @@ def victim_pid(bench: Bench, fault: Fault, parts: dict[Role, int]) -> int | None
     return None if pid is None else int(pid)
 
 
+def arm_for(bench: Bench, fault: Fault, parts: dict[Role, int]) -> None:
+    action = "self" if fault.victim == fault.at else f"kill:{victim_pid(bench, fault, parts)}"
+    arm(bench.run_dir, fault.point, parts[fault.at], action)
+
+
 def begin(bench: Bench, fault: Fault) -> tuple[str, float]:
     """Starts the change with the fault armed; its operation and when the fault happened."""
     parts = cast(bench, fault)
     booted = fault.victim == "joiner" and fault.at != "joiner"  # its process is not in its seat before the change
     if not booted:
-        arm(bench, fault, parts, victim_pid(bench, fault, parts))
+        arm_for(bench, fault, parts)
     if fault.way == "2 -> 4":
         operation = bench.server.scale(4, wait=False)
     else:
@@ -270,8 +229,8 @@ def begin(bench: Bench, fault: Fault) -> tuple[str, float]:
     if booted:
         seat = parts["joiner"]
         settled(lambda: bench.server.status()["seats"][seat]["state"] == "booting", 20, "the joiner boots")
-        arm(bench, fault, parts, victim_pid(bench, fault, parts))
-    settled(lambda: not (bench.run_dir / FAULT_FILE).exists(), 30, f"{fault.id} happens")
+        arm_for(bench, fault, parts)
+    settled(lambda: not armed(bench.run_dir), 30, f"{fault.id} happens")
     return operation["operation_id"], time.time()
 
 
@@ -279,8 +238,8 @@ def begin(bench: Bench, fault: Fault) -> tuple[str, float]:
 def test_killed_in_a_change(bench: Bench, fault: Fault) -> None:
     server = bench.server
     start = int(fault.way[0])
-    change(bench, start)
-    settled(lambda: whole(bench), SETTLED_WITHIN_S, "the server is whole before the change")
+    change(server, start)
+    settled(lambda: whole(server), SETTLED_WITHIN_S, "the server is whole before the change")
     with Pump(bench.load, bench.request, STREAMS) as pump:
         settled(lambda: len(pump.streams) >= STREAMS, 10, "streams start")
         for stream in pump.streams[:STREAMS]:
@@ -288,7 +247,7 @@ def test_killed_in_a_change(bench: Bench, fault: Fault) -> None:
         operation_id, at = begin(bench, fault)
         operation = server.ended(operation_id)
         try:
-            settled(lambda: whole(bench), SETTLED_WITHIN_S, "the server is whole again")
+            settled(lambda: whole(server), SETTLED_WITHIN_S, "the server is whole again")
         except TimeoutError as error:
             raise AssertionError(f"{error}: {imbalance(server.status())}\n{server.log_tail(150)}") from error
         whole_s = time.time() - at
@@ -315,13 +274,13 @@ def test_killed_in_a_change(bench: Bench, fault: Fault) -> None:
         f"{fault.id}: {operation['phase']}, longest gap {gap:.2f} s, whole after {whole_s:.2f} s: {operation['error']}"
     )
     assert gap < BACK_WITHIN_S
-    change(bench, 6 - start)
+    change(server, 6 - start)
     settled(lambda: imbalance(server.status()) is None, SETTLED_WITHIN_S, "the ledger agrees after the next change")
 
 
 def test_without_an_hmm_changes_are_refused_and_serving_goes_on(bench: Bench) -> None:
     """A stopped process cannot be replaced before it is gone, so there is time to ask."""
-    change(bench, 2)
+    change(bench.server, 2)
     pid = bench.server.status()["memory"]["pid"]
     os.kill(pid, 9)
     response = bench.server.post("/scale_elastic_ep", {"new_ep_size": 3, "wait": True})
@@ -330,5 +289,5 @@ def test_without_an_hmm_changes_are_refused_and_serving_goes_on(bench: Bench) ->
     prompt = bench.prompts[0]
     stream = bench.load.start(prompt.prompt, TOKENS).wait(60)
     stream.check(prompt.ids)
-    change(bench, 3)
+    change(bench.server, 3)
     assert bench.server.status()["memory"]["pid"] != pid

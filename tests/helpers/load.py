@@ -14,6 +14,7 @@ import statistics
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -263,6 +264,16 @@ class Load:
         deadline = time.monotonic() + timeout_s
         for stream in list(self.streams if streams is None else streams):
             stream.wait(max(0.0, deadline - time.monotonic()))
+
+    def summary(self) -> dict[str, Any]:
+        """How many requests ended how, how many tokens came, how many streams went on at another seat."""
+        ended = Counter(stream.cut or "complete" for stream in self.streams)
+        return {
+            "requests": len(self.streams),
+            "ended": dict(sorted(ended.items())),
+            "tokens": sum(len(stream.ids) for stream in self.streams),
+            "streams_on_several_seats": sum(len(stream.ranks) > 1 for stream in self.streams),
+        }
 
 
 class Pump:

@@ -1,0 +1,75 @@
+"""A server in which faults are made to happen: arming them, and telling when it is whole again."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from elasticmoe_sglang.faults import FAULT_FILE
+from tests.helpers.elastic import ElasticServer
+
+SETTLED_WITHIN_S = 30.0
+
+
+def arm(run_dir: Path, point: str, seat: int, action: str) -> None:
+    """`seat` does `action` when it reaches `point`, once."""
+    (run_dir / "fault.new").write_text(f"{point} {seat} {action}")
+    (run_dir / "fault.new").rename(run_dir / FAULT_FILE)  # never seen half written
+
+
+def armed(run_dir: Path) -> bool:
+    """The fault has not happened yet."""
+    return (run_dir / FAULT_FILE).exists()
+
+
+def disarm(run_dir: Path) -> None:
+    (run_dir / FAULT_FILE).unlink(missing_ok=True)
+
+
+def ask_for(server: ElasticServer, body: dict[str, Any]) -> dict[str, Any]:
+    """The operation; asked for again while the server refuses because it is still recovering."""
+    deadline = time.monotonic() + SETTLED_WITHIN_S
+    while True:
+        response = server.post("/scale_elastic_ep", body)
+        if response.status_code in (200, 202):
+            operation: dict[str, Any] = response.json()
+            return operation
+        assert response.status_code in (409, 503), response.text
+        assert time.monotonic() < deadline, f"still refused: {response.text}"
+        time.sleep(0.1)
+
+
+def change(server: ElasticServer, size: int) -> dict[str, Any]:
+    """A change without a fault, which is done."""
+    operation = ask_for(server, {"new_ep_size": size, "wait": True})
+    assert operation["phase"] == "done", f"{operation['error']}\n{server.log_tail(200)}"
+    return operation
+
+
+def imbalance(status: dict[str, Any]) -> str | None:
+    """What the HMM's ledger has that the placement does not explain, or the other way round; None when they agree."""
+    memory = status["memory"]
+    if not memory["available"]:
+        return str(memory["error"])
+    devices = {seat["seat"]: seat["device"] for seat in status["seats"]}
+    for device in memory["devices"]:
+        here = [seat for seat in status["membership"] if devices[seat] == device["device"]]
+        columns = sum(devices[owner] == device["device"] for owner in status["placement"])
+        wanted = {"column": columns * memory["column_bytes"], "dense": memory["dense_bytes"] if here else 0}
+        if {kind: size for kind, size in wanted.items() if size} != device["by_kind"]:
+            return f"device {device['device']} holds {device['by_kind']}, wanted {wanted}"
+    return None
+
+
+def whole(server: ElasticServer) -> bool:
+    """The server has come to rest: ledger and placement agree, and every member has a living process."""
+    status = server.status()
+    members = [seat for seat in status["seats"] if seat["seat"] in status["membership"]]
+    return (
+        imbalance(status) is None
+        and {seat["state"] for seat in members} == {"occupied"}
+        and all(seat["pid"] is not None and psutil.pid_exists(seat["pid"]) for seat in members)
+    )

@@ -1,0 +1,143 @@
+"""What the processes of a server hold at rest: descriptors, memory, blocks; and that its end leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from elasticmoe_sglang.hmm.client import HmmClient
+from tests.helpers.elastic import ElasticServer
+from tests.helpers.leaks import holdings
+from tests.helpers.load import Load, settled
+
+# Python's and malloc's arenas settle in the first changes; what is left after them is not to grow with their number.
+GROWTH_BYTES = 48 << 20
+_TROUBLE = re.compile(
+    r"Traceback|leak detected|double free|use-after-free|CRITICAL|could not place the KV", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What the processes that stay hold, with seats 0 and 1 occupied and nothing to do."""
+
+    descriptors: dict[str, Counter[str]]
+    processes: Counter[str]
+    shm: frozenset[str]
+    sockets: frozenset[str]
+    blocks: int
+    transactions: int
+    clients: int
+    proportional_bytes: int
+
+    def check(self, earlier: Footprint) -> None:
+        """Nothing beyond what was there earlier; memory within GROWTH_BYTES."""
+        for name, now in self.descriptors.items():
+            more = now - earlier.descriptors[name]
+            assert not more, f"{name} has more descriptors: {dict(more)}"
+        assert self.processes == earlier.processes
+        assert self.shm == earlier.shm and self.sockets == earlier.sockets
+        counts = (self.blocks, self.transactions, self.clients)
+        assert counts == (earlier.blocks, earlier.transactions, earlier.clients)
+        grown = self.proportional_bytes - earlier.proportional_bytes
+        assert grown < GROWTH_BYTES, f"memory has grown by {grown / 2**20:.1f} MiB"
+
+
+def to_two(server: ElasticServer) -> None:
+    """Seats 0 and 1, by way of all four."""
+    server.must_scale(4)
+    server.must_scale(retire=[2, 3])
+
+
+def rest(server: ElasticServer, load: Load) -> Footprint:
+    """Waits until nothing runs, empties the prefix caches, and looks."""
+    load.wait()
+    settled(lambda: standbys(server) == 1, 60, "a standby waits")
+    settled(lambda: server.post("/flush_cache", {}).status_code == 200, 60, "the caches can be emptied")
+    loads = {entry["dp_rank"]: entry for entry in server.get("/v1/loads").json()["loads"]}
+    for seat in (0, 1):
+        busy = (loads[seat]["num_running_reqs"], loads[seat]["num_waiting_reqs"], loads[seat]["num_used_tokens"])
+        assert busy == (0, 0, 0), f"seat {seat} holds requests or KV slots at rest: {loads[seat]}"
+    earlier = None
+    deadline = time.monotonic() + 20
+    # Sockets of clients that have left are closed a moment later.
+    while (now := footprint(server)) != earlier and time.monotonic() < deadline:
+        earlier = now
+        time.sleep(1.0)
+    return now
+
+
+def standbys(server: ElasticServer) -> int:
+    status = server.status()
+    assert status["membership"] == [0, 1], status["membership"]
+    return sum(seat["state"] == "standby" for seat in status["seats"])
+
+
+def footprint(server: ElasticServer) -> Footprint:
+    status = server.status()
+    endpoint = status["memory"]["endpoint"]
+    everybody = [psutil.Process(server.pid), *server.processes()]
+    lasting = {"main": server.pid, "hmm": status["memory"]["pid"], "seat 0": server.seat_pids()[0]}
+    lasting |= {name: pid for pid, name in named(everybody).items() if name != "other"}
+    with HmmClient(endpoint, name="test") as client:
+        hmm = client.status()
+    return Footprint(
+        descriptors={name: holdings(pid).descriptors for name, pid in lasting.items()},
+        processes=Counter(process.name() for process in everybody),
+        shm=frozenset(name for process in everybody for name in shared_memory(process.pid)),
+        sockets=frozenset(os.listdir(Path(endpoint.removeprefix("ipc://")).parent)),
+        blocks=hmm.blocks,
+        transactions=len(hmm.txns),
+        clients=len(hmm.clients),
+        proportional_bytes=sum(proportional_bytes(pid) for pid in lasting.values()),
+    )
+
+
+def named(processes: list[psutil.Process]) -> dict[int, str]:
+    """The controller, the detokenizer and the IMM by their pids."""
+    words = {"data_parallel_controller": "controller", "detokenizer": "detokenizer", "elasticmoe_patches.imm": "imm"}
+    found: dict[int, str] = {}
+    for process in processes:
+        line = " ".join(process.cmdline())
+        for word, name in words.items():
+            # Standbys are forks of the IMM and have its command line.
+            if word in line and name not in found.values():
+                found[process.pid] = name
+    return found
+
+
+def shared_memory(pid: int) -> set[str]:
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {line.split()[5] for line in maps if "/dev/shm/" in line}
+
+
+def proportional_bytes(pid: int) -> int:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) << 10
+
+
+def leaves_nothing(server: ElasticServer, footprint: Footprint) -> None:
+    """After the server's orderly end: no process, no shared memory, no run folder."""
+    run_dir = Path(server.status()["memory"]["endpoint"].removeprefix("ipc://")).parent
+    pids = [process.pid for process in server.processes()]
+    server.stop(timeout_s=60)
+    assert server.exit_status == 0
+    assert "CRITICAL" not in server.log_tail() and "anew" not in server.log_tail(), server.log_tail()
+    settled(lambda: not any(psutil.pid_exists(pid) for pid in pids), 20, "all processes end")
+    settled(lambda: not run_dir.exists(), 20, "the run folder is removed")
+    left = [path for path in footprint.shm if os.path.exists(path)]
+    assert not left, left
+
+
+def trouble(server: ElasticServer, since: int = 0) -> list[str]:
+    """Lines of the server's log, from byte `since` on, that must not be in it."""
+    text = server.log.read_bytes()[since:].decode(errors="replace")
+    return [line for line in text.splitlines() if _TROUBLE.search(line)]
