@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from elasticmoe_patches.srt.managers.aborts import RecentAborts
 from elasticmoe_patches.srt.managers.handover import Arrivals
 from elasticmoe_sglang.errors import CommitError, ElasticMoEError, SeatError
 from elasticmoe_sglang.faults import point
@@ -48,7 +49,7 @@ class Seat:
     me, ticket: which seat this is and how it came in.
     pending: the commit to carry out at the top of the next iteration.
     arrivals: requests that leavers have sent here.
-    aborted: (rid, abort_all) of aborts since a leaver's requests have been on their way.
+    aborted: aborts since requests of a leaver or of a dead seat have been on their way.
     fence: the operation whose input fence has been read.
     recoveries: what the coordinator sends after another seat's death.
     counts: operations for which this seat shall say which requests it has.
@@ -88,7 +89,7 @@ class Seat:
         self.pause = PauseMeter()
         self.arrivals = Arrivals()
         self.adopting: dict[str, Any] = {}
-        self.aborted: list[tuple[str | None, bool]] = []
+        self.aborted = RecentAborts()
         self.building: Any = None
         self.pending: sm.CommitCommand | None = None
         self.fence: str | None = None
@@ -329,6 +330,7 @@ class Seat:
         if decision is Decision.COMMIT:
             self._enter(command.members, command.epoch)
             self.memory.switch([c for c, owner in enumerate(command.placement) if owner == self.me])
+            self.aborted.clear()  # the tokenizer knows of every earlier one when it sends a request again
         else:
             self.agent.post(sm.Recovered(seat=self.me, operation_id=command.operation_id, committed=False, rids=[]))
         return decision is Decision.COMMIT

@@ -278,6 +278,20 @@ def test_killed_in_a_change(bench: Bench, fault: Fault) -> None:
     settled(lambda: imbalance(server.status()) is None, SETTLED_WITHIN_S, "the ledger agrees after the next change")
 
 
+def test_an_old_abort_does_not_reach_what_is_sent_again(bench: Bench) -> None:
+    change(bench.server, 3)
+    assert bench.server.post("/abort_request", {"abort_all": True}).status_code == 200
+    streams = [bench.request(bench.load) for _ in range(9)]
+    for stream in streams:
+        stream.wait_for_tokens(4, 60)
+    os.kill(bench.server.seat_pids()[2], 9)
+    bench.load.wait(streams)
+    for stream in streams:
+        stream.check(bench.expected[stream.rid])
+    assert any(len(stream.ranks) > 1 for stream in streams), "none was sent again"
+    settled(lambda: whole(bench.server), SETTLED_WITHIN_S, "the server is whole again")
+
+
 def test_without_an_hmm_changes_are_refused_and_serving_goes_on(bench: Bench) -> None:
     """A stopped process cannot be replaced before it is gone, so there is time to ask."""
     change(bench.server, 2)

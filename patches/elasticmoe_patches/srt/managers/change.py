@@ -227,8 +227,7 @@ def _adopt(
             logger.exception("seat %d could not place the KV of %s; it is recomputed", seat.me, request.rid)
     seat.adopting[request.rid] = progress
     scheduler.handle_generate_request(request)
-    gone = progress.aborted or any(everything or request.rid.startswith(rid) for rid, everything in seat.aborted)
-    if gone:
+    if progress.aborted or seat.aborted.reaches(request.rid):
         scheduler.abort_request(AbortReq(rid=request.rid))
     return placed
 

@@ -148,7 +148,7 @@ def after_abort_request(_result: None, self: Any, recv_req: Any) -> None:
     """A request on its way from a leaver is nowhere to be found now; it is aborted when it arrives."""
     from elasticmoe_patches.seat import current_seat
 
-    current_seat().aborted.append((recv_req.rid, recv_req.abort_all))
+    current_seat().aborted.add(recv_req.rid, recv_req.abort_all)
 
 
 def after_process_batch_result(_result: Any, self: Any, batch: Any, result: Any) -> None:

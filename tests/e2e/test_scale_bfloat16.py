@@ -1,0 +1,82 @@
+"""bfloat16: the log-probability of every token generated through changes is near plain SGLang's for the same text.
+
+Greedy tokens may differ where two are close, so texts are not compared: what the elastic server generated while it
+changed 2 -> 3 -> 1 -> 4 -> 2 is given to plain SGLang (one rank, no flag of ours) as a prompt, which says how likely
+each of these tokens is. Decoding and prefilling round differently, on one rank too; plain SGLang's own answers show by how much.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from elasticmoe_sglang.tiny_model import VOCAB, Arch, make_tiny_model
+from tests.helpers.elastic import ElasticServer
+from tests.helpers.load import Load, Pump, Stream, settled
+from tests.helpers.record import record
+from tests.helpers.server import SglangServer
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+SIZES = (3, 1, 4, 2)
+TOKENS = 80
+STREAMS = 6
+LARGEST = 0.5
+"""Logits of these models are 8 to 30, where bfloat16's spacing is up to 0.125."""
+TIMES_PLAIN = 1.5
+"""The mean difference may be this many times the one between plain SGLang's own decoding and prefilling."""
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", pytest.param("deepseek_v2", marks=pytest.mark.soak)])
+def test_log_probabilities_stay_near_plain_sglangs(arch: Arch, tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", arch=arch, dtype="bfloat16")
+    rng = random.Random(21)
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((2, 17, 64)))] for _ in range(12)]
+
+    def request(load: Load) -> Stream:
+        return load.start(rng.choice(prompts), rng.randint(TOKENS // 2, TOKENS), return_logprob=True)
+
+    with ElasticServer(model, log=tmp_path / "server.log") as server, Load(server.url) as load:
+        with Pump(load, request, STREAMS) as pump:
+            for size in SIZES:
+                settled(lambda: any(4 < len(stream.ids) < 20 for stream in pump.streams), 60, "streams run")
+                server.must_scale(size)
+        load.wait()
+        elastic = list(load.streams)
+    args = ["--model-path", str(model), "--device", "cpu", "--skip-server-warmup", "--max-total-tokens", "16384"]
+    with SglangServer(args, log=tmp_path / "plain.log") as server, Load(server.url) as load:
+        plain = [load.start(prompt, TOKENS, return_logprob=True) for prompt in prompts]
+        load.wait()
+        own = differences(server, plain)
+        through_changes = differences(server, elastic)
+    found = {
+        "streams": len(elastic),
+        "streams_on_several_seats": sum(len(stream.ranks) > 1 for stream in elastic),
+        "tokens": len(through_changes),
+        "largest": round(max(through_changes), 4),
+        "mean": round(statistics.mean(through_changes), 5),
+        "plain_largest": round(max(own), 4),
+        "plain_mean": round(statistics.mean(own), 5),
+    }
+    print(found)
+    record("bfloat16-logprobs", arch, found)
+    assert found["streams_on_several_seats"], "no stream was moved"
+    assert max(through_changes) < LARGEST
+    assert statistics.mean(through_changes) < TIMES_PLAIN * statistics.mean(own)
+
+
+def differences(server: SglangServer, streams: Sequence[Stream]) -> list[float]:
+    """Of each generated token's log-probability: as it was generated, against the server's for the whole text."""
+    found = []
+    for stream in streams:
+        stream.check()
+        text = [*stream.prompt, *stream.ids]
+        answer = server.generate(text, 1, return_logprob=True, logprob_start_len=0)
+        scored = answer["meta_info"]["input_token_logprobs"][len(stream.prompt) :]
+        assert [entry[1] for entry in scored] == stream.ids == [entry[1] for entry in stream.output.logprobs]
+        found += [abs(a[0] - b[0]) for a, b in zip(scored, stream.output.logprobs, strict=True)]
+    return found
