@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE, Answers
 from elasticmoe_sglang import janitor
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
@@ -174,26 +175,36 @@ class Services:
     async def _send_command(self, command: bytes) -> None:
         from elasticmoe_patches.srt.managers.io_struct import ElasticCommandReq
 
+        await self._await_in_tokenizer_loop(self._answers().hold())
         await self._send(ElasticCommandReq(command=command))
 
     async def _send_route(self, seats: Sequence[int]) -> None:
         from elasticmoe_patches.srt.managers.io_struct import ElasticRouteReq
 
         await self._send(ElasticRouteReq(seats=list(seats)))
+        await self._in_tokenizer_loop(lambda: self._answers().resume(len(seats)))
 
     async def _send(self, request: Any) -> None:
         await self._in_tokenizer_loop(lambda: self._tokenizer._dispatch_to_scheduler(request))
 
     async def _in_tokenizer_loop(self, function: Callable[[], _ResultT]) -> _ResultT:
         """SGLang's sockets and request states belong to the tokenizer's event loop."""
-        loop = self._tokenizer.event_loop
-        if loop is None:
-            raise SeatError("the tokenizer's event loop has not started", hint="Send the request over HTTP")
 
         async def call() -> _ResultT:
             return function()
 
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), loop))
+        return await self._await_in_tokenizer_loop(call())
+
+    async def _await_in_tokenizer_loop(self, coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:
+        loop = self._tokenizer.event_loop
+        if loop is None:
+            coroutine.close()
+            raise SeatError("the tokenizer's event loop has not started", hint="Send the request over HTTP")
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
+
+    def _answers(self) -> Answers:
+        answers: Answers = getattr(self._tokenizer, ATTRIBUTE)
+        return answers
 
     async def _send_recover_route(self, operation_id: str, seats: Sequence[int]) -> set[str]:
         from elasticmoe_patches.journal import open_requests
@@ -204,6 +215,8 @@ class Services:
             opened = open_requests(self._tokenizer)
             request = ElasticRecoverRouteReq(operation_id=operation_id, seats=list(seats))
             self._tokenizer._dispatch_to_scheduler(request)
+            self._answers().resume(len(seats))
+            self._answers().give_up_later()
             return opened
 
         return await self._in_tokenizer_loop(send)

@@ -2,7 +2,8 @@
 
 Greedy tokens may differ where two are close, so texts are not compared: what the elastic server generated while it
 changed 2 -> 3 -> 1 -> 4 -> 2 is given to plain SGLang (one rank, no flag of ours) as a prompt, which says how likely
-each of these tokens is. Decoding and prefilling round differently, on one rank too; plain SGLang's own answers show by how much.
+each of these tokens is. Decoding and prefilling round differently, on one rank too; plain SGLang's own answers show by
+how much.
 """
 
 from __future__ import annotations

@@ -251,6 +251,17 @@ def test_a_middle_seat_retires(two_seats: ElasticServer) -> None:
     assert two_seats.generate(PROMPT, 24)["output_ids"] == before
 
 
+def test_control_requests_are_answered_at_every_size(two_seats: ElasticServer) -> None:
+    """SGLang asks all ranks and waits for all answers; absent seats give none."""
+    for size in (3, 1, 2):
+        operation = two_seats.scale(size, wait=False)
+        while two_seats.operation(operation["operation_id"])["phase"] not in ("done", "failed", "rolled_back"):
+            assert two_seats.get("/server_info", timeout_s=10).status_code == 200
+        info = two_seats.get("/server_info", timeout_s=10).json()
+        assert len(info["internal_states"]) == size
+        assert two_seats.post("/flush_cache", {}, timeout_s=10).status_code == 200
+
+
 @pytest.mark.soak  # Takes minutes on two cores.
 def test_sglangs_own_benchmark_loses_nothing_to_changes(two_seats: ElasticServer, model: Path, tmp_path: Path) -> None:
     """`python -m sglang.benchmark.serving` runs while the server is scaled up and down."""
