@@ -49,15 +49,18 @@ class Change:
         self._txn: str | None = None
         self._kv_before: Mapping[int, int] = {}
         self._undos: list[Step] = []
+        self._preparing: asyncio.Future[None] | None = None
+        self._interrupted: str | None = None
 
     async def run(self) -> None:
-        """To the operation's end. Never raises for what the ports do; a cancellation during prepare rolls back."""
+        """To the operation's end. Never raises for what the ports do."""
         operation = self._operation
         operation.advance(Phase.PREPARING)
+        self._preparing = asyncio.ensure_future(self._prepare_in_time())
         try:
-            await _within(self._config.prepare_deadline_s, "preparing", [self._prepare()])
+            await self._preparing
         except asyncio.CancelledError:
-            await self._roll_back("the server is shutting down")
+            await self._roll_back(self._interrupted or "the change was cancelled")
             return
         except Exception as error:
             logger.warning("operation %s: prepare failed", operation.operation_id, exc_info=True)
@@ -77,6 +80,15 @@ class Change:
             operation.end(Phase.FAILED, f"{held}: {'; '.join(problems)}")
         else:
             operation.end(Phase.DONE)
+
+    def interrupt(self, why: str) -> None:
+        """Stop preparing and roll back; nothing where that is over, or being undone already."""
+        if self._preparing is not None and not self._preparing.done() and self._interrupted is None:
+            self._interrupted = why
+            self._preparing.cancel()
+
+    async def _prepare_in_time(self) -> None:
+        await _within(self._config.prepare_deadline_s, "preparing", [self._prepare()])
 
     async def _prepare(self) -> None:
         self._operation.memory_before(await self._memory.status())

@@ -56,6 +56,7 @@ class Coordinator:
         self._operations: dict[str, RunningOperation] = {}
         self._latest: RunningOperation | None = None
         self._task: asyncio.Task[None] | None = None
+        self._change: Change | None = None
         self._submitting = asyncio.Lock()
         self._closed = False
         self._holds: list[ElasticMoEError] = []
@@ -132,6 +133,7 @@ class Coordinator:
                 config=self._config,
                 on_committed=self._adopt,
             )
+            self._change = change
             self._task = asyncio.get_running_loop().create_task(self._run(change, operation))
         return operation.view()
 
@@ -159,11 +161,23 @@ class Coordinator:
         self._membership = membership
         self._placement = placement
 
-    async def hold(self, reason: ElasticMoEError) -> None:
-        """Refuse wishes with an error like this one until `resume`, and wait for the running change to end."""
+    async def hold(self, reason: ElasticMoEError, *, interrupt: str | None = None) -> None:
+        """Refuse wishes with an error like this one until `resume`, and wait for the running change to end.
+
+        Args:
+            interrupt: why a change that is still preparing cannot come to its end; it is rolled back at once.
+        """
         self._holds.append(reason)
-        if self._task is not None and not self._task.done():
-            await asyncio.wait({self._task})
+        await self._end_change(interrupt)
+
+    async def _end_change(self, interrupt: str | None) -> None:
+        if self._task is None or self._task.done() or self._latest is None or self._change is None:
+            return
+        if interrupt is not None:
+            if self._latest.phase is Phase.PLANNED:
+                await asyncio.sleep(0)  # its first step
+            self._change.interrupt(interrupt)
+        await asyncio.wait({self._task})
 
     def resume(self, reason: ElasticMoEError) -> None:
         """Take wishes again, as far as this hold is concerned."""
@@ -255,14 +269,7 @@ class Coordinator:
     async def close(self) -> None:
         """Take no more wishes. A change that is still preparing is rolled back, a later one is brought to its end."""
         self._closed = True
-        if self._task is None or self._task.done() or self._latest is None:
-            return
-        if self._latest.phase is Phase.PLANNED:
-            # A task that is cancelled before its first step never runs, and could not end its operation.
-            await asyncio.sleep(0)
-        if self._latest.phase is Phase.PREPARING:
-            self._task.cancel()
-        await asyncio.wait({self._task})
+        await self._end_change("the server is shutting down")
 
 
 def _same_wish(known: RunningOperation, wish: Wish) -> RunningOperation:

@@ -60,7 +60,9 @@ class Healer:
         hold = OperationInProgress(
             "a seat has died and the others are taking over", hint="Ask again in a second or two"
         )
-        await self._coordinator.hold(hold)
+        # A change that is preparing cannot be committed without the dead seat, and survivors wait for the end of it.
+        lost = ", ".join(map(str, sorted(self._dead)))
+        await self._coordinator.hold(hold, interrupt=f"seat {lost} was lost meanwhile")
         problem: Exception | None = None
         for attempt in range(_ATTEMPTS):
             dead = set(self._dead)

@@ -333,6 +333,29 @@ def test_close_rolls_a_preparing_change_back_and_takes_no_more() -> None:
     run(main())
 
 
+def test_a_hold_rolls_a_preparing_change_back_at_once_and_only_once() -> None:
+    async def main() -> None:
+        cluster = up_cluster(faults={"boot 2": "hang"})
+        coordinator = cluster.coordinator()
+        operation = await coordinator.submit(UP)
+        await asyncio.sleep(0.02)
+        first, second = OperationInProgress("seat 1 died"), OperationInProgress("so did seat 3")
+        await asyncio.gather(
+            coordinator.hold(first, interrupt="seat 1 was lost"), coordinator.hold(second, interrupt="seat 3 was lost")
+        )
+        ended = coordinator.get(operation.operation_id)
+        assert ended is not None and (ended.phase, ended.error) == (Phase.ROLLED_BACK, "seat 1 was lost")
+        cluster.check_settled(coordinator)
+        with pytest.raises(OperationInProgress, match="seat 1 died"):
+            await coordinator.submit(UP)
+        coordinator.resume(first)
+        coordinator.resume(second)
+        cluster.faults = {}
+        await change(coordinator, UP)
+
+    run(main())
+
+
 def test_close_ends_a_change_that_has_not_begun() -> None:
     async def main() -> None:
         cluster = up_cluster()
