@@ -1,11 +1,12 @@
-"""Who is where: leavers on their way out, and the picture of all seats for `status`."""
+"""Who is where: leavers on their way out, what they had sent, and the picture of all seats for `status`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.seat_lines import SeatLines
@@ -15,32 +16,63 @@ from elasticmoe_sglang.seats.messages import Adopted, Hello, Left, ReleaseAdopte
 
 logger = logging.getLogger(__name__)
 
+# How long what a seat has sent may take through the detokenizer before its requests go on regardless.
 OUTPUT_FENCE_S = 5.0
-"""How long a leaver's last tokens may take through the detokenizer before its requests go on regardless."""
+_LOOK_S = 0.05
+_POLL_S = 0.002
+_REMEMBERED = 64
 
 
 @dataclass
 class Departure:
     """A leaver between its commit and its exit.
 
-    fence: set when the fence behind its last output has come through the detokenizer.
     handover: moves its requests to the survivors; its result is how many there were.
+    died: its process ended before all of them had gone.
     """
 
     operation_id: str
     survivors: tuple[int, ...]
-    fence: asyncio.Event = field(default_factory=asyncio.Event)
     handover: asyncio.Task[int] | None = None
+    died: bool = False
 
 
-async def hand_over(lines: SeatLines, departure: Departure, left: Left) -> int:
+async def handed_over(departures: Collection[Departure], timeout_s: float = OUTPUT_FENCE_S) -> None:
+    """Until the requests of all leavers are with survivors; one that died has none that could still come."""
+    deadline = time.monotonic() + timeout_s
+    while pending := [d.handover for d in departures if d.handover and not d.died and not d.handover.done()]:
+        if time.monotonic() > deadline:
+            logger.error("%d leavers have not handed over within %.0f s; going on", len(pending), timeout_s)
+            return
+        await asyncio.wait(pending, timeout=_LOOK_S)
+
+
+class OutputFences:
+    """Fences that seats put behind what they had sent; each comes through the detokenizer to the tokenizer."""
+
+    def __init__(self) -> None:
+        self._passed: dict[str, set[int]] = {}
+
+    def passed(self, operation_id: str, seat: int) -> None:
+        self._passed.setdefault(operation_id, set()).add(seat)
+        while len(self._passed) > _REMEMBERED:
+            del self._passed[next(iter(self._passed))]
+
+    async def wait(self, operation_id: str, seats: Collection[int], timeout_s: float = OUTPUT_FENCE_S) -> bool:
+        """Until the fences of all these seats have passed; False when one did not come in time, which is logged."""
+        deadline = time.monotonic() + timeout_s
+        while absent := set(seats) - self._passed.get(operation_id, set()):
+            if time.monotonic() > deadline:
+                logger.error("output of seats %s did not pass within %.0f s; going on", sorted(absent), timeout_s)
+                return False
+            await asyncio.sleep(_POLL_S)
+        return True
+
+
+async def hand_over(lines: SeatLines, fences: OutputFences, departure: Departure, left: Left) -> int:
     """Tell the survivors to go on with what the leaver has sent them, and wait until all of it runs there, its KV
     copied out of the leaver's memory. Returns the number of requests."""
-    try:
-        await asyncio.wait_for(departure.fence.wait(), OUTPUT_FENCE_S)
-    except asyncio.TimeoutError:
-        logger.error("seat %d's last output did not pass within %.0f s; going on", left.seat, OUTPUT_FENCE_S)
-
+    await fences.wait(departure.operation_id, [left.seat])
     with_kv = 0
 
     async def adopted(survivor: int, handed: int) -> int:

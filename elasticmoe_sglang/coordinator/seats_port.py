@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.coordinator.departure import OUTPUT_FENCE_S, Departure, hand_over, picture
+from elasticmoe_sglang.coordinator.departure import Departure, OutputFences, hand_over, handed_over, picture
 from elasticmoe_sglang.coordinator.kv_pools import KvPools
 from elasticmoe_sglang.coordinator.ports import BootTicket, CommitReport, PullReport
 from elasticmoe_sglang.coordinator.recovery import RecoveryPlan
@@ -71,6 +71,8 @@ class ProcessSeats:
         self._hellos: dict[int, sm.Hello] = {}
         self._booting: set[int] = set()
         self._departures: dict[int, Departure] = {}
+        self.fences = OutputFences()
+        self._resending = asyncio.Lock()
         self._attempt = 0
         self.pauses: dict[int, float] = {}
 
@@ -272,8 +274,11 @@ class ProcessSeats:
             left = await self._lines.expect(sm.Left, seat=seat, operation_id=departure.operation_id)
         except SeatError as error:
             logger.error("a leaver died while handing over; its requests are sent again: %s", error)
+            departure.died = True
+            # What another leaver has on its way is nowhere to be found, and must not be sent again.
+            await handed_over(self._departures.values())
             return await self._resend(f"resend-{departure.operation_id}-{seat}", forget=seat)
-        return await hand_over(self._lines, departure, left)
+        return await hand_over(self._lines, self.fences, departure, left)
 
     # -- another HMM ----------------------------------------------------------------------------------------------
 
@@ -298,9 +303,7 @@ class ProcessSeats:
         """
         self._attempt += 1
         operation_id = f"recover-{plan.membership.epoch}.{self._attempt}"
-        for departure in self._departures.values():
-            if departure.handover is not None:
-                await asyncio.wait({departure.handover}, timeout=OUTPUT_FENCE_S)
+        await handed_over(self._departures.values())
         await self._kv.drop(plan.dead)
         first = await self._kv.make_room(plan, seats=plan.membership.seats, joining=plan.replaced)
         await asyncio.gather(
@@ -334,6 +337,8 @@ class ProcessSeats:
         absent = [report.seat for report in reports if not report.committed]
         if absent:
             raise SeatError(f"seats {absent} did not pass the gate", operation=operation_id)
+        # What has ended on a member is on none of them, and open until its last output has passed.
+        await self.fences.wait(operation_id, members)
         return {rid for report in reports for rid in report.rids}
 
     async def _replace(self, seat: int, plan: RecoveryPlan, operation_id: str, kv_chunks: int) -> None:
@@ -363,23 +368,18 @@ class ProcessSeats:
 
     async def _resend(self, operation_id: str, *, forget: int) -> int:
         """Send again what is open and on no seat, with the membership as it is."""
-        members = self.membership().seats
-        for member in members:
-            await self._lines.tell_seat(member, sm.CountRequests(operation_id=operation_id, forget=forget))
-        opened = await self._send_recover_route(operation_id, members)
-        return await self._send_again(opened - await self._recovered(operation_id, members))
+        async with self._resending:  # a seat counts for one operation at a time
+            members = self.membership().seats
+            for member in members:
+                await self._lines.tell_seat(member, sm.CountRequests(operation_id=operation_id, forget=forget))
+            opened = await self._send_recover_route(operation_id, members)
+            return await self._send_again(opened - await self._recovered(operation_id, members))
 
     async def _release_dead(self, plan: RecoveryPlan) -> None:
         for seat in plan.dead:
             if seat not in plan.replaced:
                 await self.release(seat, [move.column for move in plan.moves if move.source == seat])
                 await self._release_dense(seat)
-
-    def output_passed(self, seat: int) -> None:
-        """The fence behind a leaver's last output has come through the detokenizer."""
-        departure = self._departures.get(seat)
-        if departure is not None:
-            departure.fence.set()
 
     async def _cancel_joiner(self, seat: int) -> None:
         try:

@@ -11,6 +11,7 @@ import os
 import pickle
 import queue
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ from elasticmoe_sglang.seats.ticket import SeatTicket, decode_ticket
 
 logger = logging.getLogger(__name__)
 
+_FENCES = 16
+
 
 class SeatLeft(BaseException):
     """Unwinds SGLang's event loop in a leaver; not an Exception, so that SGLang does not take it for a crash."""
@@ -50,7 +53,7 @@ class Seat:
     pending: the commit to carry out at the top of the next iteration.
     arrivals: requests that leavers have sent here.
     aborted: aborts since requests of a leaver or of a dead seat have been on their way.
-    fence: the operation whose input fence has been read.
+    fences: the last operations whose input fence has been read.
     recoveries: what the coordinator sends after another seat's death.
     counts: operations for which this seat shall say which requests it has.
     pulled: this iteration's input until it has been dealt with; replay: input to be dealt with again.
@@ -92,7 +95,7 @@ class Seat:
         self.aborted = RecentAborts()
         self.building: Any = None
         self.pending: sm.CommitCommand | None = None
-        self.fence: str | None = None
+        self.fences: deque[str] = deque(maxlen=_FENCES)
         self.recoveries: queue.SimpleQueue[sm.Recover] = queue.SimpleQueue()
         self.recovering = False
         self.counts: list[sm.CountRequests] = []
@@ -283,6 +286,7 @@ class Seat:
             self.memory.switch([c for c, owner in enumerate(command.placement) if owner == self.me])
             if command.leaving:
                 self.aborted.clear()
+                self.arrivals.expect(command.leaving)
         elif committed:
             self.fabric.solo()
             self.fabric.control.set_seat_state(self.me, SeatState.LEAVING)

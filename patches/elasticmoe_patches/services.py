@@ -229,10 +229,10 @@ class Services:
         await asyncio.sleep(_LAST_OUTPUT_S)
         return await self._in_tokenizer_loop(lambda: send_again(self._tokenizer, rids))
 
-    def output_passed(self, seat: int) -> None:
-        """In the tokenizer's loop: the fence behind a leaver's last output."""
+    def output_passed(self, operation_id: str, seat: int) -> None:
+        """In the tokenizer's loop: the fence behind what a seat had sent."""
         if self._seats is not None:
-            self._loop.call_soon_threadsafe(self._seats.output_passed, seat)
+            self._loop.call_soon_threadsafe(self._seats.fences.passed, operation_id, seat)
 
     # -- the end --------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,6 @@ def carry_out(scheduler: Any, seat: Any, command: sm.CommitCommand) -> None:
 def leave(scheduler: Any, seat: Any, command: sm.CommitCommand) -> None:
     """Hand every request to a survivor, put the fence behind the last output, and end."""
     from elasticmoe_patches.seat import SeatLeft
-    from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
 
     started = time.monotonic()
     drain_results(scheduler)
@@ -68,9 +67,7 @@ def leave(scheduler: Any, seat: Any, command: sm.CommitCommand) -> None:
     seat.fault_point("leave.sending")
     dealt = {survivor: load[index :: len(survivors)] for index, survivor in enumerate(survivors)}
     _send(seat, command.operation_id, dealt)
-    scheduler.ipc_channels.send_to_detokenizer.send_output(
-        ElasticFenceReq(operation_id=command.operation_id, seat=seat.me), None
-    )
+    put_fence(scheduler, command.operation_id, seat.me)
     _flush(scheduler)
     seat.fault_point("leave.sent")
     seat.agent.post(
@@ -87,10 +84,17 @@ def leave(scheduler: Any, seat: Any, command: sm.CommitCommand) -> None:
     raise SeatLeft
 
 
+def put_fence(scheduler: Any, operation_id: str, seat: int) -> None:
+    """Behind all output so far; the tokenizer tells the coordinator when it comes."""
+    from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
+
+    scheduler.ipc_channels.send_to_detokenizer.send_output(ElasticFenceReq(operation_id=operation_id, seat=seat), None)
+
+
 def _read_until_fence(scheduler: Any, seat: Any, operation_id: str) -> None:
     """The controller routes nothing here any more; what it had routed before is still on its way."""
     deadline = time.monotonic() + _FENCE_DEADLINE_S
-    while seat.fence != operation_id:
+    while operation_id not in seat.fences:
         receiver = scheduler.request_receiver
         requests = receiver._pull_raw_reqs()
         receiver.unwrap_pickle_wrapper(requests)
@@ -168,11 +172,10 @@ def take_parcels(seat: Any) -> None:
     while seat.peer.poll(0):
         frames = seat.peer.recv_multipart()
         if not frames[0]:
-            leaver, count = int(frames[1]), int(frames[2])
-            seat.arrivals.complete[leaver] = count
+            seat.arrivals.all_sent(int(frames[1]), int(frames[2]))
             continue
         message = from_wire(frames[0])
-        seat.arrivals.held.setdefault(message.leaver, []).append((message, frames[1] or None, frames[2:]))
+        seat.arrivals.arrived(message.leaver, (message, frames[1] or None, frames[2:]))
 
 
 def adopt_ready(scheduler: Any, seat: Any) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,6 +245,19 @@ class Arrivals:
     released: set[int] = field(default_factory=set)
     windows: dict[int, KvWindow] = field(default_factory=dict)
     """Leaver -> its KV memory, where it could be had."""
+    dead: set[int] = field(default_factory=set)
+
+    def expect(self, leavers: Iterable[int]) -> None:
+        """Other processes than any before leave these seats now."""
+        self.dead.difference_update(leavers)
+
+    def arrived(self, leaver: int, parcel: tuple[Any, bytes | None, list[Any]]) -> None:
+        if leaver not in self.dead:
+            self.held.setdefault(leaver, []).append(parcel)
+
+    def all_sent(self, leaver: int, count: int) -> None:
+        if leaver not in self.dead:
+            self.complete[leaver] = count
 
     def ready(self) -> list[int]:
         """Leavers whose requests are all here and may go on."""
@@ -255,7 +268,8 @@ class Arrivals:
         ]
 
     def forget(self, leaver: int) -> None:
-        """The leaver died: what it had sent is not complete."""
+        """The leaver died: what it had sent may not be complete, and what of it is still to come is not wanted."""
+        self.dead.add(leaver)
         self.complete.pop(leaver, None)
         self.held.pop(leaver, None)
         self.released.discard(leaver)

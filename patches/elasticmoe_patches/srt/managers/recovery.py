@@ -13,7 +13,7 @@ import queue
 import time
 from typing import Any
 
-from elasticmoe_patches.srt.managers.change import take_parcels
+from elasticmoe_patches.srt.managers.change import put_fence, take_parcels
 from elasticmoe_patches.srt.managers.handover import live_requests
 from elasticmoe_patches.srt.managers.kv_jobs import run_kv_jobs
 from elasticmoe_sglang.errors import CollectiveError
@@ -134,7 +134,7 @@ def _release(scheduler: Any, req: Any, valid: int) -> None:
 
 def answer_counts(scheduler: Any, seat: Any) -> None:
     """A leaver died while handing over: say which requests are here, so that the others are sent again."""
-    for message in [count for count in seat.counts if count.operation_id == seat.fence]:
+    for message in [count for count in seat.counts if count.operation_id in seat.fences]:
         seat.counts.remove(message)
         take_parcels(seat)
         seat.arrivals.forget(message.forget)
@@ -145,7 +145,7 @@ def report(scheduler: Any, seat: Any, operation_id: str) -> None:
     """Tell which requests are here, once everything that was routed here before the recovery has been read."""
     deadline = time.monotonic() + _FENCE_DEADLINE_S
     seat.recovering = True
-    while seat.fence != operation_id and time.monotonic() < deadline:
+    while operation_id not in seat.fences and time.monotonic() < deadline:
         read = scheduler.request_receiver._pull_raw_reqs()
         seat.replay += read
         seat.pulled = []
@@ -155,7 +155,9 @@ def report(scheduler: Any, seat: Any, operation_id: str) -> None:
     rids = {req.rid for req, _ in live_requests(scheduler)}
     for request in seat.replay:
         rids |= {item.rid for item in getattr(request, "batch", [request]) if item.rid is not None}
+    rids |= {message.request.rid for message in seat.sent_again}
     for parcels in seat.arrivals.held.values():
         rids |= {message.request.rid for message, _, _ in parcels}
+    put_fence(scheduler, operation_id, seat.me)
     seat.agent.post(sm.Recovered(seat=seat.me, operation_id=operation_id, committed=True, rids=sorted(rids)))
     seat.recovering = False

@@ -98,7 +98,7 @@ def after_pull_raw_reqs(requests: list[Any] | None, self: Any) -> list[Any] | No
     kept = []
     for request in requests:
         if isinstance(request, ElasticFenceReq):
-            seat.fence = request.operation_id
+            seat.fences.append(request.operation_id)
         elif isinstance(request, ElasticAdoptReq):
             seat.sent_again.append(request)
         else:

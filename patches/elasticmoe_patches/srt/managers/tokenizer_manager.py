@@ -15,7 +15,7 @@ def after_init_request_dispatcher(_result: None, self: Any) -> None:
 
     register_types()
     self._result_dispatcher += TypeBasedDispatcher(
-        [(ElasticFenceReq, lambda fence: services().output_passed(fence.seat))]
+        [(ElasticFenceReq, lambda fence: services().output_passed(fence.operation_id, fence.seat))]
     )
 
 

@@ -1,0 +1,87 @@
+"""Requests on their way from leavers: what a dead one had sent is dropped, and others are waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from elasticmoe_patches.srt.managers.handover import Arrivals
+from elasticmoe_sglang.coordinator.departure import Departure, OutputFences, handed_over
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(main, 5))
+
+
+def test_requests_go_on_when_all_have_arrived_and_were_released() -> None:
+    arrivals = Arrivals()
+    arrivals.arrived(2, ("a", None, []))
+    arrivals.all_sent(2, 2)
+    arrivals.released.add(2)
+    assert arrivals.ready() == []
+    arrivals.arrived(2, ("b", None, []))
+    assert arrivals.ready() == [2]
+    assert [parcel[0] for parcel in arrivals.take(2)] == ["a", "b"]
+    assert arrivals.ready() == []
+
+
+def test_what_a_dead_leaver_had_sent_is_dropped_also_when_it_comes_late() -> None:
+    """It is sent again from the journal: a request that arrived twice would run twice."""
+    arrivals = Arrivals()
+    arrivals.arrived(2, ("a", None, []))
+    arrivals.forget(2)
+    arrivals.arrived(2, ("b", None, []))
+    arrivals.all_sent(2, 2)
+    arrivals.released.add(2)
+    assert arrivals.held == {} and arrivals.ready() == []
+    arrivals.released.clear()
+    arrivals.expect([2, 3])  # another process leaves that seat
+    arrivals.arrived(2, ("c", None, []))
+    arrivals.all_sent(2, 1)
+    arrivals.released.add(2)
+    assert arrivals.ready() == [2]
+
+
+def test_a_dead_leaver_waits_for_the_others_and_two_dead_ones_not_for_each_other() -> None:
+    async def main() -> None:
+        gate = asyncio.Event()
+
+        async def living() -> int:
+            await gate.wait()
+            return 3
+
+        departures = [Departure(operation_id="o", survivors=(0,)) for _ in range(3)]
+
+        async def dying(departure: Departure) -> int:
+            departure.died = True
+            await handed_over(departures)
+            return 0
+
+        departures[0].handover = asyncio.ensure_future(living())
+        for departure in departures[1:]:
+            departure.handover = asyncio.ensure_future(dying(departure))
+        await asyncio.sleep(0.12)
+        assert not any(departure.handover.done() for departure in departures if departure.handover)
+        gate.set()
+        for departure in departures[1:]:
+            assert departure.handover is not None and await departure.handover == 0
+
+    run(main())
+
+
+def test_fences_are_waited_for_by_operation_and_seat() -> None:
+    async def main() -> None:
+        fences = OutputFences()
+        fences.passed("old", 1)
+        fences.passed("new", 0)
+        assert not await fences.wait("new", [0, 1], timeout_s=0.02)
+        waiting = asyncio.ensure_future(fences.wait("new", [0, 1], timeout_s=2))
+        await asyncio.sleep(0.01)
+        fences.passed("new", 1)
+        assert await waiting
+        for number in range(1000):
+            fences.passed(str(number), 0)
+        assert len(fences._passed) < 100
+
+    run(main())
