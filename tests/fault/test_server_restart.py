@@ -33,8 +33,8 @@ HIDDEN = 1024
 """About 430 MiB of weights: reading them takes longer than building the modules."""
 PROMPT = list(range(5, 40))
 SHARE = 0.25
-FINGERPRINT_BYTES = 1 << 20
-"""More than the header, both ends and the kernel's read-ahead at three places."""
+FINGERPRINT_BYTES = 4 << 20
+"""More than the header, both ends and the kernel's read-ahead at each place."""
 
 
 @pytest.fixture

@@ -59,8 +59,10 @@ def imbalance(status: dict[str, Any]) -> str | None:
         here = [seat for seat in status["membership"] if devices[seat] == device["device"]]
         columns = sum(devices[owner] == device["device"] for owner in status["placement"])
         wanted = {"column": columns * memory["column_bytes"], "dense": memory["dense_bytes"] if here else 0}
-        if {kind: size for kind, size in wanted.items() if size} != device["by_kind"]:
-            return f"device {device['device']} holds {device['by_kind']}, wanted {wanted}"
+        held = dict(device["by_kind"])
+        kv = held.pop("kv", 0)
+        if {kind: size for kind, size in wanted.items() if size} != held or bool(kv) != bool(here):
+            return f"device {device['device']} holds {device['by_kind']}, wanted {wanted}, and KV for seats {here}"
     return None
 
 
