@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from elasticmoe_sglang.config import ElasticConfig
@@ -47,7 +47,6 @@ class Change:
         self._config = config
         self._on_committed = on_committed
         self._txn: str | None = None
-        self._kv_before: Mapping[int, int] = {}
         self._undos: list[Step] = []
         self._preparing: asyncio.Future[None] | None = None
         self._interrupted: str | None = None
@@ -93,7 +92,6 @@ class Change:
     async def _prepare(self) -> None:
         self._operation.memory_before(await self._memory.status())
         self._txn = txn = await self._memory.begin(self._operation.operation_id)
-        self._kv_before = self._seats.kv_sizes()
         first = await self._seats.make_room(self._plan)
         boots = [self._boot(seat, txn, first.get(seat, 0)) for seat in self._plan.joining]
         pulls = [self._pull(seat, txn, moves) for seat in self._plan.survivors if (moves := self._plan.incoming(seat))]
@@ -188,8 +186,7 @@ class Change:
         if self._txn is not None:
             txn = self._txn
             problems += await self._each([("roll back the HMM transaction", lambda: self._give_back(txn))])
-            before = self._kv_before
-            problems += await self._each([("give KV its memory back", lambda: self._seats.restore_kv(before))])
+            problems += await self._each([("give KV its memory back", self._seats.fill_kv)])
         if problems:
             held = f"{reason}; epoch {self._plan.before.epoch} goes on, but the undo was incomplete"
             self._operation.end(Phase.FAILED, f"{held}: {'; '.join(problems)}")

@@ -75,6 +75,11 @@ class Coordinator:
         return self._latest.view() if self._latest is not None and not self._latest.phase.ended else None
 
     @property
+    def idle(self) -> bool:
+        """No change runs, no seat's death is being dealt with, and the HMM is there."""
+        return self.running is None and not self._holds and not self._closed
+
+    @property
     def last(self) -> Operation | None:
         """The operation that ended last."""
         ended = (operation for operation in self._newest_first() if operation.phase.ended)

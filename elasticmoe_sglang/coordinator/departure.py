@@ -109,6 +109,7 @@ def picture(
     leaving: Collection[int],
     hellos: Mapping[int, Hello],
     kv: Callable[[int], tuple[int, int, int]],
+    kv_bytes: Mapping[int, int],
 ) -> list[SeatInfo]:
     """All seats, ascending. An empty seat shows the standby that would take it.
 
@@ -116,6 +117,7 @@ def picture(
         occupied: the committed membership; pids: seat -> process; standbys: processes without a seat.
         hellos: what each seat's process said when it had booted.
         kv: a seat's (capacity, used, cached) KV tokens, zeros when it has not said so.
+        kv_bytes: HMM memory of each seat's KV cache.
     """
     waiting = iter(standbys)
     infos = []
@@ -140,6 +142,7 @@ def picture(
                 pid=pid,
                 checkpoint_bytes=hello.checkpoint_bytes if hello else None,
                 load_s=hello.load_s if hello else None,
+                kv_bytes=kv_bytes.get(seat) if state is SeatState.OCCUPIED else None,
                 kv_tokens=tokens[0] if tokens[0] else None,
                 kv_used=tokens[1] if tokens[0] else None,
                 kv_cached=tokens[2] if tokens[0] else None,

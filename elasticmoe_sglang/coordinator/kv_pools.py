@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from elasticmoe_sglang.config import ElasticConfig
@@ -40,6 +40,7 @@ class KvPools:
         self._shapes: dict[int, KvShape] = {}
         self._chunks: dict[int, int] = {}
         self._numbers = 0
+        self._busy = asyncio.Lock()
 
     def learn(self, seat: int, state: sm.KvState | None) -> None:
         """What a seat's process said when it had booted."""
@@ -62,6 +63,10 @@ class KvPools:
         """Chunks of each seat, as far as they are in HMM memory."""
         return dict(self._chunks)
 
+    def held(self) -> dict[int, int]:
+        """Bytes of each seat."""
+        return {seat: self._bytes(seat) for seat in self._chunks}
+
     def least_bytes(self) -> int:
         """What a seat cannot do without, on the seat that needs most."""
         return max((shape.least_chunks * shape.chunk_bytes for shape in self._shapes.values()), default=0)
@@ -75,6 +80,12 @@ class KvPools:
             seats: who is there afterwards, joiners too.
             joining: those of them that boot now. leaving: seats that keep their KV for the time being.
         """
+        async with self._busy:
+            return await self._make_room(plan, seats, joining, leaving)
+
+    async def _make_room(
+        self, plan: Moving, seats: Sequence[int], joining: Sequence[int], leaving: Sequence[int]
+    ) -> dict[int, int]:
         if not self._shapes:
             return {}
         shape = next(iter(self._shapes.values()))
@@ -94,13 +105,24 @@ class KvPools:
             )
             wanted |= {seat: max(share, shape.least_chunks) for seat, share in device.targets(shape).items()}
         staying = [seat for seat in wanted if seat in self._chunks and seat not in joining]
-        await self.set_sizes({seat: min(self._chunks[seat], wanted[seat]) for seat in staying})
+        await self._set_sizes({seat: min(self._chunks[seat], wanted[seat]) for seat in staying})
         return {seat: wanted[seat] for seat in joining if seat in wanted}
 
-    async def fill(self, seats: Sequence[int], placement: Placement) -> None:
-        """Give each seat all that its device has left when no change is going on."""
-        if not self._shapes:
-            return
+    async def fill(
+        self, whose: Callable[[], tuple[Sequence[int], Placement] | None], *, only_grow: bool = False
+    ) -> None:
+        """Give each seat all that its device has left while no column moves.
+
+        Args:
+            whose: the occupied seats and the placement, asked when nothing else changes KV; None to leave it be.
+            only_grow: leave devices alone on which a seat would have to give something up.
+        """
+        async with self._busy:
+            asked = whose()
+            if asked is not None and self._shapes:
+                await self._fill(*asked, only_grow)
+
+    async def _fill(self, seats: Sequence[int], placement: Placement, only_grow: bool) -> None:
         status = await self._hmm.status()
         model = status.model
         assert model is not None, "seats serve and the HMM has no model"
@@ -118,14 +140,17 @@ class KvPools:
                 others=_others(usage),
                 seats=here,
             )
+            shares = {}
             for seat in here:
                 shape = self._shapes[seat]
-                wanted[seat] = max(device.targets(shape)[seat], shape.least_chunks)
+                shares[seat] = max(device.targets(shape)[seat], shape.least_chunks)
+            if not only_grow or all(share >= self._chunks[seat] for seat, share in shares.items()):
+                wanted |= shares
         # Who gives goes first: seats of one device share what it has.
-        await self.set_sizes({seat: chunks for seat, chunks in wanted.items() if chunks < self._chunks[seat]})
-        await self.set_sizes(wanted)
+        await self._set_sizes({seat: chunks for seat, chunks in wanted.items() if chunks < self._chunks[seat]})
+        await self._set_sizes(wanted)
 
-    async def set_sizes(self, wanted: Mapping[int, int]) -> None:
+    async def _set_sizes(self, wanted: Mapping[int, int]) -> None:
         """Have the seats that are still there take over these numbers of chunks, all together. Raises SeatError."""
         changes = {seat: n for seat, n in wanted.items() if seat in self._chunks and self._chunks[seat] != n}
         results = await asyncio.gather(

@@ -95,26 +95,20 @@ class SeatsPort(Protocol):
     def membership(self) -> Membership:
         """The membership committed last, read from the gate's control page: the truth when a commit gave no answer."""
 
-    def kv_sizes(self) -> Mapping[int, int]:
-        """Chunks of KV memory of each seat that has any, from what is known here."""
-
     def least_kv_bytes(self) -> int:
         """What a seat's KV cache cannot do without."""
 
     async def make_room(self, plan: ScalePlan) -> Mapping[int, int]:
         """Before anything is allocated: survivors give up KV for the columns they are to receive, while they serve.
 
-        Undone by `restore_kv`, after the HMM's rollback.
+        Undone by `fill_kv`, after the HMM's rollback.
 
         Returns:
             Chunks for each joiner to begin with.
         """
 
-    async def restore_kv(self, sizes: Mapping[int, int]) -> None:
-        """Give each seat as many chunks again as `kv_sizes` said before."""
-
     async def fill_kv(self) -> None:
-        """Let KV have all that is free, when the change is over and departed columns are given back."""
+        """Let KV have all that is free: when departed columns are given back, or a change is rolled back."""
 
     async def boot(self, seat: int, ticket: BootTicket) -> PullReport:
         """A standby takes the seat, boots, attaches, pulls its columns and waits at the gate. Raises SeatError.

@@ -124,12 +124,10 @@ class ProcessSeats:
             leaving=self._departures.keys(),
             hellos=self._hellos,
             kv=self._control.kv,
+            kv_bytes=self._kv.held(),
         )
 
     # -- KV -----------------------------------------------------------------------------------------------------
-
-    def kv_sizes(self) -> Mapping[int, int]:
-        return self._kv.sizes()
 
     def least_kv_bytes(self) -> int:
         return self._kv.least_bytes()
@@ -137,11 +135,12 @@ class ProcessSeats:
     async def make_room(self, plan: ScalePlan) -> Mapping[int, int]:
         return await self._kv.make_room(plan, seats=plan.after.seats, joining=plan.joining, leaving=plan.leaving)
 
-    async def restore_kv(self, sizes: Mapping[int, int]) -> None:
-        await self._kv.set_sizes(sizes)
-
     async def fill_kv(self) -> None:
-        await self._kv.fill(self.membership().seats, self._placement)
+        await self._kv.fill(lambda: (self.membership().seats, self._placement))
+
+    async def grow_kv(self, when: Callable[[], bool]) -> None:
+        """Between changes: nobody gives anything up, and nothing is done unless `when` says so."""
+        await self._kv.fill(lambda: (self.membership().seats, self._placement) if when() else None, only_grow=True)
 
     # -- prepare ------------------------------------------------------------------------------------------------
 

@@ -108,6 +108,7 @@ class SeatInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     checkpoint_bytes: what its process read of the checkpoint; load_s: seconds in which it filled or attached its
         weights. None until it has said so.
+    kv_bytes: HMM memory of its KV cache, None where that is SGLang's own.
     kv_tokens: what it has room for; kv_used: tokens of its requests; kv_cached: tokens kept for next requests. None
         for a seat that does not serve.
     """
@@ -118,6 +119,7 @@ class SeatInfo(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None = None
     checkpoint_bytes: int | None = None
     load_s: float | None = None
+    kv_bytes: int | None = None
     kv_tokens: int | None = None
     kv_used: int | None = None
     kv_cached: int | None = None

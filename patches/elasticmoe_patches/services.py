@@ -24,6 +24,7 @@ from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.handle import CoordinatorHandle
 from elasticmoe_sglang.coordinator.healer import Healer
+from elasticmoe_sglang.coordinator.kv_keeper import KvKeeper
 from elasticmoe_sglang.coordinator.memory_port import HmmMemory, drop_kv, release_leftovers
 from elasticmoe_sglang.coordinator.memory_watch import MemoryWatch
 from elasticmoe_sglang.coordinator.seat_lines import Heard, SeatLines
@@ -152,6 +153,7 @@ class Services:
         coordinator = Coordinator(
             config=config, membership=membership, placement=placement, memory=HmmMemory(hmm), seats=self._seats
         )
+        self._kv_keeper = KvKeeper(coordinator, self._seats)
         watch = MemoryWatch(
             coordinator,
             self._seats,

@@ -142,8 +142,7 @@ def untouched(bench: Bench) -> Iterator[list[Stream]]:
     bench.load.wait(pump.streams)
     for stream in pump.streams:
         stream.check(bench.expected[stream.rid])
-    after = picture(bench.server)
-    assert after == before
+    settled(lambda: picture(bench.server) == before, 10, f"everything is as before: {before}")
 
 
 def next_change_works(bench: Bench) -> None:

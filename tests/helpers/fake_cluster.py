@@ -122,9 +122,6 @@ class FakeCluster:
         await self._leave("rollback", how)
         return [0] * self.capacity
 
-    def kv_sizes(self) -> dict[int, int]:
-        return dict(self.kv)
-
     def least_kv_bytes(self) -> int:
         return 2 * self.kv_chunk
 
@@ -138,14 +135,9 @@ class FakeCluster:
         await self._leave("make_room", how)
         return dict.fromkeys(plan.joining, KV_CHUNKS)
 
-    async def restore_kv(self, sizes: Mapping[int, int]) -> None:
-        how = await self._enter("restore_kv")
-        assert not self.open, "KV would take what the transaction still has"
-        self.kv = dict(sizes)
-        await self._leave("restore_kv", how)
-
     async def fill_kv(self) -> None:
         how = await self._enter("fill_kv")
+        assert not self.open, "KV would take what the transaction still has"
         self.kv = dict.fromkeys(self.members.seats, KV_CHUNKS)
         await self._leave("fill_kv", how)
 

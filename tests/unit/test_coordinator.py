@@ -127,7 +127,7 @@ def check_rolled_back(cluster: FakeCluster, wish: Wish, call: str, how: str) -> 
         assert (coordinator.membership, coordinator.placement) == before
         cluster.check_settled(coordinator)
         opened = call != "begin"
-        assert cluster.calls["rollback"] == cluster.calls["restore_kv"] == opened
+        assert cluster.calls["rollback"] == cluster.calls["fill_kv"] == opened
         assert cluster.calls["hmm.commit"] == 0
         for seat in range(cluster.capacity):
             assert cluster.calls[f"dismiss {seat}"] == cluster.calls[f"boot {seat}"] <= 1
@@ -170,7 +170,7 @@ def check_failed_in_finish(cluster: FakeCluster, wish: Wish, call: str, how: str
     run(main())
 
 
-@pytest.mark.parametrize("undo", ["dismiss 2", "rollback", "restore_kv"])
+@pytest.mark.parametrize("undo", ["dismiss 2", "rollback", "fill_kv"])
 def test_a_failing_undo_is_loud_and_does_not_stop_the_other_undos(undo: str) -> None:
     async def main() -> None:
         cluster = up_cluster(faults={"boot 3": "raise_after", undo: "raise_after"})

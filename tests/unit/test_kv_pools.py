@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.kv_pools import KvPools
 from elasticmoe_sglang.errors import SeatError
 from elasticmoe_sglang.hmm.protocol import DeviceUsage, ModelSpec
-from elasticmoe_sglang.planner import Placement, ScaleTo, initial_placement, plan_scale
+from elasticmoe_sglang.planner import Placement, ScalePlan, ScaleTo, initial_placement, plan_scale
 from elasticmoe_sglang.seats import messages as sm
 from elasticmoe_sglang.seats.membership import Membership
 
@@ -46,6 +47,14 @@ class World:
         self.kv[seat] = chunks
         state = sm.KvState(token_bytes=1024, page_tokens=1, chunk_bytes=CHUNK, cap_tokens=None, chunks=chunks)
         self.pools.learn(seat, state)
+
+    def headroom(self, chunks: int) -> None:
+        self.config = dataclasses.replace(self.config, headroom=str(chunks * CHUNK))
+        self.pools._config = self.config
+
+    async def fill(self, plan: ScalePlan | None = None) -> None:
+        after = (plan.after.seats, plan.placement_after) if plan else (self.membership.seats, self.placement)
+        await self.pools.fill(lambda: after)
 
     def placed(self, placement: Placement) -> set[tuple[int, int]]:
         """(device, column): seats of a device share a column's memory."""
@@ -82,7 +91,7 @@ class World:
 def test_a_change_has_room_at_every_moment_and_ends_full() -> None:
     async def main(size: int, new: int, share: int) -> None:
         world = World(tuple(range(size)), share)
-        await world.pools.fill(world.membership.seats, world.placement)
+        await world.fill()
         plan = plan_scale(world.membership, world.placement, ScaleTo(size=new))
         before = world.pools.sizes()
         first = await world.pools.make_room(plan, seats=plan.after.seats, joining=plan.joining, leaving=plan.leaving)
@@ -95,7 +104,7 @@ def test_a_change_has_room_at_every_moment_and_ends_full() -> None:
         for seat in plan.leaving:
             del world.kv[seat]
             world.pools.forget(seat)
-        await world.pools.fill(plan.after.seats, plan.placement_after)
+        await world.fill(plan)
         for device in range(world.config.num_devices):
             if any(world.config.device_of(seat) == device for seat in plan.after.seats):
                 assert world.usage(device).used >= 0.97 * BUDGET
@@ -112,10 +121,36 @@ def test_a_change_has_room_at_every_moment_and_ends_full() -> None:
 def test_nobody_is_asked_for_what_they_have() -> None:
     async def main() -> None:
         world = World((0, 1))
-        await world.pools.fill((0, 1), world.placement)
+        await world.fill()
         world.asked.clear()
-        await world.pools.fill((0, 1), world.placement)
+        await world.fill()
         assert world.asked == []
+
+    asyncio.run(main())
+
+
+def test_nothing_is_filled_while_a_change_goes_on() -> None:
+    async def main() -> None:
+        world = World((0, 1))
+        await world.pools.fill(lambda: None)
+        assert world.asked == []
+
+    asyncio.run(main())
+
+
+def test_between_changes_seats_only_grow() -> None:
+    async def main() -> None:
+        world = World((0, 1))
+        await world.fill()
+        world.kv[0] -= 3
+        world.boots(0, world.kv[0])
+        world.headroom(20)  # what seat 1 has would be too much
+        world.asked.clear()
+        await world.pools.fill(lambda: ((0, 1), world.placement), only_grow=True)
+        assert world.asked == []
+        world.headroom(0)
+        await world.pools.fill(lambda: ((0, 1), world.placement), only_grow=True)
+        assert sorted(seat for seat, _ in world.asked) == [0, 1]
 
     asyncio.run(main())
 
@@ -123,7 +158,7 @@ def test_nobody_is_asked_for_what_they_have() -> None:
 def test_a_seat_that_cannot_let_go_is_an_error_and_the_others_are_known() -> None:
     async def main() -> None:
         world = World((0, 1, 2, 3))
-        await world.pools.fill(world.membership.seats, world.placement)
+        await world.fill()
         before = world.pools.sizes()
         world.broken = {1}
         plan = plan_scale(world.membership, world.placement, ScaleTo(size=2))
@@ -131,7 +166,7 @@ def test_a_seat_that_cannot_let_go_is_an_error_and_the_others_are_known() -> Non
             await world.pools.make_room(plan, seats=plan.after.seats, joining=(), leaving=plan.leaving)
         assert world.pools.sizes()[0] < before[0] and world.pools.sizes()[1] == before[1]
         world.broken = set()
-        await world.pools.set_sizes(before)
+        await world.fill()
         assert world.kv == before
 
     asyncio.run(main())
@@ -144,7 +179,7 @@ def test_a_server_whose_kv_is_its_own_is_left_alone() -> None:
             world.pools.learn(seat, None)
         plan = plan_scale(world.membership, world.placement, ScaleTo(size=4))
         assert await world.pools.make_room(plan, seats=plan.after.seats, joining=plan.joining) == {}
-        await world.pools.fill((0, 1), world.placement)
+        await world.fill()
         assert (world.asked, world.pools.least_bytes()) == ([], 0)
 
     asyncio.run(main())
@@ -165,7 +200,7 @@ def test_seats_of_one_device_share_it_through_any_sequence(sizes: list[int]) -> 
                 del world.kv[seat]
                 world.pools.forget(seat)
             world.membership, world.placement = plan.after, plan.placement_after
-            await world.pools.fill(plan.after.seats, plan.placement_after)
+            await world.fill(plan)
             assert len({world.kv[seat] for seat in plan.after.seats}) == 1
             assert world.usage(0).used >= 0.96 * BUDGET
 
