@@ -180,6 +180,30 @@ def test_a_joiner_s_chunks_go_with_its_transaction(hmm: HmmProcess) -> None:
         assert coordinator.status().devices[1].used == 0
 
 
+def test_another_hmm_takes_the_chunks_over_and_the_cache_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    endpoint = f"ipc://{folder}/hmm.sock"
+    with spawn_hmm(endpoint, [BUDGET] * 2) as first, Seat(endpoint, 1) as seat:
+        seat.kv.open(6, None, WAIT_S)
+        content = seat.fill(5)
+        first.process.kill()
+        first.process.wait()
+        with spawn_hmm(endpoint, [BUDGET] * 2):
+            assert seat.client.offer() == 6
+            blocks = seat.client.lookup(kind="kv", seat=1)
+            assert sorted(block.chunk or 0 for block in blocks) == list(range(6))
+            assert used(seat) == 6 * SHAPE.chunk_bytes
+            with Seat(endpoint, 0) as survivor:
+                survivor.kv.open(2, None, WAIT_S)
+                window = survivor.kv.window(1, [1, 2])
+                assert torch.equal(window.rows()[30:50], content[30:50])
+                window.close()
+            seat.resize(3)
+            seat.resize(9)
+            assert used(seat) == 9 * SHAPE.chunk_bytes
+
+
 def test_chunks_of_a_seat_are_one_each(hmm: HmmProcess) -> None:
     with HmmClient(hmm.endpoint, name="c") as client:
         blocks = client.allocate(0, "kv", seat=3, chunks=[0, 1], nbytes=PAGE)
