@@ -22,6 +22,8 @@ from tests.helpers.load import Load, Stream
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
+CHECKED = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+"""SGLang's own check that every row of KV is free, cached or a request's: after each iteration, not only when idle."""
 BUDGET = 32 << 20
 TOKENS = 240
 HOT = 6
@@ -114,7 +116,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = make_tiny_model(folder / "model", arch=setup.arch)
     args = [*setup.args, "--elasticmoe-device-budget", str(BUDGET)]
     with (
-        ElasticServer(model, args, log=folder / "server.log", kv_tokens=None) as server,
+        ElasticServer(model, args, log=folder / "server.log", kv_tokens=None, env=CHECKED) as server,
         Load(server.url) as load,
     ):
         print(f"healthy after {server.boot_s:.1f} s")
