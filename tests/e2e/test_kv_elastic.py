@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 CHECKED = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
 """SGLang's own check that every row of KV is free, cached or a request's: after each iteration, not only when idle."""
-BUDGET = 32 << 20
+BUDGETS: dict[Arch, int] = {"qwen3_moe": 32 << 20, "deepseek_v2": 24_000_000}
+"""All columns and some KV do not fit one device, and at two seats a seat has less KV than the longest request."""
 TOKENS = 240
 HOT = 6
 """Prompts that each seat answers again and again."""
@@ -114,7 +115,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     setup: Setup = request.param
     folder = tmp_path_factory.mktemp("kv")
     model = make_tiny_model(folder / "model", arch=setup.arch)
-    args = [*setup.args, "--elasticmoe-device-budget", str(BUDGET)]
+    args = [*setup.args, "--elasticmoe-device-budget", str(BUDGETS[setup.arch])]
     with (
         ElasticServer(model, args, log=folder / "server.log", kv_tokens=None, env=CHECKED) as server,
         Load(server.url) as load,
@@ -189,7 +190,7 @@ def test_what_cannot_fit_is_refused_with_numbers(served: Served) -> None:
     before = served.check_full("before the refusal")
     answer = served.server.post("/scale_elastic_ep", {"new_ep_size": 1, "wait": True})
     assert answer.status_code == 400
-    assert "device 0 needs" in answer.text and "free of 32 MiB" in answer.text, answer.text
+    assert "device 0 needs" in answer.text and "free of" in answer.text, answer.text
     assert served.check_full("after the refusal") == before
 
 
