@@ -25,10 +25,11 @@ _LINE_BYTES = 4 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One greedy request of known length. `key` tells which prompt it is: outputs of equal keys must be equal."""
+    """One greedy request of known length. `key` tells which prompt it is: outputs of equal keys must be equal.
+    prompt: text, or token ids for a server without a tokenizer."""
 
     key: str
-    prompt: str
+    prompt: str | tuple[int, ...]
     tokens: int
 
 
@@ -125,7 +126,8 @@ class StreamClient:
 
     async def _receive(self, record: StreamRecord) -> None:
         sampling = {"max_new_tokens": record.ask.tokens, "temperature": 0, "ignore_eos": True}
-        body = {"text": record.ask.prompt, "sampling_params": sampling, "stream": True}
+        name = "text" if isinstance(record.ask.prompt, str) else "input_ids"
+        body = {name: record.ask.prompt, "sampling_params": sampling, "stream": True}
         async with self._session.post(self._url, json=body) as response:
             if response.status != 200:
                 raise StreamFailed(f"status {response.status}: {(await response.text())[:300]}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,12 +61,21 @@ class Instance(ElasticServer):
         args: of `elasticmoe serve`, or with `plain` of SGLang's own launcher.
         generation: its number, for the records.
         size: devices.
+        env: variables on top of this process's environment.
     """
 
     def __init__(
-        self, args: Sequence[str], *, plain: bool, generation: int, size: int, log: Path, start_timeout_s: float = 600.0
+        self,
+        args: Sequence[str],
+        *,
+        plain: bool,
+        generation: int,
+        size: int,
+        log: Path,
+        start_timeout_s: float = 600.0,
+        env: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(args, log=log, start_timeout_s=start_timeout_s)
+        super().__init__(args, log=log, start_timeout_s=start_timeout_s, env=env)
         if plain:
             where = ["--host", "127.0.0.1", "--port", str(self.port)]
             self.command = [sys.executable, "-m", "sglang.launch_server", *args, *where]

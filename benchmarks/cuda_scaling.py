@@ -1,0 +1,373 @@
+"""On NVIDIA GPUs: what a change of size costs, and what elasticity costs when nothing changes.
+
+    python -m benchmarks.cuda_scaling --out benchmarks/results/cuda-scaling-h200.json      (MPS must run: gpu_all.sh)
+
+Qwen3-30B-A3B's shape with `--layers` layers and dummy weights by seed, several seats on one GPU. All servers start at
+once, since starting is most of the time; then one section after the other measures, alone. A section that fails or
+outlasts its limit is recorded as such and the others go on; the JSON is written after each.
+
+- changes: 1 -> 2 -> 4 -> 2 -> 1 again and again while streams decode.
+- static: tokens/s of one seat beside plain SGLang without the plugin, batch 1, 16, 64.
+- capacity: tokens/s of 2 seats of 8 beside 2 of 2, and each seat's share of memory.
+- tokens: float32 tiny model, without graphs: tokens through changes equal those of a server that never changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from benchmarks.scaling.machine import describe
+from benchmarks.scaling.servers import Instance
+from benchmarks.streams import Ask, Load, unequal
+from elasticmoe_sglang.tiny_model import make_tiny_model
+
+MODEL = Path(__file__).parent.parent / "configs" / "models" / "qwen3-30b-a3b.json"
+SIZES = (2, 4, 2, 1)
+BATCHES = (1, 16, 64)
+_REST = {
+    "model_type": "qwen3_moe", "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "norm_topk_prob": True, "attention_bias": False,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16",
+}  # fmt: skip
+_AROUND_S = 0.3
+
+
+def write_shape(folder: Path, layers: int) -> Path:
+    """A model folder with a config and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads(MODEL.read_text()) | _REST | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+class Device:
+    """Used bytes of GPU 0, looked at ten times a second (NVML, all processes together)."""
+
+    def __init__(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        self._nvml = pynvml
+        self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self.name = str(pynvml.nvmlDeviceGetName(self._handle))
+        self.samples: list[tuple[float, int]] = []
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def used(self) -> int:
+        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def _run(self) -> None:
+        while True:
+            self.samples.append((time.monotonic(), self.used()))
+            time.sleep(0.1)
+
+    def peak(self, since: float, until: float) -> int:
+        return max(used for at, used in self.samples if since - 0.2 <= at <= until + 0.2)
+
+
+class Servers:
+    """All servers of a run, started at once; `get` waits for one."""
+
+    def __init__(self, stack: AsyncExitStack, settings: argparse.Namespace) -> None:
+        self._stack = stack
+        self._settings = settings
+        self._starting: dict[str, asyncio.Task[Instance]] = {}
+        self.boots: dict[str, float | str] = {}
+
+    def start(
+        self, name: str, args: Sequence[str], *, plain: bool = False, env: Mapping[str, str] | None = None
+    ) -> None:
+        common = [
+            *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--disable-prefill-cuda-graph"),
+            *("--max-total-tokens", str(self._settings.kv_tokens), "--context-length", "4096"),
+            *("--skip-server-warmup", "--random-seed", "1", "--mem-fraction-static", "0.9"),
+        ]
+        log = self._settings.logs / f"{name}.log"
+        instance = Instance(
+            [*args, *common], plain=plain, generation=0, size=1, log=log, start_timeout_s=self._settings.boot_s, env=env
+        )
+        self._starting[name] = asyncio.ensure_future(self._boot(name, instance))
+
+    async def _boot(self, name: str, instance: Instance) -> Instance:
+        try:
+            entered = await self._stack.enter_async_context(instance)
+        except BaseException as error:
+            self.boots[name] = str(error)[-1500:]
+            raise
+        self.boots[name] = round(instance.boot_s, 1)
+        print(f"{name}: up after {instance.boot_s:.1f} s", flush=True)
+        return entered
+
+    async def get(self, name: str) -> Instance:
+        return await asyncio.shield(self._starting[name])  # a section that gives up does not end the server
+
+    async def settled(self) -> None:
+        """No server boots any more: what is measured from here on has the machine to itself."""
+        await asyncio.wait(self._starting.values())
+
+
+def ids(seed: int, length: int = 32) -> tuple[int, ...]:
+    return tuple((seed * 7919 + 31 * i) % 1000 + 5 for i in range(length))
+
+
+async def rate(instance: Instance, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Tokens a second of `batch` requests that start together, whole answers; the first round warms up."""
+    found = []
+    sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    async with aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=60)) as session:
+        for number in range(rounds + 1):
+            body = {"input_ids": [ids(number * batch + i) for i in range(batch)], "sampling_params": sampling}
+            started = time.monotonic()
+            async with session.post("/generate", json=body) as response:
+                answers = await response.json()
+            seconds = time.monotonic() - started
+            count = sum(len(answer["output_ids"]) for answer in answers)
+            assert count == batch * tokens, f"{count} tokens, not {batch * tokens}"
+            found.append(count / seconds)
+    return {"batch": batch, "tokens_per_s": round(statistics.median(found[1:]), 1), "rounds": [round(x) for x in found]}
+
+
+async def compare(one: Instance, other: Instance, settings: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for batch in BATCHES:
+        first = await rate(one, batch, settings.tokens, settings.rounds)
+        second = await rate(other, batch, settings.tokens, settings.rounds)
+        ratio = first["tokens_per_s"] / second["tokens_per_s"]
+        rows.append({"batch": batch, "first": first, "second": second, "ratio": round(ratio, 3), "target": 0.98})
+    return rows
+
+
+async def change(instance: Instance, load: Load, size: int, device: Device) -> dict[str, Any]:
+    await asyncio.sleep(1.0)  # a median gap and a rate at this size
+    before = time.monotonic()
+    async with aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session:
+        started = time.monotonic()
+        async with session.post("/scale_elastic_ep", json={"new_ep_size": size, "wait": True}) as response:
+            operation = await response.json()
+        ended = time.monotonic()
+    await asyncio.sleep(1.0)
+    if operation.get("phase") != "done":
+        raise RuntimeError(f"the change to {size} ended as {json.dumps(operation)[:1500]}")
+    gaps, late = [], []
+    for record in load.records:
+        inside = [gap for at, gap in record.gaps() if at >= started and at - gap <= ended + _AROUND_S]
+        calm = [gap for at, gap in record.gaps() if at < started or at - gap > ended + _AROUND_S]
+        if inside and len(calm) >= 8:
+            gaps.append(max(inside) * 1e3)
+            late.append(max(inside) - 3 * statistics.median(calm) - 0.05)
+    flow = {
+        "before": tokens_between(load, before - 1.0, before),
+        "during": tokens_between(load, started, ended),
+        "after": tokens_between(load, ended, ended + 1.0),
+    }
+    pauses = [pause for seat, pause in operation["pause_ms"].items() if int(seat) in operation["seats_after"]]
+    return {
+        "from": operation["old_ep_size"],
+        "to": operation["new_ep_size"],
+        "seconds": round(ended - started, 3),
+        "timings": operation["timings"],
+        "pauses_ms": [round(pause, 2) for pause in pauses],
+        "longest_gap_ms": round(max(gaps), 1) if gaps else None,
+        "gap_beyond_limit_ms": round(max(late) * 1e3, 1) if late else None,
+        "tokens_per_s": flow,
+        "moved_requests": operation["moved_requests"],
+        "columns_moved": operation["columns_moved"],
+        "bytes_moved": operation["bytes_moved"],
+        "peak_over_before": round(device.peak(started, ended) / device.peak(before - 1.0, before - 0.5), 4),
+        "lost": len(load.lost),
+    }
+
+
+def tokens_between(load: Load, since: float, until: float) -> float:
+    """Tokens a second that arrived in this time, over all streams."""
+    count = sum(since <= at < until for record in load.records for at in record.arrivals)
+    return round(count / max(until - since, 1e-3), 1)
+
+
+async def standbys(instance: Instance, wanted: int, limit_s: float) -> float:
+    """Wait until so many are warm; the seconds it took."""
+    started = time.monotonic()
+    async with aiohttp.ClientSession(instance.url) as session:
+        while time.monotonic() - started < limit_s:
+            async with session.get("/elastic_ep/status") as response:
+                status = await response.json()
+            if sum(seat["state"] == "standby" for seat in status["seats"]) >= wanted:
+                return round(time.monotonic() - started, 1)
+            await asyncio.sleep(0.2)
+    raise RuntimeError(f"no {wanted} standbys within {limit_s:.0f} s: {json.dumps(status)[:800]}")
+
+
+async def changes(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
+    instance = await servers.get("elastic-4")
+    load = Load(instance.client, lambda lane, n: Ask(key="", prompt=ids(lane * 100 + n), tokens=settings.stream_tokens))
+    lanes = asyncio.ensure_future(load.run(settings.streams))
+    rows = record["rows"] = []
+    try:
+        for repetition in range(settings.repetitions):
+            for before, size in zip((1, *SIZES), SIZES, strict=False):
+                waited = await standbys(instance, size - before, settings.section_s)
+                row = {"repetition": repetition, "waited_for_standbys_s": waited}
+                rows.append(row | await change(instance, load, size, device))
+                print(json.dumps(rows[-1]), flush=True)
+    finally:
+        load.stop()
+        await lanes
+        record["lost"] = [lost.failure for lost in load.lost]
+        record["requests"] = len(load.records)
+
+
+async def static(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
+    record["what"] = "first: elastic, 1 seat of 2; second: plain SGLang without the plugin"
+    record["rows"] = await compare(await servers.get("elastic-1-of-2"), await servers.get("plain"), settings)
+
+
+async def capacity(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
+    record["what"] = "first: 2 seats of 8; second: 2 of 2"
+    record["rows"] = await compare(await servers.get("elastic-8"), await servers.get("elastic-2"), settings)
+
+
+async def tokens(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
+    """Greedy streams at one size first, then the same through changes."""
+    instance = await servers.get("tiny-4")
+    asks = [Ask(key=str(i), prompt=ids(i, 8 + i), tokens=96) for i in range(8)]
+    still = Load(instance.client, lambda lane, number: asks[0])
+    await still.run_once(asks)
+    moving = Load(instance.client, lambda lane, number: asks[lane % len(asks)])
+    lanes = asyncio.ensure_future(moving.run(len(asks)))
+    try:
+        record["changes"] = rows = []
+        for before, size in zip((1, *SIZES), SIZES, strict=False):
+            await standbys(instance, size - before, settings.section_s)
+            rows.append((await change(instance, moving, size, device))["to"])
+    finally:
+        moving.stop()
+        await lanes
+    record["lost"] = [lost.failure for lost in (*still.lost, *moving.lost)]
+    record["compared"] = len(moving.records)
+    record["different"] = unequal([one for one in moving.records if not one.lost], still.records)
+
+
+Section = Callable[[Servers, argparse.Namespace, dict[str, Any], Device], Awaitable[None]]
+SECTIONS: dict[str, Section] = {"changes": changes, "static": static, "capacity": capacity, "tokens": tokens}
+
+
+def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) -> None:
+    shape = str(write_shape(folder / "shape", settings.layers))
+    dummy = ["--model-path", shape, "--load-format", "dummy", "--skip-tokenizer-init"]
+    graphs = ["--cuda-graph-bs-decode", *map(str, settings.graph_sizes)]
+
+    def elastic(
+        name: str, first: int, seats: int, ready: int, *args: str, env: Mapping[str, str] | None = None
+    ) -> None:
+        sizes = ["--ep-size", str(first), "--max-ep-size", str(seats), "--seats-per-device", str(seats)]
+        servers.start(name, [*sizes, "--standbys", str(max(ready, first)), *args], env=env)
+
+    if "changes" in settings.sections:
+        elastic("elastic-4", 1, 4, settings.standbys, *dummy, *graphs)
+    if "static" in settings.sections:
+        elastic("elastic-1-of-2", 1, 2, 0, *dummy, *graphs)
+        servers.start("plain", [*dummy, *graphs], plain=True)
+    if "capacity" in settings.sections:
+        elastic("elastic-8", 2, 8, 0, *dummy, *graphs)
+        elastic("elastic-2", 2, 2, 0, *dummy, *graphs)
+    if "tokens" in settings.sections:
+        tiny = str(make_tiny_model(folder / "tiny", arch="qwen3_moe"))
+        flags = ["--model-path", tiny, "--dtype", "float32", "--skip-tokenizer-init", "--disable-cuda-graph"]
+        # SGLang's own fused operators take no float32.
+        elastic("tiny-4", 1, 4, 3, *flags, env={"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"})
+
+
+async def run(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    device = Device()
+    result: dict[str, Any] = {
+        "device": device.name,
+        "machine": describe(),
+        "commit": os.environ.get("COMMIT") or _commit(),
+        "command": " ".join(sys.argv),
+        "settings": {name: value for name, value in vars(settings).items() if not isinstance(value, Path)},
+        "boot_s": {},
+        "sections": {},
+    }
+    async with AsyncExitStack() as stack:
+        servers = Servers(stack, settings)
+        result["boot_s"] = servers.boots
+        start_servers(servers, settings, folder)
+        if not settings.impatient:
+            await servers.settled()
+        for name in settings.sections:
+            record = result["sections"][name] = {}
+            started = time.monotonic()
+            try:
+                await asyncio.wait_for(SECTIONS[name](servers, settings, record, device), settings.section_s)
+            except (Exception, asyncio.TimeoutError) as error:
+                record["error"] = f"{type(error).__name__}: {error}"[-2500:]
+                traceback.print_exc()
+            record["seconds"] = round(time.monotonic() - started, 1)
+            settings.out.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{name}: {record.get('error', 'measured')} after {record['seconds']} s", flush=True)
+    return result
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def show(result: dict[str, Any]) -> None:
+    for row in result["sections"].get("changes", {}).get("rows", []):
+        flow, pauses = row["tokens_per_s"], max(row["pauses_ms"], default=0)
+        print(
+            f"{row['from']} -> {row['to']}: {row['seconds']:6.2f} s, pause {pauses:6.1f} ms, longest gap "
+            f"{row['longest_gap_ms']} ms, tokens/s {flow['before']} / {flow['during']} / {flow['after']}, "
+            f"peak x {row['peak_over_before']}"
+        )
+    for name in ("static", "capacity"):
+        for row in result["sections"].get(name, {}).get("rows", []):
+            rates = f"{row['first']['tokens_per_s']} / {row['second']['tokens_per_s']}"
+            print(f"{name}, batch {row['batch']}: {rates} tokens/s, ratio {row['ratio']}")
+    print("start, s:", result["boot_s"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cuda_scaling", description=(__doc__ or "").split(":")[0]
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--logs", type=Path, default=Path("/tmp/cuda-scaling-logs"))
+    parser.add_argument("--sections", type=lambda text: text.split(","), default=list(SECTIONS))
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--graph-sizes", type=lambda text: list(map(int, text.split(","))), default=[1, 4, 16, 64])
+    parser.add_argument("--kv-tokens", type=int, default=65536)
+    parser.add_argument("--repetitions", type=int, default=5, help="of 1 -> 2 -> 4 -> 2 -> 1")
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--stream-tokens", type=int, default=400)
+    parser.add_argument("--standbys", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=128, help="of each request in static and capacity")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--boot-s", type=float, default=300.0)
+    parser.add_argument("--section-s", type=float, default=240.0)
+    parser.add_argument("--impatient", action="store_true", help="measure while other servers still start")
+    settings = parser.parse_args()
+    settings.logs.mkdir(parents=True, exist_ok=True)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    result = asyncio.run(run(settings, settings.logs))
+    show(result)
+    return int(any("error" in record for record in result["sections"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
