@@ -75,13 +75,24 @@ class Zygote:
         seat_main: runs in the forked child once it is assigned a seat; returns the exit status.
         standbys: how many idle processes to keep ready, never more than there are empty seats.
         capacity: number of seats (max_ep_size).
+        become: replaces a forked child by another program that waits at the channel itself (where what seats import
+            does not survive a fork: CUDA). None: the child waits.
     """
 
-    def __init__(self, socket_path: str, seat_main: SeatMain, *, standbys: int, capacity: int) -> None:
+    def __init__(
+        self,
+        socket_path: str,
+        seat_main: SeatMain,
+        *,
+        standbys: int,
+        capacity: int,
+        become: Callable[[StandbyChannel], None] | None = None,
+    ) -> None:
         self._path = socket_path
         self._seat_main = seat_main
         self._standbys = standbys
         self._capacity = capacity
+        self._become = become
         self._blobs: dict[int, bytes] = {}
         self._children: dict[int, _Child] = {}
         self._controllers: dict[int, socket.socket] = {}
@@ -160,6 +171,8 @@ class Zygote:
             self._forget_parent_state()
             ours.close()
             channel = StandbyChannel(theirs)
+            if self._become is not None:
+                self._become(channel)
             entered = channel.wait_to_enter()
             status = 0 if entered is None else self._seat_main(channel, entered)
         except BaseException:

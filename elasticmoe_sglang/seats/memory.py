@@ -111,6 +111,8 @@ class SeatMemory:
         return Attached(load_columns=load_columns, load_dense=load_dense)
 
     def _attach_dense(self, txn: str | None, source_device: int, fill: bool, peers: bool) -> bool:
+        if txn is None and not fill and source_device == self._device:
+            self._await_block()  # at a server's start: the seat that fills it makes it
         [block, new] = self._dense_block(txn)
         [handle] = self._client.handles([block.block_id])
         self.dense.map(handle)
@@ -131,6 +133,11 @@ class SeatMemory:
         self.pulled_bytes += self.dense.pull(source_handle).nbytes
         self._client.seal([block.block_id])
         return False
+
+    def _await_block(self) -> None:
+        deadline = time.monotonic() + self._deadline_s
+        while not self._client.lookup(kind="dense", device=self._device) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _dense_block(self, txn: str | None) -> tuple[Block, bool]:
         """Our device's dense block, and whether this seat has just made it (seats of one device share it)."""

@@ -1,7 +1,8 @@
 """`torch.distributed.new_group` under an elastic default group makes elastic groups, on every torch we support.
 
 torch 2.13 asks the default group for its subgroups, whatever backend the caller names. Earlier ones build the named
-backend, so that a group of "nccl" would wait for ranks that are not there: here the name is replaced.
+backend, so that a group of "nccl" would wait for ranks that are not there: here the name is replaced. What asks
+for a group's backend by name then, `monitored_barrier`, is told to take ours too.
 """
 
 from __future__ import annotations
@@ -46,5 +47,17 @@ def install_new_groups(name: str) -> None:
                 assert outside is None
         return new_group(ranks, timeout, backend, *arguments, **options)
 
-    namespace.new_group = elastic_new_group
-    dist.new_group = elastic_new_group
+    monitored_barrier = namespace.monitored_barrier
+
+    def elastic_monitored_barrier(
+        group: Any = None, timeout: timedelta | None = None, wait_all_ranks: bool = False
+    ) -> None:
+        chosen = namespace._get_default_group() if group is None else group
+        if isinstance(chosen, ElasticProcessGroup):
+            chosen.monitored_barrier(timeout, wait_all_ranks)
+        else:
+            monitored_barrier(group, timeout, wait_all_ranks)
+
+    for module in (namespace, dist):
+        setattr(module, "new_group", elastic_new_group)  # noqa: B010  (mypy: assigning to a module's function)
+        setattr(module, "monitored_barrier", elastic_monitored_barrier)  # noqa: B010

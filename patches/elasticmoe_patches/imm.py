@@ -1,4 +1,8 @@
-"""The IMM's program: import everything a seat needs, then fork standbys (`python -m elasticmoe_patches.imm`)."""
+"""The IMM's program, `python -m elasticmoe_patches.imm BACKEND`: import everything a seat needs, then fork standbys.
+
+With the backend "cuda" it imports nothing, and what it forks become programs of their own
+(docs/adr/0009-standbys-on-a-gpu.md).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import logging
 import os
 import sys
 
+from elasticmoe_patches.fresh_seat import become_standby, fresh_seat_main, never_here
 from elasticmoe_sglang.imm.zygote import Zygote, die_with_parent
 from elasticmoe_sglang.runtime import current_runtime
 from elasticmoe_sglang.seats.idle import create_doorbells
@@ -39,15 +44,18 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s IMM] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     runtime = current_runtime()
     assert runtime is not None, "the IMM is started by the launcher, which sets its environment"
+    config = runtime.config
+    create_doorbells(config.max_ep_size)
+    path, capacity = runtime.paths.imm_socket, config.max_ep_size
+    cold = "standby" in config.ablations
+    if sys.argv[1:] == ["cuda"]:
+        standbys = 0 if cold else config.standbys
+        Zygote(path, never_here, standbys=standbys, capacity=capacity, become=become_standby).serve()
     preload()
     # SGLang configures logging itself in each process; leave it a clean root logger.
-    from elasticmoe_patches.fresh_seat import fresh_seat_main
     from elasticmoe_patches.seat import seat_main
 
-    config = runtime.config
-    main_of_seat = fresh_seat_main if "standby" in config.ablations else seat_main
-    create_doorbells(config.max_ep_size)
-    Zygote(runtime.paths.imm_socket, main_of_seat, standbys=config.standbys, capacity=config.max_ep_size).serve()
+    Zygote(path, fresh_seat_main if cold else seat_main, standbys=config.standbys, capacity=capacity).serve()
 
 
 if __name__ == "__main__":

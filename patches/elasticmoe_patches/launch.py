@@ -40,6 +40,13 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "quantization": (None, "only unquantised weights are supported"),
     "load_balance_method": (("auto", "round_robin", "total_requests", "total_tokens"), "it routes by rank"),
     "enforce_shared_experts_fusion": (False, "a fused shared expert is tied to a rank"),
+    "moe_runner_backend": (("auto", "triton"), "experts lie in columns, which only this plugin's kernels read"),
+    "moe_a2a_backend": ("none", "tokens travel through this plugin's collectives"),
+    "enable_symm_mem": (False, "it needs an NCCL communicator of all seats"),
+    "enable_torch_symm_mem": (False, "it needs a communicator of all seats"),
+    "enable_mscclpp": (False, "it needs a communicator of all seats"),
+    "enable_two_batch_overlap": (False, "two collectives of one group would run side by side"),
+    "enable_tp_lm_head_all_to_all": (False, "it needs an NCCL communicator of all seats"),
 }
 
 
@@ -65,6 +72,7 @@ def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
     args.enable_dp_lm_head = True
     args.moe_dense_tp_size = 1
     args.disable_shared_experts_fusion = True
+    args.disable_custom_all_reduce = True
     if args.load_balance_method == "auto":
         args.load_balance_method = "round_robin"
     check_model(args.model_path, config)

@@ -43,7 +43,7 @@ def register() -> None:
         preflight.check_version()
         if elastic:
             preflight.check(spec for spec in all_hooks() if platform or spec.scope != "platform")
-        preflight.install(select("main", ("flags", "platform") if platform else ("flags",)), "main")
+        preflight.install(select("main", ("flags", "platform", "both") if platform else ("flags",)), "main")
     except HookError as error:
         if elastic:
             preflight.fail_closed(error)
@@ -57,7 +57,7 @@ def install_for_platform(process: Process) -> tuple[HookSpec, ...]:
     """
     try:
         preflight.check_version()
-        return preflight.install(select(process, ("platform",)), process)
+        return preflight.install(select(process, ("platform", "both")), process)
     except HookError as error:
         preflight.fail_closed(error)
 
@@ -87,7 +87,7 @@ def verify_for_process(process: Process) -> None:
 
 def elastic_scopes() -> tuple[Scope, ...]:
     """The scopes that belong to an elastic launch on this machine."""
-    return ("flags", "platform", "elastic") if platform_active() else ("flags", "elastic")
+    return ("flags", "platform", "both", "elastic") if platform_active() else ("flags", "both", "elastic")
 
 
 def flags_used(argv: Sequence[str], environ: Mapping[str, str]) -> bool:

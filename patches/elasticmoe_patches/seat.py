@@ -5,7 +5,6 @@ Started by the IMM in a forked standby. One seat a process; `current_seat` is ho
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -13,8 +12,10 @@ import queue
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from elasticmoe_patches.ready_pipe import ReadyPipe
+from elasticmoe_patches.seat_device import await_first_members, boots_alone, open_windows, prepare_to_join
 from elasticmoe_patches.srt.managers.aborts import RecentAborts
 from elasticmoe_patches.srt.managers.handover import Arrivals
 from elasticmoe_sglang.errors import CommitError, ElasticMoEError, SeatError
@@ -38,6 +39,9 @@ from elasticmoe_sglang.seats.process_group import init_elastic, install_backend
 from elasticmoe_sglang.seats.region import open_region
 from elasticmoe_sglang.seats.ticket import SeatTicket, decode_ticket
 
+if TYPE_CHECKING:
+    from elasticmoe_sglang.seats.cuda_fabric import CudaFabric
+
 logger = logging.getLogger(__name__)
 
 _FENCES = 16
@@ -50,6 +54,7 @@ class SeatLeft(BaseException):
 class Seat:
     """Attributes:
     me, ticket: which seat this is and how it came in.
+    cuda: the windows of a seat on a GPU, from `init_world` on; None on the CPU.
     pending: the commit to carry out at the top of the next iteration.
     arrivals: requests that leavers have sent here.
     aborted: aborts since requests of a leaver or of a dead seat have been on their way.
@@ -61,6 +66,7 @@ class Seat:
     new_batch: the prefill batch that is being put together or run.
     placement: expert column -> seat, with which this process came in.
     kv: the KV cache in HMM memory; None where SGLang's pool has its own.
+    warm_up: what a seat on a GPU runs before it serves; None outside that time.
     """
 
     def __init__(self, runtime: Runtime, ticket: SeatTicket) -> None:
@@ -75,10 +81,12 @@ class Seat:
         self.fabric = Fabric(region.fd, self.me, timeout_s=config.collective_deadline_s)
         region.close()
         self.fabric.register(SeatState.BOOTING)
-        if ticket.joiner:
+        self.alone = ticket.joiner or boots_alone(self)
+        if self.alone:
             self.fabric.solo()
         else:
             self.fabric.set_membership(self._membership(ticket.members, ticket.epoch))
+        self.cuda: CudaFabric | None = None
         self.gate = CommitGate(self.fabric)
         self.memory = SeatMemory(
             self.client,
@@ -103,6 +111,7 @@ class Seat:
         self.replay: list[Any] = []
         self.sent_again: list[Any] = []
         self.new_batch: Any = None
+        self.warm_up: Any = None
         self.left = False
         self.spec: ModelSpec | None = None
         self.placement: Sequence[int] = ()
@@ -129,6 +138,7 @@ class Seat:
 
     def init_world(self, *, world_size: int, rank: int) -> None:
         """torch.distributed over the fabric."""
+        self.cuda = open_windows(self)
         install_backend(self.fabric)
         init_elastic(self.fabric, rank=rank, world_size=world_size)
 
@@ -237,6 +247,7 @@ class Seat:
         self.say_hello("gate")
         self.fault_point("boot.gate")
         members = self.ticket.members
+        prepare_to_join(self)
         if self.ticket.attempt:  # in the place of a dead seat; the survivors come to the gate too
             decision = self.gate.arrive(
                 epoch=self.ticket.epoch,
@@ -255,6 +266,9 @@ class Seat:
 
     def serve(self) -> None:
         """A seat of the server's first membership."""
+        if self.alone:
+            await_first_members(self)
+            self._enter(self.ticket.members, self.ticket.epoch)
         self.fabric.control.set_seat_state(self.me, SeatState.SERVING)
         self.say_hello("serving")
 
@@ -341,6 +355,8 @@ class Seat:
 
     def close(self) -> None:
         self.agent.stop(timeout_s=3.0)
+        if self.cuda is not None:
+            self.cuda.close()
         self.fabric.close()
         self.client.close()
 
@@ -352,17 +368,6 @@ def current_seat() -> Seat:
     """The seat of this process."""
     assert _seat is not None, "not a seat process"
     return _seat
-
-
-class _ReadyPipe:
-    """Takes the place of the pipe on which SGLang's scheduler reports its initialisation."""
-
-    def __init__(self, channel: StandbyChannel, seat: int) -> None:
-        self._channel = channel
-        self._seat = seat
-
-    def send(self, info: dict[str, Any]) -> None:
-        self._channel.note(self._seat, json.dumps(info, default=str).encode())
 
 
 def seat_main(channel: StandbyChannel, enter: Enter) -> int:
@@ -384,7 +389,7 @@ def seat_main(channel: StandbyChannel, enter: Enter) -> int:
     ranks = {"display_tp_rank": ticket.seat, "display_dp_rank": ticket.seat, "display_moe_ep_rank": ticket.seat}
     try:
         run_scheduler_process(
-            server_args, port_args, gpu_id, ticket.seat, 0, ticket.seat, _ReadyPipe(channel, ticket.seat), **ranks
+            server_args, port_args, gpu_id, ticket.seat, 0, ticket.seat, ReadyPipe(channel, ticket.seat), **ranks
         )
     except SeatLeft:
         logger.info("seat %d left", ticket.seat)

@@ -16,11 +16,9 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-import psutil
-
+from elasticmoe_patches import device
 from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE, Answers
 from elasticmoe_sglang import janitor
-from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.handle import CoordinatorHandle
 from elasticmoe_sglang.coordinator.healer import Healer
@@ -48,12 +46,6 @@ _LAST_OUTPUT_S = 0.05
 _services: Services | None = None
 
 
-def budgets(config: ElasticConfig) -> list[int]:
-    """Bytes of each device for the HMM. On the CPU a device is an equal share of the machine's memory."""
-    each = config.device_budget or psutil.virtual_memory().total // config.num_devices
-    return [each] * config.num_devices
-
-
 class Services:
     """Started before SGLang's first child process; ends with the main process."""
 
@@ -71,7 +63,7 @@ class Services:
         # The handle stays open: another HMM gets the region from here.
         self._region = open_region(self._client, runtime.config, runtime.run_id)
         self.control: ControlPage = format_region(self._region, runtime.config)
-        self._imm: subprocess.Popen[bytes] = start_imm("elasticmoe_patches.imm", [])
+        self._imm: subprocess.Popen[bytes] = start_imm("elasticmoe_patches.imm", [device.memory_backend()])
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="elasticmoe-coordinator", daemon=True)
         self._thread.start()
@@ -88,7 +80,11 @@ class Services:
     def _start_hmm(self) -> None:
         """Our own HMM, if it is not running."""
         if self.hmm is None or not self.hmm.alive():
-            self.hmm = spawn_hmm(self.runtime.paths.hmm_endpoint, budgets(self.runtime.config))
+            self.hmm = spawn_hmm(
+                self.runtime.paths.hmm_endpoint,
+                device.budgets(self.runtime.config),
+                backend=device.memory_backend(),
+            )
 
     async def _open_lines(self) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self._wait_for_imm)

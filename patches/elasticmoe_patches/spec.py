@@ -14,7 +14,7 @@ from elasticmoe_sglang import SUPPORTED_SGLANG
 
 Kind = Literal["before", "after", "around", "replace", "attribute"]
 Process = Literal["main", "dpc", "seat", "standby", "any"]
-Scope = Literal["flags", "platform", "elastic"]
+Scope = Literal["flags", "platform", "elastic", "both"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PROCESSES: tuple[Process, ...] = get_args(Process)
@@ -53,7 +53,7 @@ class HookSpec:
     """What has to happen upstream before the hook can go."""
     scope: Scope = "elastic"
     """flags: our command-line flags, always. platform: on our CPU platform, with or without our flags. elastic: with
-    our flags only."""
+    our flags only. both: on our CPU platform in any case, elsewhere with our flags."""
     processes: frozenset[Process] = field(default_factory=lambda: frozenset[Process](("any",)))
     """The processes which need it."""
     versions: tuple[str, ...] = (SUPPORTED_SGLANG,)

@@ -32,9 +32,10 @@ def endpoint(tmp_path: Path) -> Iterator[str]:
         yield hmm.endpoint
 
 
-def attach(endpoint: str, seat: int, found: dict[int, torch.Tensor]) -> None:
+def attach(endpoint: str, seat: int, found: dict[int, torch.Tensor], seats_per_device: int = 1) -> None:
     with HmmClient(endpoint, name=f"seat-{seat}") as client:
-        memory = SeatMemory(client, seat=seat, device=seat, bytes_per_second=None, deadline_s=20)
+        device = seat // seats_per_device
+        memory = SeatMemory(client, seat=seat, device=device, bytes_per_second=None, deadline_s=20)
         attached = memory.attach(
             SPEC,
             COLUMNS,
@@ -54,10 +55,12 @@ def attach(endpoint: str, seat: int, found: dict[int, torch.Tensor]) -> None:
         found[seat] = dense.clone()
 
 
-def test_waiting_seats_do_not_wait_for_each_other(endpoint: str) -> None:
-    """Seats 1 to 3 make their blocks before seat 0 fills its own; each once waited for whichever block came first."""
+@pytest.mark.parametrize("seats_per_device", [1, 2, 4])
+def test_waiting_seats_do_not_wait_for_each_other(endpoint: str, seats_per_device: int) -> None:
+    """Seats 1 to 3 make their blocks before seat 0 fills its own; each once waited for whichever block came first, and
+    one on seat 0's device made the block that seat 0 was to fill, and waited for another device's."""
     found: dict[int, torch.Tensor] = {}
-    threads = [threading.Thread(target=attach, args=(endpoint, seat, found)) for seat in range(SEATS)]
+    threads = [threading.Thread(target=attach, args=(endpoint, seat, found, seats_per_device)) for seat in range(SEATS)]
     for thread in threads[1:]:
         thread.start()
     time.sleep(0.5)

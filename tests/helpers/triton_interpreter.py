@@ -20,11 +20,13 @@ from elasticmoe_kernels.reference import combine as combine_reference
 from elasticmoe_kernels.reference import quantize as quantize_reference
 from elasticmoe_kernels.reference import route as route_reference
 from elasticmoe_kernels.reference.moe import moe_experts, moe_experts_fp8
+from elasticmoe_kernels.triton import windows
 from elasticmoe_kernels.triton.combine import combine
 from elasticmoe_kernels.triton.config import GemmConfig, MoePlan, default_plan
 from elasticmoe_kernels.triton.moe import fused_moe
 from elasticmoe_kernels.triton.quantize import quantize
 from elasticmoe_kernels.triton.route import route
+from elasticmoe_kernels.triton.slots import slots_of_rows
 
 SMALL = GemmConfig(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=2)
 GROUPS = replace(SMALL, block_k=128)
@@ -208,6 +210,23 @@ def check_parts(seed):
     assert error(out, combine_reference.combine(y.double(), rows, weights)) < 1e-3
 
 
+def check_slots(tokens, top_k, rows_per_seat, members, dtype, seed):
+    """Ids become slots; rows of seats that are not members become -1 whatever they name."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = 9
+    table = torch.randint(-1, experts, (experts + 1,), generator=generator, dtype=torch.int32)
+    table[-1] = -1
+    ids = torch.randint(-1, experts, (tokens, top_k), generator=generator, dtype=dtype)
+    control = torch.zeros(windows.COUNTERS, dtype=torch.int64)
+    control[windows.MEMBERS] = sum(1 << seat for seat in members)
+    got = slots_of_rows(ids, table, control=control.data_ptr(), rows_per_seat=rows_per_seat)
+    wanted = torch.where(ids >= 0, table[ids.long()], -1)
+    if rows_per_seat is not None:
+        absent = [row for row in range(tokens) if row // rows_per_seat not in members]
+        wanted[absent] = -1
+    assert got.dtype == torch.int32 and torch.equal(got, wanted), (got, wanted)
+
+
 def main(part: str) -> None:
     torch.set_num_threads(1)
     mend_interpreter()
@@ -221,6 +240,10 @@ def main(part: str) -> None:
             for block_m in (16, 64):
                 check_route(tokens, experts, top_k, kind, block_m, seed)
         check_parts(1)
+        check_slots(12, 3, 3, (0, 2), torch.int64, 1)
+        check_slots(2048, 8, 256, (0, 1, 5, 7), torch.int32, 2)
+        check_slots(5, 4, None, (3,), torch.int32, 3)
+        check_slots(0, 4, None, (3,), torch.int32, 3)
         cases.append({"case": "route and parts", "error": 0.0, "limit": 1.0})
     elif part == "fp8":
         for name, plan in FP8_PLANS.items():

@@ -15,6 +15,6 @@ def install() -> None:
     sdpa_backend.register()
     unquant.register(DISPATCH_KEY)
     try:
-        preflight.install(select("seat", ("platform",)), "seat")
+        preflight.install(select("seat", ("platform", "both")), "seat")
     except HookError as error:
         preflight.fail_closed(error)

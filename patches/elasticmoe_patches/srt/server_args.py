@@ -18,6 +18,7 @@ def after_add_cli_args(_result: Any, parser: argparse.ArgumentParser) -> None:
 
 def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
     """Shape the arguments and put the runtime into the environment, where every process of the server finds it."""
+    from elasticmoe_patches.device import check_devices
     from elasticmoe_patches.launch import shape_arguments
     from elasticmoe_patches.plugin import install_for_process
     from elasticmoe_sglang.runtime import new_runtime
@@ -27,6 +28,7 @@ def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
         if config is None:
             return
         shape_arguments(args, config)
+        check_devices(config)
         runtime = new_runtime(config)
     except UserInputError as error:
         print(f"elasticmoe: {error}", file=sys.stderr)
@@ -38,6 +40,11 @@ def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
     os.environ["SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND"] = "python"
     # The shared-memory broadcaster waits for all ranks, absent seats included.
     os.environ["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
+    # Columns hold the gate's rows and then the up projection's, as checkpoints do; SGLang may mix them for its own MoE.
+    os.environ["SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"] = "false"
+    if config.seats_per_device > 1:
+        # Free memory of a device that seats share differs while they boot.
+        os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "false"
     install_for_process("main")
 
 

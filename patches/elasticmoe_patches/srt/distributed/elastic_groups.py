@@ -20,6 +20,14 @@ def around_init_distributed_environment(original: Any, world_size: int = -1, ran
     original(world_size=world_size, rank=rank, **kwargs)
 
 
+_COMMUNICATORS = ("use_pynccl", "use_mscclpp", "use_custom_allreduce", "use_torch_symm_mem_all_reduce")
+
+
+def before_group_init(self: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """No communicator beside the group itself: each would be one of all seats, absent ones included."""
+    return (self, *args), {**kwargs, **dict.fromkeys(_COMMUNICATORS, False)}
+
+
 HOOKS = (
     HookSpec(
         target="sglang.srt.distributed.parallel_state.init_distributed_environment",
@@ -29,6 +37,18 @@ HOOKS = (
         "timeout=None, moe_a2a_backend=None, recovered_rank=False, max_world_size=None)",
         reason="Groups of all seats over shared windows, with a membership mask; nobody waits for absent seats.",
         expires="SGLang takes the distributed backend as an argument.",
+        processes=_SEATS,
+    ),
+    HookSpec(
+        target="sglang.srt.distributed.parallel_state.GroupCoordinator.__init__",
+        kind="before",
+        hook=f"{__name__}:before_group_init",
+        signature="(self, group_ranks, local_rank, torch_distributed_backend, use_pynccl, use_mscclpp, "
+        "use_custom_allreduce, use_torch_symm_mem_all_reduce, use_hpu_communicator, use_xpu_communicator, "
+        "use_npu_communicator, use_message_queue_broadcaster=False, group_name=None, "
+        "gloo_timeout=datetime.timedelta(seconds=7200), recovered_rank=False, rank_offset=0, max_world_size=None)",
+        reason="SGLang would build NCCL communicators beside the group, which need every seat and one GPU each.",
+        expires="SGLang asks the platform which communicators to build.",
         processes=_SEATS,
     ),
 )

@@ -1,4 +1,4 @@
-"""Collectives of SGLang's GroupCoordinator on CPU tensors (mirrors ``sglang/srt/distributed/parallel_state.py``)."""
+"""Collectives of SGLang's GroupCoordinator without NCCL (mirrors ``sglang/srt/distributed/parallel_state.py``)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ def reduce_scatterv(
     import torch.distributed as dist
 
     sizes = _sizes(self.world_size, input_.shape[0], sizes)
+    if input_.is_cuda and len(set(sizes)) == 1:  # gloo, on the CPU platform, has no reduce-scatter
+        rows = input_.new_empty((sizes[0], *input_.shape[1:])) if output is None else output
+        dist.reduce_scatter_tensor(rows, input_, group=self.device_group)
+        return rows
     total = input_.clone()
     dist.all_reduce(total, group=self.device_group)
     start = sum(sizes[: self.rank_in_group])
@@ -95,7 +99,7 @@ HOOKS: tuple[HookSpec, ...] = (
         signature="(self, input_, output=None, sizes=None)",
         reason="Data-parallel attention returns its rows with it; SGLang has it on pynccl only.",
         expires="SGLang has a torch.distributed path for it.",
-        scope="platform",
+        scope="both",
         processes=_SEATS,
     ),
     HookSpec(
@@ -105,7 +109,7 @@ HOOKS: tuple[HookSpec, ...] = (
         signature="(self, input_, sizes=None, output=None)",
         reason="Data-parallel attention may gather rows of unequal number with it; SGLang has it on pynccl only.",
         expires="SGLang has a torch.distributed path for it.",
-        scope="platform",
+        scope="both",
         processes=_SEATS,
     ),
 )

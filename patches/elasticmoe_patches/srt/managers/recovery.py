@@ -90,7 +90,10 @@ def _drain(scheduler: Any) -> None:
     results = getattr(scheduler, "result_queue", None)
     while scheduler.enable_overlap and results:
         batch, result = results.popleft()
-        scheduler.process_batch_result(batch, result)
+        try:
+            scheduler.process_batch_result(batch, result)
+        except CollectiveError:  # on a GPU a batch that was launched may have failed since
+            return
 
 
 def _started(scheduler: Any, seat: Any) -> list[tuple[Any, int]]:

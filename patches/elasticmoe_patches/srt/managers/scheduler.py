@@ -30,11 +30,16 @@ def _on_command(request: Any) -> None:
 
 def around_ingest_requests(original: Any, self: Any) -> Any:
     from elasticmoe_patches.seat import current_seat
+    from elasticmoe_patches.seat_device import check_collectives
     from elasticmoe_patches.srt.managers.change import adopt_ready, carry_out, take_parcels
     from elasticmoe_patches.srt.managers.kv_jobs import run_kv_jobs
     from elasticmoe_patches.srt.managers.recovery import answer_counts
 
     seat = current_seat()
+    check_collectives(seat)
+    if seat.warm_up is not None:
+        seat.warm_up.step(self)
+        return None
     run_kv_jobs(self, seat)
     take_parcels(seat)
     if seat.pending is not None:
@@ -52,8 +57,11 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
     """Booted: a joiner waits here for the commit, at the top of its first iteration. A seat's death ends here too."""
     from elasticmoe_patches.seat import current_seat
     from elasticmoe_patches.srt.managers.recovery import recover
+    from elasticmoe_patches.srt.managers.warm_up import warm_up
     from elasticmoe_sglang.errors import CollectiveError
 
+    if current_seat().cuda is not None:
+        warm_up(original, scheduler, current_seat())
     _enter_service(scheduler)
     while True:
         try:
@@ -151,10 +159,17 @@ def after_abort_request(_result: None, self: Any, recv_req: Any) -> None:
     current_seat().aborted.add(recv_req.rid, recv_req.abort_all)
 
 
-def after_process_batch_result(_result: Any, self: Any, batch: Any, result: Any) -> None:
+def around_process_batch_result(original: Any, self: Any, batch: Any, result: Any) -> None:
+    """What a failed collective left is not handed out: on a GPU the failure shows once the batch has run."""
     from elasticmoe_patches.seat import current_seat
+    from elasticmoe_patches.seat_device import check_collectives
 
     seat = current_seat()
+    if seat.cuda is not None:
+        if getattr(result, "copy_done", None) is not None:
+            result.copy_done.synchronize()
+        check_collectives(seat)
+    original(self, batch, result)
     seat.idle.busy()
     measured = seat.pause.result()
     if measured is not None:
@@ -264,11 +279,11 @@ HOOKS = (
     ),
     _hook(
         f"{_SCHEDULER}.process_batch_result",
-        "after",
-        after_process_batch_result,
+        "around",
+        around_process_batch_result,
         "(self, batch, result)",
-        "Measures the pause around a commit.",
-        "Never; remove with the measurement.",
+        "Hands out no tokens of a batch whose collectives failed; measures the pause around a commit.",
+        "SGLang lets a distributed backend fail a batch.",
     ),
     _hook(
         f"{_SCHEDULER}.on_idle",

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from sglang.srt.configs.load_config import LoadFormat
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.model_loader.loader import (
     DefaultModelLoader,
@@ -26,6 +27,8 @@ from sglang.srt.model_loader.loader import (
 )
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 
+from elasticmoe_patches.srt.layers.quantization.unquant import RowSlots
+from elasticmoe_patches.srt.model_loader.dummy import dummy_fingerprint, fill_dummy
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
 from elasticmoe_sglang.hmm.protocol import ModelSpec
@@ -80,8 +83,10 @@ def dense_layout(parameters: dict[str, torch.nn.Parameter]) -> DenseLayout:
     return DenseLayout.of((name, tuple(param.shape), param.dtype) for name, param in parameters.items())
 
 
-def bind(layers: list[FusedMoE], parameters: dict[str, torch.nn.Parameter], memory: Any, columns: ColumnLayout) -> None:
-    """Point the model's parameters at the mapped memory."""
+def bind(
+    layers: list[FusedMoE], parameters: dict[str, torch.nn.Parameter], memory: Any, columns: ColumnLayout, table: Any
+) -> None:
+    """Point the model's parameters at the mapped memory; table: what maps expert ids to slots."""
     dense = memory.dense.views()
     for name, param in parameters.items():
         param.data = dense[name]
@@ -92,7 +97,7 @@ def bind(layers: list[FusedMoE], parameters: dict[str, torch.nn.Parameter], memo
             new = torch.nn.Parameter(views[f"{layer.layer_id}.{name}"], requires_grad=False)
             new.__dict__.update(old.__dict__)  # SGLang hangs the weight loader on the parameter
             layer.register_parameter(name, new)
-        layer.dispatcher.local_expert_mapping = memory.slot_table
+        layer.dispatcher.local_expert_mapping = table
 
 
 class CheckpointReader:
@@ -131,16 +136,22 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
         return loaded
 
     def _attach(self, seat: Any, model: torch.nn.Module, model_config: Any, target: torch.device) -> None:
-        folder, files, use_safetensors = self._prepare_weights(
-            model_config.model_path, model_config.revision, fall_back_to_pt=False
-        )
-        if not use_safetensors:
-            raise UserInputError(f"{folder} has no safetensors files", hint="Convert the checkpoint to safetensors")
+        dummy = self.load_config.load_format == LoadFormat.DUMMY
+        files: list[str] = []
+        if dummy:
+            content = dummy_fingerprint(model_config.hf_config.to_json_string(), model_config.dtype)
+        else:
+            folder, files, use_safetensors = self._prepare_weights(
+                model_config.model_path, model_config.revision, fall_back_to_pt=False
+            )
+            if not use_safetensors:
+                raise UserInputError(f"{folder} has no safetensors files", hint="Convert the checkpoint to safetensors")
+            content = fingerprint(Path(folder), model_config.dtype)
         layers, parameters = moe_layers(model), dense_parameters(model)
         columns, dense = column_layout(layers), dense_layout(parameters)
         num_columns = layers[0].num_experts
         spec = ModelSpec(
-            fingerprint=fingerprint(Path(folder), model_config.dtype),
+            fingerprint=content,
             num_columns=num_columns,
             column_bytes=columns.column_bytes,
             dense_bytes=dense.dense_bytes,
@@ -161,7 +172,15 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
         )
         seat.spec = spec
         seat.fault_point("boot.attached")
-        bind(layers, parameters, seat.memory, columns)
+        table = seat.memory.slot_table
+        if seat.cuda is not None:
+            table = RowSlots(table, control=seat.cuda.windows.control, seats=seat.fabric.capacity)
+        bind(layers, parameters, seat.memory, columns, table)
+        if target.type == "cuda":
+            torch.cuda.empty_cache()  # the parameters that the model was built with
+        if dummy:
+            fill_dummy(parameters, seat.memory.columns.views(columns), found)
+            torch.get_device_module(target).synchronize()
         self._load(seat, model, files, found)
         self.postprocess_weights(model, target)
 
@@ -170,7 +189,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             match = _EXPERT.search(name)
             return found.load_dense if match is None else int(match.group(1)) in found.load_columns
 
-        if found.load_dense or found.load_columns:
+        if files and (found.load_dense or found.load_columns):
             reader = CheckpointReader(files, wanted)
             model.load_weights(iter(reader))
             seat.checkpoint_bytes = reader.bytes

@@ -13,10 +13,10 @@ def put_elastic_loader(_original: Any, load_config: Any, model_config: Any = Non
 
     from elasticmoe_patches.srt.model_loader.elastic_loader import ElasticModelLoader
 
-    if load_config.load_format not in (LoadFormat.AUTO, LoadFormat.SAFETENSORS):
+    if load_config.load_format not in (LoadFormat.AUTO, LoadFormat.SAFETENSORS, LoadFormat.DUMMY):
         raise UserInputError(
             f"--load-format {load_config.load_format} is not supported by an elastic server",
-            hint="Leave it out: safetensors checkpoints are read into the HMM",
+            hint="Leave it out: safetensors checkpoints are read into the HMM; or dummy, for weights by seed",
         )
     return ElasticModelLoader(load_config)
 

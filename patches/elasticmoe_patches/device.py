@@ -1,0 +1,81 @@
+"""What the server computes on: the HMM's kind of memory, how much there is, and whether seats can share a device."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.errors import UserInputError
+
+_MPS_CONTROL = "nvidia-cuda-mps-control"
+_MPS_FOLDERS = ("/usr/bin", "/usr/local/nvidia/bin")
+_START_MPS = (
+    f"Start it: `export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps; mkdir -p /tmp/mps; "
+    f"{_MPS_CONTROL} -d`, and start the server with the same variables; `echo quit | {_MPS_CONTROL}` ends it"
+)
+
+
+def on_cuda() -> bool:
+    """Whether SGLang computes on NVIDIA GPUs. Looks through NVML: makes no context."""
+    import torch
+
+    return torch.version.cuda is not None and torch.cuda.device_count() > 0
+
+
+def memory_backend() -> str:
+    """The name of the HMM's memory backend."""
+    return "cuda" if on_cuda() else "cpu"
+
+
+def budgets(config: ElasticConfig) -> list[int]:
+    """Bytes of each device for the HMM: what was asked for, else all that the device has. On the CPU a device is an
+    equal share of the machine's memory."""
+    devices = range(config.num_devices)
+    if config.device_budget:
+        return [config.device_budget for _ in devices]
+    if on_cuda():
+        import torch
+
+        return [torch.cuda.get_device_properties(device).total_memory for device in devices]
+    import psutil
+
+    return [psutil.virtual_memory().total // config.num_devices for _ in devices]
+
+
+def check_devices(config: ElasticConfig) -> None:
+    """Raises UserInputError: too few GPUs for the seats, or several seats a GPU without MPS."""
+    if not on_cuda():
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < config.num_devices:
+        raise UserInputError(
+            f"{config.max_ep_size} seats, {config.seats_per_device} a GPU, need {config.num_devices} GPUs, not {found}",
+            hint="Lower --elasticmoe-max-ep-size, or put more seats on a GPU: --elasticmoe-seats-per-device",
+        )
+    if config.seats_per_device > 1 and not mps_runs():
+        raise UserInputError(
+            f"{config.seats_per_device} seats a GPU need NVIDIA's MPS, and it does not run: the seats' kernels would "
+            "take turns, and each would wait for the others' time slices",
+            hint=_START_MPS,
+        )
+
+
+def mps_runs() -> bool:
+    """Whether the MPS daemon that the environment names answers."""
+    control = shutil.which(_MPS_CONTROL) or next(
+        (str(path) for folder in _MPS_FOLDERS if (path := Path(folder) / _MPS_CONTROL).exists()), None
+    )
+    if control is None:
+        return False
+    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+    if not pipes.is_dir():
+        return False
+    asked = subprocess.run(
+        [control], input="get_default_active_thread_percentage\n", capture_output=True, text=True, timeout=20
+    )
+    return asked.returncode == 0

@@ -1,0 +1,78 @@
+"""MoE experts on NVIDIA GPUs (mirrors ``sglang/srt/layers/quantization/unquant.py``).
+
+SGLang's own Triton MoE takes contiguous expert weights; columns are strided, and most slots have no memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from elasticmoe_patches.spec import HookSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RowSlots:
+    """What SGLang's dispatcher takes for its table of local experts: `table[topk_ids]`, on the device.
+
+    Args:
+        table: int32, expert id -> slot, -1 for not here.
+        control: address of the windows' control block, which says which seats are there.
+        seats: that exist.
+    """
+
+    def __init__(self, table: torch.Tensor, *, control: int, seats: int) -> None:
+        self._table = table
+        self._control = control
+        self._seats = seats
+
+    def __getitem__(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        """[T, K] expert ids -> int32 slots; -1 also in the rows of absent seats."""
+        from sglang.srt.layers.dp_attention import is_dp_max_padding
+
+        from elasticmoe_kernels.triton.slots import slots_of_rows
+
+        # With rows padded to the longest batch every seat has an equal part; without, absent seats have no rows.
+        rows = topk_ids.shape[0]
+        equal_parts = self._seats > 1 and is_dp_max_padding() and rows > 0 and rows % self._seats == 0
+        each = rows // self._seats if equal_parts else None
+        return slots_of_rows(topk_ids, self._table, control=self._control, rows_per_seat=each)
+
+
+def forward(self: Any, layer: Any, dispatch_output: Any) -> Any:
+    """StandardDispatchOutput (hidden [tokens, hidden]) -> StandardCombineInput of the same shape.
+
+    `self` is the UnquantizedFusedMoEMethod, `layer` the FusedMoE; expert ids are those of this rank's slots.
+    """
+    from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+
+    from elasticmoe_kernels import moe_experts
+    from elasticmoe_sglang.errors import UnsupportedFeature
+
+    config = self.moe_runner_config
+    if config.activation != "silu" or not config.is_gated or config.apply_router_weight_on_input or self.with_bias:
+        raise UnsupportedFeature(
+            "elastic serving computes SwiGLU experts without bias only",
+            hint="Qwen3-MoE and DeepSeek-V2 are such models.",
+        )
+    weights, ids, _ = dispatch_output.topk_output
+    output = moe_experts(dispatch_output.hidden_states, layer.w13_weight, layer.w2_weight, ids, weights)
+    return StandardCombineInput(hidden_states=output)
+
+
+_METHOD = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
+
+# forward_native too: SGLANG_FORCE_FUSED_OP_BACKEND selects it, and it is the method that serves float32 on a GPU.
+HOOKS: tuple[HookSpec, ...] = tuple(
+    HookSpec(
+        target=f"{_METHOD}.{name}",
+        kind="replace",
+        hook=f"{__name__}:forward",
+        signature="(self, layer, dispatch_output)",
+        reason="Expert columns are strided and partly unmapped; SGLang's MoE asserts contiguous weights, or reads all.",
+        expires="SGLang's fused MoE takes strided expert weights.",
+        processes=frozenset(("seat", "standby")),
+    )
+    for name in ("forward_cuda", "forward_native")
+)
