@@ -9,6 +9,7 @@ from benchmarks.scaling.report import (
     Result,
     Results,
     about_machine,
+    as_gib,
     as_ms,
     as_over,
     as_percent,
@@ -41,7 +42,7 @@ def block(results: Results, picture: str) -> str:
 def _table(results: list[Result]) -> str:
     header = [
         "method", "scale latency", "downtime", "requests failed", "longest gap p50 / max", "within SLO",
-        "tokens/s before / during / after", "during / before", "memory peak", "device-s",
+        "tokens/s before / during / after", "during / before", "memory peak, over steady", "device-s",
     ]  # fmt: skip
     rows = []
     for result in results:
@@ -58,7 +59,7 @@ def _table(results: list[Result]) -> str:
                 as_percent(f.slo_attainment),
                 " / ".join(f"{window.tokens_per_s:.1f}" for window in windows),
                 as_percent(change.during_over_before) if change else "-",
-                as_over(change.memory_peak_over_steady) if change else "-",
+                f"{as_gib(f.host_peak_bytes)}, {as_over(change.memory_peak_over_steady if change else None)}",
                 f"{f.device_seconds:.0f}",
             ]
         )

@@ -108,7 +108,7 @@ def runs_table(results: Sequence[Result]) -> str:
                 f"{f.goodput:.2f}",
                 as_seconds(f.downtime_s),
                 f"{f.device_seconds:.0f}",
-                _gib(f.host_peak_bytes),
+                as_gib(f.host_peak_bytes),
             ]
         )
     return table(header, rows)
@@ -218,5 +218,5 @@ def as_over(share: float | None) -> str:
     return "-" if share is None else f"{share:+.1%}"
 
 
-def _gib(nbytes: int | None) -> str:
+def as_gib(nbytes: int | None) -> str:
     return "-" if nbytes is None else f"{nbytes / 2**30:.2f} GiB"

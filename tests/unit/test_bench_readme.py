@@ -25,7 +25,7 @@ def made_up() -> Results:
     figures = Figures(
         method="elastic", requests=7, completed=6, failed=1, refused=1, aborted=0, lost_tokens=0, duplicated_tokens=0,
         ttft=Spread(count=0), tpot=Spread(count=0), max_gaps=Spread(count=6, p50=0.05, max=0.25), throughput=rates[0],
-        slo_attainment=0.5, goodput=1.0, downtime_s=0.0, device_seconds=120.0, host_peak_bytes=None,
+        slo_attainment=0.5, goodput=1.0, downtime_s=0.0, device_seconds=120.0, host_peak_bytes=3 * 2**30,
         device_peak_over_steady=None, changes=[change],
     )  # fmt: skip
     machine = {"date": "2026-01-01", "cpu": "abacus", "cores": 2, "memory_bytes": 2**30, "versions": {}}
@@ -44,7 +44,8 @@ def test_the_block_replaces_what_stood_between_the_marks(tmp_path: Path) -> None
     text = page.read_text()
     assert text.startswith("# Above\n") and text.endswith("\n\nbelow\n") and "\nold\n" not in text
     assert "![Title](results/figures.png)" in text and "elasticmoe bench scaling\n```" in text
-    assert "| elastic | 1.25 s | 0 | 1 of 7 | 50 ms / 250 ms | 50% | 40.0 / 38.0 / 41.0 | 95% | +0.4% | 120 |" in text
+    assert "| elastic | 1.25 s | 0 | 1 of 7 | 50 ms / 250 ms | 50% | 40.0 / 38.0 / 41.0 | 95% |" in text
+    assert "| 3.00 GiB, +0.4% | 120 |" in text
 
 
 def test_a_readme_without_marks_is_left_alone(tmp_path: Path) -> None:
