@@ -122,6 +122,7 @@ class Row:
     median_ms: float
     settled_s: float
     requests: int
+    lost: int
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -130,7 +131,7 @@ class Row:
             "median_gap_ms": round(self.median_ms, 1),
             "whole_again_s": round(self.settled_s, 2),
             "requests": self.requests,
-            "lost": 0,
+            "lost": self.lost,
         }
 
 
@@ -268,6 +269,7 @@ def test_killed_in_a_change(bench: Bench, fault: Fault) -> None:
             median_ms=statistics.median(gaps) * 1e3,
             settled_s=whole_s,
             requests=len(pump.streams),
+            lost=sum(stream.lost for stream in pump.streams),
         )
     )
     print(

@@ -175,7 +175,6 @@ def test_many_changes_with_faults_at_random(storm: Storm, changes: int | None, s
         "faults_total": storm.faults.total(),
         "whole_again_s_max": round(max(storm.whole_s), 2),
         **load.summary(),
-        "lost": 0,
         "memory_growth_mib": round((after.proportional_bytes - before.proportional_bytes) / 2**20, 1),
         "seconds": round(time.monotonic() - started, 1),
     }

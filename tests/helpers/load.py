@@ -77,6 +77,12 @@ class Stream:
         """When the first token came; infinite when none did."""
         return self.arrivals[0][0] if self.arrivals else float("inf")
 
+    @property
+    def lost(self) -> bool:
+        """It has ended, its client had not ended it, and it did not get all of its tokens."""
+        complete = self.outputs and all(len(output.ids) == self.wanted for output in self.outputs.values())
+        return self.done.done() and self.cut is None and not complete
+
     def gaps(self) -> list[float]:
         """Seconds between two arrivals."""
         times = [at for at, _ in self.arrivals]
@@ -271,6 +277,7 @@ class Load:
         return {
             "requests": len(self.streams),
             "ended": dict(sorted(ended.items())),
+            "lost": sum(stream.lost for stream in self.streams),
             "tokens": sum(len(stream.ids) for stream in self.streams),
             "streams_on_several_seats": sum(len(stream.ranks) > 1 for stream in self.streams),
         }
