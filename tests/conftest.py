@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Before anything imports torch: the machine has two cores, and tests start many processes.
@@ -15,6 +16,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from tests.helpers.leaks import no_leaks as check_no_leaks
 
 TESTS = Path(__file__).parent
+
+# How long one example takes says how busy the machine is, nothing of the code; whole tests have their limits below.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 TIME_LIMITS_S = {"unit": 240, "contract": 600, "fault": 600, "e2e": 900, "gpu": 300}
 """Time limit of one test by the folder it lies in; a `timeout` marker on the test overrides it."""
