@@ -22,7 +22,8 @@ from elasticmoe_sglang.errors import (
 from elasticmoe_sglang.planner import RetireSeats, ScaleTo, Wish
 from tests.helpers.fake_cluster import COLUMN, DENSE, KV_CHUNKS, FakeCluster
 
-SHORT = {"prepare_deadline_s": 0.1, "commit_deadline_s": 0.05, "finish_deadline_s": 0.1}
+SHORT = {"prepare_deadline_s": 1.0, "commit_deadline_s": 0.5, "finish_deadline_s": 1.0}
+"""Deadlines for calls that hang: long enough for a machine that stands still for a moment, and waited for only then."""
 HOW = ["raise_before", "raise_after", "hang"]
 UP = ScaleTo(size=4)
 DOWN = RetireSeats(seats=(1,))
