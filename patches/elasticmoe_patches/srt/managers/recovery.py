@@ -1,9 +1,10 @@
 """Going on after a seat's death.
 
-A dead seat fails the same collective on every survivor, because no collective completes without all members. So all
-survivors stand at one point: each sets its own requests aside, waits for the coordinator's `Recover`, meets the others
-at the gate, and enters SGLang's event loop anew. Requests of the dead seat are sent again by the tokenizer, which knows
-what their clients have received (`journal.py`).
+A dead seat fails the same collective on every survivor, because no collective completes without all members; the
+leader's death at the commit gate fails the gate for all who stand there. So all survivors stand at one point: each sets
+its own requests aside, waits for the coordinator's `Recover`, meets the others at the gate, and enters SGLang's event
+loop anew. Requests of the dead seat are sent again by the tokenizer, which knows what their clients have received
+(`journal.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from elasticmoe_patches.srt.managers.change import put_fence, take_parcels
 from elasticmoe_patches.srt.managers.handover import live_requests
 from elasticmoe_patches.srt.managers.kv_jobs import run_kv_jobs
-from elasticmoe_sglang.errors import CollectiveError
+from elasticmoe_sglang.errors import CollectiveError, CommitError
 from elasticmoe_sglang.seats import messages as sm
 
 logger = logging.getLogger(__name__)
@@ -28,11 +29,11 @@ _FENCE_DEADLINE_S = 2.0
 _LOOK_S = 0.005
 
 
-def recover(scheduler: Any, seat: Any, error: CollectiveError) -> None:
+def recover(scheduler: Any, seat: Any, error: CollectiveError | CommitError) -> None:
     """Set requests aside and come back as a member of the next epoch.
 
     Raises:
-        CollectiveError: `error` again, when the coordinator did not lead the way in time.
+        CollectiveError, CommitError: `error` again, when the coordinator did not lead the way in time.
     """
     logger.warning("seat %d: %s", seat.me, error)
     reason = f"seat {error.seat} was lost" if error.seat is not None else error.what

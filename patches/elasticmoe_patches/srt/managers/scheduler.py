@@ -58,7 +58,7 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
     from elasticmoe_patches.seat import current_seat
     from elasticmoe_patches.srt.managers.recovery import recover
     from elasticmoe_patches.srt.managers.warm_up import warm_up
-    from elasticmoe_sglang.errors import CollectiveError
+    from elasticmoe_sglang.errors import CollectiveError, CommitError
 
     if current_seat().cuda is not None:
         warm_up(original, scheduler, current_seat())
@@ -67,7 +67,7 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
         try:
             original(scheduler)
             return
-        except CollectiveError as error:
+        except (CollectiveError, CommitError) as error:  # a seat died in a collective, or the leader at the gate
             recover(scheduler, current_seat(), error)
 
 
