@@ -21,14 +21,14 @@ from tests.helpers.load import Load, Pump, Stream, settled
 from tests.helpers.record import record
 from tests.helpers.server import SglangServer
 
-# In `make soak` until it has passed: its bounds are estimates.
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.soak]
 
 SIZES = (3, 1, 4, 2)
 TOKENS = 80
 STREAMS = 6
-LARGEST = 0.5
-"""Logits of these models are 8 to 30, where bfloat16's spacing is up to 0.125."""
+LARGEST = 1.0
+"""Logits of these models are 8 to 30, where bfloat16's spacing is up to 0.125: eight of these spacings. Seen: 0.56
+where plain SGLang's own decoding and prefilling differed by up to 0.38."""
 TIMES_PLAIN = 1.5
 """The mean difference may be this many times the one between plain SGLang's own decoding and prefilling."""
 
@@ -79,6 +79,10 @@ def differences(server: SglangServer, streams: Sequence[Stream]) -> list[float]:
         text = [*stream.prompt, *stream.ids]
         answer = server.generate(text, 1, return_logprob=True, logprob_start_len=0)
         scored = answer["meta_info"]["input_token_logprobs"][len(stream.prompt) :]
-        assert [entry[1] for entry in scored] == stream.ids == [entry[1] for entry in stream.output.logprobs]
-        found += [abs(a[0] - b[0]) for a, b in zip(scored, stream.output.logprobs, strict=True)]
+        # SGLang scores the last id of the vocabulary as if it was id 0: it takes it for a padded image.
+        wanted = [0 if token == VOCAB - 1 else token for token in stream.ids]
+        assert [entry[1] for entry in scored] == wanted
+        assert [entry[1] for entry in stream.output.logprobs] == stream.ids
+        pairs = zip(stream.ids, scored, stream.output.logprobs, strict=True)
+        found += [abs(a[0] - b[0]) for token, a, b in pairs if token != VOCAB - 1]
     return found
