@@ -1,7 +1,8 @@
-"""MoE experts on the CPU platform: SGLang's unquantised method computes through this project's kernels.
+"""Unquantised MoE experts through this project's kernels: on the CPU platform, and on GPUs for an elastic server.
 
-``fused_moe_native.moe_forward_native``, which SGLang uses otherwise, scatters by expert id and so cannot take the id
--1 ("not on this rank") that expert parallelism produces.
+On the CPU ``fused_moe_native.moe_forward_native``, which SGLang uses otherwise, scatters by expert id and so
+cannot take the id -1 ("not on this rank") that expert parallelism produces. On GPUs it is installed as a hook, see
+``layers/quantization/unquant.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def forward(self: Any, layer: Any, dispatch_output: Any) -> Any:
     config = self.moe_runner_config
     if config.activation != "silu" or not config.is_gated or config.apply_router_weight_on_input or self.with_bias:
         raise UnsupportedFeature(
-            "the CPU platform computes SwiGLU experts without bias only",
+            "the MoE kernels compute SwiGLU experts without bias only",
             hint="Qwen3-MoE and DeepSeek-V2 are such models.",
         )
     weights, ids, _ = dispatch_output.topk_output

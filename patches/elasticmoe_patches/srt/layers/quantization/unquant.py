@@ -41,24 +41,10 @@ class RowSlots:
 
 
 def forward(self: Any, layer: Any, dispatch_output: Any) -> Any:
-    """StandardDispatchOutput (hidden [tokens, hidden]) -> StandardCombineInput of the same shape.
+    """What the CPU platform computes too, see `moe.unquant.forward`, which imports SGLang and so is loaded here."""
+    from elasticmoe_patches.srt.layers.moe import unquant
 
-    `self` is the UnquantizedFusedMoEMethod, `layer` the FusedMoE; expert ids are those of this rank's slots.
-    """
-    from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
-
-    from elasticmoe_kernels import moe_experts
-    from elasticmoe_sglang.errors import UnsupportedFeature
-
-    config = self.moe_runner_config
-    if config.activation != "silu" or not config.is_gated or config.apply_router_weight_on_input or self.with_bias:
-        raise UnsupportedFeature(
-            "elastic serving computes SwiGLU experts without bias only",
-            hint="Qwen3-MoE and DeepSeek-V2 are such models.",
-        )
-    weights, ids, _ = dispatch_output.topk_output
-    output = moe_experts(dispatch_output.hidden_states, layer.w13_weight, layer.w2_weight, ids, weights)
-    return StandardCombineInput(hidden_states=output)
+    return unquant.forward(self, layer, dispatch_output)
 
 
 _METHOD = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
