@@ -14,6 +14,7 @@ from elasticmoe_sglang.hmm.protocol import DeviceUsage, HmmStatus
 from elasticmoe_sglang.hmm.vmm.base import round_up
 from elasticmoe_sglang.planner import ColumnMove, KvDevice, KvShape, Placement
 from elasticmoe_sglang.seats import messages as sm
+from elasticmoe_sglang.seats.kv_room import device_at_rest, others_of, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ class KvPools:
             device = KvDevice(
                 budget=usage.budget,
                 headroom=self._config.headroom_bytes(usage.budget),
-                weights=_weights(usage) + self._incoming(plan, usage, status, joining),
-                others=_others(usage),
+                weights=weights_of(usage) + self._incoming(plan, usage, status, joining),
+                others=others_of(usage),
                 seats=here,
                 held=sum(self._bytes(seat) for seat in self._on(usage.device, leaving)),
             )
@@ -131,14 +132,13 @@ class KvPools:
             here = [seat for seat in self._on(usage.device, seats) if seat in self._shapes]
             if not here:
                 continue
-            columns = sum(self._config.device_of(owner) == usage.device for owner in placement.owners)
-            device = KvDevice(
-                budget=usage.budget,
-                headroom=self._config.headroom_bytes(usage.budget),
-                weights=round_up(model.dense_bytes, status.granularity)
-                + columns * round_up(model.column_bytes, status.granularity),
-                others=_others(usage),
+            device = device_at_rest(
+                self._config,
+                usage,
+                model,
+                granularity=status.granularity,
                 seats=here,
+                owners=placement.owners,
             )
             shares = {}
             for seat in here:
@@ -193,11 +193,3 @@ class KvPools:
         return new * round_up(model.column_bytes, status.granularity) + dense * round_up(
             model.dense_bytes, status.granularity
         )
-
-
-def _weights(usage: DeviceUsage) -> int:
-    return usage.by_kind.get("dense", 0) + usage.by_kind.get("column", 0)
-
-
-def _others(usage: DeviceUsage) -> int:
-    return usage.used - _weights(usage) - usage.by_kind.get("kv", 0)

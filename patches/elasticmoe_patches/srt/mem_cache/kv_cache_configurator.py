@@ -11,7 +11,8 @@ from typing import Any
 
 from elasticmoe_patches.spec import HookSpec
 from elasticmoe_sglang.hmm.layout import KvLayout
-from elasticmoe_sglang.planner import KvDevice, KvShape, kv_shape
+from elasticmoe_sglang.planner import KvShape, kv_shape
+from elasticmoe_sglang.seats.kv_room import device_at_rest
 
 logger = logging.getLogger(__name__)
 
@@ -87,21 +88,14 @@ def open_kv(seat: Any, configurator: Any) -> None:
 
 def first_share(seat: Any, status: Any, shape: KvShape) -> int:
     """Chunks of each seat of this device when the placement of the ticket holds; all of its seats find the same."""
-    from elasticmoe_sglang.hmm.vmm.base import round_up
-
-    config, spec, ticket = seat.runtime.config, seat.spec, seat.ticket
-    usage = status.devices[seat.device]
-    here = [member for member in ticket.members if config.device_of(member) == seat.device]
-    columns = sum(config.device_of(owner) == seat.device for owner in seat.placement)
-    weights = round_up(spec.dense_bytes, status.granularity)
-    weights += columns * round_up(spec.column_bytes, status.granularity)
-    others = sum(size for kind, size in usage.by_kind.items() if kind not in ("dense", "column", "kv"))
-    device = KvDevice(
-        budget=usage.budget,
-        headroom=config.headroom_bytes(usage.budget),
-        weights=weights,
-        others=others,
-        seats=here,
+    config, ticket = seat.runtime.config, seat.ticket
+    device = device_at_rest(
+        config,
+        status.devices[seat.device],
+        seat.spec,
+        granularity=status.granularity,
+        seats=[member for member in ticket.members if config.device_of(member) == seat.device],
+        owners=seat.placement,
     )
     return device.targets(shape)[seat.me]
 
