@@ -226,6 +226,8 @@ class CudaFabric:
         text = f"seat {seat} did not arrive within {timeout_s:g} s"
         if failure.kind == w.MISMATCHED:
             kind, text = CollectiveMismatch, f"seat {seat} called another collective than seat {self.fabric.me}"
+        elif failure.kind == w.TOLD_OF_MISMATCH:
+            kind, text = CollectiveMismatch, f"seat {seat} found that the seats called different collectives"
         elif failure.kind == w.TOLD:
             text = f"seat {seat} gave up waiting for another seat"
         elif not self.fabric.control.alive(seat):

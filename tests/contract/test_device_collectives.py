@@ -59,11 +59,16 @@ def test_steps_restart_with_the_epoch(pool: DevicePool) -> None:
         # Seat 0 left and comes back in a later epoch; the others never knew.
 
 
-def test_seats_that_disagree_are_told(pool: DevicePool) -> None:
+@pytest.mark.parametrize("late", [None, 0, 1, 2])
+def test_seats_that_disagree_are_told(pool: DevicePool, late: int | None) -> None:
+    """late: a seat that comes when the others gave up already."""
     epoch = pool.next_epoch()
-    results = pool.run((0, 1, 2), cases.differ, (0, 1, 2), epoch)
-    assert {type(error) for error in results.values()} == {CollectiveMismatch}
-    assert results[1].seat == 0 and "all" in str(results[1]) and f"epoch {epoch}" in str(results[1])
+    for seat in (0, 1, 2):
+        pool.submit(seat, cases.differ, (0, 1, 2), epoch, 1.0 if seat == late else 0.0)
+    errors = {seat: pool.result(seat) for seat in (0, 1, 2)}
+    assert {type(error) for error in errors.values()} == {CollectiveMismatch}, errors
+    assert 0 in {errors[1].seat, errors[2].seat}
+    assert all("all" in str(error) and f"epoch {epoch}" in str(error) for error in errors.values())
     epoch = pool.next_epoch()
     pool.run((0, 1, 2), cases.everything, (0, 1, 2), epoch, (40,), (torch.float32,), 0, (1,))
 

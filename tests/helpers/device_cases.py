@@ -165,9 +165,10 @@ def meet_or_fail(context: DeviceContext, seats: tuple[int, ...], epoch: int, cou
     return seconds, None
 
 
-def differ(context: DeviceContext, seats: tuple[int, ...], epoch: int) -> Any:
-    """Seat 0 calls another size than the rest; the error of the device."""
+def differ(context: DeviceContext, seats: tuple[int, ...], epoch: int, after_s: float = 0.0) -> Any:
+    """Seat 0 calls another size than the rest, after_s late; the error of the device."""
     context.adopt(seats, epoch)
+    time.sleep(after_s)
     device, group = context.device, context.everybody
     tensor = torch.ones(64 if context.seat == 0 else 128, dtype=torch.float32, device=device.device)
     collectives.all_reduce(device.windows, group, tensor, tensor.clone())

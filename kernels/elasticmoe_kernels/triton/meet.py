@@ -36,6 +36,7 @@ POISON_STEP = tl.constexpr(windows.POISON_STEP)
 TIMED_OUT = tl.constexpr(windows.TIMED_OUT)
 TOLD = tl.constexpr(windows.TOLD)
 MISMATCHED = tl.constexpr(windows.MISMATCHED)
+TOLD_OF_MISMATCH = tl.constexpr(windows.TOLD_OF_MISMATCH)
 _POLLS_A_LOOK = tl.constexpr(64)
 
 
@@ -108,8 +109,9 @@ def _give_up(control, flags, live, epoch, kind, seat, channel: tl.constexpr, ope
     packed = packed | (channel << 44) | (operation << 40) | step
     tl.atomic_xchg(word_at(tl.load(word_at(control) + ERROR_ADDRESS)), packed, sem="release", scope="sys")
     tl.atomic_xchg(word_at(control) + FAILED, epoch + 1, sem="release", scope="gpu")
-    poison = tl.zeros_like(live.to(tl.int64)) + ((epoch << EPOCH_SHIFT) | POISON_STEP)
-    tl.atomic_max(flags, poison, mask=live, sem="release", scope="sys")
+    # A seat that comes later meets only this flag: it says why, or a mismatch would look like a seat that is late.
+    poison = ((epoch << EPOCH_SHIFT) | POISON_STEP) + tl.where(kind >= MISMATCHED, 1, 0)
+    tl.atomic_max(flags, tl.zeros_like(live.to(tl.int64)) + poison, mask=live, sem="release", scope="sys")
 
 
 @triton.jit
@@ -143,9 +145,9 @@ def meet(control, base, pitch, members, me, block, step, header, channel: tl.con
                 if seen < token:
                     culprit = tl.full([], 0, tl.int32) + other
                     kind = tl.full([], TIMED_OUT, tl.int32)
-                elif seen == poison:
+                elif seen >= poison:
                     culprit = tl.full([], 0, tl.int32) + other
-                    kind = tl.full([], TOLD, tl.int32)
+                    kind = tl.where(seen == poison, TOLD, TOLD_OF_MISMATCH).to(tl.int32)
         tl.debug_barrier()  # what a flag allows to read, all threads may read now
         if (block == 0) & (culprit < 0):
             heard = tl.load(mine + slot + seat, mask=live, other=0, volatile=True)

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 
 EPOCH_SHIFT = 40
 """A flag is `epoch << 40 | step`; steps start again with every epoch."""
-POISON_STEP = (1 << EPOCH_SHIFT) - 1
-"""The step that a seat announces once it has given up: later than any real one."""
+POISON_STEP = (1 << EPOCH_SHIFT) - 2
+"""The step that a seat announces once it has given up: later than any real one. The next says: over a mismatch."""
 
 # Words of the control block. MEMBERS has bit i set for a present seat i; a clock a block; then the step counters.
 EPOCH, MEMBERS, DEADLINE_NS, FAILED, ERROR_ADDRESS, CLOCKS, COUNTERS = 0, 1, 2, 3, 4, 8, 72
 MAX_BLOCKS = COUNTERS - CLOCKS
 
-TIMED_OUT, TOLD, MISMATCHED = 1, 2, 3
+TIMED_OUT, TOLD, MISMATCHED, TOLD_OF_MISMATCH = 1, 2, 3, 4
 """Kinds of failure in an error word."""
 
 _DATA_ALIGNMENT = 4096
@@ -87,8 +87,9 @@ class Windows:
 class Failure:
     """An error word, read.
 
-    kind: TIMED_OUT (nobody came from `seat` in time), TOLD (`seat` has given up) or MISMATCHED (`seat` is in another
-    collective); step: of the channel, in the epoch that was current.
+    kind: TIMED_OUT (nobody came from `seat` in time), MISMATCHED (`seat` is in another collective), TOLD or
+    TOLD_OF_MISMATCH (`seat` has given up over the one or the other, as it found or was told); step: of the channel, in
+    the epoch that was current.
     """
 
     kind: int
@@ -108,5 +109,5 @@ class Failure:
             seat=word >> 48 & 0xFF,
             channel=word >> 44 & 0xF,
             operation=word >> 40 & 0xF,
-            step=word & POISON_STEP,
+            step=word & ((1 << EPOCH_SHIFT) - 1),
         )
