@@ -226,6 +226,14 @@ class Load:
 
     def _begin(self, stream: Stream) -> None:
         stream._task = self._loop.create_task(self._receive(stream))
+        # A task that is cancelled before its first step runs no `finally` of its own.
+        stream._task.add_done_callback(lambda _: self._end(stream))
+
+    @staticmethod
+    def _end(stream: Stream) -> None:
+        stream.ended_at = time.time()
+        if not stream.done.done():
+            stream.done.set_result(None)
 
     async def _receive(self, stream: Stream) -> None:
         try:
@@ -240,10 +248,6 @@ class Load:
             stream.cut = stream.cut or "disconnect"
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             stream.error = f"{type(error).__name__}: {error}"
-        finally:
-            stream.ended_at = time.time()
-            if not stream.done.done():
-                stream.done.set_result(None)
 
     def disconnect(self, stream: Stream) -> None:
         """Close the client's connection in the middle of its stream."""
