@@ -81,7 +81,10 @@ class HmmLink:
 
     @contextlib.contextmanager
     def _socket(self) -> Iterator[zmq.Socket[bytes]]:
-        """One socket a concurrent call; a call that fails throws its socket away, with whatever may still come."""
+        """One socket a concurrent call, one kept between calls.
+
+        A call that fails throws its socket away, with whatever may still come.
+        """
         with self._lock:
             if self.dead:
                 raise self._gone()
@@ -92,7 +95,10 @@ class HmmLink:
             sock.close(linger=0)
             raise
         with self._lock:
-            self._idle.append(sock)
+            if self._idle or self.dead:
+                sock.close(linger=0)
+            else:
+                self._idle.append(sock)
 
     def _open_socket(self) -> zmq.Socket[bytes]:
         sock = self._context.socket(zmq.DEALER)
