@@ -58,6 +58,11 @@ def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
     """
     _refuse_unsupported(args)
     capacity = config.max_ep_size
+    if capacity < 2:
+        raise UserInputError(
+            "--elasticmoe-max-ep-size 1 leaves nothing to scale to",
+            hint="Give at least 2, or serve one rank with SGLang alone, without this plugin's flags",
+        )
     if capacity > MAX_CAPACITY:
         raise UserInputError(f"--elasticmoe-max-ep-size {capacity} is more than the {MAX_CAPACITY} seats supported")
     for name, option in (("tp_size", "--tp-size"), ("dp_size", "--dp-size"), ("ep_size", "--ep-size")):

@@ -85,6 +85,11 @@ def test_models_that_cannot_be_served_are_refused(model: Path, config: dict[str,
         shape_arguments(sglang_arguments(model), CONFIG)
 
 
+def test_one_seat_has_nothing_to_scale_to(model: Path) -> None:
+    with pytest.raises(UserInputError, match="nothing to scale to"):
+        shape_arguments(sglang_arguments(model), ElasticConfig(ep_size=1, max_ep_size=1))
+
+
 def test_more_seats_than_the_control_page_holds(model: Path) -> None:
     with pytest.raises(UserInputError, match="64 seats supported"):
         shape_arguments(sglang_arguments(model), ElasticConfig(ep_size=1, max_ep_size=65))

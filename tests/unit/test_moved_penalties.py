@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,3 +82,19 @@ def test_without_penalties_nothing_is_done() -> None:
     after_init(None, resumed, VOCAB, batch, None)
     assert not resumed.is_required
     torch.testing.assert_close(penalised(resumed)[0], torch.linspace(-3, 3, VOCAB))
+
+
+def test_every_process_applies_penalties_in_the_same_order() -> None:
+    for _ in range(8):  # the classes' addresses, and so the order of the set, may happen to be right
+        penalties, batch = orchestrator([request([5], [])], False)
+        shuffled = list(penalties.penalizers.items())
+        random.shuffle(shuffled)
+        penalties.penalizers = dict(shuffled)
+        after_init(None, penalties, VOCAB, batch, None)
+        names = [kind.__name__ for kind in penalties.penalizers]
+        assert names == [
+            "BatchedFrequencyPenalizer",
+            "BatchedMinNewTokensPenalizer",
+            "BatchedPresencePenalizer",
+            "BatchedRepetitionPenalizer",
+        ]

@@ -9,11 +9,14 @@ from elasticmoe_patches.spec import HookSpec
 
 
 def after_init(_result: None, self: Any, vocab_size: int, batch: Any, penalizers: Any) -> None:
-    """Count the tokens that a moved or retracted request has generated already.
+    """Count the tokens that a moved or retracted request has generated already, and fix the penalties' order.
 
     SGLang starts every batch that is prefilled at zero, also for a request that has output, so such a request would
-    go on as if it had just begun.
+    go on as if it had just begun. And it applies the penalties in the order of a set of classes, which differs from
+    process to process, while adding and scaling do not commute: here the scaling ones come last in every seat, as the
+    overlap schedule has it everywhere.
     """
+    self.penalizers = dict(sorted(self.penalizers.items(), key=lambda item: (item[0].is_multiplicative, str(item[0]))))
     if not self.is_required:
         return
     import torch
@@ -60,8 +63,9 @@ HOOKS = (
         kind="after",
         hook=f"{__name__}:after_init",
         signature="(self, vocab_size, batch, penalizers)",
-        reason="A moved request's penalties count the tokens it has generated before; SGLang forgets them.",
-        expires="SGLang restores penalties of retracted requests.",
+        reason="A moved request's penalties count the tokens it has generated before, which SGLang forgets, and are "
+        "applied in the same order in every seat.",
+        expires="SGLang restores penalties of retracted requests and applies them in a fixed order.",
         processes=frozenset(("seat", "standby")),
     ),
 )
