@@ -409,7 +409,7 @@ def test_a_pull_keeps_its_limit_and_stops_when_told(cpu: CpuBackend) -> None:
     space = ColumnSpace(cpu, 2, nbytes)
     space.map_column(0, cpu.create(nbytes, 0))
     stats = space.pull(0, cpu.create(nbytes, 1), chunk_bytes=1 << 18, bytes_per_second=8 << 20)
-    assert stats.complete and 0.12 < stats.seconds < 1.0  # 125 ms, the last chunk's wait included
+    assert stats.complete and 0.12 < stats.seconds < 3.0  # 125 ms, the last chunk's wait included
     stop = threading.Event()
     results = []
 
