@@ -122,7 +122,7 @@ class ElasticServer:
             return
         # The HMM has a session of its own, so it is found as a child now, and not once its parent has gone.
         members = {*_tree(process.pid), *_session(process.pid)}
-        load_files = {path for member in members for path in _mapped_load_files(member.pid)}
+        load_files = {path for member in members for path in mapped_load_files(member.pid)}
         if process.poll() is None:
             process.terminate()
         try:
@@ -191,7 +191,8 @@ def _alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     return alive
 
 
-def _mapped_load_files(pid: int) -> set[Path]:
+def mapped_load_files(pid: int) -> set[Path]:
+    """The files in /dev/shm in which SGLang's ranks publish their load, of one process."""
     try:
         maps = Path(f"/proc/{pid}/maps").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -5,27 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import requests
 
-# SGLang derives further ports from --port: with data-parallel attention a few from 233 above on.
-_DERIVED_PORTS = (0, *range(233, 245))
-# Below Linux's range for outgoing connections, so that none of them takes the port between the check and the use.
-_PORTS = range(20000, 30000)
+from benchmarks.server import ServerFailed, free_port, mapped_load_files
 
-
-class ServerFailed(Exception):
-    """The server died, or was not healthy before the deadline; carries the end of its log."""
+__all__ = ["ServerFailed", "SglangServer"]
 
 
 class SglangServer:
@@ -59,7 +52,7 @@ class SglangServer:
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> SglangServer:
+    def __enter__(self) -> Self:
         self.start()
         try:
             self.wait_healthy()
@@ -107,7 +100,7 @@ class SglangServer:
         if self._process is None:
             return
         tree = self.processes()
-        load_files = {path for process in tree for path in _mapped_load_files(process.pid)}
+        load_files = {path for process in tree for path in mapped_load_files(process.pid)}
         self._process.terminate()
         try:
             self.exit_status = self._process.wait(timeout_s)
@@ -170,28 +163,3 @@ def _body(prompt: str | Sequence[int], max_new_tokens: int, fields: Mapping[str,
     sampling = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
     name = "text" if isinstance(prompt, str) else "input_ids"
     return {name: prompt if isinstance(prompt, str) else list(prompt), "sampling_params": sampling, **fields}
-
-
-def _mapped_load_files(pid: int) -> set[Path]:
-    try:
-        maps = Path(f"/proc/{pid}/maps").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return set()
-    return {Path(line.split()[-1]) for line in maps.splitlines() if "/dev/shm/sglang_loads_" in line}
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on, and neither on those that SGLang derives from it."""
-    for port in random.sample(_PORTS, 200):
-        if all(_is_free(port + offset) for offset in _DERIVED_PORTS):
-            return port
-    raise ServerFailed("no free port found")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
