@@ -192,7 +192,9 @@ def _change_figures(
     start = change.requested_at
     latency = scale_latency(log, change)
     limit = min(log.load_ended_at, following.requested_at if following else math.inf)
-    end = limit if latency is None else min(limit, start + max(latency, MIN_DURING_S))
+    # A change that never served at its new size went on until it was given up.
+    lasted = change.ended_at - start if latency is None else latency
+    end = min(limit, start + max(lasted, MIN_DURING_S))
     earlier = [other.ended_at for other in log.changes if other.requested_at < start]
     before = rate(log.requests, arrivals, max([0.0, start - window_s, *earlier]), start)
     during = rate(log.requests, arrivals, start, end)

@@ -9,7 +9,7 @@ import msgspec
 
 from benchmarks.scaling.analyser import is_complete
 from benchmarks.scaling.experiments import Defaults
-from benchmarks.scaling.figures import ChangeFigures, Figures, Slo
+from benchmarks.scaling.figures import ChangeFigures, Figures, Rate, Slo
 from benchmarks.scaling.records import RunLog
 
 
@@ -129,8 +129,8 @@ def changes_table(results: Sequence[Result]) -> str:
                     f"{change.old_size} → {change.new_size}",
                     change.error or as_seconds(change.scale_latency_s),
                     as_seconds(change.downtime_s),
-                    " / ".join(f"{w.tokens_per_s:.1f}" for w in windows),
-                    " / ".join(f"{w.requests_per_s:.2f}" for w in windows),
+                    " / ".join(as_rate(w, w.tokens_per_s, 1) for w in windows),
+                    " / ".join(as_rate(w, w.requests_per_s, 2) for w in windows),
                     as_percent(change.during_over_before),
                     as_ms(change.max_gap_s),
                     as_over(change.memory_peak_over_steady),
@@ -208,6 +208,11 @@ def as_ms(seconds: float | None) -> str:
 
 def as_seconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.2f} s" if seconds else "0"
+
+
+def as_rate(window: Rate, rate: float, digits: int) -> str:
+    """A rate of a window; "-" where the run ended before the window began."""
+    return f"{rate:.{digits}f}" if window.end > window.start else "-"
 
 
 def as_percent(share: float | None) -> str:

@@ -184,6 +184,13 @@ def test_a_change_that_failed_has_no_latency() -> None:
     assert one.scale_latency_s is None and one.error == "no"
 
 
+def test_a_change_that_was_given_up_ends_then() -> None:
+    [one] = figures([steady(0, 0.0, 60.0)], changes=[change(10.0, None, 40.0, error="no")], window_s=15.0).changes
+    assert (one.during.start, one.during.end) == (pytest.approx(10.0), pytest.approx(40.0))
+    assert (one.after.start, one.after.end) == (pytest.approx(40.0), pytest.approx(55.0))
+    assert one.after.tokens_per_s == pytest.approx(one.before.tokens_per_s, rel=0.01)
+
+
 def test_a_short_change_is_measured_over_five_seconds() -> None:
     [one] = figures([steady(0, 0.0, 40.0)], changes=[change(10.0, 10.1, 10.2)]).changes
     assert one.scale_latency_s == pytest.approx(0.1, abs=MS)
