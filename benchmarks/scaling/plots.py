@@ -73,8 +73,11 @@ def _timelines(pyplot: Any, results: Sequence[Result], logs: Sequence[RunLog]) -
             axes.plot(failed, [0] * len(failed), "x", color="black", markersize=5, clip_on=False)
         axes.set_title(_headline(result), fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylim(bottom=0)
         axes.set_xlim(0, min(_SHOWN_S, max(len(tokens_per_second(each)) for each in logs)))
+    # Once all is drawn: the axes share their limits, and setting one ends the fitting of the other to what follows. A
+    # server that catches up after a stall serves many times the usual rate for a second; that may leave the picture.
+    usual = max(_demand(log) for log in logs)
+    all_axes[0, 0].set_ylim(0, min(all_axes[0, 0].get_ylim()[1], 2 * usual))
     all_axes[len(logs) // 2, 0].set_ylabel("output tokens/s")
     all_axes[-1, 0].set_xlabel(
         "seconds   (shaded: change asked for until the new size serves; dotted: tokens asked for; x: failed request)"
