@@ -101,13 +101,15 @@ ALWAYS = {
     ("HMM", "preparing"),
 }
 """Victims and phases that every test run covers, in the first of their cases; the others are for `make soak`."""
+ALWAYS_TOO = {"4->2-finishing-seat0-gate.after"}
+"""A survivor dies while leavers hand over: once nobody took their requests over until the deadline."""
 
 
 def _params() -> Iterator[Any]:
     seen: set[tuple[str, str]] = set()
     for fault in FAULTS:
         key = (fault.victim, fault.phase)
-        quick = key in ALWAYS and key not in seen
+        quick = (key in ALWAYS and key not in seen) or fault.id in ALWAYS_TOO
         seen.add(key)
         yield pytest.param(fault, id=fault.id, marks=() if quick else pytest.mark.soak)
 
@@ -283,6 +285,8 @@ def test_killed_in_a_change(bench: Bench, fault: Fault) -> None:
 def test_an_old_abort_does_not_reach_what_is_sent_again(bench: Bench) -> None:
     change(bench.server, 3)
     assert bench.server.post("/abort_request", {"abort_all": True}).status_code == 200
+    # SGLang answers at once and tells seat 0 first: at the other seats the abort may come after requests sent after it.
+    time.sleep(1.0)
     streams = [bench.request(bench.load) for _ in range(9)]
     for stream in streams:
         stream.wait_for_tokens(4, 60)

@@ -62,7 +62,7 @@ def leave(scheduler: Any, seat: Any, command: sm.CommitCommand) -> None:
     started = time.monotonic()
     drain_results(scheduler)
     _read_until_fence(scheduler, seat, command.operation_id)
-    survivors = [member for member in command.members if member not in command.joining] or [0]
+    survivors = _takers(seat, command)
     load = parcels(scheduler, in_hmm=seat.kv is not None)
     seat.fault_point("leave.sending")
     dealt = {survivor: load[index :: len(survivors)] for index, survivor in enumerate(survivors)}
@@ -82,6 +82,12 @@ def leave(scheduler: Any, seat: Any, command: sm.CommitCommand) -> None:
     )
     seat.left = True
     raise SeatLeft
+
+
+def _takers(seat: Any, command: sm.CommitCommand) -> list[int]:
+    """Survivors that take requests over: the living ones, since what is sent to a dead one holds this seat up."""
+    survivors = [member for member in command.members if member not in command.joining] or [0]
+    return [survivor for survivor in survivors if seat.fabric.control.alive(survivor)] or survivors
 
 
 def put_fence(scheduler: Any, operation_id: str, seat: int) -> None:

@@ -14,7 +14,7 @@ import queue
 import time
 from typing import Any
 
-from elasticmoe_patches.srt.managers.change import put_fence, take_parcels
+from elasticmoe_patches.srt.managers.change import adopt_ready, put_fence, take_parcels
 from elasticmoe_patches.srt.managers.handover import live_requests
 from elasticmoe_patches.srt.managers.kv_jobs import run_kv_jobs
 from elasticmoe_sglang.errors import CollectiveError, CommitError
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # How long a survivor waits for the coordinator before it gives up; then the server ends.
 _RECOVER_DEADLINE_S = 30.0
 _FENCE_DEADLINE_S = 2.0
-# How often a waiting survivor looks whether it shall give up KV for the columns it takes over.
+# How often a waiting survivor looks whether it shall give up KV for the columns it takes over, or adopt requests.
 _LOOK_S = 0.005
 
 
@@ -47,6 +47,9 @@ def recover(scheduler: Any, seat: Any, error: CollectiveError | CommitError) -> 
     deadline = time.monotonic() + _RECOVER_DEADLINE_S
     while time.monotonic() < deadline:
         run_kv_jobs(scheduler, seat)
+        # A change that is finishing waits until its leavers' requests have been taken over, and `Recover` comes after.
+        take_parcels(seat)
+        adopt_ready(scheduler, seat)
         try:
             command = seat.recoveries.get(timeout=_LOOK_S)
         except queue.Empty:
