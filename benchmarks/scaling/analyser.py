@@ -217,6 +217,7 @@ def _change_figures(
         max_gap_s=max(gaps, default=None),
         memory_peak_over_steady=_memory_peak(log.memory, change, max([0.0, *earlier]), limit),
         error=change.error,
+        detail=change.detail,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 
@@ -32,7 +34,11 @@ class Rate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """One change. Seconds; `during_over_before` is of tokens a second, None without anything served before."""
+    """One change. Seconds; `during_over_before` is of tokens a second, None without anything served before.
+
+    detail: what the method says of it (`ChangeRecord.detail`); of `elastic` its phases in milliseconds, bytes copied,
+    and for a scale-up the slowest joiner's `weights_s` and the `checkpoint_bytes` that joiners read.
+    """
 
     old_size: int
     new_size: int
@@ -45,6 +51,7 @@ class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
     max_gap_s: float | None
     memory_peak_over_steady: float | None
     error: str | None = None
+    detail: dict[str, Any] = {}
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):

@@ -272,6 +272,10 @@ class Elastic(Method):
         instance.size = size
         if self.holdings[-1].devices != size:
             self._hold(size)
+        joined = [seat for seat in (await self._status())["seats"] if seat["seat"] in operation["joining"]]
+        if joined:
+            record.detail["weights_s"] = max(seat["load_s"] for seat in joined)
+            record.detail["checkpoint_bytes"] = sum(seat["checkpoint_bytes"] for seat in joined)
 
     async def device_memory(self) -> list[DevicePeak]:
         return [
@@ -297,6 +301,10 @@ class Elastic(Method):
         return answer
 
     async def _devices(self) -> list[dict[str, Any]]:
+        devices: list[dict[str, Any]] = (await self._status())["memory"]["devices"]
+        return devices
+
+    async def _status(self) -> dict[str, Any]:
         [instance] = self.serving
         async with (
             aiohttp.ClientSession() as session,
@@ -304,9 +312,8 @@ class Elastic(Method):
         ):
             if response.status != 200:
                 raise MethodFailed(f"/elastic_ep/status answered {response.status}: {await response.text()}")
-            status = await response.json()
-        devices: list[dict[str, Any]] = status["memory"]["devices"]
-        return devices
+            status: dict[str, Any] = await response.json()
+        return status
 
 
 METHODS: dict[str, type[Method]] = {

@@ -68,6 +68,8 @@ def markdown(results: Results) -> str:
     ]
     if any(result.figures.changes for result in results.results):
         parts.append("## Changes\n\n" + changes_table(results.results))
+    if phases := phases_table(results.results):
+        parts.append("## What elastic changes did\n\n" + phases)
     if results.command == "scaling":
         parts.append("## Targets\n\n" + targets_table(results.results))
     parts.append("![figures](figures.png)")
@@ -138,6 +140,34 @@ def changes_table(results: Sequence[Result]) -> str:
                 ]
             )
     return table(header, rows)
+
+
+def phases_table(results: Sequence[Result]) -> str:
+    """What elastic changes spent their time on; empty without one."""
+    header = [
+        "run", "change", "prepare", "commit", "finish", "pause, worst seat", "columns", "copied from devices",
+        "read from the checkpoint", "slowest joiner's weights in place after",
+    ]  # fmt: skip
+    rows = []
+    for result in results:
+        for change in result.figures.changes:
+            if (timings := change.detail.get("timings")) is None:
+                continue
+            read, pauses = change.detail.get("checkpoint_bytes"), change.detail["pause_ms"]
+            phases = (timings[f"{phase}_ms"] for phase in ("preparing", "committing", "finishing"))
+            rows.append(
+                [
+                    result.label,
+                    f"{change.old_size} → {change.new_size}",
+                    *("-" if ms is None else as_ms(ms / 1e3) for ms in phases),
+                    f"{max(pauses.values()):.1f} ms" if pauses else "-",
+                    str(change.detail["columns_moved"]),
+                    as_mib(change.detail["bytes_moved"]),
+                    as_mib(read),
+                    as_ms(change.detail.get("weights_s")),
+                ]
+            )
+    return table(header, rows) if rows else ""
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,6 +251,10 @@ def as_percent(share: float | None) -> str:
 
 def as_over(share: float | None) -> str:
     return "-" if share is None else f"{share:+.1%}"
+
+
+def as_mib(nbytes: int | None) -> str:
+    return "-" if nbytes is None else f"{nbytes / 2**20:.0f} MiB"
 
 
 def as_gib(nbytes: int | None) -> str:
