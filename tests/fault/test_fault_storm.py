@@ -72,6 +72,8 @@ class Storm:
     faults: Counter[str] = field(default_factory=Counter)
     phases: Counter[str] = field(default_factory=Counter)
     whole_s: list[float] = field(default_factory=list)
+    killed: int | None = None
+    """The process that was killed at random last; its death may be noticed after the change has ended."""
 
     def one(self) -> None:
         """One change with what befalls it, until the server is whole again."""
@@ -94,10 +96,15 @@ class Storm:
     def _settle(self) -> None:
         started = time.monotonic()
         try:
-            settled(lambda: whole(self.server), SETTLED_WITHIN_S, "the server is whole again")
+            settled(self._over_it, SETTLED_WITHIN_S, "the server is whole again")
         except TimeoutError as error:
             raise AssertionError(f"{imbalance(self.server.status())}\n{self.server.log_tail(150)}") from error
         self.whole_s.append(time.monotonic() - started)
+
+    def _over_it(self) -> bool:
+        status = self.server.status()
+        pids = {status["memory"]["pid"], *(seat["pid"] for seat in status["seats"])}
+        return self.killed not in pids - {None} and whole(self.server)
 
     def _wish(self) -> Wish:
         members: list[int] = self.server.status()["membership"]
@@ -132,6 +139,7 @@ class Storm:
             return "nobody there to kill"
         with suppress(ProcessLookupError):  # it has left meanwhile
             os.kill(pid, signal.SIGKILL)
+            self.killed = pid
         return f"at random: {victim} killed"
 
     def _hmm(self) -> int | None:
