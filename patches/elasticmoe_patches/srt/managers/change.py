@@ -7,6 +7,7 @@ together, and a joiner enters there.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _FENCE_DEADLINE_S = 5.0
 _LINGER_MS = 5000
+_LOOK_S = 0.01
 
 
 def open_peer_socket(seat: Any) -> None:
@@ -119,11 +121,12 @@ def _chunks(seat: Any, load: list[Parcel]) -> tuple[int, ...]:
 
 
 def _send(seat: Any, operation_id: str, dealt: dict[int, list[Parcel]]) -> None:
-    """Send each survivor its requests, and how many they are."""
+    """Send each survivor its requests, and how many they are; returns when they are there, or the survivor is dead."""
     from elasticmoe_patches.srt.managers.io_struct import to_wire
 
-    context = zmq.Context(io_threads=1)
+    delivering = []
     for survivor, load in dealt.items():
+        context = zmq.Context(io_threads=1)
         socket = context.socket(zmq.PUSH)
         socket.setsockopt(zmq.LINGER, _LINGER_MS)
         socket.setsockopt(zmq.SNDHWM, 0)
@@ -134,7 +137,13 @@ def _send(seat: Any, operation_id: str, dealt: dict[int, list[Parcel]]) -> None:
             socket.send_multipart(frames, copy=False)
         socket.send_multipart([b"", str(seat.me).encode(), str(len(load)).encode()])
         socket.close()
-    context.term()
+        # The context's end waits until all has been delivered, for as long as the socket lingers.
+        delivery = threading.Thread(target=context.term, name=f"to seat {survivor}", daemon=True)
+        delivery.start()
+        delivering.append((survivor, delivery))
+    for survivor, delivery in delivering:
+        while delivery.is_alive() and seat.fabric.control.alive(survivor):
+            delivery.join(_LOOK_S)
 
 
 def _adopt_request(seat: Any, operation_id: str, parcel: Parcel) -> Any:
