@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import threading
+import time
 from collections.abc import Coroutine
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import zmq
+
+from elasticmoe_patches.srt.managers import change
 from elasticmoe_patches.srt.managers.handover import Arrivals
 from elasticmoe_sglang.coordinator.departure import Departure, OutputFences, handed_over
 
@@ -85,3 +94,34 @@ def test_fences_are_waited_for_by_operation_and_seat() -> None:
         assert len(fences._passed) < 100
 
     run(main())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _sglang_is_imported() -> None:
+    """Which takes seconds, and is not what is timed here."""
+    importlib.import_module("elasticmoe_patches.srt.managers.io_struct")
+
+
+def _leaver(folder: Path, living: bool) -> Any:
+    return SimpleNamespace(
+        me=3,
+        runtime=SimpleNamespace(paths=SimpleNamespace(peer_endpoint=lambda seat: f"ipc://{folder}/{seat}")),
+        fabric=SimpleNamespace(control=SimpleNamespace(alive=lambda seat: living)),
+    )
+
+
+def test_a_leaver_does_not_wait_for_a_dead_survivor(tmp_path: Path) -> None:
+    started = time.monotonic()
+    change._send(_leaver(tmp_path, living=False), "op", {0: [], 1: []})
+    assert time.monotonic() - started < change._LINGER_MS / 2000
+
+
+def test_a_leaver_waits_until_a_living_survivor_has_what_it_was_sent(tmp_path: Path) -> None:
+    with zmq.Context() as context, context.socket(zmq.PULL) as late:
+        binding = threading.Timer(0.3, late.bind, (f"ipc://{tmp_path}/0",))
+        binding.start()
+        started = time.monotonic()
+        change._send(_leaver(tmp_path, living=True), "op", {0: []})
+        assert time.monotonic() - started >= 0.3
+        binding.join()
+        assert late.recv_multipart() == [b"", b"3", b"0"]
