@@ -19,6 +19,7 @@ from elasticmoe_sglang.tiny_model import VOCAB, Arch, make_tiny_model
 from tests.helpers.corpus import Case, ask
 from tests.helpers.elastic import ElasticServer
 from tests.helpers.load import Load, Stream
+from tests.helpers.record import record
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -59,7 +60,8 @@ SETUPS = (
 class Served:
     """A server whose seats have all of their devices, and what its requests must answer."""
 
-    def __init__(self, server: ElasticServer, load: Load) -> None:
+    def __init__(self, name: str, server: ElasticServer, load: Load) -> None:
+        self.name = name
         self.server = server
         self.load = load
         self.rng = random.Random(5)
@@ -121,7 +123,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         Load(server.url) as load,
     ):
         print(f"healthy after {server.boot_s:.1f} s")
-        served = Served(server, load)
+        served = Served(" ".join([setup.arch, *setup.args]), server, load)
         yield served
         for row in served.table:
             print(json.dumps(row))
@@ -134,6 +136,12 @@ def number(line: str, what: str) -> int:
     match = re.search(rf"(\d+) {what}", line)
     assert match is not None, line
     return int(match[1])
+
+
+def peak_share(operation: dict[str, Any]) -> float:
+    """The worst device's peak over the larger of its states before and after."""
+    shares = [device["peak"] / max(device["before"], device["after"], 1) for device in operation["memory"]]
+    return round(max(shares), 4)
 
 
 def check_peaks(operation: dict[str, Any]) -> None:
@@ -176,12 +184,16 @@ def test_kv_takes_and_gives_what_columns_leave_and_need(served: Served) -> None:
     assert handed and all(number(line, "requests") == number(line, "with their KV") for line in handed), handed
 
     figures = {
+        "kv_tokens": {"2 seats": small, "2 -> 4": large, "4 -> 2": final},
+        "least_of_a_device_in_use": min(row["in_use"] for row in served.table),
+        "peak_over_larger_state": max(peak_share(up), peak_share(down)),
         "hit_rate": {"before": before, "after_up": after_up, "after_down": after_down},
         "moved_requests": down["moved_requests"],
         "pause_ms": {"up": up["max_pause_ms"], "down": down["max_pause_ms"]},
         "total_ms": {"up": up["timings"]["total_ms"], "down": down["timings"]["total_ms"]},
     }
     print(json.dumps(figures))
+    record("kv-elastic", served.name, figures)
     assert after_up >= 0.95 * before and after_down >= 0.95 * before
 
 
