@@ -124,7 +124,8 @@ def _validate(args: argparse.Namespace) -> tuple[list[Check], Costs]:
         if args.points:
             points = read_points(args.points)
         else:
-            settings = ServerSettings(model=str(model), device="cpu", kv_tokens=4096, log_dir=args.out)
+            (args.out / "logs").mkdir(parents=True, exist_ok=True)  # which git ignores
+            settings = ServerSettings(model=str(model), device="cpu", kv_tokens=4096, log_dir=args.out / "logs")
             points = asyncio.run(measure(settings))
             (args.out / "points.json").write_bytes(msgspec.json.format(msgspec.json.encode(points)))
     # float32 on the CPU: twice the bytes of bfloat16.

@@ -20,7 +20,7 @@ from tests.helpers.chaos import TOKENS, Chaos
 from tests.helpers.corpus import ask
 from tests.helpers.elastic import SEATS, ElasticServer
 from tests.helpers.footprint import Footprint, leaves_nothing, rest, to_two, trouble
-from tests.helpers.load import Load, Pump
+from tests.helpers.load import Load, Pump, settled
 from tests.helpers.record import record
 
 pytestmark = [pytest.mark.e2e]
@@ -68,9 +68,10 @@ def random_changes(server: ElasticServer, count: int, *, seed: int) -> dict[str,
         before = rest(server, load)
         with Pump(load, chaos.request, STREAMS):
             operations = [change(server, rng) for _ in range(count)]
+            settled(lambda: chaos.has_cut(load), 60, "clients abort and disconnect")
             to_two(server)
         after = rest(server, load)
-        assert chaos.check(load) == {"abort", "disconnect"}, "the dice gave no such end"
+        chaos.check(load)
     found = summary(load, operations, before, after) | {"seconds": round(time.monotonic() - started, 1)}
     print(found)
     after.check(before)
