@@ -55,7 +55,7 @@ class HmmLink:
             raise ProtocolError(f"the HMM answered Hello with {type(welcome).__name__}")
         self.welcome = welcome
         self._context = zmq.Context()
-        self._idle: list[zmq.Socket[bytes]] = []
+        self._idle: zmq.Socket[bytes] | None = None
         self._opened = 0
         _links.add(self)
 
@@ -88,17 +88,19 @@ class HmmLink:
         with self._lock:
             if self.dead:
                 raise self._gone()
-            sock = self._idle.pop() if self._idle else self._open_socket()
+            sock, self._idle = self._idle, None
+            if sock is None:
+                sock = self._open_socket()
         try:
             yield sock
         except BaseException:
             sock.close(linger=0)
             raise
         with self._lock:
-            if self._idle or self.dead:
-                sock.close(linger=0)
+            if self._idle is None and not self.dead:
+                self._idle = sock
             else:
-                self._idle.append(sock)
+                sock.close(linger=0)
 
     def _open_socket(self) -> zmq.Socket[bytes]:
         sock = self._context.socket(zmq.DEALER)

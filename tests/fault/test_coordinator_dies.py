@@ -110,9 +110,7 @@ def test_a_new_server_goes_on_from_the_memory(site: Site, run_dir: Path, death: 
         server.scale(death.end, wait=False)
         settled(lambda: not armed(run_dir), 30, f"{death.id} happens")
         died = time.monotonic()
-        settled(
-            lambda: [c.name for c in site.hmm.status().clients] == ["test"], GONE_WITHIN_S, "every process has ended"
-        )
+        settled(site.alone, GONE_WITHIN_S, "every process has ended")
         gone_s = time.monotonic() - died
         load.wait(streams, GONE_WITHIN_S)
     status = site.hmm.status()

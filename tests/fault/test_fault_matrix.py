@@ -95,24 +95,20 @@ FAULTS = (
     _down("HMM", "finishing", "gate.after", "survivor"),
 )
 ALWAYS = {
-    ("joiner", "preparing"),
-    ("survivor", "committing"),
-    ("leaver", "finishing"),
-    ("seat 0", "committing"),
-    ("HMM", "preparing"),
+    "2->4-preparing-joiner-boot.attached",
+    "2->4-committing-survivor-gate.before",
+    "2->4-committing-seat0-gate.before",
+    "2->4-preparing-HMM-boot.attached",
+    "4->2-finishing-leaver-leave.sending",
+    # A survivor dies while leavers hand over: once nobody took their requests over until the deadline.
+    "4->2-finishing-seat0-gate.after",
 }
-"""Victims and phases that every test run covers, in the first of their cases; the others are for `make soak`."""
-ALWAYS_TOO = {"4->2-finishing-seat0-gate.after"}
-"""A survivor dies while leavers hand over: once nobody took their requests over until the deadline."""
+"""The cases of every test run; the others are for `make soak`."""
 
 
 def _params() -> Iterator[Any]:
-    seen: set[tuple[str, str]] = set()
     for fault in FAULTS:
-        key = (fault.victim, fault.phase)
-        quick = (key in ALWAYS and key not in seen) or fault.id in ALWAYS_TOO
-        seen.add(key)
-        yield pytest.param(fault, id=fault.id, marks=() if quick else pytest.mark.soak)
+        yield pytest.param(fault, id=fault.id, marks=() if fault.id in ALWAYS else pytest.mark.soak)
 
 
 @dataclass

@@ -87,7 +87,7 @@ def leave(scheduler: Any, seat: Any, command: sm.CommitCommand) -> None:
 
 
 def _takers(seat: Any, command: sm.CommitCommand) -> list[int]:
-    """Survivors that take requests over: the living ones, since what is sent to a dead one holds this seat up."""
+    """Survivors that take requests over: the living ones. What goes to a dead one is sent again without its KV."""
     survivors = [member for member in command.members if member not in command.joining] or [0]
     return [survivor for survivor in survivors if seat.fabric.control.alive(survivor)] or survivors
 
