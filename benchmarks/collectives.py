@@ -1,11 +1,11 @@
 """The elastic process group against gloo on this machine's CPU, both in one run, as ratios.
 
-    python benchmarks/collectives.py [--seats 2 4] [--out benchmarks/results/collectives-cpu.json]
+    python benchmarks/collectives.py [--ranks 2 4] [--out benchmarks/results/collectives-cpu.json]
 
 The same processes run both, in turns, on the same tensors through `torch.distributed`; each figure is the median over
-the turns of the mean time of a call on the slowest seat, and the best turn beside it (other work on the machine moves
-the median). Also: what absent seats cost (capacity 8 with 2 occupied
-against capacity 2), and a commit through the gate.
+the turns of the mean time of a call on the slowest rank, and the best turn beside it (other work on the machine moves
+the median). Also: what inactive ranks cost (capacity 8 with 2 active
+against capacity 2), and a commit through the commit barrier.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 
-from elasticmoe_sglang.seats.gate import CommitGate, Decision
-from elasticmoe_sglang.seats.membership import Membership
-from tests.helpers.seats import SeatContext, SeatPool
+from elasticmoe_sglang.comm.commit_barrier import CommitBarrier, Decision
+from elasticmoe_sglang.comm.membership import Membership
+from tests.helpers.workers import WorkerContext, WorkerPool
 
 TURNS = 7
 SECONDS_A_TURN = 0.15
@@ -57,7 +57,7 @@ CASES: tuple[tuple[str, int], ...] = (
 
 
 def _call(name: str, nbytes: int, group: Any) -> Callable[[], object]:
-    """One collective on `nbytes` bytes of float32 a seat."""
+    """One collective on `nbytes` bytes of float32 a rank."""
     size = dist.get_world_size(group)
     count = max(nbytes // 4, 1)
     mine = torch.ones(count)
@@ -81,12 +81,12 @@ def _call(name: str, nbytes: int, group: Any) -> Callable[[], object]:
     return lambda: dist.all_to_all_single(received, everything, group=group)
 
 
-def _gloo(context: SeatContext, size: int) -> Any:
-    """A registered gloo group of all seats, beside ours: torch would ask our default group for it."""
+def _gloo(context: WorkerContext, size: int) -> Any:
+    """A registered gloo group of all ranks, beside ours: torch would ask our default group for it."""
     if "gloo" not in context.memo:
         store = dist.FileStore(os.path.join(context.scratch, "gloo"), size)
-        group = dist.ProcessGroup(store, context.seat, size)
-        backend = dist.ProcessGroupGloo(store, context.seat, size, timedelta(seconds=60))
+        group = dist.ProcessGroup(store, context.rank, size)
+        backend = dist.ProcessGroupGloo(store, context.rank, size, timedelta(seconds=60))
         group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
         group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         group._set_group_name("gloo-beside")
@@ -98,12 +98,12 @@ def _gloo(context: SeatContext, size: int) -> Any:
 
 
 def measure(
-    context: SeatContext, seats: tuple[int, ...], epoch: int, name: str, nbytes: int, kind: str, calls: int
+    context: WorkerContext, ranks: tuple[int, ...], epoch: int, name: str, nbytes: int, kind: str, calls: int
 ) -> float:
     """Mean seconds of a call."""
-    context.adopt(seats, epoch)
+    context.adopt(ranks, epoch)
     ours = context.memo["group"]
-    call = _call(name, nbytes, ours if kind == "elastic" else _gloo(context, len(seats)))
+    call = _call(name, nbytes, ours if kind == "elastic" else _gloo(context, len(ranks)))
     for _ in range(max(3, calls // 20)):
         call()
     dist.barrier(group=ours)
@@ -113,59 +113,59 @@ def measure(
     return (time.perf_counter() - started) / calls
 
 
-def commits(context: SeatContext, first_epoch: int, count: int, seats: tuple[int, ...]) -> list[float]:
-    """Seconds from arriving at the gate to the adopted membership, for changes with everybody ready."""
-    gate = CommitGate(context.fabric)
+def commits(context: WorkerContext, first_epoch: int, count: int, ranks: tuple[int, ...]) -> list[float]:
+    """Seconds from arriving at the commit barrier to the adopted membership, for changes with everybody ready."""
+    barrier = CommitBarrier(context.region)
     times = []
     for epoch in range(first_epoch, first_epoch + count):
         time.sleep(2e-3)
-        membership = Membership(seats=seats, epoch=epoch, capacity=context.fabric.capacity)
+        membership = Membership(ranks=ranks, epoch=epoch, capacity=context.region.capacity)
         started = time.perf_counter()
-        decision = gate.arrive(epoch=epoch, participants=seats, membership=membership, timeout_s=20)
-        assert decision is Decision.COMMIT, gate.reason
-        context.fabric.set_membership(membership)
+        decision = barrier.arrive(epoch=epoch, participants=ranks, membership=membership, timeout_s=20)
+        assert decision is Decision.COMMIT, barrier.reason
+        context.region.set_membership(membership)
         times.append(time.perf_counter() - started)
     return times
 
 
 @contextmanager
-def _pool(capacity: int, seats: tuple[int, ...]) -> Iterator[SeatPool]:
+def _pool(capacity: int, ranks: tuple[int, ...]) -> Iterator[WorkerPool]:
     with tempfile.TemporaryDirectory() as scratch:
-        pool = SeatPool(capacity, seats=seats, scratch=scratch, timeout_s=60, channels=2)
+        pool = WorkerPool(capacity, ranks=ranks, scratch=scratch, timeout_s=60, channels=2)
         try:
             yield pool
         finally:
             pool.close()
 
 
-def _slowest(pool: SeatPool, seats: tuple[int, ...], *args: Any) -> float:
-    return max(pool.run(seats, measure, seats, 0, *args).values())
+def _slowest(pool: WorkerPool, ranks: tuple[int, ...], *args: Any) -> float:
+    return max(pool.run(ranks, measure, ranks, 0, *args).values())
 
 
 def _turns(
-    pool: SeatPool, seats: tuple[int, ...], name: str, nbytes: int, kinds: tuple[str, ...]
+    pool: WorkerPool, ranks: tuple[int, ...], name: str, nbytes: int, kinds: tuple[str, ...]
 ) -> dict[str, tuple[float, float]]:
     """(median, best) microseconds a call of each kind, measured in turns."""
     calls = {}
     for kind in kinds:
-        once = _slowest(pool, seats, name, nbytes, kind, 5)
+        once = _slowest(pool, ranks, name, nbytes, kind, 5)
         calls[kind] = max(5, min(3000, int(SECONDS_A_TURN / once)))
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(TURNS):
         for kind in kinds:
-            times[kind].append(_slowest(pool, seats, name, nbytes, kind, calls[kind]))
+            times[kind].append(_slowest(pool, ranks, name, nbytes, kind, calls[kind]))
     return {kind: (statistics.median(values) * 1e6, min(values) * 1e6) for kind, values in times.items()}
 
 
 def against_gloo(size: int) -> list[dict[str, Any]]:
-    seats = tuple(range(size))
+    ranks = tuple(range(size))
     rows = []
-    with _pool(size, seats) as pool:
+    with _pool(size, ranks) as pool:
         for name, nbytes in CASES:
-            micros = _turns(pool, seats, name, nbytes, ("elastic", "gloo"))
+            micros = _turns(pool, ranks, name, nbytes, ("elastic", "gloo"))
             (ours, our_best), (theirs, their_best) = micros["elastic"], micros["gloo"]
             row = {
-                "seats": size,
+                "ranks": size,
                 "collective": name,
                 "bytes": nbytes,
                 "elastic_us": round(ours, 1),
@@ -177,7 +177,7 @@ def against_gloo(size: int) -> list[dict[str, Any]]:
             }
             rows.append(row)
             print(
-                f"{size} seats  {name:32} {nbytes:>9} B  {ours:9.1f} us (best {our_best:9.1f})  "
+                f"{size} ranks  {name:32} {nbytes:>9} B  {ours:9.1f} us (best {our_best:9.1f})  "
                 f"gloo {theirs:9.1f} us (best {their_best:9.1f})  "
                 f"x{row['times_faster']} (best x{row['times_faster_best']})",
                 flush=True,
@@ -186,15 +186,15 @@ def against_gloo(size: int) -> list[dict[str, Any]]:
 
 
 def cost_of_capacity() -> list[dict[str, Any]]:
-    """The same two seats at capacity 2 and at capacity 8."""
-    seats = (0, 1)
+    """The same two ranks at capacity 2 and at capacity 8."""
+    ranks = (0, 1)
     rows = []
-    with _pool(2, seats) as exact, _pool(8, seats) as roomy:
+    with _pool(2, ranks) as exact, _pool(8, ranks) as roomy:
         for name, nbytes in (("all_gather", 4 * KIB), ("all_gather", 64 * KIB), ("all_reduce", 64 * KIB)):
             pairs = []
             for _ in range(3):
-                tight = _turns(exact, seats, name, nbytes, ("elastic",))["elastic"][1]
-                pairs.append((tight, _turns(roomy, seats, name, nbytes, ("elastic",))["elastic"][1]))
+                tight = _turns(exact, ranks, name, nbytes, ("elastic",))["elastic"][1]
+                pairs.append((tight, _turns(roomy, ranks, name, nbytes, ("elastic",))["elastic"][1]))
             tight, wide = (min(column) for column in zip(*pairs, strict=True))
             rows.append(
                 {
@@ -205,25 +205,30 @@ def cost_of_capacity() -> list[dict[str, Any]]:
                     "ratio": round(wide / tight, 2),
                 }
             )
-            print(f"2 occupied  {name} {nbytes} B: capacity 8 takes {wide / tight:.2f} x capacity 2", flush=True)
+            print(f"2 active  {name} {nbytes} B: capacity 8 takes {wide / tight:.2f} x capacity 2", flush=True)
     return rows
 
 
 def commit_times(size: int) -> dict[str, Any]:
-    seats = tuple(range(size))
-    with _pool(size, seats) as pool:
-        results = pool.run(seats, commits, 1, 100, seats)
-    # Members come a little apart; the last to arrive tells what the gate itself takes.
-    gate = [min(column) * 1e3 for column in zip(*results.values(), strict=True)]
-    row = {"seats": size, "commits": len(gate), "median_ms": round(statistics.median(gate), 3), "max_ms": max(gate)}
+    ranks = tuple(range(size))
+    with _pool(size, ranks) as pool:
+        results = pool.run(ranks, commits, 1, 100, ranks)
+    # Members come a little apart; the last to arrive tells what the commit barrier itself takes.
+    barrier = [min(column) * 1e3 for column in zip(*results.values(), strict=True)]
+    row = {
+        "ranks": size,
+        "commits": len(barrier),
+        "median_ms": round(statistics.median(barrier), 3),
+        "max_ms": max(barrier),
+    }
     row["max_ms"] = round(row["max_ms"], 3)
-    print(f"gate, {size} seats: {row['median_ms']} ms median, {row['max_ms']} ms at most", flush=True)
+    print(f"barrier, {size} ranks: {row['median_ms']} ms median, {row['max_ms']} ms at most", flush=True)
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seats", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
@@ -231,9 +236,9 @@ def main() -> None:
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "torch": torch.__version__,
         "load_before": round(load, 2),
-        "against_gloo": [row for size in arguments.seats for row in against_gloo(size)],
+        "against_gloo": [row for size in arguments.ranks for row in against_gloo(size)],
         "cost_of_capacity": cost_of_capacity(),
-        "gate": [commit_times(size) for size in arguments.seats],
+        "barrier": [commit_times(size) for size in arguments.ranks],
     }
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

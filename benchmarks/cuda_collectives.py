@@ -1,9 +1,9 @@
-"""On one NVIDIA GPU: the seats' collectives inside CUDA graphs, column pulls, and what the driver's memory calls cost.
+"""On one NVIDIA GPU: the ranks' collectives inside CUDA graphs, column pulls, and what the driver's memory calls cost.
 
     python -m benchmarks.cuda_collectives --json benchmarks/results/cuda-h200.json
 
-Several seats share the GPU, so MPS must run (`scripts/gpu_all.sh`). Times are medians; a collective's time is a replay
-of a graph of 20, divided by 20, of the slowest seat, host-synchronised before each replay. The floor beside it is the
+Several ranks share the GPU, so MPS must run (`scripts/gpu_all.sh`). Times are medians; a collective's time is a replay
+of a graph of 20, divided by 20, of the slowest rank, host-synchronised before each replay. The floor beside it is the
 time that a plain device copy takes to move the same bytes at the rate measured in the same call.
 """
 
@@ -27,7 +27,7 @@ from elasticmoe_kernels.triton.windows import WindowLayout
 from elasticmoe_sglang.hmm.space import ColumnSpace
 from elasticmoe_sglang.hmm.vmm import VmmHandle, round_up
 from elasticmoe_sglang.hmm.vmm.cuda import CudaBackend
-from tests.helpers.device_seats import DeviceContext, DevicePool
+from tests.helpers.device_workers import DeviceContext, DevicePool
 
 SIZES = (32 << 10, 256 << 10, 1 << 20, 2 << 20, 8 << 20)
 """Bytes a rank."""
@@ -49,12 +49,12 @@ def _launch(context: DeviceContext, name: str, big: torch.Tensor, small: torch.T
 
 def capture(context: DeviceContext, sizes: tuple[int, ...]) -> None:
     """Graphs of every collective and size, captured alone."""
-    context.fabric.solo()
+    context.region.solo()
     graphs: dict[Any, Any] = {}
     context.device.__dict__["graphs"] = graphs
     for nbytes in sizes:
         small = torch.zeros(nbytes // 2, dtype=torch.bfloat16, device="cuda")
-        big = torch.zeros(nbytes // 2 * context.fabric.capacity, dtype=torch.bfloat16, device="cuda")
+        big = torch.zeros(nbytes // 2 * context.region.capacity, dtype=torch.bfloat16, device="cuda")
         for name in COLLECTIVES:
             _launch(context, name, big, small)
             torch.cuda.synchronize()
@@ -65,9 +65,9 @@ def capture(context: DeviceContext, sizes: tuple[int, ...]) -> None:
             graphs[name, nbytes] = graph, small, big  # a graph does not keep its tensors
 
 
-def measure(context: DeviceContext, seats: tuple[int, ...], epoch: int, sizes: tuple[int, ...]) -> dict[str, float]:
+def measure(context: DeviceContext, ranks: tuple[int, ...], epoch: int, sizes: tuple[int, ...]) -> dict[str, float]:
     """Microseconds of each collective, as "name/bytes"."""
-    context.adopt(seats, epoch)
+    context.adopt(ranks, epoch)
     taken = {}
     for nbytes in sizes:
         for name in COLLECTIVES:
@@ -85,15 +85,15 @@ def measure(context: DeviceContext, seats: tuple[int, ...], epoch: int, sizes: t
     return taken
 
 
-def _collective_rows(seats: int, capacity: int, blocks: int, copy_rate: float) -> list[dict[str, Any]]:
+def _collective_rows(ranks: int, capacity: int, blocks: int, copy_rate: float) -> list[dict[str, Any]]:
     layout = WindowLayout(capacity=capacity, blocks=blocks)
     with tempfile.TemporaryDirectory(prefix="em") as folder:
         pool = DevicePool(
-            capacity, folder=Path(folder), backend="cuda", layout=layout, seats=range(seats), timeout_s=20.0
+            capacity, folder=Path(folder), backend="cuda", layout=layout, ranks=range(ranks), timeout_s=20.0
         )
         try:
-            pool.run(range(seats), capture, SIZES)
-            members, epoch = tuple(range(seats)), pool.next_epoch()
+            pool.run(range(ranks), capture, SIZES)
+            members, epoch = tuple(range(ranks)), pool.next_epoch()
             found = pool.run(members, measure, members, epoch, SIZES)
         finally:
             pool.close()
@@ -101,12 +101,12 @@ def _collective_rows(seats: int, capacity: int, blocks: int, copy_rate: float) -
     for key in found[0]:
         name, nbytes = key.split("/")
         slowest = max(taken[key] for taken in found.values())
-        moved = _bytes_moved(name, int(nbytes), seats, capacity) * seats
+        moved = _bytes_moved(name, int(nbytes), ranks, capacity) * ranks
         rows.append(
             {
                 "collective": name,
                 "bytes_per_rank": int(nbytes),
-                "seats": seats,
+                "ranks": ranks,
                 "capacity": capacity,
                 "blocks": blocks,
                 "us": round(slowest, 2),
@@ -116,13 +116,13 @@ def _collective_rows(seats: int, capacity: int, blocks: int, copy_rate: float) -
     return rows
 
 
-def _bytes_moved(name: str, nbytes: int, seats: int, capacity: int) -> int:
-    """Least bytes read and written by one seat: each input once, each output once, windows not counted."""
+def _bytes_moved(name: str, nbytes: int, ranks: int, capacity: int) -> int:
+    """Least bytes read and written by one rank: each input once, each output once, windows not counted."""
     if name == "all_gather":
-        return nbytes * seats + nbytes * capacity
+        return nbytes * ranks + nbytes * capacity
     if name == "reduce_scatter":
-        return nbytes * seats + nbytes
-    return nbytes * seats + nbytes
+        return nbytes * ranks + nbytes
+    return nbytes * ranks + nbytes
 
 
 def _copy_rate() -> float:
@@ -234,7 +234,7 @@ def _call_costs(size: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/cuda-h200.json"))
-    parser.add_argument("--configurations", default="2:2:32,4:4:32,2:8:32", help="seats:capacity:blocks, ...")
+    parser.add_argument("--configurations", default="2:2:32,4:4:32,2:8:32", help="ranks:capacity:blocks, ...")
     arguments = parser.parse_args()
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     copy_rate = _copy_rate()
@@ -255,8 +255,8 @@ def main() -> None:
     }
     torch.cuda.empty_cache()
     for configuration in arguments.configurations.split(","):
-        seats, capacity, blocks = map(int, configuration.split(":"))
-        result["collectives"] += _collective_rows(seats, capacity, blocks, copy_rate)
+        ranks, capacity, blocks = map(int, configuration.split(":"))
+        result["collectives"] += _collective_rows(ranks, capacity, blocks, copy_rate)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{configuration} measured", flush=True)
     _print_table(result)
@@ -287,10 +287,10 @@ def _print_table(result: dict[str, Any]) -> None:
     for size, calls in result["call_us"].items():
         print(f"calls on {int(size) >> 20} MiB, us:", ", ".join(f"{name} {us}" for name, us in calls.items()))
     print(f"{'us (floor)':38}" + "".join(f"{size >> 10:>15} KiB" for size in SIZES))
-    keys = {(r["seats"], r["capacity"], r["blocks"], r["collective"]): None for r in result["collectives"]}
+    keys = {(r["ranks"], r["capacity"], r["blocks"], r["collective"]): None for r in result["collectives"]}
     for key in keys:
-        rows = [r for r in result["collectives"] if (r["seats"], r["capacity"], r["blocks"], r["collective"]) == key]
-        label = f"{key[0]}/{key[1]} seats, {key[2]} blocks, {key[3]}"
+        rows = [r for r in result["collectives"] if (r["ranks"], r["capacity"], r["blocks"], r["collective"]) == key]
+        label = f"{key[0]}/{key[1]} ranks, {key[2]} blocks, {key[3]}"
         print(f"{label:38}" + "".join(f"{r['us']:>10.1f} ({r['floor_us']:.1f})" for r in rows))
 
 

@@ -2,13 +2,13 @@
 
     python -m benchmarks.cuda_scaling --out benchmarks/results/cuda-scaling-h200.json      (MPS must run: gpu_all.sh)
 
-Qwen3-30B-A3B's shape with `--layers` layers and dummy weights by seed, several seats on one GPU. All servers start at
+Qwen3-30B-A3B's shape with `--layers` layers and dummy weights by seed, several ranks on one GPU. All servers start at
 once, since starting is most of the time; then one section after the other measures, alone. A section that fails or
 outlasts its limit is recorded as such and the others go on; the JSON is written after each.
 
 - changes: 1 -> 2 -> 4 -> 2 -> 1 again and again while streams decode.
-- static: tokens/s of one seat beside plain SGLang without the plugin, batch 1, 16, 64.
-- capacity: tokens/s of 2 seats of 8 beside 2 of 2, and each seat's share of memory.
+- static: tokens/s of one rank beside plain SGLang without the plugin, batch 1, 16, 64.
+- capacity: tokens/s of 2 ranks of 8 beside 2 of 2, and each rank's share of memory.
 - tokens: float32 tiny model, without graphs: tokens through changes equal those of a server that never changed.
 """
 
@@ -175,7 +175,7 @@ async def change(instance: Instance, load: Load, size: int, device: Device) -> d
         "during": tokens_between(load, started, ended),
         "after": tokens_between(load, ended, ended + 1.0),
     }
-    pauses = [pause for seat, pause in operation["pause_ms"].items() if int(seat) in operation["seats_after"]]
+    pauses = [pause for rank, pause in operation["pause_ms"].items() if int(rank) in operation["ranks_after"]]
     return {
         "from": operation["old_ep_size"],
         "to": operation["new_ep_size"],
@@ -206,7 +206,7 @@ async def standbys(instance: Instance, wanted: int, limit_s: float) -> float:
         while time.monotonic() - started < limit_s:
             async with session.get("/elastic_ep/status") as response:
                 status = await response.json()
-            if sum(seat["state"] == "standby" for seat in status["seats"]) >= wanted:
+            if sum(rank["state"] == "standby" for rank in status["ranks"]) >= wanted:
                 return round(time.monotonic() - started, 1)
             await asyncio.sleep(0.2)
     raise RuntimeError(f"no {wanted} standbys within {limit_s:.0f} s: {json.dumps(status)[:800]}")
@@ -232,12 +232,12 @@ async def changes(servers: Servers, settings: argparse.Namespace, record: dict[s
 
 
 async def static(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
-    record["what"] = "first: elastic, 1 seat of 2; second: plain SGLang without the plugin"
+    record["what"] = "first: elastic, 1 rank of 2; second: plain SGLang without the plugin"
     record["rows"] = await compare(await servers.get("elastic-1-of-2"), await servers.get("plain"), settings)
 
 
 async def capacity(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
-    record["what"] = "first: 2 seats of 8; second: 2 of 2"
+    record["what"] = "first: 2 ranks of 8; second: 2 of 2"
     record["rows"] = await compare(await servers.get("elastic-8"), await servers.get("elastic-2"), settings)
 
 
@@ -272,9 +272,9 @@ def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) 
     graphs = ["--cuda-graph-bs-decode", *map(str, settings.graph_sizes)]
 
     def elastic(
-        name: str, first: int, seats: int, ready: int, *args: str, env: Mapping[str, str] | None = None
+        name: str, first: int, ranks: int, ready: int, *args: str, env: Mapping[str, str] | None = None
     ) -> None:
-        sizes = ["--ep-size", str(first), "--max-ep-size", str(seats), "--seats-per-device", str(seats)]
+        sizes = ["--ep-size", str(first), "--max-ep-size", str(ranks), "--ranks-per-device", str(ranks)]
         servers.start(name, [*sizes, "--standbys", str(max(ready, first)), *args], env=env)
 
     if "changes" in settings.sections:

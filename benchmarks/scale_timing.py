@@ -2,10 +2,10 @@
 
 Two measurements, written to benchmarks/results/scale-timing-cpu.json with the targets beside them:
 
-1. Changes by one seat, up from a warm standby and down, again and again while streams decode: the pause of each
-   surviving seat at the commit, the time of the whole operation, and the longest gap of each stream during it.
+1. Changes by one rank, up from a warm standby and down, again and again while streams decode: the pause of each
+   surviving rank at the commit, the time of the whole operation, and the longest gap of each stream during it.
 2. Tokens a second at a fixed size of two, beside plain SGLang with gloo at the same size, on the same model. What no
-   collective can beat is measured too: one seat alone with half of the streams, counted twice.
+   collective can beat is measured too: one rank alone with half of the streams, counted twice.
 
 Exit status 1 when a target was missed; the targets are for a machine of two cores that does nothing else.
 """
@@ -39,7 +39,7 @@ from elasticmoe_sglang.tiny_model import make_tiny_model
 
 OUT = Path(__file__).parent / "results" / "scale-timing-cpu.json"
 SIZES = (3, 2, 1, 2)
-"""From two seats: up and down by one seat, so that one warm standby is enough for each way up."""
+"""From two ranks: up and down by one rank, so that one warm standby is enough for each way up."""
 _AROUND_S = 0.3
 _WORDS = ("def", "class", "return", "import", "for", "self", "value", "name", "in", "range", "print", "with", "open")
 
@@ -48,7 +48,7 @@ _WORDS = ("def", "class", "return", "import", "for", "self", "value", "name", "i
 class Change:
     """One change under load, milliseconds.
 
-    pauses_ms: of each seat that was there before and after (see `PauseMeter`).
+    pauses_ms: of each rank that was there before and after (see `PauseMeter`).
     gap_ms, gap_limit_ms: of the stream that came closest to, or furthest beyond, three times its median gap + 100 ms.
     """
 
@@ -126,7 +126,7 @@ async def one_change(session: aiohttp.ClientSession, load: Load, size: int) -> C
         raise SystemExit(f"the change to {size} ended as {operation}")
     gaps = [gap for record in load.records if (gap := worst_gap(record, started, ended + _AROUND_S)) is not None]
     worst = max(gaps, key=lambda pair: pair[0] / pair[1])
-    staying = set(operation["seats_before"]) & set(operation["seats_after"])
+    staying = set(operation["ranks_before"]) & set(operation["ranks_after"])
     timings = operation["timings"]
     return Change(
         before=operation["old_ep_size"],
@@ -134,7 +134,7 @@ async def one_change(session: aiohttp.ClientSession, load: Load, size: int) -> C
         total_ms=timings["total_ms"],
         preparing_ms=timings["preparing_ms"],
         committing_ms=timings["committing_ms"],
-        pauses_ms=[operation["pause_ms"][str(seat)] for seat in sorted(staying)],
+        pauses_ms=[operation["pause_ms"][str(rank)] for rank in sorted(staying)],
         gap_ms=worst[0] * 1e3,
         gap_limit_ms=worst[1] * 1e3,
         streams=len(gaps),
@@ -147,7 +147,7 @@ async def wait_for_standby(session: aiohttp.ClientSession) -> None:
     while time.monotonic() < deadline:
         async with session.get("/elastic_ep/status") as response:
             status = await response.json()
-        if any(seat["state"] == "standby" for seat in status["seats"]):
+        if any(rank["state"] == "standby" for rank in status["ranks"]):
             return
         await asyncio.sleep(0.1)
     raise SystemExit("no standby within 60 s")
@@ -190,7 +190,7 @@ async def run(settings: argparse.Namespace, folder: Path, console: Console) -> t
         return Instance(args, plain=plain, generation=0, size=2, log=log)
 
     rates, answers = [], []
-    sizes = {"plain SGLang, gloo": None, "elastic, 2 of 2 seats": 2, "elastic, 2 of 4 seats": 4}
+    sizes = {"plain SGLang, gloo": None, "elastic, 2 of 2 ranks": 2, "elastic, 2 of 4 ranks": 4}
     changes: list[Change] = []
     for name, capacity in sizes.items():
         args = servers.plain(2, servers.kv_tokens) if capacity is None else servers.elastic(2, capacity)
@@ -201,7 +201,7 @@ async def run(settings: argparse.Namespace, folder: Path, console: Console) -> t
             console.print(f"{name}: {rate.tokens_per_s:.0f} tokens/s")
             if capacity == 4:
                 changes = await measure_changes(instance, settings)
-    name = "no collectives: 1 seat, half of the streams, twice"
+    name = "no collectives: 1 rank, half of the streams, twice"
     async with start(name, servers.elastic(1, 2), plain=False) as instance:
         rates.append((await measure_rate(instance, name, settings, share=2))[0])
         console.print(f"{name}: {rates[-1].tokens_per_s:.0f} tokens/s")
@@ -219,12 +219,12 @@ def targets(changes: Sequence[Change], rates: Sequence[Rate]) -> list[Target]:
     excess = max(change.gap_ms - change.gap_limit_ms for change in changes)
     pauses = [pause for change in changes for pause in change.pauses_ms]
     return [
-        Target(name="commit pause, median of all seats", value=statistics.median(pauses), limit=10, unit="ms"),
+        Target(name="commit pause, median of all ranks", value=statistics.median(pauses), limit=10, unit="ms"),
         Target(name="longest gap beyond 3 x median + 100 ms", value=excess, limit=0, unit="ms"),
-        Target(name="one seat up from a warm standby, median", value=seconds(True), limit=2, unit="s"),
-        Target(name="one seat down, median", value=seconds(False), limit=1, unit="s"),
-        Target(name="tokens/s against gloo, 2 of 2 seats", value=elastic / gloo, limit=3, unit="x", at_least=True),
-        Target(name="tokens/s against gloo, 2 of 4 seats", value=roomy / gloo, limit=3, unit="x", at_least=True),
+        Target(name="one rank up from a warm standby, median", value=seconds(True), limit=2, unit="s"),
+        Target(name="one rank down, median", value=seconds(False), limit=1, unit="s"),
+        Target(name="tokens/s against gloo, 2 of 2 ranks", value=elastic / gloo, limit=3, unit="x", at_least=True),
+        Target(name="tokens/s against gloo, 2 of 4 ranks", value=roomy / gloo, limit=3, unit="x", at_least=True),
     ]
 
 

@@ -25,16 +25,16 @@ class ElasticConfig:
     """
 
     ep_size: int
-    """Seats that are occupied when the server starts: the expert-parallel size to begin with."""
+    """Ranks that are active when the server starts: the expert-parallel size to begin with."""
 
     max_ep_size: int
-    """Seats that exist. SGLang runs with tp = dp = ep of this size; no change can go beyond it."""
+    """Ranks that exist. SGLang runs with tp = dp = ep of this size; no change can go beyond it."""
 
-    seats_per_device: int = 1
-    """Seats that share one device: seat i sits on device i // seats_per_device."""
+    ranks_per_device: int = 1
+    """Ranks that share one device: rank i sits on device i // ranks_per_device."""
 
     standbys: int = 1
-    """Processes kept warm (SGLang imported, waiting), so that a joiner does not pay for the start of one."""
+    """Processes kept warm (SGLang imported, waiting), so that a joining rank does not pay for the start of one."""
 
     hmm_endpoint: str | None = None
     """Endpoint of a running HMM, ipc://PATH. None: the server starts one and takes it down again."""
@@ -46,7 +46,7 @@ class ElasticConfig:
     """What KV caches leave unused of each device: a fraction of its budget such as 0.02, or a size such as 2GiB."""
 
     kv_tokens: int | None = None
-    """The most KV tokens of one seat. None: as many as the device has room for, or SGLang's --max-total-tokens."""
+    """The most KV tokens of one rank. None: as many as the device has room for, or SGLang's --max-total-tokens."""
 
     run_dir: str | None = None
     """Folder for the sockets, made with mode 0700. None: a fresh one for each launch."""
@@ -55,27 +55,28 @@ class ElasticConfig:
     """Seconds for boot, attach and column pulls of one change before it is rolled back. Serving goes on meanwhile."""
 
     commit_deadline_s: float = 10.0
-    """Seconds in which all seats have to meet at the commit gate; a running batch and its prefill count too."""
+    """Seconds in which all ranks have to meet at the commit barrier; a running batch and its prefill count too."""
 
     finish_deadline_s: float = 30.0
-    """Seconds for giving departed columns back and for leavers to exit; also for each undo step of a rollback."""
+    """Seconds for giving departed columns back and for retiring ranks to exit; also for each undo step of a
+    rollback."""
 
     pull_bandwidth: int | None = None
-    """Bytes a second that one seat may pull during a change, to protect serving. None: no limit."""
+    """Bytes a second that one rank may pull during a change, to protect serving. None: no limit."""
 
     collective_deadline_s: float = 60.0
-    """Seconds that a collective waits for a seat before it raises `PeerTimeout` naming that seat."""
+    """Seconds that a collective waits for a rank before it raises `PeerTimeout` naming that rank."""
 
     window_bytes: int = 4 << 20
-    """Bytes of one seat's window in the shared region of a process group; larger messages go in chunks."""
+    """Bytes of one rank's window in the shared region of a process group; larger messages go in chunks."""
 
     ablate: str = ""
-    """Names out of `ABLATIONS`, comma-separated: a joiner does without these. For measurements only."""
+    """Names out of `ABLATIONS`, comma-separated: a joining rank does without these. For measurements only."""
 
     def __post_init__(self) -> None:
         _at_least(self, "ep_size", 1)
         _at_least(self, "max_ep_size", 1)
-        _at_least(self, "seats_per_device", 1)
+        _at_least(self, "ranks_per_device", 1)
         _at_least(self, "standbys", 0)
         _at_least(self, "window_bytes", 4096)
         for name in ("device_budget", "pull_bandwidth", "kv_tokens"):
@@ -111,9 +112,9 @@ class ElasticConfig:
             hint="Write it like 0.02 or 2GiB",
         )
 
-    def device_of(self, seat: int) -> int:
-        """The device on which `seat` sits."""
-        return seat // self.seats_per_device
+    def device_of(self, rank: int) -> int:
+        """The device on which `rank` sits."""
+        return rank // self.ranks_per_device
 
     @property
     def ablations(self) -> frozenset[str]:
@@ -122,7 +123,7 @@ class ElasticConfig:
 
     @property
     def num_devices(self) -> int:
-        """Devices that the seats take."""
+        """Devices that the ranks take."""
         return self.device_of(self.max_ep_size - 1) + 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,10 +202,10 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         group.add_argument(*names, dest=_destination(field), type=kind, metavar=metavar, default=None, help=text)
 
     defaults = {field.name: field.default for field in fields(ElasticConfig)}
-    add("ep_size", int, "N", "Seats occupied at the start: the first expert-parallel size.")
-    add("max_ep_size", int, "N", "Seats that exist: the largest size the server can be scaled to. Fixed at launch.")
-    add("seats_per_device", int, "N", f"Seats that share one device. Default: {defaults['seats_per_device']}.")
-    add("standbys", int, "N", f"Warm processes kept ready to take a seat. Default: {defaults['standbys']}.")
+    add("ep_size", int, "N", "Ranks active at the start: the first expert-parallel size.")
+    add("max_ep_size", int, "N", "Ranks that exist: the largest size the server can be scaled to. Fixed at launch.")
+    add("ranks_per_device", int, "N", f"Ranks that share one device. Default: {defaults['ranks_per_device']}.")
+    add("standbys", int, "N", f"Warm processes kept ready to take a rank. Default: {defaults['standbys']}.")
     add("hmm_endpoint", str, "ENDPOINT", "Use the HMM that runs there (ipc://PATH) instead of starting one.")
     add(
         "device_budget",
@@ -213,21 +214,21 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         "Memory of each device that the HMM may hand out, like 2GiB. Default: all of it.",
     )
     add("headroom", str, "SIZE", "What KV caches leave unused of a device: 0.02 or 2GiB. Default: 0.01.")
-    add("kv_tokens", int, "N", "The most KV tokens of one seat. Default: as many as there is room for.")
+    add("kv_tokens", int, "N", "The most KV tokens of one rank. Default: as many as there is room for.")
     add("run_dir", str, "DIR", "Folder for the sockets (mode 0700). Keep the path short. Default: a fresh one.")
     add(
         "pull_bandwidth",
         _size,
         "SIZE",
-        "Bytes a second one seat may pull during a change, like 1GiB. Default: no limit.",
+        "Bytes a second one rank may pull during a change, like 1GiB. Default: no limit.",
     )
-    add("window_bytes", _size, "SIZE", "Shared window of one seat for collectives. Default: 4MiB.")
+    add("window_bytes", _size, "SIZE", "Shared window of one rank for collectives. Default: 4MiB.")
     group.add_argument(flag("ablate"), dest=_destination("ablate"), default=None, help=argparse.SUPPRESS)
     for field, what in (
         ("prepare_deadline_s", "boot and column pulls of a change; then it is rolled back"),
-        ("commit_deadline_s", "all seats to meet at the commit gate"),
+        ("commit_deadline_s", "all ranks to meet at the commit barrier"),
         ("finish_deadline_s", "giving memory back after a change, and each undo step of a rollback"),
-        ("collective_deadline_s", "a seat to take part in a collective"),
+        ("collective_deadline_s", "a rank to take part in a collective"),
     ):
         add(field, float, "SECONDS", f"Time allowed for {what}. Default: {defaults[field]:g}.")
 

@@ -2,9 +2,9 @@
 
 ElasticMoEError
 ├── UserInputError (also ValueError)      what a caller asked for is malformed or impossible; HTTP 400
-│   ├── PlanError                         the wish does not lead to a legal membership
+│   ├── PlanError                         the target does not lead to a legal membership
 │   ├── UnsupportedFeature                the model or a flag needs what this project does not do
-│   └── BudgetExceeded                    the experts or KV of the wish do not fit the devices' budgets
+│   └── BudgetExceeded                    the experts or KV of the target do not fit the devices' budgets
 ├── OperationInProgress                   a change is running already; HTTP 409
 ├── HmmError                              the memory sidecar refused or failed
 │   ├── HmmUnavailable                    nobody answers at its endpoint; HTTP 503
@@ -23,14 +23,14 @@ ElasticMoEError
 │       ├── DriverRefused                 the process may not do that
 │       ├── DriverUnsupported             the driver or the device cannot do that
 │       └── DeviceFault                   the device or its driver is broken
-├── CollectiveError                       a collective among the seats could not finish
-│   ├── PeerTimeout                       a seat stalled past the deadline
-│   ├── PeerDied                          a seat's process is gone
-│   ├── CollectiveMismatch                seats called different collectives, or with different sizes
-│   └── SeatAbsent                        a root or peer that is not among the occupied seats
-├── CommitError                           the commit gate was not passed; the change is rolled back
+├── CollectiveError                       a collective among the ranks could not finish
+│   ├── PeerTimeout                       a rank stalled past the deadline
+│   ├── PeerDied                          a worker is gone
+│   ├── CollectiveMismatch                ranks called different collectives, or with different sizes
+│   └── RankInactive                        a root or peer that is not among the active ranks
+├── CommitError                           the commit barrier was not passed; the change is rolled back
 ├── PhaseTimeout                          a phase of a change took longer than its deadline
-├── SeatError                             a seat's process failed to boot, join or leave
+├── WorkerError                             a worker failed to boot, join or leave
 └── HookError                             SGLang is not what the hooks were written for; ends the launch
 """
 
@@ -38,11 +38,11 @@ from __future__ import annotations
 
 
 class ElasticMoEError(Exception):
-    """What happened, where (seat, epoch, operation), and what to do about it.
+    """What happened, where (rank, epoch, operation), and what to do about it.
 
     Args:
         what: one sentence, no trailing full stop needed.
-        seat / epoch / operation: where it happened; left out of the text when None.
+        rank / epoch / operation: where it happened; left out of the text when None.
         hint: what the reader can do about it.
     """
 
@@ -50,20 +50,20 @@ class ElasticMoEError(Exception):
         self,
         what: str,
         *,
-        seat: int | None = None,
+        rank: int | None = None,
         epoch: int | None = None,
         operation: str | None = None,
         hint: str | None = None,
     ) -> None:
         self.what = what
-        self.seat = seat
+        self.rank = rank
         self.epoch = epoch
         self.operation = operation
         self.hint = hint
         super().__init__(self._text())
 
     def _text(self) -> str:
-        named = (("seat", self.seat), ("epoch", self.epoch), ("operation", self.operation))
+        named = (("rank", self.rank), ("epoch", self.epoch), ("operation", self.operation))
         where = ", ".join(f"{name} {value}" for name, value in named if value is not None)
         text = self.what + (f" ({where})" if where else "")
         return f"{text}. {self.hint}" if self.hint else text
@@ -85,7 +85,7 @@ class UserInputError(ElasticMoEError, ValueError):
 
 
 class PlanError(UserInputError):
-    """The wish does not lead to a legal membership."""
+    """The target does not lead to a legal membership."""
 
 
 class UnsupportedFeature(UserInputError):
@@ -93,7 +93,7 @@ class UnsupportedFeature(UserInputError):
 
 
 class BudgetExceeded(UserInputError):
-    """The experts or KV of the wish do not fit the devices' budgets.
+    """The experts or KV of the target do not fit the devices' budgets.
 
     Args:
         device: the device that is too small.
@@ -108,7 +108,7 @@ class BudgetExceeded(UserInputError):
         needed: int | None = None,
         free: int | None = None,
         budget: int | None = None,
-        seat: int | None = None,
+        rank: int | None = None,
         operation: str | None = None,
         hint: str | None = None,
     ) -> None:
@@ -116,7 +116,7 @@ class BudgetExceeded(UserInputError):
         self.needed = needed
         self.free = free
         self.budget = budget
-        super().__init__(what, seat=seat, operation=operation, hint=hint)
+        super().__init__(what, rank=rank, operation=operation, hint=hint)
 
 
 class OperationInProgress(ElasticMoEError):
@@ -204,35 +204,35 @@ class DeviceFault(DriverError):
 
 
 class CollectiveError(ElasticMoEError):
-    """A collective among the seats could not finish."""
+    """A collective among the ranks could not finish."""
 
 
 class PeerTimeout(CollectiveError):
-    """A seat stalled past the deadline of a collective."""
+    """A rank stalled past the deadline of a collective."""
 
 
 class PeerDied(CollectiveError):
-    """A seat's process is gone."""
+    """A worker is gone."""
 
 
 class CollectiveMismatch(CollectiveError):
-    """Seats called different collectives, or with different sizes."""
+    """Ranks called different collectives, or with different sizes."""
 
 
-class SeatAbsent(CollectiveError):
-    """A collective names a root or a peer that is not among the occupied seats."""
+class RankInactive(CollectiveError):
+    """A collective names a root or a peer that is not among the active ranks."""
 
 
 class CommitError(ElasticMoEError):
-    """The commit gate was not passed; the change is rolled back."""
+    """The commit barrier was not passed; the change is rolled back."""
 
 
 class PhaseTimeout(ElasticMoEError):
     """A phase of a change took longer than its deadline."""
 
 
-class SeatError(ElasticMoEError):
-    """A seat's process failed to boot, join or leave."""
+class WorkerError(ElasticMoEError):
+    """A worker failed to boot, join or leave."""
 
 
 class HookError(ElasticMoEError):

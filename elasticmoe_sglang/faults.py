@@ -1,7 +1,7 @@
 """Points at which a test can make a fault happen in the real server. Inert unless the launch asked for it.
 
 With ELASTICMOE_FAULTS=1 a process that reaches a named point looks for the file `fault` in the run folder. If its text
-is `POINT SEAT ACTION` with this point and this seat, the file is removed and the action is done, so it happens once:
+is `POINT RANK ACTION` with this point and this rank, the file is removed and the action is done, so it happens once:
 
     self            kill this process (SIGKILL)
     kill:PID        kill another process, and go on
@@ -22,16 +22,16 @@ ENV_FAULTS = "ELASTICMOE_FAULTS"
 FAULT_FILE = "fault"
 
 POINTS = (
-    "boot.attached",  # a joiner has mapped its weights
-    "boot.gate",  # a joiner is about to wait at the gate
+    "boot.attached",  # a joining rank has mapped its weights
+    "boot.barrier",  # a joining rank is about to wait at the commit barrier
     "pull.started",  # a survivor has begun to take columns over
     "pull.done",
     "commit.received",  # the commit was read from SGLang's broadcast
-    "gate.before",
-    "gate.after",
-    "leave.sending",  # a leaver is about to hand its requests over
+    "barrier.before",
+    "barrier.after",
+    "leave.sending",  # a retiring rank is about to hand its requests over
     "leave.sent",
-    "adopt.before",  # a survivor is about to go on with a leaver's requests
+    "adopt.before",  # a survivor is about to go on with a retiring rank's requests
 )
 
 
@@ -39,23 +39,23 @@ class FaultInjected(ElasticMoEError):
     """A test asked for it."""
 
 
-def point(name: str, seat: int, run_dir: Path) -> None:
-    """Do what a test asked for at this point and seat, once; nothing otherwise."""
+def point(name: str, rank: int, run_dir: Path) -> None:
+    """Do what a test asked for at this point and rank, once; nothing otherwise."""
     if not os.environ.get(ENV_FAULTS):
         return
     assert name in POINTS, name
     path = run_dir / FAULT_FILE
     try:
-        wanted, wanted_seat, action = path.read_text().split()
+        wanted, wanted_rank, action = path.read_text().split()
     except (FileNotFoundError, ValueError):
         return
-    if wanted != name or int(wanted_seat) != seat:
+    if wanted != name or int(wanted_rank) != rank:
         return
     path.unlink(missing_ok=True)
-    _act(action, name, seat)
+    _act(action, name, rank)
 
 
-def _act(action: str, name: str, seat: int) -> None:
+def _act(action: str, name: str, rank: int) -> None:
     kind, _, value = action.partition(":")
     if kind == "self":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -64,4 +64,4 @@ def _act(action: str, name: str, seat: int) -> None:
     elif kind == "stall":
         time.sleep(float(value))
     else:
-        raise FaultInjected(f"injected at {name}", seat=seat)
+        raise FaultInjected(f"injected at {name}", rank=rank)

@@ -1,6 +1,6 @@
 """Launch configurations: JSON files that say how one model is served on one kind of machine.
 
-`load_launch_config(path).to_argv()` are the arguments of `elasticmoe serve`. Loading computes what each seat has to
+`load_launch_config(path).to_argv()` are the arguments of `elasticmoe serve`. Loading computes what each rank has to
 hold and refuses a file whose numbers do not fit the devices. The schema is in configs/README.md.
 """
 
@@ -24,7 +24,7 @@ GIB = 1 << 30
 GRANULARITY = 2 << 20
 """Of device memory, on H200 and on Ascend 910B and 910C alike."""
 MIN_KV_TOKENS = 16384
-"""What the fullest seat must be able to cache beside its weights; fewer would not hold one long request."""
+"""What the fullest rank must be able to cache beside its weights; fewer would not hold one long request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class LaunchConfig:
         model_path: folder or hub name, as SGLang takes it.
         elastic: the elastic settings; its device budget is never None here.
         expert_dtype: a key of BYTES_PER_PARAMETER.
-        min_ep_size: the fewest seats the weights still fit on; the smallest size to scale to.
+        min_ep_size: the fewest ranks the weights still fit on; the smallest size to scale to.
         sglang_flags: flag -> value for SGLang; True is a flag without value.
         environment: to be set for the server.
         missing: what this version lacks to run it, in words; empty when nothing is known to be in the way.
@@ -97,7 +97,7 @@ class LaunchConfig:
         if not 1 <= self.min_ep_size <= self.elastic.ep_size:
             raise UserInputError(f"{self.name}: min_ep_size {self.min_ep_size} is not in 1..{self.elastic.ep_size}")
         if self.elastic.max_ep_size > self.shape.experts:
-            raise UserInputError(f"{self.name}: {self.elastic.max_ep_size} seats for {self.shape.experts} experts")
+            raise UserInputError(f"{self.name}: {self.elastic.max_ep_size} ranks for {self.shape.experts} experts")
         self._check_budget()
         if self.num_nodes > 1 and not self.missing:
             raise UserInputError(f"{self.name}: {self.num_nodes} machines are needed, and one is supported so far")
@@ -110,10 +110,10 @@ class LaunchConfig:
                 hint="Activations, graphs and the runtime need room too.",
                 budget=budget,
             )
-        needed = self.seat_bytes(self.min_ep_size) * self.elastic.seats_per_device
+        needed = self.rank_bytes(self.min_ep_size) * self.elastic.ranks_per_device
         if needed > budget:
             raise BudgetExceeded(
-                f"{self.name}: on {self.min_ep_size} seats a device must hold {_gib(needed)}, "
+                f"{self.name}: on {self.min_ep_size} ranks a device must hold {_gib(needed)}, "
                 f"its budget is {_gib(budget)}",
                 needed=needed,
                 free=budget,
@@ -129,20 +129,20 @@ class LaunchConfig:
 
     @property
     def num_nodes(self) -> int:
-        """Machines that the seats take."""
+        """Machines that the ranks take."""
         return -(-self.elastic.num_devices // DEVICES[self.device].per_node)
 
     def weight_bytes(self, ep_size: int) -> int:
-        """Weights of the fullest of `ep_size` seats."""
-        return self.shape.seat_weight_bytes(self.expert_dtype, ep_size, granularity=GRANULARITY)
+        """Weights of the fullest of `ep_size` ranks."""
+        return self.shape.rank_weight_bytes(self.expert_dtype, ep_size, granularity=GRANULARITY)
 
-    def seat_bytes(self, ep_size: int) -> int:
-        """Weights and the least KV cache of the fullest of `ep_size` seats."""
+    def rank_bytes(self, ep_size: int) -> int:
+        """Weights and the least KV cache of the fullest of `ep_size` ranks."""
         return self.weight_bytes(ep_size) + MIN_KV_TOKENS * self.shape.kv_bytes_per_token()
 
     def kv_tokens(self, ep_size: int) -> int:
-        """Tokens that fit beside the weights on the fullest of `ep_size` seats."""
-        share = self.device_budget // self.elastic.seats_per_device
+        """Tokens that fit beside the weights on the fullest of `ep_size` ranks."""
+        share = self.device_budget // self.elastic.ranks_per_device
         return (share - self.weight_bytes(ep_size)) // self.shape.kv_bytes_per_token()
 
     def to_argv(self) -> list[str]:

@@ -27,7 +27,7 @@ class ModelShape:
     experts: routed experts of one MoE layer, the number of expert columns.
     moe_layers: layers that have them.
     column_parameters: one expert over all MoE layers.
-    dense_parameters: everything else; every seat holds it whole, since attention is data-parallel.
+    dense_parameters: everything else; every rank holds it whole, since attention is data-parallel.
     kv_elements: of one token over all layers.
     """
 
@@ -55,8 +55,8 @@ class ModelShape:
         """In bfloat16."""
         return int(self.kv_elements * BF16)
 
-    def seat_weight_bytes(self, dtype: str, ep_size: int, *, granularity: int) -> int:
-        """Weights of the fullest of `ep_size` seats: dense part and columns, each rounded up to `granularity`."""
+    def rank_weight_bytes(self, dtype: str, ep_size: int, *, granularity: int) -> int:
+        """Weights of the fullest of `ep_size` ranks: dense part and columns, each rounded up to `granularity`."""
         columns = -(-self.experts // ep_size)
         return _round_up(self.dense_bytes(), granularity) + columns * _round_up(self.column_bytes(dtype), granularity)
 

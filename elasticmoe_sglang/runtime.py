@@ -40,9 +40,9 @@ class RunPaths:
     def imm_socket(self) -> str:
         return f"{self.run_dir}/imm.sock"
 
-    def peer_endpoint(self, seat: int) -> str:
-        """Where a seat takes over requests from a leaving seat."""
-        return f"ipc://{self.run_dir}/peer-{seat}.sock"
+    def peer_endpoint(self, rank: int) -> str:
+        """Where a rank takes over requests from a retiring rank."""
+        return f"ipc://{self.run_dir}/peer-{rank}.sock"
 
     def create(self) -> None:
         self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)

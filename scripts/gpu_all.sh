@@ -17,7 +17,7 @@ if ! command -v nvidia-cuda-mps-control >/dev/null && [ -x /usr/local/nvidia/bin
     PATH="$PATH:/usr/local/nvidia/bin"
 fi
 if ! command -v nvidia-cuda-mps-control >/dev/null; then
-    echo "gpu_all: no nvidia-cuda-mps-control on the PATH; several seats on one GPU take turns without it" >&2
+    echo "gpu_all: no nvidia-cuda-mps-control on the PATH; several ranks on one GPU take turns without it" >&2
 elif [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ]; then
     # A folder of its own: a control file that some earlier daemon left behind would pass for a running one.
     mps="$(mktemp -d /tmp/mps.XXXXXX)"

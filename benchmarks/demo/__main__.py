@@ -71,7 +71,7 @@ async def _run(settings: Settings, progress: Progress, view: PlainView | LiveVie
         await _make_model(settings, progress, view)
         command = "elasticmoe serve " + shlex.join(settings.serve_args())
         view.say(f"starting: {command} (log: {settings.log})")
-        # Four seats share this machine's cores; more threads in each would only get in each other's way.
+        # Four ranks share this machine's cores; more threads in each would only get in each other's way.
         server = ElasticServer(
             settings.serve_args(), log=settings.log, port=settings.port, env={"OMP_NUM_THREADS": "1"},
             waiting=view.waiting,
@@ -132,8 +132,8 @@ def _arguments() -> argparse.Namespace:
 
 def _sizes(text: str) -> tuple[int, ...]:
     sizes = tuple(_positive(part) for part in text.split(","))
-    if len(sizes) < 2 or max(sizes) > Settings.seats:
-        raise argparse.ArgumentTypeError(f"at least two sizes between 1 and {Settings.seats}, not {text!r}")
+    if len(sizes) < 2 or max(sizes) > Settings.ranks:
+        raise argparse.ArgumentTypeError(f"at least two sizes between 1 and {Settings.ranks}, not {text!r}")
     return sizes
 
 

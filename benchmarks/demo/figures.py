@@ -27,14 +27,14 @@ class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
     """One change. Times in milliseconds, except for those since the start of the run.
 
     Attributes:
-        pause_ms: the longest time that a seat took from its last batch before the commit to the first one after it,
+        pause_ms: the longest time that a rank took from its last batch before the commit to the first one after it,
             less the median of such intervals.
         longest_gap_ms: the longest time between two tokens of one stream around the change; `median_gap_ms` is the
             median of that same stream over its whole life.
         commit_s: when the new membership served.
         commit_gap_ms: as longest_gap_ms, around the phase `committing` alone.
         streams: that were decoding when the change was asked for.
-        moved_requests: handed from leaving seats to others.
+        moved_requests: handed from retiring ranks to others.
         lost: streams alive during the change that did not end with exactly the tokens asked for.
     """
 
@@ -100,7 +100,7 @@ def figures(progress: Progress, command: str) -> Figures:
         command=command,
         machine=machine(),
         settings={
-            "sizes": settings.sizes, "seats": settings.seats, "streams": settings.streams, "tokens": settings.tokens,
+            "sizes": settings.sizes, "ranks": settings.ranks, "streams": settings.streams, "tokens": settings.tokens,
             "experts": settings.experts, "layers": settings.layers, "serve": settings.serve_args(),
         },
         boot_s=round(progress.boot_s, 1),

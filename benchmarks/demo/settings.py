@@ -34,7 +34,7 @@ class Settings:
 
     out: Path
     sizes: tuple[int, ...] = (2, 4, 1, 3)
-    seats: int = 4
+    ranks: int = 4
     streams: int = 8
     tokens: int = 240
     steady_s: float = 5.0
@@ -52,7 +52,7 @@ class Settings:
 
     def serve_args(self) -> list[str]:
         """Arguments of `elasticmoe serve`."""
-        size = ["--ep-size", str(self.sizes[0]), "--max-ep-size", str(self.seats)]
+        size = ["--ep-size", str(self.sizes[0]), "--max-ep-size", str(self.ranks)]
         return ["--model-path", str(self.model), *size, "--device", "cpu", "--max-total-tokens", "16384"]
 
     def reference_asks(self) -> list[Ask]:

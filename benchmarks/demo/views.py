@@ -16,7 +16,7 @@ from rich.text import Text
 
 from benchmarks.demo.scenario import Progress
 from elasticmoe_sglang.api.types import Operation, Status
-from elasticmoe_sglang.cli.render import placement_picture, seats_table
+from elasticmoe_sglang.cli.render import draw_placement, ranks_table
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_BINS = 60
@@ -67,7 +67,7 @@ class LiveView:
         self._plain = PlainView(console, progress)
         # Its own thread draws, so that drawing does not delay the stamping of tokens more than a thread switch does.
         self._live = Live(
-            console=console, get_renderable=self._picture, refresh_per_second=_LIVE_HZ, transient=True,
+            console=console, get_renderable=self._draw, refresh_per_second=_LIVE_HZ, transient=True,
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
 
@@ -83,14 +83,14 @@ class LiveView:
         with self._live:
             yield
 
-    def _picture(self) -> RenderableType:
+    def _draw(self) -> RenderableType:
         progress = self._progress
         parts: list[RenderableType] = [Text()]
         status = progress.status
         if status is not None:
             parts.append(_head(status))
             # Side by side where the terminal is wide enough.
-            parts.append(Columns([seats_table(status), placement_picture(status.placement)], padding=(0, 3)))
+            parts.append(Columns([ranks_table(status), draw_placement(status.placement)], padding=(0, 3)))
             parts.append(_throughput(progress))
         parts.append(_stage(progress, status))
         return Padding(Group(*parts), (0, 1))
@@ -98,7 +98,7 @@ class LiveView:
 
 def _head(status: Status) -> Text:
     return Text.assemble(
-        ("EP size ", "dim"), (str(status.ep_size), "bold"), (f" of {status.max_ep_size} seats", "dim"),
+        ("EP size ", "dim"), (str(status.ep_size), "bold"), (f" of {status.max_ep_size} ranks", "dim"),
         ("   epoch ", "dim"), (str(status.epoch), "bold"),
         ("   members ", "dim"), ", ".join(map(str, status.membership)),
     )  # fmt: skip

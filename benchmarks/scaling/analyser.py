@@ -13,7 +13,7 @@ from benchmarks.scaling.records import ChangeRecord, DevicePeak, Holding, Memory
 STALL_S = 1.0
 """Silence from which on waiting users count as shut out, even though their requests were accepted."""
 MIN_DURING_S = 5.0
-"""A change that is over sooner is measured over this long. Where more seats share the same cores, each request takes
+"""A change that is over sooner is measured over this long. Where more ranks share the same cores, each request takes
 some tenths of a second longer from then on: its tokens come later, once, and in a window of one or two seconds that
 would count as throughput lost. What a shorter dip does to a user is the longest gap's to say."""
 

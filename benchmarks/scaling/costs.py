@@ -45,15 +45,15 @@ class Costs:
 
     Attributes:
         per_node, hbm_bytes: devices of a node; memory of one.
-        cores_per_node: how many joiners of a node can boot at full speed together.
+        cores_per_node: how many joining ranks of a node can boot at full speed together.
         new_column_s: one new column: create, export, import, map, set access.
         old_column_s: one departed column: unmap and release.
         message_s: one command through the coordinator, which sends them one by one.
         near_copy, far_copy: one device's rate to a peer in its node, and to another node.
-        boot_s: a standby's way to the gate without its weights' copies: attach, build the model.
-        capture_s: capturing the joiner's graphs.
-        commit_s: from the last seat's readiness to the first token after the switch, less an ordinary step.
-        commit_seat_s: what each further seat adds to that.
+        boot_s: a standby's way to the commit barrier without its weights' copies: attach, build the model.
+        capture_s: capturing the joining rank's graphs.
+        commit_s: from the last rank's readiness to the first token after the switch, less an ordinary step.
+        commit_rank_s: what each further rank adds to that.
         cold_boot_s: a new server's start without its weights and graphs.
         load_rate: reading a checkpoint, one node.
         memory_rate, far_latency_s: a device's own memory; one all-to-all step across the group.
@@ -71,7 +71,7 @@ class Costs:
     boot_s: Cost
     capture_s: Cost
     commit_s: Cost
-    commit_seat_s: Cost
+    commit_rank_s: Cost
     cold_boot_s: Cost
     load_rate: Cost
     memory_rate: Cost
@@ -89,7 +89,7 @@ H200 = Costs(
     name="H200",
     per_node=8,
     hbm_bytes=measured(139 * 2**30, "memory that the driver reports"),
-    cores_per_node=assumed(8, "every joiner of a node has a core of its own"),
+    cores_per_node=assumed(8, "every joining rank of a node has a core of its own"),
     new_column_s=measured(96e-6, _VMM),
     old_column_s=measured(32e-6, "unmap 17 us, release 15 us"),
     message_s=assumed(0.2e-3, "a message between processes of one host and its handling"),
@@ -97,8 +97,8 @@ H200 = Costs(
     far_copy=assumed(45e9, "one 400 Gbit/s network port a device at 90 %"),
     boot_s=assumed(2.5, f"{_HOST}, with room for a larger model's construction"),
     capture_s=measured(66.0, "cold start of Qwen3-30B-A3B: compiling and capturing, on a slow virtual machine"),
-    commit_s=measured(3e-3, f"{_HOST}: 1 to 3 ms at the gate"),
-    commit_seat_s=assumed(20e-6, "one more arrival at the gate"),
+    commit_s=measured(3e-3, f"{_HOST}: 1 to 3 ms at the commit barrier"),
+    commit_rank_s=assumed(20e-6, "one more arrival at the commit barrier"),
     cold_boot_s=measured(45.0, "cold start of Qwen3-30B-A3B without compiling and capturing, rounded"),
     load_rate=assumed(10e9, "local NVMe drives"),
     memory_rate=published(4.8e12, "data sheet"),
@@ -114,7 +114,7 @@ ASCEND_910C = replace(
     old_column_s=assumed(32e-6, "as on H200"),
     near_copy=published(196e9, "unified bus: 392 GB/s a package of two dies"),
     far_copy=published(196e9, "unified bus, the same across the nodes of one supernode"),
-    cores_per_node=assumed(16, "every joiner of a node has a core of its own"),
+    cores_per_node=assumed(16, "every joining rank of a node has a core of its own"),
     capture_s=assumed(66.0, "as on H200"),
     commit_s=assumed(3e-3, "as on the CPU"),
     cold_boot_s=assumed(45.0, "as on H200"),

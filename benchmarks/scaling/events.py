@@ -101,7 +101,7 @@ class Engine:
     def _take(self, step: Hold, proceed: Callable[[], None]) -> None:
         resource = step.resource
 
-        def give_back() -> None:
+        def release_blocks() -> None:
             resource.busy_s += step.seconds
             resource.free += 1
             if resource.queue:
@@ -110,7 +110,7 @@ class Engine:
 
         def begin() -> None:
             resource.free -= 1
-            self._at(self.now + step.seconds, give_back)
+            self._at(self.now + step.seconds, release_blocks)
 
         if resource.free:
             begin()

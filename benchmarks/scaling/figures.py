@@ -37,7 +37,7 @@ class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
     """One change. Seconds; `during_over_before` is of tokens a second, None without anything served before.
 
     detail: what the method says of it (`ChangeRecord.detail`); of `elastic` its phases in milliseconds, bytes copied,
-    and for a scale-up the slowest joiner's `weights_s` and the `checkpoint_bytes` that joiners read.
+    and for a scale-up the slowest joining rank's `weights_s` and the `checkpoint_bytes` that joining ranks read.
     """
 
     old_size: int

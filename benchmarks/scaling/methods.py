@@ -67,7 +67,7 @@ class Method(ABC):
             requested_at=requested, old_size=old, new_size=size, effective_at=None, ended_at=requested
         )
         try:
-            await self.carry_out(size, record)
+            await self.apply_commit(size, record)
         except (ServerFailed, MethodFailed, aiohttp.ClientError, asyncio.TimeoutError) as error:
             # The run goes on and reports it. What follows the first line is the tail of a server's log.
             record.error = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -75,7 +75,7 @@ class Method(ABC):
         return record
 
     @abstractmethod
-    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+    async def apply_commit(self, size: int, record: ChangeRecord) -> None:
         """Do it, and fill `generation`, `effective_at` and `detail`."""
 
     @property
@@ -164,7 +164,7 @@ class Static(Method):
     async def start(self, size: int) -> None:
         await super().start(self.capacity)
 
-    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+    async def apply_commit(self, size: int, record: ChangeRecord) -> None:
         raise AssertionError("the runner plans no change for it")
 
 
@@ -173,7 +173,7 @@ class ColdRestart(Method):
 
     name = "cold-restart"
 
-    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+    async def apply_commit(self, size: int, record: ChangeRecord) -> None:
         [old] = self.serving
         self.serving = []
         await self.end(old)
@@ -188,7 +188,7 @@ class Replica(Method):
 
     name = "replica"
 
-    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+    async def apply_commit(self, size: int, record: ChangeRecord) -> None:
         if size > self.size:
             held = self.size
             self._hold(size)
@@ -197,11 +197,11 @@ class Replica(Method):
             record.generation, record.effective_at = new.generation, self.clock.now()
             return
         surplus = self.size - size
-        leaving = next((instance for instance in self.serving if instance.size == surplus), None)
-        if leaving is not None:
-            self.serving.remove(leaving)
+        retiring = next((instance for instance in self.serving if instance.size == surplus), None)
+        if retiring is not None:
+            self.serving.remove(retiring)
             record.effective_at = self.clock.now()
-            await self.end(leaving, drain=True)
+            await self.end(retiring, drain=True)
             self._hold(size)
             return
         await _switch(self, size, record, extra_devices=True)
@@ -217,7 +217,7 @@ class Colocated(Method):
     def kv_tokens(self) -> int:
         return self.settings.kv_tokens // 2
 
-    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+    async def apply_commit(self, size: int, record: ChangeRecord) -> None:
         await _switch(self, size, record, extra_devices=False)
 
 
@@ -235,7 +235,7 @@ async def _switch(method: Method, size: int, record: ChangeRecord, *, extra_devi
 
 
 class Elastic(Method):
-    """This project: seats join or leave the running server."""
+    """This project: ranks join or leave the running server."""
 
     name = "elastic"
     has_ledger = True
@@ -251,7 +251,7 @@ class Elastic(Method):
         await super().start(size)
         self._before = {device["device"]: device["used"] for device in await self._devices()}
 
-    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+    async def apply_commit(self, size: int, record: ChangeRecord) -> None:
         [instance] = self.serving
         if size > instance.size:
             self._hold(size)
@@ -265,17 +265,17 @@ class Elastic(Method):
         if operation["phase"] != "done":
             record.error = operation["error"] or f"ended as {operation['phase']}"
             return
-        # The coordinator's clock says when all seats had passed the gate and had reported it.
+        # The coordinator's clock says when all ranks had passed the commit barrier and had reported it.
         phases = ("planned_ms", "preparing_ms", "committing_ms")
         spent_s = sum(timings[phase] or 0.0 for phase in phases) / 1e3
         record.effective_at = self.clock.of_unix(operation["created_at"]) + spent_s
         instance.size = size
         if self.holdings[-1].devices != size:
             self._hold(size)
-        joined = [seat for seat in (await self._status())["seats"] if seat["seat"] in operation["joining"]]
+        joined = [rank for rank in (await self._status())["ranks"] if rank["rank"] in operation["joining"]]
         if joined:
-            record.detail["weights_s"] = max(seat["load_s"] for seat in joined)
-            record.detail["checkpoint_bytes"] = sum(seat["checkpoint_bytes"] for seat in joined)
+            record.detail["weights_s"] = max(rank["load_s"] for rank in joined)
+            record.detail["checkpoint_bytes"] = sum(rank["checkpoint_bytes"] for rank in joined)
 
     async def device_memory(self) -> list[DevicePeak]:
         return [

@@ -24,7 +24,7 @@ BEGIN = "<!-- elasticmoe bench scaling: begin; the command below writes these li
 END = "<!-- elasticmoe bench scaling: end -->"
 
 
-def block(results: Results, picture: str) -> str:
+def block(results: Results, snapshot: str) -> str:
     """The lines between the marks.
 
     Args:
@@ -32,7 +32,7 @@ def block(results: Results, picture: str) -> str:
     """
     parts = [
         f"```\n{results.invocation}\n```",
-        f"![{results.title}]({picture})",
+        f"![{results.title}]({snapshot})",
         _table(results.results),
         targets_table(results.results),
         f"{results.machine['date']}, {about_machine(results)}. Model: {results.model}. Load: {results.workload}.",
@@ -80,8 +80,8 @@ def between_marks(text: str) -> tuple[str, str, str]:
     return head + begin, found.strip(), end + tail
 
 
-def write(readme: Path, results: Results, picture: Path) -> None:
+def write(readme: Path, results: Results, snapshot: Path) -> None:
     """Replace the block in `readme`. Raises UserInputError without marks."""
     head, _, tail = between_marks(readme.read_text())
-    shown = Path(os.path.relpath(picture.resolve(), readme.resolve().parent)).as_posix()
+    shown = Path(os.path.relpath(snapshot.resolve(), readme.resolve().parent)).as_posix()
     readme.write_text(f"{head}\n{block(results, shown)}\n{tail}")

@@ -145,8 +145,8 @@ def changes_table(results: Sequence[Result]) -> str:
 def phases_table(results: Sequence[Result]) -> str:
     """What elastic changes spent their time on; empty without one."""
     header = [
-        "run", "change", "prepare", "commit", "finish", "pause, worst seat", "columns", "copied from devices",
-        "read from the checkpoint", "slowest joiner's weights in place after",
+        "run", "change", "prepare", "commit", "finish", "pause, worst rank", "columns", "copied from devices",
+        "read from the checkpoint", "slowest joining rank's weights in place after",
     ]  # fmt: skip
     rows = []
     for result in results:

@@ -1,4 +1,4 @@
-"""The servers that a method starts: plain SGLang, or SGLang with this project's seats."""
+"""The servers that a method starts: plain SGLang, or SGLang with this project's ranks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """A change of size on machines that are not here: a discrete-event SIMULATION over the costs of single steps.
 
-What is modelled is what this project does: the coordinator tells seats one by one, the node's HMM answers one request
-after the other, each receiver pulls its columns in order, a device sends one column at a time, all joiners read the
-dense weights from seat 0's device, and the commit waits for the slowest. Beyond one host nothing of this has been run.
+What is modelled is what this project does: the coordinator tells ranks one by one, the node's HMM answers one request
+after the other, each receiver pulls its columns in order, a device sends one column at a time, all joining ranks read
+the dense weights from rank 0's device, and the commit waits for the slowest. Beyond one host nothing of this has been
+run.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Seconds. `prepare_s` ends with the last seat ready; `phases` are of the slowest joiner (or survivor)."""
+    """Seconds. `prepare_s` ends with the last rank ready; `phases` are of the slowest joining rank (or survivor)."""
 
     old_size: int
     new_size: int
@@ -45,13 +46,13 @@ class Prediction:
 
 
 def moves_between(columns: int, old: int, new: int) -> tuple[ColumnMove, ...]:
-    """As few moves as a balanced placement over the new size needs; also beyond the planner's 64 seats."""
+    """As few moves as a balanced placement over the new size needs; also beyond the planner's 64 ranks."""
     placement = initial_placement(columns, range(old))
     share, odd = divmod(columns, new)
     held = placement.counts()
-    # The seats that hold most keep the odd columns, so that fewer move.
-    ranked = sorted(range(new), key=lambda seat: (-held.get(seat, 0), seat))
-    room = {seat: share + (rank < odd) for rank, seat in enumerate(ranked)}
+    # The ranks that hold most keep the odd columns, so that fewer move.
+    ranked = sorted(range(new), key=lambda rank: (-held.get(rank, 0), rank))
+    room = {rank: share + (place < odd) for place, rank in enumerate(ranked)}
     kept: Counter[int] = Counter()
     homeless = []
     for column, owner in enumerate(placement.owners):
@@ -59,7 +60,7 @@ def moves_between(columns: int, old: int, new: int) -> tuple[ColumnMove, ...]:
             kept[owner] += 1
         else:
             homeless.append((column, owner))
-    free = [seat for seat in range(new) for _ in range(room[seat] - kept[seat])]
+    free = [rank for rank in range(new) for _ in range(room[rank] - kept[rank])]
     return tuple(
         ColumnMove(column=column, source=owner, target=target)
         for (column, owner), target in zip(homeless, _spread(free), strict=True)
@@ -67,13 +68,13 @@ def moves_between(columns: int, old: int, new: int) -> tuple[ColumnMove, ...]:
 
 
 def _spread(free: Sequence[int]) -> list[int]:
-    """Each seat once, then each once more: neighbours in the list are different receivers."""
+    """Each rank once, then each once more: neighbours in the list are different receivers."""
     turn: Counter[int] = Counter()
     keyed = []
-    for seat in free:
-        keyed.append((turn[seat], seat))
-        turn[seat] += 1
-    return [seat for _, seat in sorted(keyed)]
+    for rank in free:
+        keyed.append((turn[rank], rank))
+        turn[rank] += 1
+    return [rank for _, rank in sorted(keyed)]
 
 
 class _Change:
@@ -98,16 +99,16 @@ class _Change:
         self.marks: dict[int, dict[str, float]] = {}
         self.committed_at = 0.0
 
-    def node(self, seat: int) -> int:
-        return seat // self.costs.per_node
+    def node(self, rank: int) -> int:
+        return rank // self.costs.per_node
 
     def run(self) -> Prediction:
         self.engine.start(self._coordinate())
         finish = self.engine.run()
-        ready = {seat: sum(phases.values()) for seat, phases in self.marks.items()}
-        slowest = max(ready, key=lambda seat: ready[seat], default=None)
+        ready = {rank: sum(phases.values()) for rank, phases in self.marks.items()}
+        slowest = max(ready, key=lambda rank: ready[rank], default=None)
         senders = [*self.near.values(), *self.far.values()]
-        joiners = max(0, self.new - self.old)
+        joining_ranks = max(0, self.new - self.old)
         return Prediction(
             old_size=self.old,
             new_size=self.new,
@@ -115,7 +116,7 @@ class _Change:
             scale_latency_s=self.committed_at,
             finish_s=finish - self.committed_at,
             columns_moved=len(self.moves),
-            bytes_moved=len(self.moves) * self.weights.column_bytes + joiners * self.weights.dense_bytes,
+            bytes_moved=len(self.moves) * self.weights.column_bytes + joining_ranks * self.weights.dense_bytes,
             phases=self.marks.get(slowest, {}) if slowest is not None else {},
             busiest_sender_s=max((resource.busy_s for resource in senders), default=0.0),
         )
@@ -123,20 +124,20 @@ class _Change:
     def _coordinate(self) -> Steps:
         started: list[Process] = []
         receivers = sorted(set(self.incoming) | set(range(self.old, self.new)))
-        for seat in receivers:
+        for rank in receivers:
             yield Hold(self.coordinator, self.costs.message_s.value)
-            started.append(self.engine.start(self._receive(seat, self.engine.now)))
+            started.append(self.engine.start(self._receive(rank, self.engine.now)))
         yield Join(started)
         members = max(self.old, self.new)
-        yield Wait(self.costs.commit_s.value + members * self.costs.commit_seat_s.value)
+        yield Wait(self.costs.commit_s.value + members * self.costs.commit_rank_s.value)
         self.committed_at = self.engine.now
         releases = Counter(move.source for move in self.moves)
-        yield Join([self.engine.start(self._release(seat, count)) for seat, count in releases.items()])
+        yield Join([self.engine.start(self._release(rank, count)) for rank, count in releases.items()])
 
-    def _receive(self, seat: int, told_at: float) -> Steps:
-        marks = self.marks[seat] = {"told": told_at}
+    def _receive(self, rank: int, told_at: float) -> Steps:
+        marks = self.marks[rank] = {"told": told_at}
         clock = told_at
-        joins = seat >= self.old
+        joins = rank >= self.old
 
         def mark(phase: str) -> None:
             nonlocal clock
@@ -145,16 +146,16 @@ class _Change:
 
         if joins:
             boot = self.costs.boot_s.value + (0.0 if self.standby else self.costs.cold_boot_s.value)
-            yield Hold(self.cores[self.node(seat)], boot)
+            yield Hold(self.cores[self.node(rank)], boot)
             mark("boot")
-        yield Hold(self.hmm[self.node(seat)], (len(self.incoming[seat]) + joins) * self.costs.new_column_s.value)
+        yield Hold(self.hmm[self.node(rank)], (len(self.incoming[rank]) + joins) * self.costs.new_column_s.value)
         mark("map")
         if joins:
-            source = seat % self.old if self.spread else 0
-            yield self._copy(source, seat, self.weights.dense_bytes)
+            source = rank % self.old if self.spread else 0
+            yield self._copy(source, rank, self.weights.dense_bytes)
             mark("dense weights")
-        for move in self.incoming[seat]:
-            yield self._copy(move.source, seat, self.weights.column_bytes)
+        for move in self.incoming[rank]:
+            yield self._copy(move.source, rank, self.weights.column_bytes)
         mark("columns")
         if joins and self.capture:
             yield Wait(self.costs.capture_s.value)
@@ -165,8 +166,8 @@ class _Change:
             return Hold(self.near[source], nbytes / self.costs.near_copy.value)
         return Hold(self.far[source], nbytes / self.costs.far_copy.value)
 
-    def _release(self, seat: int, columns: int) -> Steps:
-        yield Hold(self.hmm[self.node(seat)], columns * self.costs.old_column_s.value)
+    def _release(self, rank: int, columns: int) -> Steps:
+        yield Hold(self.hmm[self.node(rank)], columns * self.costs.old_column_s.value)
 
 
 def predict(
@@ -182,9 +183,9 @@ def predict(
     """One change from `old` to `new` devices.
 
     Args:
-        capture: the joiners capture their graphs before they join.
-        standby: a warm process is there for each joiner.
-        spread: joiners read the dense weights from all survivors in turn, which this version does not do.
+        capture: the joining ranks capture their graphs before they join.
+        standby: a warm process is there for each joining rank.
+        spread: joining ranks read the dense weights from all survivors in turn, which this version does not do.
     """
     return _Change(costs, weights, old, new, capture=capture, standby=standby, spread=spread).run()
 

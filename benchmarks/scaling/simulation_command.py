@@ -59,14 +59,14 @@ def run(args: argparse.Namespace) -> int:
         "Nothing on this page was measured on H200 or Ascend clusters. A discrete-event model of what this project "
         f"does, fed with the costs below, predicts {args.shape.stem} on {min(args.sizes)} to "
         f"{max(args.sizes)} devices. "
-        "Changes beyond one host, and beyond 64 seats, are not supported by this version. Definitions: "
+        "Changes beyond one host, and beyond 64 ranks, are not supported by this version. Definitions: "
         "docs/benchmarks.md.",
     ]
     data: dict[str, Any] = {"simulation": True, "machine": machine.describe(), "machines": {}}
     for name in args.machines:
         rows = predictions(MACHINES[name], shape, _DTYPES[name], args.sizes, args.context)
         data["machines"][name] = rows
-        note = "\\* not what this version does: today all joiners read the dense weights from seat 0's device."
+        note = "\\* not what this version does: today all joining ranks read the dense weights from rank 0's device."
         sections += [f"## {MACHINES[name].name}, experts in {_DTYPES[name]}", _predictions_table(rows), note]
     if not args.no_check:
         checks, costs = _validate(args)

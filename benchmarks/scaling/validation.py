@@ -25,7 +25,7 @@ SIZES = (1, 2, 1, 3, 1, 4, 2, 4, 3, 1)
 """Sizes of the measured server one after the other, in each round."""
 ROUNDS = 3
 _FIRST = (4, 1)
-"""Sizes before the rounds: a seat that is taken for the first time costs more than any later time."""
+"""Sizes before the rounds: a rank that is taken for the first time costs more than any later time."""
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +106,7 @@ def fit(points: Sequence[Point], weights: Weights, copy_rate: float) -> Costs:
         message_s=measured(1e-4, "a message between two processes"),
         boot_s=measured(0.0, "fitted"),
         commit_s=measured(commit, "fitted"),
-        commit_seat_s=measured(0.0, "fitted"),
+        commit_rank_s=measured(0.0, "fitted"),
     )
     rest = predict(here, weights, *FITTED[0], capture=False).prepare_s
     boot = sum(point.prepare_s for point in up) / len(up) - rest

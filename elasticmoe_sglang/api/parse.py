@@ -8,15 +8,15 @@ import msgspec
 
 from elasticmoe_sglang.api.types import ScaleRequest
 from elasticmoe_sglang.errors import UserInputError
-from elasticmoe_sglang.planner import RetireSeats, ScaleTo, Wish
+from elasticmoe_sglang.planner import RetireRanks, ScaleTo, Target
 
 MAX_BODY_BYTES = 16 << 10
 _SIZES = ("new_ep_size", "new_data_parallel_size")
-_WISHES = (*_SIZES, "retire_seats")
+_TARGETS = (*_SIZES, "retire_ranks")
 # vLLM's clients send a drain_timeout with their size. Nothing is drained here, so it is checked and has no effect.
 _OTHERS = ("operation_id", "wait", "drain_timeout")
 _ALLOWED = (
-    'Send {"new_ep_size": n}, {"new_data_parallel_size": n} or {"retire_seats": [i, ...]}, '
+    'Send {"new_ep_size": n}, {"new_data_parallel_size": n} or {"retire_ranks": [i, ...]}, '
     'and optionally "operation_id" and "wait"'
 )
 
@@ -24,20 +24,20 @@ _ALLOWED = (
 def parse_scale_request(body: bytes) -> ScaleRequest:
     """Raises UserInputError for anything but a well-formed request; whether it is possible is the planner's to say."""
     values = _decode(body)
-    unknown = sorted(set(values) - {*_WISHES, *_OTHERS})
+    unknown = sorted(set(values) - {*_TARGETS, *_OTHERS})
     if unknown:
         raise UserInputError(f"unknown field {_shown(unknown[0])}", hint=_ALLOWED)
-    wishes = [name for name in _WISHES if name in values]
-    if len(wishes) != 1:
-        given = f"{wishes[0]} and {wishes[1]} were given together" if wishes else "no size and no seats to retire"
+    targets = [name for name in _TARGETS if name in values]
+    if len(targets) != 1:
+        given = f"{targets[0]} and {targets[1]} were given together" if targets else "no size and no ranks to retire"
         raise UserInputError(given, hint=_ALLOWED)
     for name in (*_SIZES, "drain_timeout"):
         if name in values and not _is_positive(values[name]):
             raise UserInputError(f"{name} must be a positive integer, not {_shown(values[name])}")
-    if "retire_seats" in values and not _is_list_of_seats(values["retire_seats"]):
+    if "retire_ranks" in values and not _is_list_of_ranks(values["retire_ranks"]):
         raise UserInputError(
-            f"retire_seats must be a list of seat numbers, not {_shown(values['retire_seats'])}",
-            hint="Name each seat once, like [1, 3]; seat 0 stays",
+            f"retire_ranks must be a list of rank numbers, not {_shown(values['retire_ranks'])}",
+            hint="Name each rank once, like [1, 3]; rank 0 stays",
         )
     if "drain_timeout" in values and "new_data_parallel_size" not in values:
         raise UserInputError("drain_timeout goes with new_data_parallel_size only", hint=_ALLOWED)
@@ -49,12 +49,12 @@ def parse_scale_request(body: bytes) -> ScaleRequest:
     return ScaleRequest(**values)
 
 
-def wish_of(request: ScaleRequest) -> Wish:
-    """What a request asks for; two requests that mean the same give equal wishes."""
-    if request.retire_seats is not None:
-        return RetireSeats(seats=tuple(sorted(request.retire_seats)))
+def target_of(request: ScaleRequest) -> Target:
+    """What a request asks for; two requests that mean the same give equal targets."""
+    if request.retire_ranks is not None:
+        return RetireRanks(ranks=tuple(sorted(request.retire_ranks)))
     size = request.new_ep_size if request.new_ep_size is not None else request.new_data_parallel_size
-    assert size is not None, "a request has passed the parser without a wish"
+    assert size is not None, "a request has passed the parser without a target"
     return ScaleTo(size=size)
 
 
@@ -71,7 +71,7 @@ def _decode(body: bytes) -> dict[str, Any]:
 
 
 def _is_integer(value: object) -> bool:
-    # bool is a kind of int in Python, and true is no number of seats.
+    # bool is a kind of int in Python, and true is no number of ranks.
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -79,8 +79,8 @@ def _is_positive(value: object) -> bool:
     return _is_integer(value) and value > 0  # type: ignore[operator]
 
 
-def _is_list_of_seats(value: object) -> bool:
-    return isinstance(value, list) and all(_is_integer(seat) for seat in value)
+def _is_list_of_ranks(value: object) -> bool:
+    return isinstance(value, list) and all(_is_integer(rank) for rank in value)
 
 
 def _shown(value: object) -> str:

@@ -10,11 +10,11 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.params import Depends
 from starlette.requests import ClientDisconnect
 
-from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, wish_of
+from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, target_of
 from elasticmoe_sglang.api.types import ErrorBody, Operation, OperationList, Phase, ScalingState, Status
+from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.errors import ElasticMoEError, HmmError, OperationInProgress, UserInputError
-from elasticmoe_sglang.planner import Wish
-from elasticmoe_sglang.seats.membership import Membership
+from elasticmoe_sglang.planner import Target
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -38,7 +38,7 @@ class Changes(Protocol):
     def running(self) -> Operation | None: ...
     @property
     def last(self) -> Operation | None: ...
-    async def submit(self, wish: Wish, operation_id: str | None = None) -> Operation: ...
+    async def submit(self, target: Target, operation_id: str | None = None) -> Operation: ...
     async def wait(self, operation_id: str) -> Operation: ...
     async def status(self) -> Status: ...
     def get(self, operation_id: str) -> Operation | None: ...
@@ -80,10 +80,10 @@ def build_router(
 
     @protect
     async def scale_elastic_ep(request: Request) -> Response:
-        """Change the number of occupied seats, or retire some."""
+        """Change the number of active ranks, or retire some."""
         try:
             asked = parse_scale_request(await _body(request))
-            operation = await coordinator.submit(wish_of(asked), asked.operation_id)
+            operation = await coordinator.submit(target_of(asked), asked.operation_id)
         except ElasticMoEError as error:
             return _refusal(error)
         if asked.wait:
@@ -106,7 +106,7 @@ def build_router(
 
     @protect
     async def status(request: Request) -> Response:
-        """Seats, membership, epoch, placement, memory, HMM, the running and the last operation."""
+        """Ranks, membership, epoch, placement, memory, HMM, the running and the last operation."""
         return _json(await coordinator.status())
 
     @protect
@@ -131,7 +131,7 @@ def scaling_state(coordinator: Changes) -> ScalingState:
     latest = running or coordinator.last
     return ScalingState(
         is_scaling_elastic_ep=running is not None,
-        effective_ep_size=len(coordinator.membership.seats),
+        effective_ep_size=len(coordinator.membership.ranks),
         pending_ep_size=running.new_ep_size if running else None,
         scale_phase=_upstream_phase(latest),
         last_error=latest.error if latest else None,

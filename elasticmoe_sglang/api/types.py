@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
-from elasticmoe_sglang.coordinator.views import (
+from elasticmoe_sglang.coordinator.status import (
     DeviceMemory,
     DevicePeak,
     MemoryStatus,
     Move,
     Operation,
     Phase,
-    SeatInfo,
-    SeatState,
+    RankInfo,
+    RankState,
     Status,
     Timings,
 )
@@ -26,10 +26,10 @@ __all__ = [
     "Operation",
     "OperationList",
     "Phase",
+    "RankInfo",
+    "RankState",
     "ScaleRequest",
     "ScalingState",
-    "SeatInfo",
-    "SeatState",
     "Status",
     "Timings",
 ]
@@ -39,16 +39,16 @@ class ScaleRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """Body of POST /scale_elastic_ep. Exactly one of the first three is given.
 
     Attributes:
-        new_ep_size: number of seats to occupy (SGLang's word).
+        new_ep_size: number of ranks to occupy (SGLang's word).
         new_data_parallel_size: the same (vLLM's word).
-        retire_seats: these occupied seats leave.
+        retire_ranks: these active ranks leave.
         operation_id: a name for the operation; a repeat with it returns the same operation.
         wait: answer when the operation has ended.
     """
 
     new_ep_size: int | None = None
     new_data_parallel_size: int | None = None
-    retire_seats: list[int] | None = None
+    retire_ranks: list[int] | None = None
     operation_id: str | None = None
     wait: bool = False
 

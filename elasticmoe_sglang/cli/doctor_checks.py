@@ -30,7 +30,7 @@ HOOKS_TIMEOUT_S = 180.0
 MIN_DESCRIPTORS = 4096
 """Each mapped expert column is one descriptor in the HMM, and each connection a few."""
 MIN_FREE_MEMORY = 2 << 30
-"""Bytes below which not even a small model's server starts: each seat's SGLang takes some 600 MiB."""
+"""Bytes below which not even a small model's server starts: each rank's SGLang takes some 600 MiB."""
 
 # Distribution -> exact version needed, or None for any.
 _PACKAGES: dict[str, str | None] = {
@@ -66,7 +66,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A device that seats can sit on; on a machine without accelerator one entry stands for the host."""
+    """A device that ranks can sit on; on a machine without accelerator one entry stands for the host."""
 
     kind: str
     number: int

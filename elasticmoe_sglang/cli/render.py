@@ -9,40 +9,40 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from elasticmoe_sglang.api.types import DeviceMemory, MemoryStatus, Operation, Phase, SeatState, Status
+from elasticmoe_sglang.api.types import DeviceMemory, MemoryStatus, Operation, Phase, RankState, Status
 from elasticmoe_sglang.units import format_bytes
 
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
-_SEAT_STYLES = {
-    SeatState.OCCUPIED: "green",
-    SeatState.STANDBY: "cyan",
-    SeatState.BOOTING: "yellow",
-    SeatState.LEAVING: "yellow",
-    SeatState.EMPTY: "dim",
+_RANK_STYLES = {
+    RankState.ACTIVE: "green",
+    RankState.STANDBY: "cyan",
+    RankState.JOINING: "yellow",
+    RankState.RETIRING: "yellow",
+    RankState.INACTIVE: "dim",
 }
 _PHASE_STYLES = {Phase.DONE: "green", Phase.FAILED: "bold red", Phase.ROLLED_BACK: "red"}
 _BAR = 20
-_PICTURE_WIDTH = 64
+_DRAWING_WIDTH = 64
 
 
 def status_view(status: Status) -> RenderableType:
     """The whole server."""
     head = Text.assemble(
-        ("EP size ", "dim"), (str(status.ep_size), "bold"), (f" of {status.max_ep_size} seats", "dim"),
+        ("EP size ", "dim"), (str(status.ep_size), "bold"), (f" of {status.max_ep_size} ranks", "dim"),
         ("   epoch ", "dim"), (str(status.epoch), "bold"),
         ("   members ", "dim"), ", ".join(map(str, status.membership)),
     )  # fmt: skip
-    parts: list[RenderableType] = [head, seats_table(status), placement_picture(status.placement)]
+    parts: list[RenderableType] = [head, ranks_table(status), draw_placement(status.placement)]
     parts.append(memory_view(status.memory))
     latest = status.running or status.last
     parts.append(operation_panel(latest) if latest is not None else Text("no change so far", style="dim"))
     return Group(*parts)
 
 
-def seats_table(status: Status) -> Table:
-    """One line a seat, with the number of columns that it holds and its KV tokens."""
+def ranks_table(status: Status) -> Table:
+    """One line a rank, with the number of columns that it holds and its KV tokens."""
     table = Table(
-        "seat",
+        "rank",
         "state",
         "device",
         "pid",
@@ -50,30 +50,30 @@ def seats_table(status: Status) -> Table:
         "KV tokens",
         "in use",
         "cached",
-        title="seats",
+        title="ranks",
         title_justify="left",
     )
-    for seat in status.seats:
+    for rank in status.ranks:
         table.add_row(
-            str(seat.seat),
-            Text(seat.state.value, style=_SEAT_STYLES[seat.state]),
-            str(seat.device),
-            str(seat.pid) if seat.pid is not None else "-",
-            str(status.placement.count(seat.seat)),
-            *("-" if tokens is None else str(tokens) for tokens in (seat.kv_tokens, seat.kv_used, seat.kv_cached)),
+            str(rank.rank),
+            Text(rank.state.value, style=_RANK_STYLES[rank.state]),
+            str(rank.device),
+            str(rank.pid) if rank.pid is not None else "-",
+            str(status.placement.count(rank.rank)),
+            *("-" if tokens is None else str(tokens) for tokens in (rank.kv_tokens, rank.kv_used, rank.kv_cached)),
         )
     return table
 
 
-def placement_picture(placement: Sequence[int]) -> RenderableType:
-    """The expert columns in their order, each shown as the number of its seat in the seat's colour."""
+def draw_placement(placement: Sequence[int]) -> RenderableType:
+    """The expert columns in their order, each shown as the number of its rank in the rank's colour."""
     text = Text()
-    for column, seat in enumerate(placement):
-        if column and column % _PICTURE_WIDTH == 0:
+    for column, rank in enumerate(placement):
+        if column and column % _DRAWING_WIDTH == 0:
             text.append("\n")
-        # One character a column: seats from 10 on are letters.
-        text.append(_digit(seat), style=_COLOURS[seat % len(_COLOURS)])
-    return Panel(text, title=f"seat of each of {len(placement)} expert columns", title_align="left", expand=False)
+        # One character a column: ranks from 10 on are letters.
+        text.append(_digit(rank), style=_COLOURS[rank % len(_COLOURS)])
+    return Panel(text, title=f"rank of each of {len(placement)} expert columns", title_align="left", expand=False)
 
 
 def memory_view(memory: MemoryStatus) -> RenderableType:
@@ -119,9 +119,9 @@ def operation_panel(operation: Operation) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_row("phase", _phase(operation))
     grid.add_row("EP size", f"{operation.old_ep_size} -> {operation.new_ep_size} (epoch {operation.epoch})")
-    for name, seats in (("joining", operation.joining), ("leaving", operation.leaving)):
-        if seats:
-            grid.add_row(name, "seats " + ", ".join(map(str, seats)))
+    for name, ranks in (("joining", operation.joining), ("retiring", operation.retiring)):
+        if ranks:
+            grid.add_row(name, "ranks " + ", ".join(map(str, ranks)))
     moved = f"{operation.columns_moved} of {operation.columns_planned}, {format_bytes(operation.bytes_moved)}"
     grid.add_row("columns moved", moved)
     if operation.moved_requests:
@@ -164,5 +164,5 @@ def _bar(device: DeviceMemory) -> Text:
     )
 
 
-def _digit(seat: int) -> str:
-    return "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[seat % 62]
+def _digit(rank: int) -> str:
+    return "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[rank % 62]

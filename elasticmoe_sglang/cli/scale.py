@@ -1,4 +1,4 @@
-"""`elasticmoe scale`: change the number of seats, or retire some."""
+"""`elasticmoe scale`: change the number of ranks, or retire some."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from elasticmoe_sglang.api.types import Operation, Phase, ScaleRequest
 from elasticmoe_sglang.cli.client import ServerClient, add_server_arguments
 from elasticmoe_sglang.cli.exits import FAILED, OK
 
-_TEXT = "Change the expert-parallel size of a running server, or retire seats."
+_TEXT = "Change the expert-parallel size of a running server, or retire ranks."
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the `scale` command; its namespace carries `run`."""
     parser = subparsers.add_parser("scale", help=_TEXT, description=_TEXT)
-    wish = parser.add_mutually_exclusive_group(required=True)
-    wish.add_argument("size", metavar="N", type=int, nargs="?", help="seats to occupy")
-    wish.add_argument("--retire", metavar="SEATS", type=_seats, help="seats that leave, like 1 or 1,3; seat 0 stays")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("size", metavar="N", type=int, nargs="?", help="ranks to occupy")
+    target.add_argument("--retire", metavar="RANKS", type=_ranks, help="ranks that leave, like 1 or 1,3; rank 0 stays")
     parser.add_argument("--wait", action="store_true", help="show the progress, end with the operation")
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="longest --wait (default: %(default)g)"
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     client = ServerClient.from_args(args)
     request = ScaleRequest(
         new_ep_size=args.size,
-        retire_seats=args.retire,
+        retire_ranks=args.retire,
         operation_id=args.operation_id or uuid.uuid4().hex,
     )
     operation = client.scale(request)
@@ -65,8 +65,8 @@ def _follow(client: ServerClient, operation: Operation, timeout_s: float) -> Ope
         return client.follow(operation, timeout_s, progress.show)
 
 
-def _seats(text: str) -> list[int]:
+def _ranks(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of seats, write it like 1 or 1,3") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of ranks, write it like 1 or 1,3") from error

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
 from elasticmoe_sglang.errors import UserInputError
 
-_TEXT = "Serve a model with seats that can be occupied and left while it decodes."
+_TEXT = "Serve a model with ranks that can be active and left while it decodes."
 _EPILOG = """Every other flag goes to SGLang as it is (`python -m sglang.launch_server --help` lists them); tp, dp and
-ep are set to the number of seats. The same server starts with `python -m sglang.launch_server --elasticmoe-ep-size 2
+ep are set to the number of ranks. The same server starts with `python -m sglang.launch_server --elasticmoe-ep-size 2
 --elasticmoe-max-ep-size 4 ...`. Example: elasticmoe serve --model-path DIR --ep-size 2 --max-ep-size 4 --port 30000"""
 
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     base, rest = (None, list(args.rest)) if args.config is None else _read(args.config, args.rest)
     config = ElasticConfig.from_namespace(args, base)
     if config is None:
-        raise UserInputError("no size was given", hint="Add --ep-size (at the start) and --max-ep-size (seats)")
+        raise UserInputError("no size was given", hint="Add --ep-size (at the start) and --max-ep-size (ranks)")
     argv = launch_argv(config, rest)
     sys.stdout.flush()
     os.execv(argv[0], argv)

@@ -1,4 +1,4 @@
-"""`elasticmoe status`: seats, placement, memory and operations of a running server."""
+"""`elasticmoe status`: ranks, placement, memory and operations of a running server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from elasticmoe_sglang.cli.client import ServerClient, add_server_arguments
 from elasticmoe_sglang.cli.exits import OK
 
-_TEXT = "Show seats, membership, placement, memory and operations of a running server."
+_TEXT = "Show ranks, membership, placement, memory and operations of a running server."
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.operation import RunningOperation
-from elasticmoe_sglang.coordinator.ports import BootTicket, CommitReport, MemoryPort, PullReport, SeatsPort
-from elasticmoe_sglang.coordinator.views import Phase
-from elasticmoe_sglang.errors import ElasticMoEError, PhaseTimeout, SeatError
+from elasticmoe_sglang.coordinator.ports import CommitReport, JoinPlan, MemoryPort, PullReport, WorkersPort
+from elasticmoe_sglang.coordinator.status import Phase
+from elasticmoe_sglang.errors import ElasticMoEError, PhaseTimeout, WorkerError
 from elasticmoe_sglang.planner import ColumnMove, ScalePlan
 
 logger = logging.getLogger(__name__)
 
-# The gate decides within the commit deadline; this is for its answer to arrive.
+# The commit barrier decides within the commit deadline; this is for its answer to arrive.
 _COMMIT_ANSWER_S = 1.0
 
 # What it is, for the error text, and how to do it.
@@ -27,8 +27,8 @@ class Change:
     """Runs one operation: begin, make room, boot and pull, commit, keep, dismiss, release, fill; or the undo of what
     was begun.
 
-    An undo is noted before a seat starts its step, because a step that failed half-way needs it too, and it runs
-    exactly once. Undos of seats run together, then the HMM's rollback: nothing is freed while a seat maps it.
+    An undo is noted before a rank starts its step, because a step that failed half-way needs it too, and it runs
+    exactly once. Undos of ranks run together, then the HMM's rollback: nothing is freed while a rank maps it.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class Change:
         operation: RunningOperation,
         *,
         memory: MemoryPort,
-        seats: SeatsPort,
+        ranks: WorkersPort,
         config: ElasticConfig,
         on_committed: Callable[[ScalePlan], None],
     ) -> None:
         self._operation = operation
         self._plan = operation.plan
         self._memory = memory
-        self._seats = seats
+        self._workers = ranks
         self._config = config
         self._on_committed = on_committed
         self._txn: str | None = None
@@ -69,7 +69,7 @@ class Change:
         report = await self._commit()
         operation.set_commit(report)
         if not report.committed:
-            await self._roll_back(report.reason or "the seats did not pass the commit gate")
+            await self._roll_back(report.reason or "the ranks did not pass the commit barrier")
             return
         self._on_committed(self._plan)
         operation.advance(Phase.FINISHING)
@@ -92,57 +92,57 @@ class Change:
     async def _prepare(self) -> None:
         self._operation.memory_before(await self._memory.status())
         self._txn = txn = await self._memory.begin(self._operation.operation_id)
-        first = await self._seats.make_room(self._plan)
-        boots = [self._boot(seat, txn, first.get(seat, 0)) for seat in self._plan.joining]
-        pulls = [self._pull(seat, txn, moves) for seat in self._plan.survivors if (moves := self._plan.incoming(seat))]
+        first = await self._workers.shrink_kv(self._plan)
+        boots = [self._boot(rank, txn, first.get(rank, 0)) for rank in self._plan.joining]
+        pulls = [self._pull(rank, txn, moves) for rank in self._plan.survivors if (moves := self._plan.incoming(rank))]
         await _within(None, "preparing", [*boots, *pulls])
 
-    async def _boot(self, seat: int, txn: str, kv_chunks: int) -> None:
+    async def _boot(self, rank: int, txn: str, kv_chunks: int) -> None:
         plan = self._plan
-        ticket = BootTicket(
+        join_spec = JoinPlan(
             operation_id=self._operation.operation_id,
             txn=txn,
-            seat=seat,
+            rank=rank,
             membership=plan.after,
             placement=plan.placement_after,
-            moves=plan.incoming(seat),
+            moves=plan.incoming(rank),
             kv_chunks=kv_chunks,
             deadline_s=self._config.prepare_deadline_s,
         )
-        self._undos.append((f"dismiss joiner {seat}", lambda: self._dismiss_joiner(seat)))
-        self._count(seat, ticket.moves, await self._seats.boot(seat, ticket))
+        self._undos.append((f"dismiss joining rank {rank}", lambda: self._dismiss_joining(rank)))
+        self._count(rank, join_spec.moves, await self._workers.boot(rank, join_spec))
 
-    async def _dismiss_joiner(self, seat: int) -> None:
-        await self._seats.dismiss(seat)
+    async def _dismiss_joining(self, rank: int) -> None:
+        await self._workers.dismiss(rank)
 
-    async def _pull(self, seat: int, txn: str, moves: tuple[ColumnMove, ...]) -> None:
-        self._undos.append((f"drop what seat {seat} pulled", lambda: self._seats.drop(seat, txn, moves)))
-        self._count(seat, moves, await self._seats.pull(seat, txn, moves))
+    async def _pull(self, rank: int, txn: str, moves: tuple[ColumnMove, ...]) -> None:
+        self._undos.append((f"drop what rank {rank} pulled", lambda: self._workers.drop(rank, txn, moves)))
+        self._count(rank, moves, await self._workers.pull(rank, txn, moves))
 
-    def _count(self, seat: int, moves: Sequence[ColumnMove], report: PullReport) -> None:
+    def _count(self, rank: int, moves: Sequence[ColumnMove], report: PullReport) -> None:
         if report.columns != len(moves):
-            raise SeatError(
+            raise WorkerError(
                 f"only {report.columns} of {len(moves)} columns arrived",
-                seat=seat,
+                rank=rank,
                 operation=self._operation.operation_id,
             )
         self._operation.add_pull(report)
 
     async def _commit(self) -> CommitReport:
-        """The seats' report, or, when there is none, what their control page says."""
+        """The ranks' report, or, when there is none, what their control page says."""
         deadline = self._config.commit_deadline_s
         reports: list[CommitReport] = []
 
         async def commit() -> None:
-            reports.append(await self._seats.commit(self._plan, deadline))
+            reports.append(await self._workers.commit(self._plan, deadline))
 
         try:
             await _within(deadline + _COMMIT_ANSWER_S, "committing", [commit()])
         except Exception as error:
             logger.warning("operation %s: commit gave no report", self._operation.operation_id, exc_info=True)
-            now = self._seats.membership()
+            now = self._workers.membership()
             after = self._plan.after
-            committed = (now.seats, now.epoch) == (after.seats, after.epoch)
+            committed = (now.ranks, now.epoch) == (after.ranks, after.epoch)
             return CommitReport(committed=committed, epoch=now.epoch, reason=_text(error))
         return reports[0]
 
@@ -151,42 +151,43 @@ class Change:
         assert txn is not None, "a commit without a transaction"
         problems = await self._each([("keep the HMM transaction", lambda: self._keep(txn))])
         gone: set[int] = set()
-        steps = [self._release(seat) for seat in plan.survivors if plan.outgoing(seat)]
-        steps += [self._dismiss_leaver(seat, gone) for seat in plan.leaving]
+        steps = [self._release(rank) for rank in plan.survivors if plan.outgoing(rank)]
+        steps += [self._dismiss_retiring(rank, gone) for rank in plan.retiring]
         problems += await self._each(steps)
-        # A leaver that may still be there may still map its columns: they stay in the ledger, and the error tells.
+        # A retiring rank that may still be there may still map its columns: they stay in the ledger, and the error
+        # tells.
         problems += await self._each(
-            [self._release(seat) for seat in plan.leaving if seat in gone and plan.outgoing(seat)]
+            [self._release(rank) for rank in plan.retiring if rank in gone and plan.outgoing(rank)]
         )
-        problems += await self._each([("fill the devices with KV", self._seats.fill_kv)])
+        problems += await self._each([("fill the devices with KV", self._workers.grow_kv)])
         return problems + await self._each([("read the ledger", self._read_ledger)])
 
     async def _keep(self, txn: str) -> None:
         self._operation.memory_peak(await self._memory.commit(txn))
 
-    async def _give_back(self, txn: str) -> None:
+    async def _roll_back_memory(self, txn: str) -> None:
         self._operation.memory_peak(await self._memory.rollback(txn))
 
     async def _read_ledger(self) -> None:
         self._operation.memory_after(await self._memory.status())
 
-    def _release(self, seat: int) -> Step:
-        departed = [move.column for move in self._plan.outgoing(seat)]
-        return f"release the columns that left seat {seat}", lambda: self._seats.release(seat, departed)
+    def _release(self, rank: int) -> Step:
+        departed = [move.column for move in self._plan.outgoing(rank)]
+        return f"release the columns that left rank {rank}", lambda: self._workers.release(rank, departed)
 
-    def _dismiss_leaver(self, seat: int, gone: set[int]) -> Step:
+    def _dismiss_retiring(self, rank: int, gone: set[int]) -> Step:
         async def dismiss() -> None:
-            self._operation.add_moved(await self._seats.dismiss(seat))
-            gone.add(seat)
+            self._operation.add_moved(await self._workers.dismiss(rank))
+            gone.add(rank)
 
-        return f"dismiss leaver {seat}", dismiss
+        return f"dismiss retiring rank {rank}", dismiss
 
     async def _roll_back(self, reason: str) -> None:
         problems = await self._each(self._undos)
         if self._txn is not None:
             txn = self._txn
-            problems += await self._each([("roll back the HMM transaction", lambda: self._give_back(txn))])
-            problems += await self._each([("give KV its memory back", self._seats.fill_kv)])
+            problems += await self._each([("roll back the HMM transaction", lambda: self._roll_back_memory(txn))])
+            problems += await self._each([("give KV its memory back", self._workers.grow_kv)])
         if problems:
             held = f"{reason}; epoch {self._plan.before.epoch} goes on, but the undo was incomplete"
             self._operation.end(Phase.FAILED, f"{held}: {'; '.join(problems)}")

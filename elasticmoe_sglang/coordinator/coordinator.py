@@ -1,4 +1,4 @@
-"""Takes wishes, allows one change at a time, remembers the last ones."""
+"""Takes targets, allows one change at a time, remembers the last ones."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import re
 import time
 import uuid
 
+from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.change import Change
-from elasticmoe_sglang.coordinator.operation import RunningOperation, wish_words
-from elasticmoe_sglang.coordinator.ports import MemoryPort, SeatsPort
-from elasticmoe_sglang.coordinator.views import DeviceMemory, MemoryStatus, Operation, Phase, Status
+from elasticmoe_sglang.coordinator.operation import RunningOperation, describe_target
+from elasticmoe_sglang.coordinator.ports import MemoryPort, WorkersPort
+from elasticmoe_sglang.coordinator.status import DeviceMemory, MemoryStatus, Operation, Phase, Status
 from elasticmoe_sglang.errors import ElasticMoEError, HmmUnavailable, OperationInProgress, UserInputError
 from elasticmoe_sglang.planner import (
     DeviceRoom,
     ModelNeeds,
     Placement,
     ScalePlan,
-    Wish,
+    Target,
     check_budgets,
     plan_scale,
 )
-from elasticmoe_sglang.seats.membership import Membership
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +46,13 @@ class Coordinator:
         membership: Membership,
         placement: Placement,
         memory: MemoryPort,
-        seats: SeatsPort,
+        ranks: WorkersPort,
     ) -> None:
         self._config = config
         self._membership = membership
         self._placement = placement
         self._memory = memory
-        self._seats = seats
+        self._workers = ranks
         self._operations: dict[str, RunningOperation] = {}
         self._latest: RunningOperation | None = None
         self._task: asyncio.Task[None] | None = None
@@ -76,7 +76,7 @@ class Coordinator:
 
     @property
     def idle(self) -> bool:
-        """No change runs, no seat's death is being dealt with, and the HMM is there."""
+        """No change runs, no rank's death is being dealt with, and the HMM is there."""
         return self.running is None and not self._holds and not self._closed
 
     @property
@@ -86,13 +86,13 @@ class Coordinator:
         latest = next(ended, None)
         return latest.view() if latest is not None else None
 
-    async def submit(self, wish: Wish, operation_id: str | None = None) -> Operation:
-        """Start the change that fulfils `wish`, or return the operation that already has this id.
+    async def submit(self, target: Target, operation_id: str | None = None) -> Operation:
+        """Start the change that fulfils `target`, or return the operation that already has this id.
 
-        Returns as soon as the change is planned and known to fit; a wish that is fulfilled already is done at once.
+        Returns as soon as the change is planned and known to fit; a target that is fulfilled already is done at once.
 
         Raises:
-            PlanError, BudgetExceeded, UserInputError: the wish is impossible, or its id belongs to another wish.
+            PlanError, BudgetExceeded, UserInputError: the target is impossible, or its id belongs to another target.
             OperationInProgress: a change is running.
             HmmUnavailable: the HMM does not answer, so no change can be made; serving is not affected.
         """
@@ -105,10 +105,10 @@ class Coordinator:
         async with self._submitting:
             known = self._operations.get(operation_id) if operation_id is not None else None
             if known is not None:
-                return _same_wish(known, wish).view()
-            return await self._start(wish, operation_id or uuid.uuid4().hex)
+                return _same_target(known, target).view()
+            return await self._start(target, operation_id or uuid.uuid4().hex)
 
-    async def _start(self, wish: Wish, operation_id: str) -> Operation:
+    async def _start(self, target: Target, operation_id: str) -> Operation:
         started = time.monotonic()
         running = self.running
         if running is not None:
@@ -122,19 +122,19 @@ class Coordinator:
         held = self._memory_hold() or next(iter(self._holds), None)
         if held is not None:
             raise type(held)(held.what, hint=held.hint)
-        plan = plan_scale(self._membership, self._placement, wish)
+        plan = plan_scale(self._membership, self._placement, target)
         if not plan.is_noop:
             await self._check_room(plan)
-        operation = RunningOperation(operation_id, wish, plan, started)
+        operation = RunningOperation(operation_id, target, plan, started)
         self._remember(operation)
         if plan.is_noop:
             operation.end(Phase.DONE)
         else:
-            logger.info("operation %s: EP size %d -> %d", operation_id, len(plan.before.seats), len(plan.after.seats))
+            logger.info("operation %s: EP size %d -> %d", operation_id, len(plan.before.ranks), len(plan.after.ranks))
             change = Change(
                 operation,
                 memory=self._memory,
-                seats=self._seats,
+                ranks=self._workers,
                 config=self._config,
                 on_committed=self._adopt,
             )
@@ -167,7 +167,7 @@ class Coordinator:
         self._placement = placement
 
     async def hold(self, reason: ElasticMoEError, *, interrupt: str | None = None) -> None:
-        """Refuse wishes with an error like this one until `resume`, and wait for the running change to end.
+        """Refuse targets with an error like this one until `resume`, and wait for the running change to end.
 
         Args:
             interrupt: why a change that is still preparing cannot come to its end; it is rolled back at once.
@@ -185,7 +185,7 @@ class Coordinator:
         await asyncio.wait({self._task})
 
     def resume(self, reason: ElasticMoEError) -> None:
-        """Take wishes again, as far as this hold is concerned."""
+        """Take targets again, as far as this hold is concerned."""
         self._holds.remove(reason)
 
     def _memory_hold(self) -> HmmUnavailable | None:
@@ -206,19 +206,19 @@ class Coordinator:
             )
         if memory.column_bytes is None or memory.dense_bytes is None:
             raise HmmUnavailable("the HMM holds no model yet", hint="Ask again when the server has loaded it")
-        least = self._seats.least_kv_bytes()
-        model = ModelNeeds(column_bytes=memory.column_bytes, dense_bytes=memory.dense_bytes, seat_bytes=least)
+        least = self._workers.least_kv_bytes()
+        model = ModelNeeds(column_bytes=memory.column_bytes, dense_bytes=memory.dense_bytes, rank_bytes=least)
         check_budgets(plan, model, [self._room(device, plan, least) for device in memory.devices])
 
     def _room(self, device: DeviceMemory, plan: ScalePlan, least: int) -> DeviceRoom:
-        seats = tuple(seat.seat for seat in self._seats.seats() if seat.device == device.device)
+        ranks = tuple(rank.rank for rank in self._workers.ranks() if rank.device == device.device)
         kv = device.by_kind.get("kv", 0)
-        serving = sum(seat in plan.before.seats for seat in seats)
+        serving = sum(rank in plan.before.ranks for rank in ranks)
         return DeviceRoom(
             device=device.device,
-            seats=seats,
+            ranks=ranks,
             budget=device.budget,
-            # Seats give up KV where columns need the room, down to the least they can do with.
+            # Ranks give up KV where columns need the room, down to the least they can do with.
             used=device.used - max(0, kv - serving * least),
             holds_dense=device.by_kind.get("dense", 0) > 0,
         )
@@ -260,11 +260,11 @@ class Coordinator:
         """Everything at this moment; waits for the HMM's answer for a few seconds at most."""
         memory = await self._memory_status()
         return Status(
-            ep_size=len(self._membership.seats),
+            ep_size=len(self._membership.ranks),
             max_ep_size=self._membership.capacity,
             epoch=self._membership.epoch,
-            membership=list(self._membership.seats),
-            seats=list(self._seats.seats()),
+            membership=list(self._membership.ranks),
+            ranks=list(self._workers.ranks()),
             placement=list(self._placement.owners),
             memory=memory,
             running=self.running,
@@ -272,16 +272,16 @@ class Coordinator:
         )
 
     async def close(self) -> None:
-        """Take no more wishes. A change that is still preparing is rolled back, a later one is brought to its end."""
+        """Take no more targets. A change that is still preparing is rolled back, a later one is brought to its end."""
         self._closed = True
         await self._end_change("the server is shutting down")
 
 
-def _same_wish(known: RunningOperation, wish: Wish) -> RunningOperation:
-    if known.wish != wish:
+def _same_target(known: RunningOperation, target: Target) -> RunningOperation:
+    if known.target != target:
         raise UserInputError(
-            f"operation_id was used for another wish, {wish_words(known.wish)}",
+            f"operation_id was used for another target, {describe_target(known.target)}",
             operation=known.operation_id,
-            hint="Use a new operation_id for a new wish",
+            hint="Use a new operation_id for a new target",
         )
     return known

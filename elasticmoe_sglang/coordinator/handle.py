@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
-from elasticmoe_sglang.coordinator.views import Operation, Status
-from elasticmoe_sglang.planner import Wish
-from elasticmoe_sglang.seats.membership import Membership
+from elasticmoe_sglang.coordinator.status import Operation, Status
+from elasticmoe_sglang.planner import Target
 
 _ResultT = TypeVar("_ResultT")
 
@@ -38,8 +38,8 @@ class CoordinatorHandle:
     def last(self) -> Operation | None:
         return self._coordinator.last
 
-    async def submit(self, wish: Wish, operation_id: str | None = None) -> Operation:
-        return await self._run(self._coordinator.submit(wish, operation_id))
+    async def submit(self, target: Target, operation_id: str | None = None) -> Operation:
+        return await self._run(self._coordinator.submit(target, operation_id))
 
     async def wait(self, operation_id: str) -> Operation:
         return await self._run(self._coordinator.wait(operation_id))

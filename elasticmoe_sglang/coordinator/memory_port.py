@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Sequence
 
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.coordinator.views import DeviceMemory, MemoryStatus
+from elasticmoe_sglang.coordinator.status import DeviceMemory, MemoryStatus
 from elasticmoe_sglang.errors import HmmUnavailable, TransactionError
 from elasticmoe_sglang.hmm.client import AsyncHmmClient, HmmClient
 from elasticmoe_sglang.hmm.vmm.base import round_up
@@ -61,7 +61,7 @@ class HmmMemory:
         try:
             return (await self._client.rollback(txn)).peak_bytes
         except (HmmUnavailable, TransactionError) as error:
-            # With its HMM the transaction has ended, and nobody else has its memory: the seats have unmapped it.
+            # With its HMM the transaction has ended, and nobody else has its memory: the ranks have unmapped it.
             if instance is not None and self._client.attached_to() == instance:
                 raise
             logger.warning("transaction %s went with its HMM: %s", txn, error)
@@ -69,7 +69,7 @@ class HmmMemory:
 
 
 def drop_kv(client: HmmClient) -> int:
-    """Before a server's first seat boots: give back the KV of an earlier server on this HMM. Returns the blocks."""
+    """Before a server's first rank boots: give back the KV of an earlier server on this HMM. Returns the blocks."""
     blocks = client.lookup(kind="kv")
     if blocks:
         client.release([block.block_id for block in blocks])
@@ -77,9 +77,9 @@ def drop_kv(client: HmmClient) -> int:
 
 
 async def release_leftovers(
-    client: AsyncHmmClient, placement: Placement, seats: Collection[int], config: ElasticConfig
+    client: AsyncHmmClient, placement: Placement, ranks: Collection[int], config: ElasticConfig
 ) -> int:
-    """Give back what nobody uses: weights of an earlier server or change, and KV of seats that are not occupied.
+    """Give back what nobody uses: weights of an earlier server or change, and KV of ranks that are not active.
 
     Returns:
         Number of blocks given back.
@@ -89,9 +89,9 @@ async def release_leftovers(
         for block in await client.lookup(kind="column")
         if block.column is not None and config.device_of(placement.owners[block.column]) != block.device
     ]
-    devices = {config.device_of(seat) for seat in seats}
+    devices = {config.device_of(rank) for rank in ranks}
     dense = [block.block_id for block in await client.lookup(kind="dense") if block.device not in devices]
-    kv = [block.block_id for block in await client.lookup(kind="kv") if block.seat not in seats]
+    kv = [block.block_id for block in await client.lookup(kind="kv") if block.rank not in ranks]
     leftovers = [*columns, *dense, *kv]
     if leftovers:
         await client.release(leftovers)

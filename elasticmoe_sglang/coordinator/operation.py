@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import msgspec
 
 from elasticmoe_sglang.coordinator.ports import CommitReport, PullReport
-from elasticmoe_sglang.coordinator.views import DevicePeak, MemoryStatus, Move, Operation, Phase, Timings
-from elasticmoe_sglang.planner import RetireSeats, ScalePlan, ScaleTo, Wish
+from elasticmoe_sglang.coordinator.status import DevicePeak, MemoryStatus, Move, Operation, Phase, Timings
+from elasticmoe_sglang.planner import RetireRanks, ScalePlan, ScaleTo, Target
 
 _NEXT: dict[Phase, tuple[Phase, ...]] = {
     Phase.PLANNED: (Phase.PREPARING, Phase.DONE, Phase.ROLLED_BACK),
@@ -21,8 +21,8 @@ _NEXT: dict[Phase, tuple[Phase, ...]] = {
 
 _MESSAGES: dict[Phase, str] = {
     Phase.PLANNED: "The change is planned.",
-    Phase.PREPARING: "Seats boot and pull their columns; serving goes on.",
-    Phase.COMMITTING: "All seats meet between two batches.",
+    Phase.PREPARING: "Ranks boot and pull their columns; serving goes on.",
+    Phase.COMMITTING: "All ranks meet between two batches.",
     Phase.FINISHING: "The new membership serves; old columns are given back.",
     Phase.DONE: "The change is done.",
     Phase.FAILED: "The change failed and needs a look; `error` says what holds now.",
@@ -33,9 +33,9 @@ _MESSAGES: dict[Phase, str] = {
 class RunningOperation:
     """Mutable record of one change; `view()` is the immutable picture that others see."""
 
-    def __init__(self, operation_id: str, wish: Wish, plan: ScalePlan, started: float) -> None:
+    def __init__(self, operation_id: str, target: Target, plan: ScalePlan, started: float) -> None:
         self.operation_id = operation_id
-        self.wish = wish
+        self.target = target
         self.plan = plan
         self.phase = Phase.PLANNED
         self.error: str | None = None
@@ -67,11 +67,11 @@ class RunningOperation:
         self._pulled.append(report)
 
     def set_commit(self, report: CommitReport) -> None:
-        """Keep what the seats reported from the gate."""
+        """Keep what the ranks reported from the commit barrier."""
         self._commit = report
 
     def add_moved(self, requests: int) -> None:
-        """Count requests that a leaver has handed over."""
+        """Count requests that a retiring rank has migrated."""
         self._moved += requests
 
     def memory_before(self, status: MemoryStatus) -> None:
@@ -101,13 +101,13 @@ class RunningOperation:
             operation_id=self.operation_id,
             phase=self.phase,
             message="Nothing had to change." if plan.is_noop else _MESSAGES[self.phase],
-            wish=wish_words(self.wish),
-            old_ep_size=len(plan.before.seats),
-            new_ep_size=len(plan.after.seats),
-            seats_before=list(plan.before.seats),
-            seats_after=list(plan.after.seats),
+            target=describe_target(self.target),
+            old_ep_size=len(plan.before.ranks),
+            new_ep_size=len(plan.after.ranks),
+            ranks_before=list(plan.before.ranks),
+            ranks_after=list(plan.after.ranks),
             joining=list(plan.joining),
-            leaving=list(plan.leaving),
+            retiring=list(plan.retiring),
             moves=[Move(column=move.column, source=move.source, target=move.target) for move in plan.moves],
             epoch=plan.after.epoch,
             timings=self._timings(),
@@ -141,10 +141,10 @@ class RunningOperation:
         )
 
 
-def wish_words(wish: Wish) -> dict[str, int | list[int]]:
-    """The wish as a request says it."""
-    match wish:
+def describe_target(target: Target) -> dict[str, int | list[int]]:
+    """The target as a request says it."""
+    match target:
         case ScaleTo(size=size):
             return {"new_ep_size": size}
-        case RetireSeats(seats=seats):
-            return {"retire_seats": list(seats)}
+        case RetireRanks(ranks=ranks):
+            return {"retire_ranks": list(ranks)}

@@ -10,26 +10,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from elasticmoe_sglang.coordinator.views import MemoryStatus, SeatInfo
+from elasticmoe_sglang.comm.membership import Membership
+from elasticmoe_sglang.coordinator.status import MemoryStatus, RankInfo
 from elasticmoe_sglang.planner import ColumnMove, Placement, ScalePlan
-from elasticmoe_sglang.seats.membership import Membership
 
 
 @dataclass(frozen=True, kw_only=True)
-class BootTicket:
-    """What a standby is told when it takes a seat.
+class JoinPlan:
+    """What a standby is told when it takes a rank.
 
     Attributes:
         txn: the HMM transaction in which it allocates.
-        membership, placement: as they will be after the commit; the joiner is in both.
+        membership, placement: as they will be after the commit; the joining rank is in both.
         moves: the columns that it pulls, all with itself as target.
-        kv_chunks: KV memory to begin with; 0 leaves it to the seat.
-        deadline_s: seconds it has until it must wait at the gate.
+        kv_chunks: KV memory to begin with; 0 leaves it to the rank.
+        deadline_s: seconds it has until it must wait at the commit barrier.
     """
 
     operation_id: str
     txn: str
-    seat: int
+    rank: int
     membership: Membership
     placement: Placement
     moves: tuple[ColumnMove, ...]
@@ -39,7 +39,7 @@ class BootTicket:
 
 @dataclass(frozen=True, kw_only=True)
 class PullReport:
-    """What one seat has pulled."""
+    """What one rank has pulled."""
 
     columns: int
     bytes: int
@@ -48,11 +48,11 @@ class PullReport:
 
 @dataclass(frozen=True, kw_only=True)
 class CommitReport:
-    """How the seats left the gate.
+    """How the ranks left the commit barrier.
 
     Attributes:
         epoch: the epoch that holds now, the old one when not committed.
-        pause_ms: milliseconds that each seat stood still.
+        pause_ms: milliseconds that each rank stood still.
         reason: why it was not committed.
     """
 
@@ -72,7 +72,7 @@ class MemoryPort(Protocol):
         """Open a transaction. If the call fails, nothing stays open: the HMM drops transactions without an owner."""
 
     async def commit(self, txn: str) -> Sequence[int]:
-        """Keep what was allocated in the transaction. Called once, after the seats have committed.
+        """Keep what was allocated in the transaction. Called once, after the ranks have committed.
 
         Returns:
             For each device the most bytes that were in use on it while the transaction was open.
@@ -86,61 +86,64 @@ class MemoryPort(Protocol):
         """
 
 
-class SeatsPort(Protocol):
-    """The processes in the seats, by way of the IMM and the seats' agents."""
+class WorkersPort(Protocol):
+    """The processes in the ranks, by way of the IMM and the ranks' agents."""
 
-    def seats(self) -> Sequence[SeatInfo]:
-        """All seats, ascending, from what is known here: does not wait for anybody."""
+    def ranks(self) -> Sequence[RankInfo]:
+        """All ranks, ascending, from what is known here: does not wait for anybody."""
 
     def membership(self) -> Membership:
-        """The membership committed last, read from the gate's control page: the truth when a commit gave no answer."""
+        """The membership committed last, read from the commit barrier's control page: the truth when a commit gave no
+        answer."""
 
     def least_kv_bytes(self) -> int:
-        """What a seat's KV cache cannot do without."""
+        """What a rank's KV cache cannot do without."""
 
-    async def make_room(self, plan: ScalePlan) -> Mapping[int, int]:
+    async def shrink_kv(self, plan: ScalePlan) -> Mapping[int, int]:
         """Before anything is allocated: survivors give up KV for the columns they are to receive, while they serve.
 
         Undone by `fill_kv`, after the HMM's rollback.
 
         Returns:
-            Chunks for each joiner to begin with.
+            Chunks for each joining rank to begin with.
         """
 
-    async def fill_kv(self) -> None:
+    async def grow_kv(self) -> None:
         """Let KV have all that is free: when departed columns are given back, or a change is rolled back."""
 
-    async def boot(self, seat: int, ticket: BootTicket) -> PullReport:
-        """A standby takes the seat, boots, attaches, pulls its columns and waits at the gate. Raises SeatError.
+    async def boot(self, rank: int, join_spec: JoinPlan) -> PullReport:
+        """A standby takes the rank, boots, attaches, pulls its columns and waits at the commit barrier. Raises
+        WorkerError.
 
         Undone by `dismiss`, which is called once for each boot that was started, however it ended.
         """
 
-    async def pull(self, seat: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
+    async def pull(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
         """A survivor pulls columns into free slots while it goes on serving; no table points at them yet.
 
         Undone by `drop`, which is called once for each pull that was started, however it ended.
         """
 
-    async def drop(self, seat: int, txn: str, moves: Sequence[ColumnMove]) -> None:
+    async def drop(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> None:
         """The survivor stops pulling and unmaps what it had of these columns. The HMM frees them by its rollback."""
 
     async def commit(self, plan: ScalePlan, deadline_s: float) -> CommitReport:
-        """All seats switch to `plan.after` between the same two batches, or none does.
+        """All ranks switch to `plan.after` between the same two batches, or none does.
 
         When this has returned, has raised, or `deadline_s` is over, the change cannot happen any more unless it has
         happened already: a command that reaches the leader later is refused by it.
         """
 
-    async def release(self, seat: int, columns: Sequence[int]) -> None:
-        """Give columns that departed from `seat` back to the HMM: unmap them if the seat is occupied, then free them.
+    async def release(self, rank: int, columns: Sequence[int]) -> None:
+        """Give columns that departed from `rank` back to the HMM: unmap them if the rank is active, then free them.
 
-        For a leaver it is called after `dismiss`, so nobody maps them any more.
+        For a retiring rank it is called after `dismiss`, so nobody maps them any more.
         """
 
-    async def dismiss(self, seat: int) -> int:
-        """Make the seat a standby again: end a joiner in whatever state its boot is, or wait for a leaver's exit.
+    async def dismiss(self, rank: int) -> int:
+        """Make the rank a standby again: end a joining rank in whatever state its boot is, or wait for a retiring
+        rank's exit.
 
         Returns:
-            Requests that a leaver handed to others.
+            Requests that a retiring rank handed to others.
         """

@@ -1,6 +1,6 @@
 """[4] HMM: the sidecar that owns device memory.
 
-From the coordinator it receives transactions (begin, commit, rollback), from seats allocations, seals and requests for
+From the coordinator it receives transactions (begin, commit, rollback), from ranks allocations, seals and requests for
 handles; it hands out memory, never bytes. `client` and `space` are what other processes use, `server` is the sidecar.
 Importing this package loads none of them.
 """
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from elasticmoe_sglang.hmm.config import Endpoint, HmmConfig
     from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout, TensorSpec
     from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
-    from elasticmoe_sglang.hmm.protocol import Block, HmmStatus, Kind, ModelSpec, TxnReport
     from elasticmoe_sglang.hmm.server import HmmServer, serve_hmm
     from elasticmoe_sglang.hmm.space import ColumnSpace, DenseSpace, PullStats
+    from elasticmoe_sglang.wire.to_hmm import Block, HmmStatus, Kind, ModelSpec, TxnReport
 
 __all__ = [
     "AsyncHmmClient",

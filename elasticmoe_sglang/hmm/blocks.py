@@ -12,8 +12,8 @@ import msgspec
 
 from elasticmoe_sglang.errors import BlockNotFound, ProtocolError
 from elasticmoe_sglang.hmm.ledger import Ledger
-from elasticmoe_sglang.hmm.protocol import Block, Kind
 from elasticmoe_sglang.hmm.vmm.base import VmmBackend, VmmHandle
+from elasticmoe_sglang.wire.to_hmm import Block, Kind
 
 
 @dataclass(kw_only=True)
@@ -47,7 +47,7 @@ class BlockTable:
         *,
         column: int | None = None,
         name: str | None = None,
-        seat: int | None = None,
+        rank: int | None = None,
         chunk: int | None = None,
         txn: str | None = None,
     ) -> Block:
@@ -64,7 +64,7 @@ class BlockTable:
             kind=kind,
             column=column,
             name=name,
-            seat=seat,
+            rank=rank,
             chunk=chunk,
             nbytes=nbytes,
             txn=txn,
@@ -168,7 +168,7 @@ class BlockTable:
 
 
 def _require_same(held: Block, offered: Block) -> None:
-    for name in ("device", "kind", "column", "name", "seat", "chunk", "nbytes"):
+    for name in ("device", "kind", "column", "name", "rank", "chunk", "nbytes"):
         if getattr(held, name) != getattr(offered, name):
             raise ProtocolError(
                 f"block {held.block_id} was offered with {name} {getattr(offered, name)}, "

@@ -15,13 +15,13 @@ from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 from elasticmoe_sglang.errors import HmmError, HmmUnavailable, ProtocolError, VmmError
-from elasticmoe_sglang.hmm import protocol as p
+from elasticmoe_sglang.hmm.client_link import HmmLink
 from elasticmoe_sglang.hmm.config import Endpoint
-from elasticmoe_sglang.hmm.handles import MAX_FDS, close_all
+from elasticmoe_sglang.hmm.fd_passing import MAX_FDS, close_all
 from elasticmoe_sglang.hmm.leases import LeaseBook
-from elasticmoe_sglang.hmm.link import HmmLink
 from elasticmoe_sglang.hmm.vmm import VmmBackend, VmmHandle, get_backend
-from elasticmoe_sglang.messages import ErrorReply, error_from
+from elasticmoe_sglang.wire import to_hmm as p
+from elasticmoe_sglang.wire.envelope import ErrorReply, error_from
 
 _AnswerT = TypeVar("_AnswerT", bound=p.Answer)
 _P = ParamSpec("_P")
@@ -191,19 +191,19 @@ class HmmClient:
         kind: p.Kind,
         *,
         columns: Sequence[int] | None = None,
-        seat: int | None = None,
+        rank: int | None = None,
         chunks: Sequence[int] | None = None,
         nbytes: int | None = None,
         txn: str | None = None,
     ) -> list[p.Block]:
-        """One zeroed block a column or a chunk of a seat's KV cache, or a single block; all or none.
+        """One zeroed block a column or a chunk of a rank's KV cache, or a single block; all or none.
 
         nbytes: of each block, rounded up to the granularity; None takes the registered model's size. Any client may
         allocate in a transaction, whoever began it. Raises BudgetExceeded with the numbers.
         """
         wanted = list(columns) if columns is not None else None
         parts = list(chunks) if chunks is not None else None
-        command = p.Allocate(device=device, kind=kind, columns=wanted, seat=seat, chunks=parts, nbytes=nbytes, txn=txn)
+        command = p.Allocate(device=device, kind=kind, columns=wanted, rank=rank, chunks=parts, nbytes=nbytes, txn=txn)
         return self._call(command, p.BlocksReply).blocks
 
     def seal(self, block_ids: Sequence[int]) -> None:
@@ -217,11 +217,11 @@ class HmmClient:
         kind: p.Kind | None = None,
         device: int | None = None,
         columns: Sequence[int] | None = None,
-        seat: int | None = None,
+        rank: int | None = None,
     ) -> list[p.Block]:
         """Live blocks that match all that is given, by id; those of open transactions carry their `txn`."""
         wanted = list(columns) if columns is not None else None
-        return self._call(p.Lookup(kind=kind, device=device, columns=wanted, seat=seat), p.BlocksReply).blocks
+        return self._call(p.Lookup(kind=kind, device=device, columns=wanted, rank=rank), p.BlocksReply).blocks
 
     def wait_sealed(self, block_ids: Sequence[int], timeout_s: float) -> None:
         """Returns when all are sealed. Raises SealTimeout, or BlockNotFound as soon as one is released."""
@@ -260,14 +260,14 @@ class HmmClient:
             try:
                 handle = backend.import_(fd, block.nbytes, block.device)
             except VmmError:
-                self._leases.give_back(lease)
+                self._leases.release_blocks(lease)
                 rest = fetched[index + 1 :]
                 close_all([fd for _, fd in rest])
                 link.return_leases([block.block_id for block, _ in rest])
                 for done in handles:
                     backend.close(done)
                 raise
-            handle.on_free = partial(self._leases.give_back, lease)
+            handle.on_free = partial(self._leases.release_blocks, lease)
             handles.append(handle)
         return handles
 
@@ -357,9 +357,9 @@ class AsyncHmmClient:
         kind: p.Kind | None = None,
         device: int | None = None,
         columns: Sequence[int] | None = None,
-        seat: int | None = None,
+        rank: int | None = None,
     ) -> list[p.Block]:
-        return await self._run(self._client.lookup, kind=kind, device=device, columns=columns, seat=seat)
+        return await self._run(self._client.lookup, kind=kind, device=device, columns=columns, rank=rank)
 
     async def wait_sealed(self, block_ids: Sequence[int], timeout_s: float) -> None:
         await self._run(self._client.wait_sealed, block_ids, timeout_s)

@@ -1,4 +1,4 @@
-"""Address space of KV caches: a seat's own, which grows and shrinks at its end, and windows into a leaver's.
+"""Address space of KV caches: a rank's own, which grows and shrinks at its end, and windows into a retiring rank's.
 
 Tokens lie one after the other, each with the keys and values of all its layers. So one chunk of memory holds whole
 tokens of the whole model (one handle, one map call), and a request's page is one piece wherever it is copied. The
@@ -23,7 +23,7 @@ _WORD = 8
 
 
 class KvSpace:
-    """A seat's KV cache: chunks 0 to `chunks` - 1 are mapped, and nothing behind them.
+    """A rank's KV cache: chunks 0 to `chunks` - 1 are mapped, and nothing behind them.
 
     Args:
         layout: of one token.
@@ -85,7 +85,7 @@ class KvSpace:
 
 
 class KvWindow:
-    """Some chunks of another seat's KV cache, at the places they have there.
+    """Some chunks of another rank's KV cache, at the places they have there.
 
     Args:
         handles: chunk -> its memory; all are closed, whatever happens.

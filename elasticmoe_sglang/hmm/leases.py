@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from elasticmoe_sglang.hmm import protocol as p
-from elasticmoe_sglang.hmm.handles import MAX_FDS
-from elasticmoe_sglang.hmm.link import HmmLink
+from elasticmoe_sglang.hmm.client_link import HmmLink
+from elasticmoe_sglang.hmm.fd_passing import MAX_FDS
+from elasticmoe_sglang.wire import to_hmm as p
 
 
 class Lease:
@@ -47,7 +47,7 @@ class LeaseBook:
         self._leases[lease.fd] = lease
         return lease
 
-    def give_back(self, lease: Lease) -> None:
+    def release_blocks(self, lease: Lease) -> None:
         """The handle is closed and unmapped."""
         self._returned.append(lease)
         self._settle()
@@ -82,7 +82,7 @@ class LeaseBook:
     def close(self) -> None:
         """Closes every kept descriptor; what is mapped stays mapped and can be offered to nobody any more."""
         for lease in list(self._leases.values()):
-            self.give_back(lease)
+            self.release_blocks(lease)
 
     def _settle(self) -> None:
         # Whoever finds the book busy leaves its lease to the one that has it, who looks again after letting go.

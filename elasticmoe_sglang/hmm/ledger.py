@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from elasticmoe_sglang.errors import BudgetExceeded, UserInputError
-from elasticmoe_sglang.hmm.protocol import HOST, KINDS, DeviceUsage, Kind
+from elasticmoe_sglang.wire.to_hmm import HOST, KINDS, DeviceUsage, Kind
 
 
 @dataclass(kw_only=True)

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import zmq
 
 from elasticmoe_sglang.errors import ElasticMoEError, HmmError, MalformedMessage, SealTimeout
-from elasticmoe_sglang.hmm import protocol as p
 from elasticmoe_sglang.hmm.config import Endpoint, HmmConfig
-from elasticmoe_sglang.hmm.links import LinkTable
+from elasticmoe_sglang.hmm.endpoint import EndpointClaim
+from elasticmoe_sglang.hmm.server_links import LinkTable
 from elasticmoe_sglang.hmm.service import HmmService
-from elasticmoe_sglang.hmm.sockets import EndpointClaim
 from elasticmoe_sglang.hmm.vmm import get_backend
-from elasticmoe_sglang.messages import MAX_MESSAGE_BYTES, Codec, Envelope, error_reply
+from elasticmoe_sglang.wire import to_hmm as p
+from elasticmoe_sglang.wire.envelope import MAX_MESSAGE_BYTES, Codec, Envelope, error_reply
 
 log = logging.getLogger(__name__)
 

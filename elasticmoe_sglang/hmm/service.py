@@ -15,12 +15,12 @@ from typing import Literal
 import msgspec
 
 from elasticmoe_sglang.errors import ModelMismatch, ProtocolError, RegionMismatch, UndoFailed
-from elasticmoe_sglang.hmm import protocol as p
 from elasticmoe_sglang.hmm.blocks import BlockTable
 from elasticmoe_sglang.hmm.ledger import Ledger
 from elasticmoe_sglang.hmm.transaction import Transaction, TransactionTable, UndoLog
 from elasticmoe_sglang.hmm.vmm.base import VmmBackend, round_up
 from elasticmoe_sglang.hmm.wanted import block_bytes, parts_of
+from elasticmoe_sglang.wire import to_hmm as p
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class HmmService:
                     command.kind,
                     size,
                     column=column,
-                    seat=command.seat,
+                    rank=command.rank,
                     chunk=chunk,
                     txn=command.txn,
                 )
@@ -260,7 +260,7 @@ class HmmService:
                 (command.kind is None or block.kind == command.kind)
                 and (command.device is None or block.device == command.device)
                 and (columns is None or block.column in columns)
-                and (command.seat is None or block.seat == command.seat)
+                and (command.rank is None or block.rank == command.rank)
             )
         )
 

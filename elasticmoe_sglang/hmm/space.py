@@ -1,7 +1,7 @@
-"""A seat's address space for weights: a slot for every expert column, and one block for all that is no expert.
+"""A rank's address space for weights: a slot for every expert column, and one block for all that is no expert.
 
 Addresses are reserved once and never move, so tensors and captured graphs made over them stay valid while columns
-come and go. Slot number, column number and physical expert number are the same thing; a seat maps only its own.
+come and go. Slot number, column number and physical expert number are the same thing; a rank maps only its own.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from elasticmoe_sglang.errors import TransactionError, UndoFailed
 from elasticmoe_sglang.hmm.ledger import Ledger
-from elasticmoe_sglang.hmm.protocol import TxnReport, TxnStatus
+from elasticmoe_sglang.wire.to_hmm import TxnReport, TxnStatus
 
 log = logging.getLogger(__name__)
 

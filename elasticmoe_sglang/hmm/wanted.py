@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from elasticmoe_sglang.errors import HmmError, UserInputError
-from elasticmoe_sglang.hmm import protocol as p
+from elasticmoe_sglang.wire import to_hmm as p
 
 Part = tuple[int | None, int | None]
 """(column, chunk) of one block."""
@@ -15,16 +15,16 @@ def parts_of(
     command: p.Allocate, model: p.ModelSpec | None, *, held: Callable[[p.Lookup], Sequence[p.Block]]
 ) -> list[Part]:
     """The blocks to make; `held` finds the live ones."""
-    if (command.chunks is None) != (command.seat is None) or (command.seat is not None and command.kind != "kv"):
-        raise UserInputError("the chunks of a KV cache are allocated with kind kv and their seat")
+    if (command.chunks is None) != (command.rank is None) or (command.rank is not None and command.kind != "kv"):
+        raise UserInputError("the chunks of a KV cache are allocated with kind kv and their rank")
     if command.chunks is None:
         return [(column, None) for column in _columns_of(command, model)]
     if command.columns is not None or not command.chunks or len(set(command.chunks)) != len(command.chunks):
         raise UserInputError("the chunks to allocate are empty or not distinct, or columns are named with them")
-    here = {block.chunk for block in held(p.Lookup(kind="kv", seat=command.seat))}
+    here = {block.chunk for block in held(p.Lookup(kind="kv", rank=command.rank))}
     if taken := sorted(chunk for chunk in command.chunks if chunk in here):
         raise UserInputError(
-            f"seat {command.seat} has chunks {taken} already", hint="Release what an earlier process left there."
+            f"rank {command.rank} has chunks {taken} already", hint="Release what an earlier process left there."
         )
     return [(None, chunk) for chunk in command.chunks]
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from elasticmoe_sglang.errors import SeatError
-from elasticmoe_sglang.imm import messages as m
+from elasticmoe_sglang.errors import WorkerError
+from elasticmoe_sglang.wire import to_imm as m
 
 
 @dataclass
@@ -24,7 +24,7 @@ class ImmClient:
         timeout_s: how long to wait for the IMM to listen.
 
     Raises:
-        SeatError: nobody listens there within the deadline.
+        WorkerError: nobody listens there within the deadline.
     """
 
     path: str
@@ -41,7 +41,7 @@ class ImmClient:
             except (FileNotFoundError, ConnectionRefusedError) as error:
                 self.sock.close()
                 if time.monotonic() > deadline:
-                    raise SeatError(
+                    raise WorkerError(
                         f"the IMM does not answer at {self.path}",
                         hint="Its log above says why it did not start.",
                     ) from error
@@ -54,7 +54,7 @@ class ImmClient:
         """Send one request.
 
         Raises:
-            SeatError: the IMM has gone.
+            WorkerError: the IMM has gone.
         """
         try:
             self.sock.send(m.encode(message))
@@ -65,7 +65,7 @@ class ImmClient:
         """The next message, or None when none came in time.
 
         Raises:
-            SeatError: the IMM has gone.
+            WorkerError: the IMM has gone.
         """
         ready, _, _ = select.select([self.sock], [], [], timeout_s)
         if not ready:
@@ -82,8 +82,8 @@ class ImmClient:
         self.sock.close()
 
 
-def _gone() -> SeatError:
-    return SeatError("the IMM has gone", hint="Restart the server; its log says why the IMM ended.")
+def _gone() -> WorkerError:
+    return WorkerError("the IMM has gone", hint="Restart the server; its log says why the IMM ended.")
 
 
 def start_imm(module: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:

@@ -16,21 +16,21 @@ class ModelNeeds:
 
     Attributes:
         column_bytes: one expert column, rounded up to the device's allocation granularity.
-        dense_bytes: everything that is not an expert; once a device, shared by its seats.
-        seat_bytes: what each occupied seat takes for itself (its smallest KV pool, for example).
+        dense_bytes: everything that is not an expert; once a device, shared by its ranks.
+        rank_bytes: what each active rank takes for itself (its smallest KV pool, for example).
     """
 
     column_bytes: int
     dense_bytes: int
-    seat_bytes: int = 0
+    rank_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceRoom:
-    """One device as the HMM's ledger sees it now, in bytes; `seats` are all that sit on it, occupied or not."""
+    """One device as the HMM's ledger sees it now, in bytes; `ranks` are all that sit on it, active or not."""
 
     device: int
-    seats: tuple[int, ...]
+    ranks: tuple[int, ...]
     budget: int
     used: int
     holds_dense: bool
@@ -45,10 +45,10 @@ def extra_bytes(plan: ScalePlan, model: ModelNeeds, room: DeviceRoom) -> int:
 
     A survivor holds its old columns until the change is finished, so nothing that leaves is subtracted.
     """
-    joining = [seat for seat in room.seats if seat in plan.joining]
-    columns = sum(len(plan.incoming(seat)) for seat in room.seats)
+    joining = [rank for rank in room.ranks if rank in plan.joining]
+    columns = sum(len(plan.incoming(rank)) for rank in room.ranks)
     dense = model.dense_bytes if joining and not room.holds_dense else 0
-    return columns * model.column_bytes + dense + len(joining) * model.seat_bytes
+    return columns * model.column_bytes + dense + len(joining) * model.rank_bytes
 
 
 def check_budgets(plan: ScalePlan, model: ModelNeeds, devices: Sequence[DeviceRoom]) -> None:
@@ -67,10 +67,10 @@ def check_budgets(plan: ScalePlan, model: ModelNeeds, devices: Sequence[DeviceRo
     )
     room, need = short[0]
     raise BudgetExceeded(
-        f"EP size {len(plan.after.seats)} does not fit: {listed}",
+        f"EP size {len(plan.after.ranks)} does not fit: {listed}",
         device=room.device,
         needed=need,
         free=room.free,
         budget=room.budget,
-        hint="Ask for more seats, or start the HMM with a larger --budget",
+        hint="Ask for more ranks, or start the HMM with a larger --budget",
     )

@@ -1,4 +1,4 @@
-"""How much KV cache each seat has: all of a device's memory that neither weights nor headroom take. Pure."""
+"""How much KV cache each rank has: all of a device's memory that neither weights nor headroom take. Pure."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST_TOKENS = 1024
-"""What a seat keeps at least: room for a short request. A change that would leave less is refused."""
+"""What a rank keeps at least: room for a short request. A change that would leave less is refused."""
 _PARTS = 128
-"""Chunks that a seat's share or its cap is divided into: what does not fill a chunk stays unused, less than 1 %."""
+"""Chunks that a rank's share or its cap is divided into: what does not fill a chunk stays unused, less than 1 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KvShape:
-    """The KV cache of one model, the same on every seat.
+    """The KV cache of one model, the same on every rank.
 
     Tokens are laid out one after the other, each with the keys and values of all layers. Pages follow each other from
     page 0 on, which is SGLang's padding page and holds nobody's tokens.
@@ -22,8 +22,8 @@ class KvShape:
         token_bytes: keys and values of one token over all layers.
         page_tokens: tokens of a page.
         chunk_bytes: what is allocated and mapped at a time, a multiple of the granularity.
-        cap_tokens: the most a seat shall have, whatever room there is; None for no cap.
-        least_tokens: what a seat cannot do without.
+        cap_tokens: the most a rank shall have, whatever room there is; None for no cap.
+        least_tokens: what a rank cannot do without.
     """
 
     token_bytes: int
@@ -53,9 +53,9 @@ class KvShape:
         """Chunks for the least tokens."""
         return self.chunks(min(self.least_tokens, self.cap_tokens or self.least_tokens))
 
-    def share(self, room: int, seats: int) -> int:
-        """Chunks of each of `seats` seats that share `room` bytes; never negative."""
-        chunks = max(0, room) // self.chunk_bytes // seats
+    def share(self, room: int, ranks: int) -> int:
+        """Chunks of each of `ranks` ranks that share `room` bytes; never negative."""
+        chunks = max(0, room) // self.chunk_bytes // ranks
         return chunks if self.cap_tokens is None else min(chunks, self.chunks(self.cap_tokens))
 
 
@@ -65,33 +65,33 @@ def kv_shape(
     page_tokens: int,
     granularity: int,
     budget: int,
-    seats: int = 1,
+    ranks: int = 1,
     cap_tokens: int | None = None,
 ) -> KvShape:
-    """The shape for devices of `budget` bytes with up to `seats` seats each: chunks small enough to fill them, large
+    """The shape for devices of `budget` bytes with up to `ranks` ranks each: chunks small enough to fill them, large
     enough to be few."""
-    most = budget // seats if cap_tokens is None else min(budget // seats, (cap_tokens + page_tokens) * token_bytes)
+    most = budget // ranks if cap_tokens is None else min(budget // ranks, (cap_tokens + page_tokens) * token_bytes)
     chunk = max(1, most // _PARTS // granularity) * granularity
     return KvShape(token_bytes=token_bytes, page_tokens=page_tokens, chunk_bytes=chunk, cap_tokens=cap_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KvDevice:
-    """One device as KV caches see it, in bytes and seats.
+    """One device as KV caches see it, in bytes and ranks.
 
     Attributes:
         headroom: what is left unused on purpose.
         weights: dense and column blocks that lie on it at the moment in question.
         others: everything else that is neither weights nor KV.
-        seats: the seats that share what is left.
-        held: KV of seats that keep what they have (leavers).
+        ranks: the ranks that share what is left.
+        held: KV of ranks that keep what they have (retiring ranks).
     """
 
     budget: int
     headroom: int
     weights: int
     others: int
-    seats: Sequence[int]
+    ranks: Sequence[int]
     held: int = 0
 
     @property
@@ -99,5 +99,5 @@ class KvDevice:
         return self.budget - self.headroom - self.weights - self.others - self.held
 
     def targets(self, shape: KvShape) -> dict[int, int]:
-        """Chunks of each seat."""
-        return {seat: shape.share(self.room, len(self.seats)) for seat in self.seats}
+        """Chunks of each rank."""
+        return {rank: shape.share(self.room, len(self.ranks)) for rank in self.ranks}

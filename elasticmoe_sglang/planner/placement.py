@@ -1,4 +1,4 @@
-"""Which seat holds which expert column."""
+"""Which rank holds which expert column."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elasticmoe_sglang.errors import PlanError
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """owners[c] is the seat that holds expert column c; every column is held exactly once."""
+    """owners[c] is the rank that holds expert column c; every column is held exactly once."""
 
     owners: tuple[int, ...]
 
@@ -19,33 +19,33 @@ class Placement:
     def num_columns(self) -> int:
         return len(self.owners)
 
-    def columns_of(self, seat: int) -> tuple[int, ...]:
-        """The columns on `seat`, ascending."""
-        return tuple(column for column, owner in enumerate(self.owners) if owner == seat)
+    def columns_of(self, rank: int) -> tuple[int, ...]:
+        """The columns on `rank`, ascending."""
+        return tuple(column for column, owner in enumerate(self.owners) if owner == rank)
 
     def counts(self) -> dict[int, int]:
-        """Number of columns on each seat that holds any."""
+        """Number of columns on each rank that holds any."""
         return dict(Counter(self.owners))
 
-    def is_balanced_over(self, seats: Sequence[int]) -> bool:
-        """True when only `seats` hold columns and no two of them differ by more than one column."""
+    def is_balanced_over(self, ranks: Sequence[int]) -> bool:
+        """True when only `ranks` hold columns and no two of them differ by more than one column."""
         counts = self.counts()
-        held = [counts.get(seat, 0) for seat in seats]
+        held = [counts.get(rank, 0) for rank in ranks]
         return sum(held) == self.num_columns and max(held) - min(held) <= 1
 
 
-def initial_placement(num_columns: int, seats: Sequence[int]) -> Placement:
-    """Contiguous runs of columns over `seats` in ascending order; the first seats get the odd columns.
+def initial_placement(num_columns: int, ranks: Sequence[int]) -> Placement:
+    """Contiguous runs of columns over `ranks` in ascending order; the first ranks get the odd columns.
 
     Raises:
-        PlanError: no column, no seat, or a seat named twice.
+        PlanError: no column, no rank, or a rank named twice.
     """
     if num_columns < 1:
         raise PlanError(f"a model with {num_columns} expert columns cannot be placed")
-    if not seats or len(set(seats)) != len(seats):
-        raise PlanError(f"columns cannot be placed on seats {list(seats)}", hint="Name one seat or more, each once")
-    share, odd = divmod(num_columns, len(seats))
+    if not ranks or len(set(ranks)) != len(ranks):
+        raise PlanError(f"columns cannot be placed on ranks {list(ranks)}", hint="Name one rank or more, each once")
+    share, odd = divmod(num_columns, len(ranks))
     owners: list[int] = []
-    for index, seat in enumerate(sorted(seats)):
-        owners += [seat] * (share + (index < odd))
+    for index, rank in enumerate(sorted(ranks)):
+        owners += [rank] * (share + (index < odd))
     return Placement(owners=tuple(owners))

@@ -1,4 +1,4 @@
-"""What the server computes on: the HMM's kind of memory, how much there is, and whether seats can share a device."""
+"""What the server computes on: the HMM's kind of memory, how much there is, and whether ranks can share a device."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def budgets(config: ElasticConfig) -> list[int]:
 
 
 def check_devices(config: ElasticConfig) -> None:
-    """Raises UserInputError: too few GPUs for the seats, or several seats a GPU without MPS."""
+    """Raises UserInputError: too few GPUs for the ranks, or several ranks a GPU without MPS."""
     if not on_cuda():
         return
     import torch
@@ -54,12 +54,12 @@ def check_devices(config: ElasticConfig) -> None:
     found = torch.cuda.device_count()
     if found < config.num_devices:
         raise UserInputError(
-            f"{config.max_ep_size} seats, {config.seats_per_device} a GPU, need {config.num_devices} GPUs, not {found}",
-            hint="Lower --elasticmoe-max-ep-size, or put more seats on a GPU: --elasticmoe-seats-per-device",
+            f"{config.max_ep_size} ranks, {config.ranks_per_device} a GPU, need {config.num_devices} GPUs, not {found}",
+            hint="Lower --elasticmoe-max-ep-size, or put more ranks on a GPU: --elasticmoe-ranks-per-device",
         )
-    if config.seats_per_device > 1 and not mps_runs():
+    if config.ranks_per_device > 1 and not mps_runs():
         raise UserInputError(
-            f"{config.seats_per_device} seats a GPU need NVIDIA's MPS, and it does not run: the seats' kernels would "
+            f"{config.ranks_per_device} ranks a GPU need NVIDIA's MPS, and it does not run: the ranks' kernels would "
             "take turns, and each would wait for the others' time slices",
             hint=_START_MPS,
         )

@@ -1,4 +1,4 @@
-"""The IMM's program, `python -m elasticmoe_patches.imm BACKEND`: import everything a seat needs, then fork standbys.
+"""The IMM's program, `python -m elasticmoe_patches.imm BACKEND`: import everything a rank needs, then fork standbys.
 
 With the backend "cuda" it imports nothing, and what it forks become programs of their own
 (docs/adr/0009-standbys-on-a-gpu.md).
@@ -10,10 +10,10 @@ import logging
 import os
 import sys
 
-from elasticmoe_patches.fresh_seat import become_standby, fresh_seat_main, never_here
-from elasticmoe_sglang.imm.zygote import Zygote, die_with_parent
+from elasticmoe_patches.worker.program import become_standby, fresh_worker_main, never_here
+from elasticmoe_sglang.imm.server import ImmServer, die_with_parent
 from elasticmoe_sglang.runtime import current_runtime
-from elasticmoe_sglang.seats.idle import create_doorbells
+from elasticmoe_sglang.worker.idle import create_doorbells
 
 
 def preload() -> None:
@@ -29,12 +29,7 @@ def preload() -> None:
     import sglang.srt.managers.scheduler
     import sglang.srt.mem_cache.rust_tree_core.adapter
     import sglang.srt.model_loader.loader
-    import sglang.srt.models.registry  # noqa: F401  (imports every model: seconds that a joiner need not wait for)
-
-    import elasticmoe_patches.seat
-    import elasticmoe_patches.srt.managers.recovery
-    import elasticmoe_patches.srt.mem_cache.allocator
-    import elasticmoe_patches.srt.model_loader.elastic_loader  # noqa: F401
+    import sglang.srt.models.registry  # noqa: F401  (imports every model: seconds that a joining rank need not wait for)
 
 
 def main() -> None:
@@ -50,12 +45,12 @@ def main() -> None:
     cold = "standby" in config.ablations
     if sys.argv[1:] == ["cuda"]:
         standbys = 0 if cold else config.standbys
-        Zygote(path, never_here, standbys=standbys, capacity=capacity, become=become_standby).serve()
+        ImmServer(path, never_here, standbys=standbys, capacity=capacity, become=become_standby).serve()
     preload()
     # SGLang configures logging itself in each process; leave it a clean root logger.
-    from elasticmoe_patches.seat import seat_main
+    from elasticmoe_patches.worker.worker import worker_main
 
-    Zygote(path, fresh_seat_main if cold else seat_main, standbys=config.standbys, capacity=capacity).serve()
+    ImmServer(path, fresh_worker_main if cold else worker_main, standbys=config.standbys, capacity=capacity).serve()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the main process knows of every running request, so that one can be continued when its seat has died.
+"""What the main process knows of every running request, so that one can be continued when its rank has died.
 
-The tokenizer sees each request on its way out and each token on its way back; together they are what another seat needs
+The tokenizer sees each request on its way out and each token on its way back; together they are what another rank needs
 to go on where the client's stream stands. Nothing is written anywhere: the journal lives and dies with the server.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from elasticmoe_patches.srt.managers.handover import Progress
+from elasticmoe_patches.worker.migration import Progress
 
 JOURNAL = "elasticmoe_request"
 """Attribute of SGLang's ReqState that holds the tokenised request."""
@@ -30,7 +30,7 @@ def open_requests(tokenizer_manager: Any) -> set[str]:
     }
 
 
-def parcel(tokenizer_manager: Any, rid: str) -> tuple[Any, Progress] | None:
+def migrated(tokenizer_manager: Any, rid: str) -> tuple[Any, Progress] | None:
     """The request and how far its client's stream has come; None when it has ended meanwhile."""
     state = tokenizer_manager.rid_to_state.get(rid)
     if state is None or state.finished:
@@ -55,23 +55,23 @@ def _progress(state: Any, request: Any) -> Progress:
 
 
 def send_again(tokenizer_manager: Any, rids: set[str]) -> int:
-    """Send requests to the controller, which gives each to a living seat. Returns how many were still open."""
+    """Send requests to the controller, which gives each to a living rank. Returns how many were still open."""
     from sglang.srt.managers.io_struct import wrap_as_pickle
 
-    from elasticmoe_patches.srt.managers.io_struct import ElasticAdoptReq
+    from elasticmoe_patches.srt.managers.io_struct import ElasticResumeReq
 
     sent = 0
     for rid in sorted(rids):
-        found = parcel(tokenizer_manager, rid)
+        found = migrated(tokenizer_manager, rid)
         if found is None:
             continue
         request, progress = found
         stats = request.time_stats
         request.wrap_pickle_fields()
         tokenizer_manager._dispatch_to_scheduler(
-            ElasticAdoptReq(
+            ElasticResumeReq(
                 operation_id="",
-                leaver=-1,
+                retiring_rank=-1,
                 request=request,
                 progress=wrap_as_pickle(progress),
                 kv_tokens=0,

@@ -1,7 +1,7 @@
 """From our flags to the SGLang arguments that a capacity-shaped server needs, and what is refused.
 
-SGLang is told tp = dp = ep = max_ep_size with DP attention, so that every seat is one attention replica and holds a
-share of the experts. What would make seats depend on each other in other ways is refused here, before anything starts.
+SGLang is told tp = dp = ep = max_ep_size with DP attention, so that every rank is one attention replica and holds a
+share of the experts. What would make ranks depend on each other in other ways is refused here, before anything starts.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from elasticmoe_sglang.comm.membership import MAX_CAPACITY
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
-from elasticmoe_sglang.seats.membership import MAX_CAPACITY
 
 SUPPORTED_ARCHITECTURES: Mapping[str, str] = {
     "Qwen3MoeForCausalLM": "num_experts",
@@ -26,7 +26,7 @@ SUPPORTED_ARCHITECTURES: Mapping[str, str] = {
 _REFUSED: Mapping[str, tuple[Any, str]] = {
     "pp_size": (1, "pipeline stages cannot change membership together"),
     "nnodes": (1, "one host is supported so far"),
-    "moe_dp_size": (1, "experts are split over all seats"),
+    "moe_dp_size": (1, "experts are split over all ranks"),
     "disaggregation_mode": ("null", "prefill/decode disaggregation pins requests to ranks"),
     "tokenizer_worker_num": (1, "the coordinator lives in the one tokenizer process"),
     "detokenizer_worker_num": (1, "a moved request's output is ordered by the one detokenizer"),
@@ -42,11 +42,11 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "enforce_shared_experts_fusion": (False, "a fused shared expert is tied to a rank"),
     "moe_runner_backend": (("auto", "triton"), "experts lie in columns, which only this plugin's kernels read"),
     "moe_a2a_backend": ("none", "tokens travel through this plugin's collectives"),
-    "enable_symm_mem": (False, "it needs an NCCL communicator of all seats"),
-    "enable_torch_symm_mem": (False, "it needs a communicator of all seats"),
-    "enable_mscclpp": (False, "it needs a communicator of all seats"),
+    "enable_symm_mem": (False, "it needs an NCCL communicator of all ranks"),
+    "enable_torch_symm_mem": (False, "it needs a communicator of all ranks"),
+    "enable_mscclpp": (False, "it needs a communicator of all ranks"),
     "enable_two_batch_overlap": (False, "two collectives of one group would run side by side"),
-    "enable_tp_lm_head_all_to_all": (False, "it needs an NCCL communicator of all seats"),
+    "enable_tp_lm_head_all_to_all": (False, "it needs an NCCL communicator of all ranks"),
 }
 
 
@@ -64,13 +64,13 @@ def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
             hint="Give at least 2, or serve one rank with SGLang alone, without this plugin's flags",
         )
     if capacity > MAX_CAPACITY:
-        raise UserInputError(f"--elasticmoe-max-ep-size {capacity} is more than the {MAX_CAPACITY} seats supported")
+        raise UserInputError(f"--elasticmoe-max-ep-size {capacity} is more than the {MAX_CAPACITY} ranks supported")
     for name, option in (("tp_size", "--tp-size"), ("dp_size", "--dp-size"), ("ep_size", "--ep-size")):
         given = getattr(args, name)
         if given not in (1, capacity):
             raise UserInputError(
                 f"{option} {given} contradicts --elasticmoe-max-ep-size {capacity}",
-                hint=f"Leave {option} out: it is set to the number of seats",
+                hint=f"Leave {option} out: it is set to the number of ranks",
             )
         setattr(args, name, capacity)
     args.enable_dp_attention = True
@@ -118,7 +118,7 @@ def check_model(model_path: str, config: ElasticConfig) -> None:
     experts = int(model[SUPPORTED_ARCHITECTURES[architecture]])
     if experts < config.max_ep_size:
         raise UserInputError(
-            f"the model has {experts} experts, fewer than the {config.max_ep_size} seats",
+            f"the model has {experts} experts, fewer than the {config.max_ep_size} ranks",
             hint=f"Use --elasticmoe-max-ep-size {experts} or less",
         )
     if model.get("quantization_config"):

@@ -28,7 +28,7 @@ from elasticmoe_sglang.runtime import ENV_CONFIG
 logger = logging.getLogger(__name__)
 
 PROCESS_ENV = "ELASTICMOE_PROCESS"
-"""Environment variable with the name of a child process (main, dpc, seat or standby); a child without it is a seat."""
+"""Environment variable with the name of a child process (main, dpc, rank or standby); a child without it is a rank."""
 _named: Process | None = None
 
 
@@ -65,7 +65,7 @@ def install_for_platform(process: Process) -> tuple[HookSpec, ...]:
 def install_for_process(process: Process) -> tuple[HookSpec, ...]:
     """Install all hooks of an elastic launch which a process of this name needs; ends the process on a mismatch.
 
-    Idempotent, and additive: a standby that becomes a seat calls it again with the new name. Returns the hooks that
+    Idempotent, and additive: a standby that becomes a rank calls it again with the new name. Returns the hooks that
     this call installed.
     """
     global _named
@@ -99,7 +99,7 @@ def process_name() -> Process:
     """The name of this process.
 
     What it, or the parent it was forked from, last called `install_for_process` with; else what PROCESS_ENV says; else
-    `seat` in a child started by multiprocessing and `main` elsewhere.
+    `rank` in a child started by multiprocessing and `main` elsewhere.
 
     Raises:
         HookError: PROCESS_ENV names no process.
@@ -108,7 +108,7 @@ def process_name() -> Process:
         return _named
     name = os.environ.get(PROCESS_ENV)
     if name is None:
-        return "main" if multiprocessing.parent_process() is None else "seat"
+        return "main" if multiprocessing.parent_process() is None else "rank"
     if name not in PROCESSES:
         raise HookError(f"{PROCESS_ENV}={name!r} names no process", hint=f"It must be one of {', '.join(PROCESSES)}")
     return name

@@ -18,30 +18,30 @@ from typing import Any, TypeVar
 
 from elasticmoe_patches import device
 from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE, Answers
-from elasticmoe_sglang import janitor
+from elasticmoe_sglang import run_dir_reaper
+from elasticmoe_sglang.comm.control_page import ControlPage
+from elasticmoe_sglang.comm.server_region import format_region, open_region, release_stale_regions
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
+from elasticmoe_sglang.coordinator.failover import FailoverController
 from elasticmoe_sglang.coordinator.handle import CoordinatorHandle
-from elasticmoe_sglang.coordinator.healer import Healer
-from elasticmoe_sglang.coordinator.kv_keeper import KvKeeper
+from elasticmoe_sglang.coordinator.hmm_failover import HmmFailover
+from elasticmoe_sglang.coordinator.kv_balancer import KvBalancer
 from elasticmoe_sglang.coordinator.memory_port import HmmMemory, drop_kv, release_leftovers
-from elasticmoe_sglang.coordinator.memory_watch import MemoryWatch
-from elasticmoe_sglang.coordinator.seat_lines import Heard, SeatLines
-from elasticmoe_sglang.coordinator.seats_port import ProcessSeats
-from elasticmoe_sglang.errors import ElasticMoEError, SeatError
+from elasticmoe_sglang.coordinator.worker_channel import Incoming, WorkerChannel
+from elasticmoe_sglang.coordinator.workers import Workers
+from elasticmoe_sglang.errors import ElasticMoEError, WorkerError
 from elasticmoe_sglang.hmm.client import AsyncHmmClient, HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.imm.client import ImmClient, start_imm
 from elasticmoe_sglang.planner import initial_placement
 from elasticmoe_sglang.runtime import Runtime, current_runtime
-from elasticmoe_sglang.seats import messages as sm
-from elasticmoe_sglang.seats.control import ControlPage
-from elasticmoe_sglang.seats.region import format_region, open_region, release_stale_regions
+from elasticmoe_sglang.wire import to_worker as sm
 
 logger = logging.getLogger(__name__)
 
 _ResultT = TypeVar("_ResultT")
 _HELLO_DEADLINE_S = 60.0
-# What a dead seat had sent before its death is through the detokenizer by then.
+# What a dead rank had sent before its death is through the detokenizer by then.
 _LAST_OUTPUT_S = 0.05
 _services: Services | None = None
 
@@ -54,7 +54,7 @@ class Services:
         self.coordinator: Coordinator | None = None
         self.hmm: HmmProcess | None = None
         if runtime.config.run_dir is None:
-            janitor.watch(str(runtime.paths.run_dir), os.getpid())
+            run_dir_reaper.watch(str(runtime.paths.run_dir), os.getpid())
         if runtime.config.hmm_endpoint is None:
             self._start_hmm()
         self._client = HmmClient(runtime.hmm_endpoint, name="coordinator")
@@ -68,10 +68,10 @@ class Services:
         self._thread = threading.Thread(target=self._loop.run_forever, name="elasticmoe-coordinator", daemon=True)
         self._thread.start()
         self._tokenizer: Any = None
-        self._early: list[Heard] = []
-        self._seats: ProcessSeats | None = None
-        self._lines = SeatLines(
-            runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._heard, self._end_server
+        self._early: list[Incoming] = []
+        self._workers: Workers | None = None
+        self._channel = WorkerChannel(
+            runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._deliver, self._end_server
         )
         # The IMM takes its time to import SGLang; the launch goes on meanwhile.
         self._lines_open = self.call(self._open_lines())
@@ -88,7 +88,7 @@ class Services:
 
     async def _open_lines(self) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self._wait_for_imm)
-        self._lines.open()
+        self._channel.open()
 
     def _wait_for_imm(self) -> None:
         ImmClient(self.runtime.paths.imm_socket, timeout_s=120.0).close()
@@ -97,16 +97,16 @@ class Services:
         """Run in the coordinator's loop; a concurrent future."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def _heard(self, message: Heard) -> None:
-        if self._seats is None:
+    def _deliver(self, message: Incoming) -> None:
+        if self._workers is None:
             self._early.append(message)
         else:
-            self._seats.heard(message)
+            self._workers.message(message)
 
     # -- once the server stands ---------------------------------------------------------------------------------
 
     def start_coordinator(self, tokenizer_manager: Any) -> CoordinatorHandle:
-        """Called by the HTTP server's start, when all first seats serve."""
+        """Called by the HTTP server's start, when all first ranks serve."""
         self._tokenizer = tokenizer_manager
         self._lines_open.result(_HELLO_DEADLINE_S)
         self.coordinator = self.call(self._make_coordinator()).result(_HELLO_DEADLINE_S)
@@ -115,13 +115,13 @@ class Services:
     async def _make_coordinator(self) -> Coordinator:
         config = self.runtime.config
         membership = self.control.read_membership()
-        hellos = await asyncio.gather(*(self._lines.expect(sm.Hello, seat=seat) for seat in membership.seats))
-        placement = initial_placement(hellos[0].columns, membership.seats)
+        hellos = await asyncio.gather(*(self._channel.wait_for(sm.Hello, rank=rank) for rank in membership.ranks))
+        placement = initial_placement(hellos[0].columns, membership.ranks)
         hmm = AsyncHmmClient(self.runtime.hmm_endpoint, name="coordinator", client=self._client)
-        await release_leftovers(hmm, placement, membership.seats, config)
-        self._seats = ProcessSeats(
+        await release_leftovers(hmm, placement, membership.ranks, config)
+        self._workers = Workers(
             config=config,
-            lines=self._lines,
+            channel=self._channel,
             hmm=hmm,
             control=self.control,
             placement=placement,
@@ -129,38 +129,38 @@ class Services:
             send_route=self._send_route,
             send_recover_route=self._send_recover_route,
             send_again=self._send_again,
-            on_seat_lost=lambda seat, why: None if self._ending() else healer.seat_lost(seat, why),
+            on_rank_lost=lambda rank, why: None if self._ending() else healer.rank_lost(rank, why),
         )
         for message in self._early:
-            self._seats.heard(message)
+            self._workers.message(message)
         self._early.clear()
         for hello in hellos:
             logger.info(
-                "seat %d: booted in %.1f s, %.1f MiB from the checkpoint, %.1f MiB from other devices",
-                hello.seat,
+                "rank %d: booted in %.1f s, %.1f MiB from the checkpoint, %.1f MiB from other devices",
+                hello.rank,
                 hello.boot_s,
                 hello.checkpoint_bytes / 2**20,
                 hello.pulled_bytes / 2**20,
             )
         try:
-            await self._seats.fill_kv()
+            await self._workers.grow_kv()
         except ElasticMoEError as error:
             logger.error("KV could not be given all memory that is free: %s", error)
         coordinator = Coordinator(
-            config=config, membership=membership, placement=placement, memory=HmmMemory(hmm), seats=self._seats
+            config=config, membership=membership, placement=placement, memory=HmmMemory(hmm), ranks=self._workers
         )
-        self._kv_keeper = KvKeeper(coordinator, self._seats)
-        watch = MemoryWatch(
+        self._kv_keeper = KvBalancer(coordinator, self._workers)
+        watch = HmmFailover(
             coordinator,
-            self._seats,
+            self._workers,
             hmm,
             config,
             restart=None if self.hmm is None else self._start_hmm,
             ending=self._ending,
         )
-        healer = Healer(
+        healer = FailoverController(
             coordinator,
-            self._seats,
+            self._workers,
             deadline_s=config.commit_deadline_s,
             on_failure=self._end_server,
             memory_whole=watch.whole,
@@ -176,11 +176,11 @@ class Services:
         await self._await_in_tokenizer_loop(self._answers().hold())
         await self._send(ElasticCommandReq(command=command))
 
-    async def _send_route(self, seats: Sequence[int]) -> None:
+    async def _send_route(self, ranks: Sequence[int]) -> None:
         from elasticmoe_patches.srt.managers.io_struct import ElasticRouteReq
 
-        await self._send(ElasticRouteReq(seats=list(seats)))
-        await self._in_tokenizer_loop(lambda: self._answers().resume(len(seats)))
+        await self._send(ElasticRouteReq(ranks=list(ranks)))
+        await self._in_tokenizer_loop(lambda: self._answers().resume(len(ranks)))
 
     async def _send(self, request: Any) -> None:
         await self._in_tokenizer_loop(lambda: self._tokenizer._dispatch_to_scheduler(request))
@@ -197,23 +197,23 @@ class Services:
         loop = self._tokenizer.event_loop
         if loop is None:
             coroutine.close()
-            raise SeatError("the tokenizer's event loop has not started", hint="Send the request over HTTP")
+            raise WorkerError("the tokenizer's event loop has not started", hint="Send the request over HTTP")
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
 
     def _answers(self) -> Answers:
         answers: Answers = getattr(self._tokenizer, ATTRIBUTE)
         return answers
 
-    async def _send_recover_route(self, operation_id: str, seats: Sequence[int]) -> set[str]:
+    async def _send_recover_route(self, operation_id: str, ranks: Sequence[int]) -> set[str]:
         from elasticmoe_patches.journal import open_requests
         from elasticmoe_patches.srt.managers.io_struct import ElasticRecoverRouteReq
 
         def send() -> set[str]:
-            # At one moment: what is sent later goes to living seats and is not missing anywhere.
+            # At one moment: what is sent later goes to living ranks and is not missing anywhere.
             opened = open_requests(self._tokenizer)
-            request = ElasticRecoverRouteReq(operation_id=operation_id, seats=list(seats))
+            request = ElasticRecoverRouteReq(operation_id=operation_id, ranks=list(ranks))
             self._tokenizer._dispatch_to_scheduler(request)
-            self._answers().resume(len(seats))
+            self._answers().resume(len(ranks))
             self._answers().give_up_later()
             return opened
 
@@ -227,10 +227,10 @@ class Services:
         await asyncio.sleep(_LAST_OUTPUT_S)
         return await self._in_tokenizer_loop(lambda: send_again(self._tokenizer, rids))
 
-    def output_passed(self, operation_id: str, seat: int) -> None:
-        """In the tokenizer's loop: the fence behind what a seat had sent."""
-        if self._seats is not None:
-            self._loop.call_soon_threadsafe(self._seats.fences.passed, operation_id, seat)
+    def output_passed(self, operation_id: str, rank: int) -> None:
+        """In the tokenizer's loop: the fence behind what a rank had sent."""
+        if self._workers is not None:
+            self._loop.call_soon_threadsafe(self._workers.fences.passed, operation_id, rank)
 
     # -- the end --------------------------------------------------------------------------------------------------
 

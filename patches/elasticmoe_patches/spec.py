@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from elasticmoe_sglang import SUPPORTED_SGLANG
 
 Kind = Literal["before", "after", "around", "replace", "attribute"]
-Process = Literal["main", "dpc", "seat", "standby", "any"]
+Process = Literal["main", "dpc", "rank", "standby", "any"]
 Scope = Literal["flags", "platform", "elastic", "both"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

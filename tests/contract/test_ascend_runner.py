@@ -141,7 +141,7 @@ def test_a_changed_table_is_seen_by_the_next_batch(sglang_moe, triton_as_linalg,
 
 
 @pytest.mark.parametrize("gemm", ["triton", "grouped_matmul"])
-def test_rows_of_absent_seats_name_no_expert(sglang_moe, triton_as_linalg, monkeypatch, gemm: str) -> None:
+def test_rows_of_absent_ranks_name_no_expert(sglang_moe, triton_as_linalg, monkeypatch, gemm: str) -> None:
     monkeypatch.setenv("ELASTICMOE_NPU_GEMM", gemm)
     slots = PLACEMENTS["a part, not in order"]
     layer, config = make_layer(sglang_moe, slots)

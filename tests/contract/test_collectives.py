@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from elasticmoe_sglang.errors import CollectiveMismatch, SeatAbsent, UserInputError
+from elasticmoe_sglang.errors import CollectiveMismatch, RankInactive, UserInputError
 from tests.helpers import collective_cases as cases
-from tests.helpers.seats import Failed, SeatContext, SeatPool
+from tests.helpers.workers import Failed, WorkerContext, WorkerPool
 
 MEMBERSHIPS = ((0, 1, 2, 3), (0,), (0, 2), (0, 1, 3), (0, 3), (0, 1))
 # A few values; none of them a multiple of a cache line.
@@ -21,88 +21,88 @@ LARGE_COUNTS = (33_000, 100_003)
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeatPool]:
-    pool = SeatPool(4, scratch=str(tmp_path_factory.mktemp("gloo")), window_bytes=WINDOW_BYTES)
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerPool]:
+    pool = WorkerPool(4, scratch=str(tmp_path_factory.mktemp("gloo")), window_bytes=WINDOW_BYTES)
     yield pool
     pool.close()
 
 
 @pytest.fixture(scope="module")
-def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeatPool]:
-    """Windows large enough that three seats share the work of a reduction."""
-    pool = SeatPool(4, scratch=str(tmp_path_factory.mktemp("gloo")), window_bytes=256 << 10)
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerPool]:
+    """Windows large enough that three ranks share the work of a reduction."""
+    pool = WorkerPool(4, scratch=str(tmp_path_factory.mktemp("gloo")), window_bytes=256 << 10)
     yield pool
     pool.close()
 
 
-@pytest.fixture(scope="module", params=MEMBERSHIPS, ids=lambda seats: "".join(map(str, seats)))
-def members(request: pytest.FixtureRequest, pool: SeatPool) -> tuple[tuple[int, ...], int]:
-    """(seats, epoch): each membership is an epoch of its own, in the same processes."""
+@pytest.fixture(scope="module", params=MEMBERSHIPS, ids=lambda ranks: "".join(map(str, ranks)))
+def members(request: pytest.FixtureRequest, pool: WorkerPool) -> tuple[tuple[int, ...], int]:
+    """(ranks, epoch): each membership is an epoch of its own, in the same processes."""
     return request.param, pool.next_epoch()
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_equals_gloo(pool: SeatPool, members: tuple[tuple[int, ...], int], name: str) -> None:
-    seats, epoch = members
-    made = pool.run(seats, cases.run_case, name, seats, epoch, COUNTS)
-    alone = seats == (0,) and name == "point_to_point"
+def test_equals_gloo(pool: WorkerPool, members: tuple[tuple[int, ...], int], name: str) -> None:
+    ranks, epoch = members
+    made = pool.run(ranks, cases.run_case, name, ranks, epoch, COUNTS)
+    alone = ranks == (0,) and name == "point_to_point"
     assert all(count >= len(cases.DTYPES) or alone for count in made.values()), made
 
 
 @pytest.mark.parametrize("name", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "all_to_all_uneven"])
-def test_messages_larger_than_a_window(pool: SeatPool, name: str) -> None:
-    seats = (0, 1, 3)
+def test_messages_larger_than_a_window(pool: WorkerPool, name: str) -> None:
+    ranks = (0, 1, 3)
     counts = LARGE_COUNTS if name in ("all_reduce", "all_gather") else LARGE_COUNTS[:1]
-    pool.run(seats, cases.run_case, name, seats, pool.next_epoch(), counts)
+    pool.run(ranks, cases.run_case, name, ranks, pool.next_epoch(), counts)
 
 
 @pytest.mark.parametrize("name", ["broadcast", "gather", "scatter", "reduce", "point_to_point"])
-def test_rooted_messages_larger_than_a_window(pool: SeatPool, name: str) -> None:
-    seats = (0, 2)
-    pool.run(seats, cases.run_case, name, seats, pool.next_epoch(), LARGE_COUNTS[:1])
+def test_rooted_messages_larger_than_a_window(pool: WorkerPool, name: str) -> None:
+    ranks = (0, 2)
+    pool.run(ranks, cases.run_case, name, ranks, pool.next_epoch(), LARGE_COUNTS[:1])
 
 
-@pytest.mark.parametrize("seats", [(0, 1, 2, 3), (0, 1, 3)])
-def test_reductions_shared_in_slices_equal_gloo(roomy: SeatPool, seats: tuple[int, ...]) -> None:
-    roomy.run(seats, cases.run_case, "all_reduce", seats, roomy.next_epoch(), (70_001,))
+@pytest.mark.parametrize("ranks", [(0, 1, 2, 3), (0, 1, 3)])
+def test_reductions_shared_in_slices_equal_gloo(roomy: WorkerPool, ranks: tuple[int, ...]) -> None:
+    roomy.run(ranks, cases.run_case, "all_reduce", ranks, roomy.next_epoch(), (70_001,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("count", [5, 50_000])
-def test_every_seat_gets_the_same_bits(roomy: SeatPool, dtype: torch.dtype, count: int) -> None:
-    seats = (0, 1, 2, 3)
-    bits = roomy.run(seats, cases.run_bits, seats, roomy.next_epoch(), dtype, count)
-    assert all(bits[seat] == bits[0] for seat in seats)
+def test_every_rank_gets_the_same_bits(roomy: WorkerPool, dtype: torch.dtype, count: int) -> None:
+    ranks = (0, 1, 2, 3)
+    bits = roomy.run(ranks, cases.run_bits, ranks, roomy.next_epoch(), dtype, count)
+    assert all(bits[rank] == bits[0] for rank in ranks)
 
 
-@pytest.mark.parametrize("seats", [(0, 1, 2, 3), (0, 2), (0,)])
-def test_object_collectives(pool: SeatPool, seats: tuple[int, ...]) -> None:
-    results = pool.run(seats, cases.run_objects, seats, pool.next_epoch())
-    objects = [{"seat": s, "text": "x" * (10 * s + 1)} if s in seats else None for s in range(4)]
-    for seat, result in results.items():
+@pytest.mark.parametrize("ranks", [(0, 1, 2, 3), (0, 2), (0,)])
+def test_object_collectives(pool: WorkerPool, ranks: tuple[int, ...]) -> None:
+    results = pool.run(ranks, cases.run_objects, ranks, pool.next_epoch())
+    objects = [{"rank": s, "text": "x" * (10 * s + 1)} if s in ranks else None for s in range(4)]
+    for rank, result in results.items():
         assert result["all_gather"] == objects
-        assert result["gather"] == (objects if seat == 0 else None)
-        assert result["broadcast"] == [objects[seats[-1]], seats[-1]]
-        assert result["scatter"] == {"for": seat}
+        assert result["gather"] == (objects if rank == 0 else None)
+        assert result["broadcast"] == [objects[ranks[-1]], ranks[-1]]
+        assert result["scatter"] == {"for": rank}
 
 
 # Groups
 
 
-def _groups(context: SeatContext, seats: tuple[int, ...], epoch: int) -> dict[str, Any]:
+def _groups(context: WorkerContext, ranks: tuple[int, ...], epoch: int) -> dict[str, Any]:
     import torch.distributed as dist
 
-    context.adopt(seats, epoch)
-    used = set(context.fabric._free_channels)
+    context.adopt(ranks, epoch)
+    used = set(context.region._free_channels)
     world = dist.group.WORLD
-    alone = dist.new_group([context.seat])
+    alone = dist.new_group([context.rank])
     evens = dist.new_group([0, 2], backend="gloo")
     odds = dist.new_group([1, 3])
-    group = evens if context.seat % 2 == 0 else odds
-    other = odds if context.seat % 2 == 0 else evens
-    total = torch.tensor([context.seat + 1])
+    group = evens if context.rank % 2 == 0 else odds
+    other = odds if context.rank % 2 == 0 else evens
+    total = torch.tensor([context.rank + 1])
     dist.all_reduce(total, group=group)
-    single = torch.tensor([context.seat])
+    single = torch.tensor([context.rank])
     dist.all_reduce(single, group=alone)
     result = {
         "backend": (dist.get_backend(world), dist.get_backend(evens) if group is evens else None),
@@ -115,26 +115,26 @@ def _groups(context: SeatContext, seats: tuple[int, ...], epoch: int) -> dict[st
     }
     for made in (alone, group):
         dist.destroy_process_group(made)
-    result["channels back"] = len(used) - len(context.fabric._free_channels)
+    result["channels back"] = len(used) - len(context.region._free_channels)
     return result
 
 
-def test_subgroups_need_no_rendezvous_and_give_their_channel_back(pool: SeatPool) -> None:
-    # Seat 1 is absent: torch's own groups would wait for it in the store.
+def test_subgroups_need_no_rendezvous_and_give_their_channel_back(pool: WorkerPool) -> None:
+    # Rank 1 is absent: torch's own groups would wait for it in the store.
     results = pool.run((0, 2, 3), _groups, (0, 2, 3), pool.next_epoch())
     assert results[0]["backend"] == ("elastic", "gloo")
-    assert [results[seat]["sum"] for seat in (0, 2, 3)] == [4, 4, 4]
-    assert [results[seat]["alone"] for seat in (0, 2, 3)] == [0, 2, 3]
+    assert [results[rank]["sum"] for rank in (0, 2, 3)] == [4, 4, 4]
+    assert [results[rank]["alone"] for rank in (0, 2, 3)] == [0, 2, 3]
     assert all(result["other"] and result["size"] == 2 for result in results.values())
     assert (results[2]["rank"], results[2]["ranks"]) == (1, [0, 2])
-    # The channel of the group that a seat is not in cannot come back by destroying it.
+    # The channel of the group that a rank is not in cannot come back by destroying it.
     assert {result["channels back"] for result in results.values()} == {1}
 
 
-def _solo_boot(context: SeatContext) -> dict[str, Any]:
+def _solo_boot(context: WorkerContext) -> dict[str, Any]:
     import torch.distributed as dist
 
-    context.fabric.solo()
+    context.region.solo()
     group = context.memo["group"]
     value = torch.tensor([3.0])
     dist.all_reduce(value, group=group)
@@ -151,16 +151,16 @@ def _solo_boot(context: SeatContext) -> dict[str, Any]:
     return {"value": value.item(), "rows": rows.tolist(), "kept": int(kept), "objects": objects, "mine": mine.item()}
 
 
-def _sum_in(context: SeatContext, seats: tuple[int, ...], epoch: int) -> int:
+def _sum_in(context: WorkerContext, ranks: tuple[int, ...], epoch: int) -> int:
     import torch.distributed as dist
 
-    context.adopt(seats, epoch)
-    total = torch.tensor([context.seat + 1])
+    context.adopt(ranks, epoch)
+    total = torch.tensor([context.rank + 1])
     dist.all_reduce(total, group=context.memo["group"])
     return int(total)
 
 
-def test_a_joiner_boots_alone_while_the_others_work_and_then_takes_part(pool: SeatPool) -> None:
+def test_a_joining_rank_boots_alone_while_the_others_work_and_then_takes_part(pool: WorkerPool) -> None:
     before = pool.next_epoch()
     for _ in range(3):
         pool.run((0, 1), _sum_in, (0, 1), before)
@@ -175,7 +175,7 @@ def test_a_joiner_boots_alone_while_the_others_work_and_then_takes_part(pool: Se
     pool.run((0, 1), _sum_in, (0, 1), before)
     after = pool.next_epoch()
     assert pool.run((0, 1, 3), _sum_in, (0, 1, 3), after) == {0: 7, 1: 7, 3: 7}
-    # Retiring a seat in the middle, and a fresh process in its place.
+    # Retiring a rank in the middle, and a fresh process in its place.
     assert pool.run((0, 3), _sum_in, (0, 3), pool.next_epoch()) == {0: 5, 3: 5}
     pool.kill(1)
     pool.start(1)
@@ -185,11 +185,11 @@ def test_a_joiner_boots_alone_while_the_others_work_and_then_takes_part(pool: Se
 # Misuse
 
 
-def _mismatch(context: SeatContext, seats: tuple[int, ...], epoch: int, what: str) -> None:
+def _mismatch(context: WorkerContext, ranks: tuple[int, ...], epoch: int, what: str) -> None:
     import torch.distributed as dist
 
-    context.adopt(seats, epoch)
-    group, odd = context.memo["group"], context.seat == seats[-1]
+    context.adopt(ranks, epoch)
+    group, odd = context.memo["group"], context.rank == ranks[-1]
     if what == "size":
         dist.all_reduce(torch.zeros(3 if odd else 4), group=group)
     elif what == "dtype":
@@ -199,30 +199,30 @@ def _mismatch(context: SeatContext, seats: tuple[int, ...], epoch: int, what: st
     elif what == "reduction":
         dist.all_reduce(torch.zeros(4), op=dist.ReduceOp.MAX if odd else dist.ReduceOp.SUM, group=group)
     elif what == "root":
-        dist.broadcast(torch.zeros(4), src=seats[1] if odd else seats[0], group=group)
+        dist.broadcast(torch.zeros(4), src=ranks[1] if odd else ranks[0], group=group)
     elif what == "splits":
-        # Everybody sends one row to each; the odd one expects two from seat 0.
+        # Everybody sends one row to each; the odd one expects two from rank 0.
         out = [2, 1, 1, 1] if odd else [1, 1, 1, 1]
         dist.all_to_all_single(torch.zeros(sum(out)), torch.zeros(4), out, [1, 1, 1, 1], group=group)
 
 
 @pytest.mark.parametrize("what", ["size", "dtype", "operation", "reduction", "root", "splits"])
-def test_a_mismatch_is_raised_on_every_seat(pool: SeatPool, what: str) -> None:
-    seats = (0, 1, 3)
+def test_a_mismatch_is_raised_on_every_rank(pool: WorkerPool, what: str) -> None:
+    ranks = (0, 1, 3)
     epoch = pool.next_epoch()
-    results = pool.try_run(seats, _mismatch, seats, epoch, what)
+    results = pool.try_run(ranks, _mismatch, ranks, epoch, what)
     for result in results.values():
         assert isinstance(result, Failed) and isinstance(result.error, CollectiveMismatch), result
-        assert result.error.epoch == epoch and result.error.seat in seats
+        assert result.error.epoch == epoch and result.error.rank in ranks
         assert result.seconds < 5, "a mismatch is found at once, not by a timeout"
     # The next membership works again.
-    assert pool.run(seats, _sum_in, seats, pool.next_epoch()) == {0: 7, 1: 7, 3: 7}
+    assert pool.run(ranks, _sum_in, ranks, pool.next_epoch()) == {0: 7, 1: 7, 3: 7}
 
 
-def _absent_root(context: SeatContext, seats: tuple[int, ...], epoch: int, what: str) -> None:
+def _absent_root(context: WorkerContext, ranks: tuple[int, ...], epoch: int, what: str) -> None:
     import torch.distributed as dist
 
-    context.adopt(seats, epoch)
+    context.adopt(ranks, epoch)
     group = context.memo["group"]
     if what == "broadcast":
         dist.broadcast(torch.zeros(4), src=1, group=group)
@@ -237,23 +237,23 @@ def _absent_root(context: SeatContext, seats: tuple[int, ...], epoch: int, what:
 
 
 @pytest.mark.parametrize("what", ["broadcast", "reduce", "gather", "scatter", "send"])
-def test_an_absent_root_is_named(pool: SeatPool, what: str) -> None:
+def test_an_absent_root_is_named(pool: WorkerPool, what: str) -> None:
     results = pool.try_run((0, 2), _absent_root, (0, 2), pool.epoch_of((0, 2)), what)
     for result in results.values():
-        assert isinstance(result, Failed) and isinstance(result.error, SeatAbsent), result
-        assert result.error.seat == 1
+        assert isinstance(result, Failed) and isinstance(result.error, RankInactive), result
+        assert result.error.rank == 1
 
 
-def _misuse(context: SeatContext, what: str, epoch: int) -> None:
+def _misuse(context: WorkerContext, what: str, epoch: int) -> None:
     import torch.distributed as dist
 
-    from elasticmoe_sglang.seats.membership import Membership
+    from elasticmoe_sglang.comm.membership import Membership
 
     group = context.memo["group"]
     if what == "old epoch":
-        context.fabric.set_membership(Membership(seats=(0, 2), epoch=epoch, capacity=4))
+        context.region.set_membership(Membership(ranks=(0, 2), epoch=epoch, capacity=4))
     elif what == "not a member":
-        context.fabric.set_membership(Membership(seats=(0, 1), epoch=epoch + 1000, capacity=4))
+        context.region.set_membership(Membership(ranks=(0, 1), epoch=epoch + 1000, capacity=4))
     elif what == "output size":
         dist.all_gather_single(torch.zeros(7), torch.zeros(2), group=group)
     elif what == "complex":
@@ -268,9 +268,9 @@ def _misuse(context: SeatContext, what: str, epoch: int) -> None:
 
 @pytest.mark.parametrize("what", ["old epoch", "not a member", "output size", "complex", "bits of floats", "channels"])
 def test_misuse_is_refused_with_a_sentence(tmp_path: Any, what: str) -> None:
-    pool = SeatPool(4, scratch=str(tmp_path), seats=(2,), channels=4, window_bytes=16 << 10)
+    pool = WorkerPool(4, scratch=str(tmp_path), ranks=(2,), channels=4, window_bytes=16 << 10)
     try:
-        pool.run((2,), SeatContext.adopt, (0, 2), 1)
+        pool.run((2,), WorkerContext.adopt, (0, 2), 1)
         result = pool.try_run((2,), _misuse, what, 1)[2]
         assert isinstance(result, Failed) and isinstance(result.error, UserInputError), result
     finally:

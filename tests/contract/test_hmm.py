@@ -37,15 +37,15 @@ from elasticmoe_sglang.errors import (
     TransactionError,
     UserInputError,
 )
-from elasticmoe_sglang.hmm import protocol as p
 from elasticmoe_sglang.hmm.client import AsyncHmmClient, HmmClient
 from elasticmoe_sglang.hmm.config import Endpoint, HmmConfig
-from elasticmoe_sglang.hmm.handles import new_socket, receive_packet, send_packet
+from elasticmoe_sglang.hmm.fd_passing import new_socket, receive_packet, send_packet
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.hmm.server import HmmServer
 from elasticmoe_sglang.hmm.space import ColumnSpace
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
-from elasticmoe_sglang.messages import Codec, Envelope, ErrorReply, error_from
+from elasticmoe_sglang.wire import to_hmm as p
+from elasticmoe_sglang.wire.envelope import Codec, Envelope, ErrorReply, error_from
 from tests.helpers.leaks import holdings
 
 PAGE = CpuBackend().granularity
@@ -82,7 +82,7 @@ def hmm(tmp_path: Path) -> Iterator[HmmProcess]:
 @pytest.fixture
 def client(hmm: HmmProcess) -> Iterator[HmmClient]:
     backend = CpuBackend()
-    with HmmClient(hmm.endpoint, name="seat-0", backend=backend) as client:
+    with HmmClient(hmm.endpoint, name="rank-0", backend=backend) as client:
         yield client
 
 
@@ -177,7 +177,7 @@ tell('written'); wait()
         later.backend.close(handle)
 
 
-def test_a_seat_pulls_columns_from_another_device(client: HmmClient) -> None:
+def test_a_rank_pulls_columns_from_another_device(client: HmmClient) -> None:
     client.register_model(MODEL)
     sources = client.allocate(0, "column", columns=[2, 9])
     for block in sources:
@@ -215,11 +215,11 @@ def test_more_blocks_than_descriptors_fit_a_packet(client: HmmClient) -> None:
 
 
 def test_regions_are_shared_by_name(hmm: HmmProcess, client: HmmClient) -> None:
-    region = client.region("fabric", 1000)
+    region = client.region("collective region", 1000)
     with region.map() as buffer:
         assert len(buffer) == 1000 and buffer[:] == bytes(1000)
         program = """
-region = client.region('fabric', 1000)
+region = client.region('collective region', 1000)
 with region.map() as buffer:
     buffer[990:] = b'0123456789'
 region.close()
@@ -228,14 +228,14 @@ tell('done'); wait()
         with Other(hmm.endpoint, program) as other:
             assert other.says() == "done"
             assert buffer[990:] == b"0123456789"
-    with pytest.raises(RegionMismatch, match="'fabric' has 1000 bytes, 1001 were asked for"):
-        client.region("fabric", 1001)
+    with pytest.raises(RegionMismatch, match="'collective region' has 1000 bytes, 1001 were asked for"):
+        client.region("collective region", 1001)
     status = client.status()
-    assert [(r.name, r.nbytes) for r in status.regions] == [("fabric", 1000)] and status.host_bytes == PAGE
+    assert [(r.name, r.nbytes) for r in status.regions] == [("collective region", 1000)] and status.host_bytes == PAGE
     assert used(client) == [0, 0]
     region.close()
     client.release([region.block_id])
-    again = client.region("fabric", 1001)
+    again = client.region("collective region", 1001)
     with again.map() as buffer:
         assert buffer[990:1000] == bytes(10)
     again.close()
@@ -302,13 +302,13 @@ def test_rollback_frees_what_was_allocated_and_keeps_what_was_promised(client: H
 
 def test_only_the_owner_ends_a_transaction_but_all_may_allocate_in_it(hmm: HmmProcess, client: HmmClient) -> None:
     txn = client.begin("op")
-    with HmmClient(hmm.endpoint, name="seat-1") as seat:
-        seat.allocate(1, "kv", nbytes=PAGE, txn=txn)
+    with HmmClient(hmm.endpoint, name="rank-1") as rank:
+        rank.allocate(1, "kv", nbytes=PAGE, txn=txn)
         with pytest.raises(TransactionError, match="another client"):
-            seat.commit(txn)
+            rank.commit(txn)
         with pytest.raises(TransactionError, match="another client"):
-            seat.begin("op")
-    assert used(client) == [0, PAGE]  # the seat is gone; the owner still decides
+            rank.begin("op")
+    assert used(client) == [0, PAGE]  # the rank is gone; the owner still decides
     client.rollback(txn)
     assert used(client) == [0, 0]
 
@@ -317,7 +317,7 @@ def test_a_transaction_ends_with_its_deadline(client: HmmClient) -> None:
     txn = client.begin("slow", timeout_s=1.0)
     client.allocate(0, "kv", nbytes=PAGE, txn=txn)
     [status] = client.status().txns
-    assert (status.operation_id, status.owner, status.allocated_blocks) == ("slow", "seat-0", 1)
+    assert (status.operation_id, status.owner, status.allocated_blocks) == ("slow", "rank-0", 1)
     assert 0 < status.expires_in_s <= 1.0
     eventually(lambda: used(client) == [0, 0])
     with pytest.raises(TransactionError, match="its deadline passed"):
@@ -345,7 +345,7 @@ tell(mine.block_id); wait()
         other.process.send_signal(signal.SIGKILL)
         eventually(lambda: used(client) == [PAGE, 0])
     status = client.status()
-    assert not status.txns and [c.name for c in status.clients] == ["seat-0"]
+    assert not status.txns and [c.name for c in status.clients] == ["rank-0"]
     [handle] = client.handles([block_id])
     assert os.pread(handle.native, 4, 0) == b"kept"
     client.backend.close(handle)
@@ -391,14 +391,14 @@ os._exit(0)
         lines = sorted([other.says(), other.says()])
         assert "A forked child makes its own HmmClient" in lines[1]
         other.process.wait(10)
-        eventually(lambda: [c.name for c in client.status().clients] == ["seat-0"])
+        eventually(lambda: [c.name for c in client.status().clients] == ["rank-0"])
         other.go_on()
         other.process.communicate()
 
 
 def test_a_dead_hmm_is_reported_at_once_and_a_new_one_is_found(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/run/hmm.sock"
-    client = HmmClient(endpoint, name="seat-0", timeout_s=5, backend=CpuBackend())
+    client = HmmClient(endpoint, name="rank-0", timeout_s=5, backend=CpuBackend())
     with pytest.raises(HmmUnavailable, match=r"no HMM answers.*elasticmoe hmm --endpoint"):
         client.status()
     with spawn_hmm(endpoint, [MIB], log_path=tmp_path / "log") as first:
@@ -421,7 +421,7 @@ def test_a_dead_hmm_is_reported_at_once_and_a_new_one_is_found(tmp_path: Path) -
 
 def test_a_call_in_flight_ends_when_the_hmm_dies(tmp_path: Path) -> None:
     with spawn_hmm(f"ipc://{tmp_path}/run/hmm.sock", [MIB], log_path=tmp_path / "log") as process:
-        client = HmmClient(process.endpoint, name="seat-0")
+        client = HmmClient(process.endpoint, name="rank-0")
         [block] = client.allocate(0, "kv", nbytes=PAGE)
         killer = threading.Timer(0.2, process.process.kill)
         killer.start()
@@ -599,7 +599,7 @@ def test_malformed_packets_get_typed_errors_and_are_counted(hmm: HmmProcess, cli
     assert len(os.listdir(f"/proc/{hmm.pid}/fd")) == before + 1
     assert client.status().counters.malformed == 2
     sock.close()
-    eventually(lambda: [c.name for c in client.status().clients] == ["seat-0"])
+    eventually(lambda: [c.name for c in client.status().clients] == ["rank-0"])
 
 
 def select_readable(sock: socket.socket) -> bool:
@@ -625,13 +625,13 @@ def test_a_client_that_never_reads_its_handles_is_dropped(hmm: HmmProcess, clien
             dropped = True
             break
     assert dropped
-    assert [c.name for c in client.status().clients] == ["seat-0"]
+    assert [c.name for c in client.status().clients] == ["rank-0"]
     assert client.status().retired_blocks == 0
     sock.close()
 
 
 def test_a_link_that_says_nothing_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elasticmoe_sglang.hmm.links._HELLO_S", 0.2)
+    monkeypatch.setattr("elasticmoe_sglang.hmm.server_links._HELLO_S", 0.2)
     with in_thread(tmp_path) as server:
         sock = new_socket()
         sock.connect(str(Endpoint.parse(server.service.endpoint).handles))
@@ -641,7 +641,7 @@ def test_a_link_that_says_nothing_is_closed(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elasticmoe_sglang.hmm.links.peer_credentials", lambda sock: (4711, os.getuid() + 1))
+    monkeypatch.setattr("elasticmoe_sglang.hmm.server_links.peer_credentials", lambda sock: (4711, os.getuid() + 1))
     with in_thread(tmp_path) as server:
         with (
             HmmClient(server.service.endpoint, name="intruder", timeout_s=2) as client,

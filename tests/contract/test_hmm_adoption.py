@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from elasticmoe_sglang.errors import BudgetExceeded, HmmUnavailable, ProtocolError, RegionMismatch
-from elasticmoe_sglang.hmm import protocol as p
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
+from elasticmoe_sglang.wire import to_hmm as p
 from tests.helpers.leaks import no_leaks
 
 PAGE = CpuBackend().granularity
@@ -24,12 +24,12 @@ BUDGETS = (64 * PAGE, 64 * PAGE)
 MODEL = p.ModelSpec(fingerprint="m", num_columns=16, column_bytes=2 * PAGE - 5, dense_bytes=PAGE)
 REGION_BYTES = 1000
 
-# A seat: takes its device's dense block and columns, or maps those of another seat there, and does what it is told.
-SEAT = """
+# A rank: takes its device's dense block and columns, or maps those of another rank there, and does what it is told.
+RANK = """
 import ctypes, sys
 from elasticmoe_sglang.errors import ElasticMoEError
 from elasticmoe_sglang.hmm.client import HmmClient
-from elasticmoe_sglang.hmm.protocol import ModelSpec
+from elasticmoe_sglang.wire.to_hmm import ModelSpec
 
 endpoint, name, device, columns = sys.argv[1], sys.argv[2], int(sys.argv[3]), [int(c) for c in sys.argv[4:]]
 client = HmmClient(endpoint, name=name)
@@ -58,7 +58,7 @@ def begin():
     put(client.allocate(device, "kv", nbytes=5000, txn=client.begin("change")), True)
 
 def region():
-    regions.append(client.region("fabric", 1000))
+    regions.append(client.region("collective region", 1000))
 
 def unmap():
     for va, block in mapped.values():
@@ -79,12 +79,12 @@ for line in sys.stdin:
 """
 
 
-class Seat:
+class Worker:
     """A client in a process of its own."""
 
     def __init__(self, endpoint: str, name: str, device: int, columns: Sequence[int]) -> None:
         sizes = f"COLUMN, DENSE = {MODEL.column_bytes}, {MODEL.dense_bytes}\n"
-        command = [sys.executable, "-c", sizes + SEAT, endpoint, name, str(device), *map(str, columns)]
+        command = [sys.executable, "-c", sizes + RANK, endpoint, name, str(device), *map(str, columns)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._line() == "ready"
 
@@ -98,7 +98,7 @@ class Seat:
     def _line(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, "the seat has ended"
+        assert line, "the rank has ended"
         return line.strip()
 
     def descriptors(self) -> int:
@@ -106,7 +106,7 @@ class Seat:
         folder = Path(f"/proc/{self.process.pid}/fd")
         return sum(os.readlink(fd).startswith("/memfd:elasticmoe") for fd in folder.iterdir())
 
-    def __enter__(self) -> Seat:
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,9 +154,9 @@ def content(client: HmmClient, block: p.Block) -> bytes:
 def test_next_hmm_has_the_same_ledger_and_bytes(endpoint: str) -> None:
     with (
         start(endpoint) as first,
-        Seat(endpoint, "seat-0", 0, [0, 1, 2]) as zero,
-        Seat(endpoint, "seat-1", 1, [3, 4]) as one,
-        Seat(endpoint, "seat-2", 1, [4]) as shares,
+        Worker(endpoint, "rank-0", 0, [0, 1, 2]) as zero,
+        Worker(endpoint, "rank-1", 1, [3, 4]) as one,
+        Worker(endpoint, "rank-2", 1, [4]) as shares,
     ):
         assert zero.does("take()") == one.does("take()") == shares.does("share()") == "None"
         assert zero.does("region()") == "None"
@@ -174,16 +174,16 @@ def test_next_hmm_has_the_same_ledger_and_bytes(endpoint: str) -> None:
         with start(endpoint) as second, HmmClient(endpoint, name="third") as client:
             assert usage(client) == [(0, {}), (0, {})]
             assert [zero.does("client.offer()"), one.does("client.offer()")] == ["5", "3"]
-            assert shares.does("client.offer()") == "0", "two seats of a device offer the same blocks"
+            assert shares.does("client.offer()") == "0", "two ranks of a device offer the same blocks"
             assert zero.does("client.offer()") == "0", "nothing is offered twice"
             assert (usage(client), client.lookup()) == (ledger, blocks)
             after = client.status()
             assert after.model == MODEL and after.adopted_blocks == 8
             assert after.regions == status.regions and after.host_bytes == status.host_bytes
             assert sorted((c.name, c.leases) for c in after.clients) == [
-                ("seat-0", 5),
-                ("seat-1", 3),
-                ("seat-2", 2),
+                ("rank-0", 5),
+                ("rank-1", 3),
+                ("rank-2", 2),
                 ("third", 0),
             ]
             columns = client.lookup(kind="column")
@@ -191,14 +191,14 @@ def test_next_hmm_has_the_same_ledger_and_bytes(endpoint: str) -> None:
                 bytes([100 + (block.column or 0)]) * block.nbytes for block in columns
             ]
             with pytest.raises(RegionMismatch):
-                client.region("fabric", REGION_BYTES + 1)
-            client.region("fabric", REGION_BYTES).close()
+                client.region("collective region", REGION_BYTES + 1)
+            client.region("collective region", REGION_BYTES).close()
             assert zero.descriptors() == 6
 
             # From here on it is an HMM like any other: what is released goes when the last client has unmapped it.
             client.release([block.block_id for block in blocks if block.device == 1])
             assert one.does("unmap()") == "None" and one.does("len(client.lookup())") == "5"
-            assert usage(client)[1] == (3 * PAGE, {"dense": PAGE, "column": 2 * PAGE}), "the third seat maps it still"
+            assert usage(client)[1] == (3 * PAGE, {"dense": PAGE, "column": 2 * PAGE}), "the third rank maps it still"
             assert shares.does("unmap()") == "None" and shares.does("client.held()") == "0"
             assert shares.descriptors() == one.descriptors() == 0
             assert shares.does("len(client.lookup())") == "5"
@@ -207,7 +207,11 @@ def test_next_hmm_has_the_same_ledger_and_bytes(endpoint: str) -> None:
 
 
 def test_blocks_outlive_two_hmms_and_a_client_that_came_late(endpoint: str) -> None:
-    with start(endpoint) as first, Seat(endpoint, "seat-0", 0, [0]) as zero, Seat(endpoint, "seat-1", 0, [0]) as one:
+    with (
+        start(endpoint) as first,
+        Worker(endpoint, "rank-0", 0, [0]) as zero,
+        Worker(endpoint, "rank-1", 0, [0]) as one,
+    ):
         assert zero.does("take()") == one.does("share()") == "None"
         kill(first)
         second = start(endpoint)
@@ -222,30 +226,30 @@ def test_blocks_outlive_two_hmms_and_a_client_that_came_late(endpoint: str) -> N
 
 
 def test_an_open_transaction_ends_with_its_hmm(endpoint: str) -> None:
-    with start(endpoint) as first, Seat(endpoint, "seat-0", 0, []) as seat:
-        assert seat.does("begin()") == "None"
+    with start(endpoint) as first, Worker(endpoint, "rank-0", 0, []) as rank:
+        assert rank.does("begin()") == "None"
         kill(first)
         with start(endpoint), HmmClient(endpoint, name="check") as client:
-            assert seat.does("client.offer()") == "1"
+            assert rank.does("client.offer()") == "1"
             [block] = client.lookup()
             assert block.txn is None and client.status().txns == []
             client.release([block.block_id])
-            assert seat.does("unmap()") == seat.does("client.status() and None") == "None"
+            assert rank.does("unmap()") == rank.does("client.status() and None") == "None"
             assert usage(client)[0] == (0, {})
 
 
 def test_another_model_and_too_small_a_budget(endpoint: str) -> None:
-    with start(endpoint) as first, Seat(endpoint, "seat-0", 0, [0, 1]) as seat:
-        assert seat.does("take()") == "None"
+    with start(endpoint) as first, Worker(endpoint, "rank-0", 0, [0, 1]) as rank:
+        assert rank.does("take()") == "None"
         kill(first)
         with start(endpoint) as other:
             with HmmClient(endpoint, name="check") as client:
                 client.register_model(p.ModelSpec(fingerprint="o", num_columns=16, column_bytes=PAGE, dense_bytes=PAGE))
-                assert seat.does("client.offer()").startswith("ModelMismatch: the HMM holds another model")
+                assert rank.does("client.offer()").startswith("ModelMismatch: the HMM holds another model")
                 assert usage(client)[0] == (0, {})
             kill(other)
         with start(endpoint, (2 * PAGE, PAGE)), HmmClient(endpoint, name="check") as client:
-            assert seat.does("client.offer()") == "3"
+            assert rank.does("client.offer()") == "3"
             assert client.status().devices[0].free == -3 * PAGE, "in use is in use"
             with pytest.raises(BudgetExceeded):
                 client.allocate(0, "kv", nbytes=1)

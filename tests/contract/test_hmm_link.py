@@ -17,7 +17,7 @@ PAGE = CpuBackend().granularity
 def test_calls_that_overlap_leave_one_socket(tmp_path: Path) -> None:
     with (
         spawn_hmm(f"ipc://{tmp_path}/run/hmm.sock", [1 << 20], log_path=tmp_path / "log") as hmm,
-        HmmClient(hmm.endpoint, name="seat-0") as client,
+        HmmClient(hmm.endpoint, name="rank-0") as client,
     ):
         blocks = [client.allocate(0, "kv", nbytes=PAGE)[0].block_id for _ in range(4)]
 

@@ -1,4 +1,4 @@
-"""The IMM as a real process: standbys, seats, deaths."""
+"""The IMM as a real process: standbys, ranks, deaths."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from elasticmoe_sglang.errors import SeatError
-from elasticmoe_sglang.imm import messages as m
+from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.client import ImmClient
+from elasticmoe_sglang.wire import to_imm as m
 
 STANDBYS = 2
 
@@ -53,77 +53,77 @@ def population(client: ImmClient, until=lambda p: True) -> m.Population:
     raise AssertionError("the expected population was not reached")
 
 
-def assign(client: ImmClient, seat: int, order: str) -> None:
-    client.send(m.Register(seat=seat, blob=b"arguments"))
-    client.send(m.Assign(seat=seat, ticket=order.encode()))
+def assign(client: ImmClient, rank: int, order: str) -> None:
+    client.send(m.Register(rank=rank, blob=b"arguments"))
+    client.send(m.Assign(rank=rank, join_spec=order.encode()))
 
 
-def test_standbys_wait_and_one_takes_a_seat(imm) -> None:
+def test_standbys_wait_and_one_takes_a_rank(imm) -> None:
     process, client = imm
     before = population(client, lambda p: len(p.standbys) == STANDBYS)
     assign(client, 1, "hang")
     assigned = expect(client, m.Assigned)
-    assert assigned.seat == 1 and assigned.pid in before.standbys
-    note = expect(client, m.SeatNote)
+    assert assigned.rank == 1 and assigned.pid in before.standbys
+    note = expect(client, m.WorkerNote)
     facts = json.loads(note.note)
     assert (facts["blob"], facts["ppid"]) == ("arguments", process.pid)
     after = population(client, lambda p: len(p.standbys) == STANDBYS)
-    assert after.seats == {1: assigned.pid}
+    assert after.ranks == {1: assigned.pid}
     assert assigned.pid not in after.standbys
 
 
-def test_a_collection_in_a_seat_leaves_out_what_the_imm_imported(imm) -> None:
+def test_a_collection_in_a_rank_leaves_out_what_the_imm_imported(imm) -> None:
     _, client = imm
     assign(client, 1, "hang")
     # Python itself and the IMM's imports are some ten thousand objects.
-    assert json.loads(expect(client, m.SeatNote).note)["collectable"] < 1000
+    assert json.loads(expect(client, m.WorkerNote).note)["collectable"] < 1000
 
 
-def test_never_more_processes_than_seats(imm) -> None:
+def test_never_more_processes_than_ranks(imm) -> None:
     _, client = imm
-    for seat in range(4):
-        assign(client, seat, "hang")
-    assert population(client, lambda p: len(p.seats) == 4).standbys == []
+    for rank in range(4):
+        assign(client, rank, "hang")
+    assert population(client, lambda p: len(p.ranks) == 4).standbys == []
 
 
 @pytest.mark.parametrize(("order", "status"), [("exit:0", 0), ("exit:5", 5), ("raise", 1), ("quit", 7)])
-def test_the_end_of_a_seat_is_reported_and_the_imm_goes_on(imm, order: str, status: int) -> None:
+def test_the_end_of_a_rank_is_reported_and_the_imm_goes_on(imm, order: str, status: int) -> None:
     _, client = imm
     assign(client, 2, order)
-    exited = expect(client, m.SeatExited)
-    assert (exited.seat, exited.status) == (2, status)
+    exited = expect(client, m.WorkerExited)
+    assert (exited.rank, exited.status) == (2, status)
     assign(client, 2, "hang")
-    assert population(client, lambda p: 2 in p.seats)
+    assert population(client, lambda p: 2 in p.ranks)
 
 
-def test_a_killed_seat_reports_its_signal(imm) -> None:
+def test_a_killed_rank_reports_its_signal(imm) -> None:
     _, client = imm
     assign(client, 3, "hang")
     pid = expect(client, m.Assigned).pid
     os.kill(pid, signal.SIGKILL)
-    exited = expect(client, m.SeatExited)
+    exited = expect(client, m.WorkerExited)
     assert (exited.pid, exited.status) == (pid, -signal.SIGKILL)
 
 
 def test_many_ends_at_once_do_not_harm_the_imm(imm) -> None:
-    """Line closed and death noticed in one round of the loop once ended the IMM, and with it every seat."""
+    """Line closed and death noticed in one round of the loop once ended the IMM, and with it every rank."""
     process, client = imm
     for _ in range(5):
-        for seat in range(4):
-            assign(client, seat, "hang")
-        found = population(client, lambda p: len(p.seats) == 4)
-        for pid in found.seats.values():
+        for rank in range(4):
+            assign(client, rank, "hang")
+        found = population(client, lambda p: len(p.ranks) == 4)
+        for pid in found.ranks.values():
             os.kill(pid, signal.SIGKILL)
-        population(client, lambda p: not p.seats)
+        population(client, lambda p: not p.ranks)
     assert process.poll() is None
 
 
-def test_kill_seat_ends_a_joiner(imm) -> None:
+def test_kill_rank_ends_a_joining_rank(imm) -> None:
     _, client = imm
     assign(client, 3, "hang")
-    expect(client, m.SeatNote)
-    client.send(m.KillSeat(seat=3))
-    assert expect(client, m.SeatExited).status == -signal.SIGKILL
+    expect(client, m.WorkerNote)
+    client.send(m.KillWorker(rank=3))
+    assert expect(client, m.WorkerExited).status == -signal.SIGKILL
 
 
 def test_a_killed_standby_is_replaced(imm) -> None:
@@ -136,28 +136,28 @@ def test_a_killed_standby_is_replaced(imm) -> None:
 
 def test_what_cannot_be_done_is_refused(imm) -> None:
     _, client = imm
-    client.send(m.Assign(seat=0, ticket=b"hang"))
+    client.send(m.Assign(rank=0, join_spec=b"hang"))
     assert "never registered" in expect(client, m.Refused).reason
     assign(client, 0, "hang")
     expect(client, m.Assigned)
-    client.send(m.Assign(seat=0, ticket=b"hang"))
+    client.send(m.Assign(rank=0, join_spec=b"hang"))
     assert "taken" in expect(client, m.Refused).reason
     client.sock.send(b"\xc1 not msgpack")
     assert "malformed" in expect(client, m.Refused).reason
-    client.send(m.SeatExited(seat=0, pid=1, status=0))
+    client.send(m.WorkerExited(rank=0, pid=1, status=0))
     assert "not a request" in expect(client, m.Refused).reason
 
 
-def test_seats_and_standbys_end_with_the_imm(imm) -> None:
+def test_ranks_and_standbys_end_with_the_imm(imm) -> None:
     process, client = imm
     assign(client, 1, "hang")
-    found = population(client, lambda p: len(p.seats) == 1 and len(p.standbys) == STANDBYS)
+    found = population(client, lambda p: len(p.ranks) == 1 and len(p.standbys) == STANDBYS)
     process.kill()
     process.wait()
-    with pytest.raises(SeatError, match="has gone"):
+    with pytest.raises(WorkerError, match="has gone"):
         while client.receive(5) is not None:
             pass
-    children = [*found.seats.values(), *found.standbys]
+    children = [*found.ranks.values(), *found.standbys]
     deadline = time.monotonic() + 10
     while any(runs(pid) for pid in children) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -172,10 +172,10 @@ def test_an_imm_that_dies_with_a_request_unread_is_gone_too(imm) -> None:
     client.send(m.Query())
     process.kill()
     process.wait()
-    with pytest.raises(SeatError, match="has gone"):
+    with pytest.raises(WorkerError, match="has gone"):
         while client.receive(5) is not None:
             pass
-    with pytest.raises(SeatError, match="has gone"):
+    with pytest.raises(WorkerError, match="has gone"):
         assign(client, 2, "hang")
 
 
@@ -189,7 +189,7 @@ def runs(pid: int) -> bool:
 
 def test_a_client_without_an_imm_gives_up_at_its_deadline(tmp_path: Path) -> None:
     started = time.monotonic()
-    with pytest.raises(SeatError, match="does not answer"):
+    with pytest.raises(WorkerError, match="does not answer"):
         ImmClient(str(tmp_path / "nobody.sock"), timeout_s=0.2)
     assert time.monotonic() - started < 5
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from elasticmoe_sglang.comm.server_region import format_region, open_region, release_stale_regions
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import spawn_hmm
-from elasticmoe_sglang.seats.region import format_region, open_region, release_stale_regions
 
 CONFIG = ElasticConfig(ep_size=2, max_ep_size=4, window_bytes=1 << 16)
 
@@ -29,9 +29,9 @@ def test_a_new_server_gives_back_what_a_dead_one_left(client: HmmClient) -> None
     page = format_region(region, CONFIG)
     region.close()
     assert release_stale_regions(client, "new") == 1
-    assert [block.name for block in client.lookup(kind="window")] == ["fabric-new"]
+    assert [block.name for block in client.lookup(kind="window")] == ["collective region-new"]
     assert release_stale_regions(client, "new") == 0
-    assert page.read_membership().seats == (0, 1)
+    assert page.read_membership().ranks == (0, 1)
 
 
 def test_every_process_of_a_server_sees_the_same_page(client: HmmClient) -> None:
@@ -40,7 +40,7 @@ def test_every_process_of_a_server_sees_the_same_page(client: HmmClient) -> None
     first.close()
     page.routing_mask = 0b101
     region = open_region(client, CONFIG, "run")
-    from elasticmoe_sglang.seats.control import ControlPage, SharedRegion
+    from elasticmoe_sglang.comm.control_page import ControlPage, SharedMemory
 
-    assert ControlPage(SharedRegion(region.fd)).routing_mask == 0b101
+    assert ControlPage(SharedMemory(region.fd)).routing_mask == 0b101
     region.close()

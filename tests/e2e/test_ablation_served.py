@@ -1,4 +1,4 @@
-"""A joiner without standby, peers and memory handles joins all the same, and serves the same tokens."""
+"""A joining rank without standby, peers and memory handles joins all the same, and serves the same tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.server import SglangServer
 pytestmark = pytest.mark.e2e
 
 
-def test_a_joiner_that_does_without(tmp_path: Path) -> None:
+def test_a_joining_rank_that_does_without(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model")
     args = ["--model-path", model, "--device", "cpu", "--max-total-tokens", "4096", "--skip-server-warmup"]
     args += ["--elasticmoe-ep-size", "1", "--elasticmoe-max-ep-size", "2"]
@@ -26,5 +26,5 @@ def test_a_joiner_that_does_without(tmp_path: Path) -> None:
         assert [answer["output_ids"] for answer in answers] == expected
         assert {answer["meta_info"]["dp_rank"] for answer in answers} == {0, 1}
         log = server.log.read_text()
-        # The joiner says so itself: it read its dense weights and columns from the checkpoint.
+        # The joining rank says so itself: it read its dense weights and columns from the checkpoint.
         assert "bytes of the checkpoint to join" in log

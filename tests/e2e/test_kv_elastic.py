@@ -26,12 +26,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 CHECKED = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
 """SGLang's own check that every row of KV is free, cached or a request's: after each iteration, not only when idle."""
 BUDGETS: dict[Arch, int] = {"qwen3_moe": 32 << 20, "deepseek_v2": 24_000_000}
-"""All columns and some KV do not fit one device, and at two seats a seat has less KV than the longest request."""
+"""All columns and some KV do not fit one device, and at two ranks a rank has less KV than the longest request."""
 TOKENS = 240
 HOT = 6
-"""Prompts that each seat answers again and again."""
+"""Prompts that each rank answers again and again."""
 FILLERS = 20
-"""Prompts a seat answers once, more than its cache can keep."""
+"""Prompts a rank answers once, more than its cache can keep."""
 PROMPT = 320
 
 
@@ -58,51 +58,51 @@ SETUPS = (
 
 
 class Served:
-    """A server whose seats have all of their devices, and what its requests must answer."""
+    """A server whose ranks have all of their devices, and what its requests must answer."""
 
     def __init__(self, name: str, server: ElasticServer, load: Load) -> None:
         self.name = name
         self.server = server
         self.load = load
         self.rng = random.Random(5)
-        self.hot = {seat: [self.prompt() for _ in range(HOT)] for seat in (0, 1)}
+        self.hot = {rank: [self.prompt() for _ in range(HOT)] for rank in (0, 1)}
         self.table: list[dict[str, Any]] = []
 
     def prompt(self, length: int = PROMPT) -> list[int]:
         return [self.rng.randrange(3, VOCAB) for _ in range(length)]
 
     def hit_rate(self) -> float:
-        """Share of the hot prompts' tokens that their seats had cached."""
+        """Share of the hot prompts' tokens that their ranks had cached."""
         hits = total = 0
-        for seat, prompts in self.hot.items():
+        for rank, prompts in self.hot.items():
             for prompt in prompts:
-                answer = self.server.generate(prompt, 1, routed_dp_rank=seat)
+                answer = self.server.generate(prompt, 1, routed_dp_rank=rank)
                 hits += answer["meta_info"]["cached_tokens"]
                 total += len(prompt)
         return hits / total
 
-    def fill_caches(self, seats: Sequence[int]) -> None:
+    def fill_caches(self, ranks: Sequence[int]) -> None:
         """More new prompts than the caches can keep."""
-        for seat in seats:
-            streams = [self.load.start(self.prompt(), 1, routed_dp_rank=seat) for _ in range(FILLERS)]
+        for rank in ranks:
+            streams = [self.load.start(self.prompt(), 1, routed_dp_rank=rank) for _ in range(FILLERS)]
             self.load.wait(streams)
 
     def check_full(self, when: str) -> dict[int, int]:
-        """Each occupied seat's device is full; KV tokens of each seat."""
+        """Each active rank's device is full; KV tokens of each rank."""
         status = self.server.status()
         tokens = {}
-        for seat in status["seats"]:
-            if seat["state"] != "occupied":
+        for rank in status["ranks"]:
+            if rank["state"] != "active":
                 continue
-            device = status["memory"]["devices"][seat["device"]]
-            tokens[seat["seat"]] = seat["kv_tokens"]
+            device = status["memory"]["devices"][rank["device"]]
+            tokens[rank["rank"]] = rank["kv_tokens"]
             share = device["used"] / device["budget"]
-            row = {"when": when, "seat": seat["seat"], "kv_tokens": seat["kv_tokens"], "in_use": round(share, 4)}
+            row = {"when": when, "rank": rank["rank"], "kv_tokens": rank["kv_tokens"], "in_use": round(share, 4)}
             self.table.append(row | device["by_kind"])
             assert 0.97 <= share <= 1, row
         for device in status["memory"]["devices"]:
             if device["device"] not in status["membership"]:
-                assert device["used"] == 0, f"device {device['device']} has no seat and is not empty"
+                assert device["used"] == 0, f"device {device['device']} has no rank and is not empty"
         return tokens
 
     def streams(self, cases: Sequence[Case]) -> list[tuple[Stream, Case]]:
@@ -154,7 +154,7 @@ def test_kv_takes_and_gives_what_columns_leave_and_need(served: Served) -> None:
     server = served.server
     cases = ask(served.load, [served.prompt(40) for _ in range(8)], TOKENS)
     assert len(cases) >= 4
-    small = served.check_full("2 seats")
+    small = served.check_full("2 ranks")
     served.hit_rate()
     before = served.hit_rate()
     assert before > 0.9
@@ -163,7 +163,7 @@ def test_kv_takes_and_gives_what_columns_leave_and_need(served: Served) -> None:
     up = server.must_scale(4)
     large = served.check_full("2 -> 4")
     check_peaks(up)
-    assert all(large[seat] > 1.2 * small[seat] for seat in small), "departed columns became KV"
+    assert all(large[rank] > 1.2 * small[rank] for rank in small), "departed columns became KV"
     after_up = served.hit_rate()
     for stream, case in streams:
         stream.wait(120).check(case.ids)
@@ -179,12 +179,12 @@ def test_kv_takes_and_gives_what_columns_leave_and_need(served: Served) -> None:
     for stream, case in streams:
         stream.wait(120).check(case.ids)
     moved = [stream for stream, _ in streams if len(stream.ranks) > 1]
-    assert moved, "no stream was on a seat that left"
-    handed = server.log_lines("handed over")
-    assert handed and all(number(line, "requests") == number(line, "with their KV") for line in handed), handed
+    assert moved, "no stream was on a rank that left"
+    migrated = server.log_lines("migrated")
+    assert migrated and all(number(line, "requests") == number(line, "with their KV") for line in migrated), migrated
 
     figures = {
-        "kv_tokens": {"2 seats": small, "2 -> 4": large, "4 -> 2": final},
+        "kv_tokens": {"2 ranks": small, "2 -> 4": large, "4 -> 2": final},
         "least_of_a_device_in_use": min(row["in_use"] for row in served.table),
         "peak_over_larger_state": max(peak_share(up), peak_share(down)),
         "hit_rate": {"before": before, "after_up": after_up, "after_down": after_down},
@@ -198,7 +198,7 @@ def test_kv_takes_and_gives_what_columns_leave_and_need(served: Served) -> None:
 
 
 def test_what_cannot_fit_is_refused_with_numbers(served: Served) -> None:
-    """One seat would have to hold all columns and some KV."""
+    """One rank would have to hold all columns and some KV."""
     before = served.check_full("before the refusal")
     answer = served.server.post("/scale_elastic_ep", {"new_ep_size": 1, "wait": True})
     assert answer.status_code == 400
@@ -209,21 +209,21 @@ def test_what_cannot_fit_is_refused_with_numbers(served: Served) -> None:
 def test_running_requests_wait_when_nothing_else_is_left_and_lose_nothing(served: Served) -> None:
     """The survivors have less than is in use there: some requests wait again, and all end with their tokens."""
     server = served.server
-    small = served.check_full("2 seats")
+    small = served.check_full("2 ranks")
     server.must_scale(4)
     most = max(small.values())
     prompts = [served.prompt(most // 6) for _ in range(12)]
     cases = ask(served.load, prompts, 100)
     assert len(cases) >= 8
-    running = {seat: [served.rng.choice(cases) for _ in range(7)] for seat in (0, 1)}
+    running = {rank: [served.rng.choice(cases) for _ in range(7)] for rank in (0, 1)}
     started = [
-        (served.load.start(case.prompt, 100, routed_dp_rank=seat, extra_key=uuid.uuid4().hex), case)
-        for seat, chosen in running.items()
+        (served.load.start(case.prompt, 100, routed_dp_rank=rank, extra_key=uuid.uuid4().hex), case)
+        for rank, chosen in running.items()
         for case in chosen
     ]
     for stream, _ in started:
         stream.wait_for_tokens(1, 120)
-    in_use = [seat["kv_used"] for seat in server.status()["seats"][:2]]
+    in_use = [rank["kv_used"] for rank in server.status()["ranks"][:2]]
     down = server.must_scale(2)
     for stream, case in started:
         stream.wait(240).check(case.ids)
@@ -235,9 +235,9 @@ def test_running_requests_wait_when_nothing_else_is_left_and_lose_nothing(served
 
 
 def test_a_request_that_needs_the_room_keeps_it(served: Served) -> None:
-    """At four seats a request may take more than a seat has at two: the change is undone, and the request ends well."""
+    """At four ranks a request may take more than a rank has at two: the change is undone, and the request ends well."""
     server = served.server
-    small = served.check_full("2 seats")
+    small = served.check_full("2 ranks")
     server.must_scale(4)
     large = served.check_full("2 -> 4")
     wanted = min(max(small.values()) + 200, min(large.values()) - 64)

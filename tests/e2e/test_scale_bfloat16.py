@@ -57,7 +57,7 @@ def test_log_probabilities_stay_near_plain_sglangs(arch: Arch, tmp_path: Path) -
         through_changes = differences(server, elastic)
     found = {
         "streams": len(elastic),
-        "streams_on_several_seats": sum(len(stream.ranks) > 1 for stream in elastic),
+        "streams_on_several_ranks": sum(len(stream.ranks) > 1 for stream in elastic),
         "tokens": len(through_changes),
         "largest": round(max(through_changes), 4),
         "mean": round(statistics.mean(through_changes), 5),
@@ -66,7 +66,7 @@ def test_log_probabilities_stay_near_plain_sglangs(arch: Arch, tmp_path: Path) -
     }
     print(found)
     record("bfloat16-logprobs", arch, found)
-    assert found["streams_on_several_seats"], "no stream was moved"
+    assert found["streams_on_several_ranks"], "no stream was moved"
     assert max(through_changes) < LARGEST
     assert statistics.mean(through_changes) < TIMES_PLAIN * statistics.mean(own)
 

@@ -18,19 +18,19 @@ import pytest
 from elasticmoe_sglang.tiny_model import Arch
 from tests.e2e.conftest import Corpora
 from tests.helpers.corpus import LONG, TOKENS, Case, Corpus
-from tests.helpers.elastic import SEATS, ElasticServer, commit_time
+from tests.helpers.elastic import RANKS, ElasticServer, commit_time
 from tests.helpers.load import Load, Stream
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 SIZES = (3, 1, 4, 2)
 SLOTS = 4
-"""Requests that run together on one seat; what comes on top waits in its queue."""
+"""Requests that run together on one rank; what comes on top waits in its queue."""
 CHUNK = 64
-"""Tokens of one prefill step on one seat: a long prompt takes ten of them."""
+"""Tokens of one prefill step on one rank: a long prompt takes ten of them."""
 DURING = 10
 """Requests sent at most while a change goes on."""
-_LIMITS = ["--max-running-requests", str(SLOTS * SEATS), "--chunked-prefill-size", str(CHUNK * SEATS)]
+_LIMITS = ["--max-running-requests", str(SLOTS * RANKS), "--chunked-prefill-size", str(CHUNK * RANKS)]
 _PAGED = ["--page-size", "16", "--incremental-streaming-output"]
 _NO_OVERLAP = "--disable-overlap-schedule"
 
@@ -96,7 +96,7 @@ class Wave:
         return self._send(case, self.rng.randint(least, most))
 
     def long(self) -> Stream:
-        """A request with a long prompt that no seat has in its cache."""
+        """A request with a long prompt that no rank has in its cache."""
         case = self.rng.choice(self.running.corpus.long)
         return self._send(case, len(case.ids), extra_key=uuid.uuid4().hex)
 
@@ -142,9 +142,9 @@ def test_same_tokens_through_every_change(running: Running) -> None:
         check_mixture(operation, [stream for stream, _ in wave.sent])
         assert all(stream.first_at > commit_time(operation) for stream in after)
         status = running.server.status()
-        assert status["membership"] == operation["seats_after"] and status["epoch"] == number
+        assert status["membership"] == operation["ranks_after"] and status["epoch"] == number
         ranks = {rank for stream in after for rank in stream.ranks}
-        assert ranks == set(status["membership"]), "new requests go to all occupied seats and to no other"
+        assert ranks == set(status["membership"]), "new requests go to all active ranks and to no other"
 
 
 def send_during(wave: Wave, operation_id: str) -> dict[str, Any]:
@@ -161,16 +161,16 @@ def send_during(wave: Wave, operation_id: str) -> dict[str, Any]:
 
 
 def check_mixture(operation: dict[str, Any], streams: Sequence[Stream]) -> None:
-    """At the moment of the commit requests were in each state, and a leaver's went on elsewhere."""
+    """At the moment of the commit requests were in each state, and a retiring rank's went on elsewhere."""
     commit = commit_time(operation)
     alive = [stream for stream in streams if stream.sent_at < commit < stream.ended_at]
     assert any(stream.first_at < commit for stream in alive), "nobody was decoding"
     assert any(stream.first_at > commit and len(stream.prompt) == LONG for stream in alive), "no prefill was going on"
     assert any(stream.first_at > commit and len(stream.prompt) < LONG for stream in alive), "nobody was waiting"
-    if operation["leaving"]:
+    if operation["retiring"]:
         moved = [stream for stream in alive if len(stream.ranks) > 1]
         assert operation["moved_requests"] >= len(moved) > 0
-        assert all(stream.ranks[-1] in operation["seats_after"] for stream in moved)
+        assert all(stream.ranks[-1] in operation["ranks_after"] for stream in moved)
 
 
 def report(before: int, size: int, operation: dict[str, Any], streams: Sequence[Stream]) -> None:

@@ -35,13 +35,13 @@ GONE_WITHIN_S = 15.0
 
 @dataclass(frozen=True, kw_only=True)
 class Death:
-    """When the server is killed: `seat` reaches `point` in a change between these sizes."""
+    """When the server is killed: `rank` reaches `point` in a change between these sizes."""
 
     start: int
     end: int
     phase: str
     point: str
-    seat: int
+    rank: int
 
     @property
     def id(self) -> str:
@@ -49,12 +49,12 @@ class Death:
 
 
 DEATHS = (
-    Death(start=2, end=4, phase="committing", point="commit.received", seat=1),
-    Death(start=2, end=4, phase="preparing", point="boot.attached", seat=2),
-    Death(start=2, end=4, phase="finishing", point="gate.after", seat=1),
-    Death(start=4, end=2, phase="preparing", point="pull.started", seat=1),
-    Death(start=4, end=2, phase="committing", point="gate.before", seat=3),
-    Death(start=4, end=2, phase="finishing", point="leave.sent", seat=3),
+    Death(start=2, end=4, phase="committing", point="commit.received", rank=1),
+    Death(start=2, end=4, phase="preparing", point="boot.attached", rank=2),
+    Death(start=2, end=4, phase="finishing", point="barrier.after", rank=1),
+    Death(start=4, end=2, phase="preparing", point="pull.started", rank=1),
+    Death(start=4, end=2, phase="committing", point="barrier.before", rank=3),
+    Death(start=4, end=2, phase="finishing", point="leave.sent", rank=3),
 )
 
 
@@ -106,7 +106,7 @@ def test_a_new_server_goes_on_from_the_memory(site: Site, run_dir: Path, death: 
         streams = [load.start(PROMPT, TOKENS) for _ in range(4)]
         for stream in streams:
             stream.wait_for_tokens(4, 60)
-        arm(run_dir, death.point, death.seat, f"kill:{server.pid}")
+        arm(run_dir, death.point, death.rank, f"kill:{server.pid}")
         server.scale(death.end, wait=False)
         settled(lambda: not armed(run_dir), 30, f"{death.id} happens")
         died = time.monotonic()
@@ -122,7 +122,7 @@ def test_a_new_server_goes_on_from_the_memory(site: Site, run_dir: Path, death: 
     shutil.rmtree(run_dir)
     run_dir.mkdir()
     with site.server("second.log", run_dir) as server:
-        read = sum(seat["checkpoint_bytes"] for seat in server.status()["seats"] if seat["state"] == "occupied")
+        read = sum(rank["checkpoint_bytes"] for rank in server.status()["ranks"] if rank["state"] == "active")
         assert server.generate(PROMPT, TOKENS)["output_ids"] == site.expected
         settled(lambda: imbalance(server.status()) is None, 10, "the ledger has what the placement says")
         change(server, 4)

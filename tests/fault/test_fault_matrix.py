@@ -3,7 +3,7 @@
 One server for all cases, with streams running all the time. The points at which processes are killed are those of
 `elasticmoe_sglang/faults.py`. At the end the matrix is printed (`pytest -s`) and recorded (`tests/helpers/record.py`).
 "Longest gap" is the longest time between two tokens of any stream around the fault; "whole again" is when the HMM's
-ledger equalled the placement and every seat had a living process, counted from the fault. A change that is
+ledger equalled the placement and every rank had a living process, counted from the fault. A change that is
 `rolled_back` has left the membership as it was; one that has `failed` serves with the new one.
 """
 
@@ -33,7 +33,7 @@ from tests.helpers.record import record
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-Role = Literal["joiner", "survivor", "leaver", "seat 0", "HMM"]
+Role = Literal["joining rank", "survivor", "retiring rank", "rank 0", "HMM"]
 Way = Literal["2 -> 4", "4 -> 2"]
 Phase = Literal["preparing", "committing", "finishing"]
 
@@ -46,7 +46,7 @@ BACK_WITHIN_S = 4.5
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Who is killed when. `point` is reached by the seat in the part of `at`, which kills itself or the victim."""
+    """Who is killed when. `point` is reached by the rank in the part of `at`, which kills itself or the victim."""
 
     victim: Role
     way: Way
@@ -68,40 +68,40 @@ def _down(victim: Role, phase: Phase, point: str, at: Role) -> Fault:
 
 
 FAULTS = (
-    _up("joiner", "preparing", "boot.attached", "joiner"),
-    _up("joiner", "committing", "commit.received", "survivor"),
-    _up("joiner", "finishing", "gate.after", "joiner"),
-    _up("survivor", "preparing", "boot.attached", "joiner"),
-    _up("survivor", "committing", "gate.before", "survivor"),
-    _up("survivor", "finishing", "gate.after", "survivor"),
-    _up("seat 0", "preparing", "boot.attached", "joiner"),
-    _up("seat 0", "committing", "gate.before", "seat 0"),
-    _up("seat 0", "finishing", "gate.after", "seat 0"),
-    _up("HMM", "preparing", "boot.attached", "joiner"),
+    _up("joining rank", "preparing", "boot.attached", "joining rank"),
+    _up("joining rank", "committing", "commit.received", "survivor"),
+    _up("joining rank", "finishing", "barrier.after", "joining rank"),
+    _up("survivor", "preparing", "boot.attached", "joining rank"),
+    _up("survivor", "committing", "barrier.before", "survivor"),
+    _up("survivor", "finishing", "barrier.after", "survivor"),
+    _up("rank 0", "preparing", "boot.attached", "joining rank"),
+    _up("rank 0", "committing", "barrier.before", "rank 0"),
+    _up("rank 0", "finishing", "barrier.after", "rank 0"),
+    _up("HMM", "preparing", "boot.attached", "joining rank"),
     _up("HMM", "committing", "commit.received", "survivor"),
-    _up("HMM", "finishing", "gate.after", "survivor"),
+    _up("HMM", "finishing", "barrier.after", "survivor"),
     _down("survivor", "preparing", "pull.started", "survivor"),
-    _down("survivor", "committing", "gate.before", "survivor"),
+    _down("survivor", "committing", "barrier.before", "survivor"),
     _down("survivor", "finishing", "adopt.before", "survivor"),
-    _down("leaver", "preparing", "pull.started", "survivor"),
-    _down("leaver", "committing", "gate.before", "leaver"),
-    _down("leaver", "finishing", "leave.sending", "leaver"),
-    _down("leaver", "finishing", "leave.sent", "leaver"),
-    _down("seat 0", "preparing", "pull.started", "seat 0"),
-    _down("seat 0", "committing", "gate.before", "seat 0"),
-    _down("seat 0", "finishing", "gate.after", "seat 0"),
+    _down("retiring rank", "preparing", "pull.started", "survivor"),
+    _down("retiring rank", "committing", "barrier.before", "retiring rank"),
+    _down("retiring rank", "finishing", "leave.sending", "retiring rank"),
+    _down("retiring rank", "finishing", "leave.sent", "retiring rank"),
+    _down("rank 0", "preparing", "pull.started", "rank 0"),
+    _down("rank 0", "committing", "barrier.before", "rank 0"),
+    _down("rank 0", "finishing", "barrier.after", "rank 0"),
     _down("HMM", "preparing", "pull.started", "survivor"),
     _down("HMM", "committing", "commit.received", "survivor"),
-    _down("HMM", "finishing", "gate.after", "survivor"),
+    _down("HMM", "finishing", "barrier.after", "survivor"),
 )
 ALWAYS = {
-    "2->4-preparing-joiner-boot.attached",
-    "2->4-committing-survivor-gate.before",
-    "2->4-committing-seat0-gate.before",
+    "2->4-preparing-joining rank-boot.attached",
+    "2->4-committing-survivor-barrier.before",
+    "2->4-committing-rank0-barrier.before",
     "2->4-preparing-HMM-boot.attached",
-    "4->2-finishing-leaver-leave.sending",
-    # A survivor dies while leavers hand over: once nobody took their requests over until the deadline.
-    "4->2-finishing-seat0-gate.after",
+    "4->2-finishing-retiring rank-leave.sending",
+    # A survivor dies while retiring ranks hand over: once nobody took their requests over until the deadline.
+    "4->2-finishing-rank0-barrier.after",
 }
 """The cases of every test run; the others are for `make soak`."""
 
@@ -194,19 +194,19 @@ def _publish(rows: list[Row]) -> None:
 
 
 def cast(bench: Bench, fault: Fault) -> dict[Role, int]:
-    """Which seat has which part in the coming change."""
+    """Which rank has which part in the coming change."""
     members = bench.server.status()["membership"]
-    empty = [seat for seat in range(4) if seat not in members]
+    empty = [rank for rank in range(4) if rank not in members]
     if fault.way == "2 -> 4":
-        return {"seat 0": 0, "survivor": members[1], "joiner": empty[0]}
-    return {"seat 0": 0, "survivor": members[1], "leaver": members[-1]}
+        return {"rank 0": 0, "survivor": members[1], "joining rank": empty[0]}
+    return {"rank 0": 0, "survivor": members[1], "retiring rank": members[-1]}
 
 
 def victim_pid(bench: Bench, fault: Fault, parts: dict[Role, int]) -> int | None:
     status = bench.server.status()
     if fault.victim == "HMM":
         return int(status["memory"]["pid"])
-    pid = status["seats"][parts[fault.victim]]["pid"]
+    pid = status["ranks"][parts[fault.victim]]["pid"]
     return None if pid is None else int(pid)
 
 
@@ -218,7 +218,9 @@ def arm_for(bench: Bench, fault: Fault, parts: dict[Role, int]) -> None:
 def begin(bench: Bench, fault: Fault) -> tuple[str, float]:
     """Starts the change with the fault armed; its operation and when the fault happened."""
     parts = cast(bench, fault)
-    booted = fault.victim == "joiner" and fault.at != "joiner"  # its process is not in its seat before the change
+    booted = (
+        fault.victim == "joining rank" and fault.at != "joining rank"
+    )  # its process is not in its rank before the change
     if not booted:
         arm_for(bench, fault, parts)
     if fault.way == "2 -> 4":
@@ -227,8 +229,8 @@ def begin(bench: Bench, fault: Fault) -> tuple[str, float]:
         members = bench.server.status()["membership"]
         operation = bench.server.scale(retire=members[2:], wait=False)
     if booted:
-        seat = parts["joiner"]
-        settled(lambda: bench.server.status()["seats"][seat]["state"] == "booting", 20, "the joiner boots")
+        rank = parts["joining rank"]
+        settled(lambda: bench.server.status()["ranks"][rank]["state"] == "joining", 20, "the joining rank boots")
         arm_for(bench, fault, parts)
     settled(lambda: not armed(bench.run_dir), 30, f"{fault.id} happens")
     return operation["operation_id"], time.time()
@@ -282,12 +284,12 @@ def test_killed_in_a_change(bench: Bench, fault: Fault) -> None:
 def test_an_old_abort_does_not_reach_what_is_sent_again(bench: Bench) -> None:
     change(bench.server, 3)
     assert bench.server.post("/abort_request", {"abort_all": True}).status_code == 200
-    # SGLang answers at once and tells seat 0 first: at the other seats the abort may come after requests sent after it.
+    # SGLang answers at once and tells rank 0 first: at the other ranks the abort may come after requests sent after it.
     time.sleep(1.0)
     streams = [bench.request(bench.load) for _ in range(9)]
     for stream in streams:
         stream.wait_for_tokens(4, 60)
-    os.kill(bench.server.seat_pids()[2], 9)
+    os.kill(bench.server.worker_pids()[2], 9)
     bench.load.wait(streams)
     for stream in streams:
         stream.check(bench.expected[stream.rid])

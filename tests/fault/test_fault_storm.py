@@ -1,7 +1,7 @@
 """Changes with faults injected at random, under load with aborts and disconnects: nothing lost, nothing leaked.
 
-Two of three changes meet a fault: at one of the points of `elasticmoe_sglang/faults.py` a seat is killed, fails, or
-stands still for a moment, or it kills the HMM; or at no point in particular a seat, the HMM or a standby is killed. A
+Two of three changes meet a fault: at one of the points of `elasticmoe_sglang/faults.py` a rank is killed, fails, or
+stands still for a moment, or it kills the HMM; or at no point in particular a rank, the HMM or a standby is killed. A
 change may then be undone; what has to hold is that afterwards the server is whole, and every stream complete and right.
 """
 
@@ -24,7 +24,7 @@ from elasticmoe_sglang.faults import ENV_FAULTS
 from elasticmoe_sglang.tiny_model import VOCAB, make_tiny_model
 from tests.helpers.chaos import TOKENS, Chaos
 from tests.helpers.corpus import ask
-from tests.helpers.elastic import SEATS, ElasticServer
+from tests.helpers.elastic import RANKS, ElasticServer
 from tests.helpers.faults import SETTLED_WITHIN_S, arm, armed, ask_for, change, disarm, imbalance, whole
 from tests.helpers.footprint import leaves_nothing, rest
 from tests.helpers.load import Load, Pump, settled
@@ -36,29 +36,29 @@ CHANGES = 200
 STREAMS = 6
 FAULTY = 2 / 3
 STALL_S = 0.5
-_UP = ("boot.attached", "boot.gate", "commit.received", "gate.before", "gate.after")
+_UP = ("boot.attached", "boot.barrier", "commit.received", "barrier.before", "barrier.after")
 _DOWN = (
     "pull.started",
     "pull.done",
     "commit.received",
-    "gate.before",
-    "gate.after",
+    "barrier.before",
+    "barrier.after",
     "leave.sending",
     "leave.sent",
     "adopt.before",
 )
-_OF_JOINERS, _OF_LEAVERS = ("boot.attached", "boot.gate"), ("leave.sending", "leave.sent")
+_OF_JOINING_RANKS, _OF_RETIRING_RANKS = ("boot.attached", "boot.barrier"), ("leave.sending", "leave.sent")
 _RAISING = ("boot.attached", "pull.started", "pull.done")
-"""Points at which the seat's own code may fail; at the others nothing of a seat's can but its process."""
+"""Points at which the rank's own code may fail; at the others nothing of a rank's can but its process."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class Target:
     """A change, and who has which part in it."""
 
     body: dict[str, Any]
     joining: list[int]
-    leaving: list[int]
+    retiring: list[int]
     staying: list[int]
 
 
@@ -77,11 +77,11 @@ class Storm:
 
     def one(self) -> None:
         """One change with what befalls it, until the server is whole again."""
-        wish = self._wish()
+        target = self._target()
         faulty = self.rng.random() < FAULTY
         aimed = faulty and self.rng.random() < 0.7
-        fault = self._arm(wish) if aimed else None
-        operation = ask_for(self.server, wish.body | {"wait": False})
+        fault = self._arm(target) if aimed else None
+        operation = ask_for(self.server, target.body | {"wait": False})
         if faulty and not aimed:
             fault = self._kill_somebody()
         operation = self.server.ended(operation["operation_id"])
@@ -89,7 +89,7 @@ class Storm:
             self.faults[fault] += 1
         disarm(self.run_dir)
         self.phases[operation["phase"]] += 1
-        print(f"{sum(self.phases.values())}: {wish.body}, {fault}: {operation['phase']}, {operation['error']}")
+        print(f"{sum(self.phases.values())}: {target.body}, {fault}: {operation['phase']}, {operation['error']}")
         assert fault is not None or operation["phase"] == "done", operation["error"]
         self._settle()
 
@@ -103,37 +103,49 @@ class Storm:
 
     def _over_it(self) -> bool:
         status = self.server.status()
-        pids = {status["memory"]["pid"], *(seat["pid"] for seat in status["seats"])}
+        pids = {status["memory"]["pid"], *(rank["pid"] for rank in status["ranks"])}
         return self.killed not in pids - {None} and whole(self.server)
 
-    def _wish(self) -> Wish:
+    def _target(self) -> Target:
         members: list[int] = self.server.status()["membership"]
-        empty = [seat for seat in range(SEATS) if seat not in members]
+        empty = [rank for rank in range(RANKS) if rank not in members]
         if empty and (len(members) == 1 or self.rng.random() < 0.5):
             joining = empty[: self.rng.randint(1, len(empty))]
             body: dict[str, Any] = {"new_ep_size": len(members) + len(joining)}
-            return Wish(body=body, joining=joining, leaving=[], staying=members)
-        leaving = sorted(self.rng.sample(members[1:], self.rng.randint(1, len(members) - 1)))
-        staying = [seat for seat in members if seat not in leaving]
-        return Wish(body={"retire_seats": leaving}, joining=[], leaving=leaving, staying=staying)
+            return Target(body=body, joining=joining, retiring=[], staying=members)
+        retiring = sorted(self.rng.sample(members[1:], self.rng.randint(1, len(members) - 1)))
+        staying = [rank for rank in members if rank not in retiring]
+        return Target(body={"retire_ranks": retiring}, joining=[], retiring=retiring, staying=staying)
 
-    def _arm(self, wish: Wish) -> str:
-        point = self.rng.choice(_UP if wish.joining else _DOWN)
-        seats = wish.joining if point in _OF_JOINERS else wish.leaving if point in _OF_LEAVERS else wish.staying
-        if point in ("commit.received", "gate.before", "gate.after"):
-            seats = [*wish.staying, *wish.leaving]
-        seat = self.rng.choice(seats)
+    def _arm(self, target: Target) -> str:
+        point = self.rng.choice(_UP if target.joining else _DOWN)
+        ranks = (
+            target.joining
+            if point in _OF_JOINING_RANKS
+            else target.retiring
+            if point in _OF_RETIRING_RANKS
+            else target.staying
+        )
+        if point in ("commit.received", "barrier.before", "barrier.after"):
+            ranks = [*target.staying, *target.retiring]
+        rank = self.rng.choice(ranks)
         action = self.rng.choice(("self", "self", "hmm", "stall", "raise" if point in _RAISING else "self"))
         words = {"hmm": f"kill:{self._hmm()}", "stall": f"stall:{STALL_S}"}
-        arm(self.run_dir, point, seat, words.get(action, action))
-        part = "joiner" if seat in wish.joining else "leaver" if seat in wish.leaving else f"seat {min(seat, 1)}"
-        return f"{point}: {part.replace('seat 1', 'survivor')} {action}"
+        arm(self.run_dir, point, rank, words.get(action, action))
+        part = (
+            "joining rank"
+            if rank in target.joining
+            else "retiring rank"
+            if rank in target.retiring
+            else f"rank {min(rank, 1)}"
+        )
+        return f"{point}: {part.replace('rank 1', 'survivor')} {action}"
 
     def _kill_somebody(self) -> str:
         time.sleep(self.rng.random())
         status = self.server.status()
-        victim = self.rng.choice(("occupied", "occupied", "standby", "hmm"))
-        pids = [seat["pid"] for seat in status["seats"] if seat["state"] == victim and seat["pid"] is not None]
+        victim = self.rng.choice(("active", "active", "standby", "hmm"))
+        pids = [rank["pid"] for rank in status["ranks"] if rank["state"] == victim and rank["pid"] is not None]
         pid = self._hmm() if victim == "hmm" else self.rng.choice(pids or [None])
         if pid is None:
             return "nobody there to kill"
@@ -150,7 +162,7 @@ class Storm:
 @pytest.fixture
 def storm(tmp_path: Path, seed: int | None) -> Iterator[Storm]:
     model = make_tiny_model(tmp_path / "model", arch="qwen3_moe")
-    args = ["--page-size", "4", "--max-running-requests", str(6 * SEATS)]
+    args = ["--page-size", "4", "--max-running-requests", str(6 * RANKS)]
     with ElasticServer(model, args, log=tmp_path / "server.log", env={ENV_FAULTS: "1"}) as server:
         run_dir = Path(server.status()["memory"]["endpoint"].removeprefix("ipc://")).parent
         yield Storm(server=server, run_dir=run_dir, rng=random.Random(CHANGES if seed is None else seed))
@@ -165,7 +177,7 @@ def test_many_changes_with_faults_at_random(storm: Storm, changes: int | None, s
     with Load(server.url) as load:
         chaos = Chaos(cases=ask(load, prompts, TOKENS), rng=random.Random(rng.random()))
         with Pump(load, chaos.request, STREAMS):
-            for size in (4, 1, 2):  # every seat was used once before anything is counted
+            for size in (4, 1, 2):  # every rank was used once before anything is counted
                 change(server, size)
         before = rest(server, load)
         with Pump(load, chaos.request, STREAMS):
@@ -173,7 +185,7 @@ def test_many_changes_with_faults_at_random(storm: Storm, changes: int | None, s
                 storm.one()
             if server.status()["membership"] != [0, 1]:
                 change(server, 4)
-                ask_for(server, {"retire_seats": [2, 3], "wait": True})
+                ask_for(server, {"retire_ranks": [2, 3], "wait": True})
         after = rest(server, load)
         chaos.check(load)
     found = {

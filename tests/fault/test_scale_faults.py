@@ -1,8 +1,8 @@
 """Changes that fail before their commit: serving is untouched, the operation says why, and the next change works.
 
 One server for all cases, with streams running. Its devices have room for twelve of sixteen expert columns beside the
-dense weights, so EP size 1 does not fit. Every test run has one case of each sort: a size that does not fit, a joiner
-that is killed, memory that runs out; the others are for `make soak`.
+dense weights, so EP size 1 does not fit. Every test run has one case of each sort: a size that does not fit, a joining
+rank that is killed, memory that runs out; the others are for `make soak`.
 """
 
 from __future__ import annotations
@@ -61,24 +61,24 @@ class Bench:
         self.expected[stream.rid] = case.ids
         return stream
 
-    def arm(self, point: str, seat: int, action: str) -> None:
-        arm(self.run_dir, point, seat, action)
+    def arm(self, point: str, rank: int, action: str) -> None:
+        arm(self.run_dir, point, rank, action)
 
     def happened(self) -> bool:
         return not armed(self.run_dir)
 
     def at_two(self) -> None:
-        """Seats 0 and 1 are occupied and a standby waits."""
+        """Ranks 0 and 1 are active and a standby waits."""
         status = self.server.status()
         if status["membership"] != [0, 1]:
             if status["ep_size"] == 2:
                 self.server.must_scale(4)
-            self.server.must_scale(retire=[seat for seat in (2, 3) if seat in self.server.status()["membership"]])
+            self.server.must_scale(retire=[rank for rank in (2, 3) if rank in self.server.status()["membership"]])
         settled(lambda: standby_pid(self.server) is not None, 60, "a standby")
 
 
 def standby_pid(server: ElasticServer) -> int | None:
-    pids = [seat["pid"] for seat in server.status()["seats"] if seat["state"] == "standby"]
+    pids = [rank["pid"] for rank in server.status()["ranks"] if rank["state"] == "standby"]
     return pids[0] if pids else None
 
 
@@ -115,22 +115,22 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def picture(server: ElasticServer) -> dict[str, Any]:
+def snapshot(server: ElasticServer) -> dict[str, Any]:
     """What a failed change must leave as it was."""
     status = server.status()
-    occupied = [(seat["seat"], seat["pid"]) for seat in status["seats"] if seat["state"] == "occupied"]
+    active = [(rank["rank"], rank["pid"]) for rank in status["ranks"] if rank["state"] == "active"]
     ledger = [(device["used"], device["by_kind"]) for device in status["memory"]["devices"]]
     return {name: status[name] for name in ("membership", "epoch", "placement")} | {
-        "occupied": occupied,
+        "active": active,
         "ledger": ledger,
-        "busy": [seat["state"] for seat in status["seats"] if seat["state"] in ("booting", "leaving")],
+        "busy": [rank["state"] for rank in status["ranks"] if rank["state"] in ("joining", "retiring")],
     }
 
 
 @contextmanager
 def untouched(bench: Bench) -> Iterator[list[Stream]]:
     """Streams run before, during and after the block, complete and right; and all is as before."""
-    before = picture(bench.server)
+    before = snapshot(bench.server)
     with Pump(bench.load, bench.request, STREAMS) as pump:
         settled(lambda: len(pump.streams) >= STREAMS, 10, "streams start")
         for stream in pump.streams[:STREAMS]:
@@ -142,7 +142,7 @@ def untouched(bench: Bench) -> Iterator[list[Stream]]:
     bench.load.wait(pump.streams)
     for stream in pump.streams:
         stream.check(bench.expected[stream.rid])
-    settled(lambda: picture(bench.server) == before, 10, f"everything is as before: {before}")
+    settled(lambda: snapshot(bench.server) == before, 10, f"everything is as before: {before}")
 
 
 def next_change_works(bench: Bench) -> None:
@@ -168,10 +168,10 @@ def test_a_size_that_does_not_fit_is_refused_with_numbers(bench: Bench) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """`seat` does `action` at `point` of a change to `size`; the operation's error then has these words."""
+    """`rank` does `action` at `point` of a change to `size`; the operation's error then has these words."""
 
     point: str
-    seat: int
+    rank: int
     action: str
     size: int
     words: tuple[str, ...]
@@ -179,13 +179,15 @@ class Fault:
 
 
 FAULTS = {
-    "joiner-fails": Fault(point="boot.attached", seat=2, action="raise", size=3, words=("seat 2", "ended")),
-    "joiner-dies": Fault(point="boot.attached", seat=2, action="self", size=3, words=("seat 2", "-9")),
-    "joiner-dies-at-the-gate": Fault(point="boot.gate", seat=3, action="self", size=4, words=("seat 3",)),
-    "joiner-is-late": Fault(point="boot.attached", seat=2, action="stall:60", size=3, words=("preparing", "15 s")),
-    "pull-fails": Fault(point="pull.started", seat=1, action="raise", size=2, start=3, words=("injected", "seat 1")),
-    "seat-is-late-at-the-gate": Fault(
-        point="gate.before", seat=1, action="stall:6", size=3, words=("committing", "4 s")
+    "joining rank-fails": Fault(point="boot.attached", rank=2, action="raise", size=3, words=("rank 2", "ended")),
+    "joining rank-dies": Fault(point="boot.attached", rank=2, action="self", size=3, words=("rank 2", "-9")),
+    "joining rank-dies-at-the-gate": Fault(point="boot.barrier", rank=3, action="self", size=4, words=("rank 3",)),
+    "joining rank-is-late": Fault(
+        point="boot.attached", rank=2, action="stall:60", size=3, words=("preparing", "15 s")
+    ),
+    "pull-fails": Fault(point="pull.started", rank=1, action="raise", size=2, start=3, words=("injected", "rank 1")),
+    "rank-is-late-at-the-gate": Fault(
+        point="barrier.before", rank=1, action="stall:6", size=3, words=("committing", "4 s")
     ),
 }
 
@@ -197,7 +199,7 @@ def test_a_failure_before_the_commit_is_undone(bench: Bench, fault: Fault) -> No
     if fault.start != 2:
         bench.server.must_scale(fault.start)
     with untouched(bench):
-        bench.arm(fault.point, fault.seat, fault.action)
+        bench.arm(fault.point, fault.rank, fault.action)
         operation = bench.server.scale(fault.size)
         assert bench.happened(), "the fault did not happen"
         assert operation["phase"] == "rolled_back", f"{operation['error']}\n{bench.server.log_tail(100)}"
@@ -209,18 +211,18 @@ def test_a_failure_before_the_commit_is_undone(bench: Bench, fault: Fault) -> No
     next_change_works(bench)
 
 
-def test_a_joiner_is_killed_while_it_boots(bench: Bench) -> None:
+def test_a_joining_rank_is_killed_while_it_boots(bench: Bench) -> None:
     bench.at_two()
     with untouched(bench):
         bench.arm("boot.attached", 2, "stall:20")
         accepted = bench.server.scale(3, wait=False)
-        settled(bench.happened, 60, "the joiner boots")
-        [joiner] = [seat for seat in bench.server.status()["seats"] if seat["state"] == "booting"]
-        assert joiner["seat"] == 2
-        os.kill(joiner["pid"], signal.SIGKILL)
+        settled(bench.happened, 60, "the joining rank boots")
+        [joining_rank] = [rank for rank in bench.server.status()["ranks"] if rank["state"] == "joining"]
+        assert joining_rank["rank"] == 2
+        os.kill(joining_rank["pid"], signal.SIGKILL)
         operation = bench.server.ended(accepted["operation_id"])
         assert operation["phase"] == "rolled_back"
-        assert f"pid {joiner['pid']}" in operation["error"] and "status -9" in operation["error"]
+        assert f"pid {joining_rank['pid']}" in operation["error"] and "status -9" in operation["error"]
     next_change_works(bench)
 
 
@@ -238,7 +240,7 @@ def test_memory_runs_out_inside_prepare(bench: Bench) -> None:
         operation = bench.server.ended(accepted["operation_id"])
         client.release([block.block_id for block in blocks])
         assert operation["phase"] == "rolled_back", operation["error"]
-        assert "device 1" in operation["error"] and "seat 1" in operation["error"], operation["error"]
+        assert "device 1" in operation["error"] and "rank 1" in operation["error"], operation["error"]
     bench.at_two()
     next_change_works(bench)
 

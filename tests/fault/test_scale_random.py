@@ -1,7 +1,7 @@
 """Random changes under load, with random lengths, aborts and disconnects: nothing is lost, doubled or left behind.
 
 A few changes in every test run, fifty in `make soak`. SGLang's own checks of its memory pools are on, after every
-batch and when idle; one that fails ends the seat's process, which shows here as another pid.
+batch and when idle; one that fails ends the worker, which shows here as another pid.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from elasticmoe_sglang.tiny_model import VOCAB, make_tiny_model
 from tests.helpers.chaos import TOKENS, Chaos
 from tests.helpers.corpus import ask
-from tests.helpers.elastic import SEATS, ElasticServer
+from tests.helpers.elastic import RANKS, ElasticServer
 from tests.helpers.footprint import Footprint, leaves_nothing, rest, to_two, trouble
 from tests.helpers.load import Load, Pump, settled
 from tests.helpers.record import record
@@ -34,7 +34,7 @@ _STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_ENABLE_STR
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ElasticServer]:
     model = make_tiny_model(tmp_path / "model", arch="qwen3_moe")
-    args = ["--page-size", "4", "--max-running-requests", str(6 * SEATS), "--chunked-prefill-size", str(64 * SEATS)]
+    args = ["--page-size", "4", "--max-running-requests", str(6 * RANKS), "--chunked-prefill-size", str(64 * RANKS)]
     with ElasticServer(model, args, log=tmp_path / "server.log", env=_STRICT) as server:
         yield server
 
@@ -57,13 +57,13 @@ def random_changes(server: ElasticServer, count: int, *, seed: int) -> dict[str,
     started = time.monotonic()
     rng = random.Random(seed)
     prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((1, 5, 30, 120, 300)))] for _ in range(24)]
-    seat_zero = server.seat_pids()[0]
+    rank_zero = server.worker_pids()[0]
     # What SGLang says while starting is not ours: its own first request may come before its port is open.
     booted = server.log.stat().st_size
     with Load(server.url) as load:
         chaos = Chaos(cases=ask(load, prompts, TOKENS), rng=rng)
         with Pump(load, chaos.request, STREAMS):
-            for size in (4, 1, 2):  # every seat was used once before anything is counted
+            for size in (4, 1, 2):  # every rank was used once before anything is counted
                 server.must_scale(size)
         before = rest(server, load)
         with Pump(load, chaos.request, STREAMS):
@@ -75,7 +75,7 @@ def random_changes(server: ElasticServer, count: int, *, seed: int) -> dict[str,
     found = summary(load, operations, before, after) | {"seconds": round(time.monotonic() - started, 1)}
     print(found)
     after.check(before)
-    assert server.seat_pids()[0] == seat_zero, "seat 0 did not live through it"
+    assert server.worker_pids()[0] == rank_zero, "rank 0 did not live through it"
     found_wrong = trouble(server, since=booted)
     assert not found_wrong, found_wrong[:10]
     leaves_nothing(server, after)
@@ -83,12 +83,12 @@ def random_changes(server: ElasticServer, count: int, *, seed: int) -> dict[str,
 
 
 def change(server: ElasticServer, rng: random.Random) -> dict[str, Any]:
-    """A random size, or random seats to retire, now and then right after the change before."""
+    """A random size, or random ranks to retire, now and then right after the change before."""
     time.sleep(rng.choice((0.0, 0.2, 0.6)))
     members = server.status()["membership"]
     if len(members) > 1 and rng.random() < 0.4:
         return server.must_scale(retire=rng.sample(members[1:], rng.randint(1, len(members) - 1)))
-    return server.must_scale(rng.choice([size for size in range(1, SEATS + 1) if size != len(members)]))
+    return server.must_scale(rng.choice([size for size in range(1, RANKS + 1) if size != len(members)]))
 
 
 def summary(load: Load, operations: list[dict[str, Any]], before: Footprint, after: Footprint) -> dict[str, Any]:

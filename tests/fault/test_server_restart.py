@@ -1,6 +1,6 @@
 """The server's main process is killed: a new one attaches to the HMM that lives on, and reads no checkpoint.
 
-Load time is what each seat measures around SGLang's `load_model`, and the slowest seat counts: the model's modules are
+Load time is what each rank measures around SGLang's `load_model`, and the slowest rank counts: the model's modules are
 built, the checkpoint's files found and fingerprinted, the weights mapped, and what no device holds is read. The
 checkpoint's pages are dropped from the kernel's cache before each start, so the cold start reads it from the disk.
 What was read is counted twice: by the loader, as bytes of tensors, and by the kernel, as resident pages of the file,
@@ -51,9 +51,9 @@ def server(hmm: HmmClient, model: Path, log: Path) -> ElasticServer:
 
 
 def loading(status: dict[str, Any]) -> tuple[int, float]:
-    """Bytes of tensors that the seats read of the checkpoint, and the load time in seconds of the slowest."""
-    seats = [seat for seat in status["seats"] if seat["state"] == "occupied"]
-    return sum(seat["checkpoint_bytes"] for seat in seats), max(seat["load_s"] for seat in seats)
+    """Bytes of tensors that the ranks read of the checkpoint, and the load time in seconds of the slowest."""
+    ranks = [rank for rank in status["ranks"] if rank["state"] == "active"]
+    return sum(rank["checkpoint_bytes"] for rank in ranks), max(rank["load_s"] for rank in ranks)
 
 
 def test_a_killed_server_comes_back_without_reading_the_checkpoint(hmm: HmmClient, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_killed_server_comes_back_without_reading_the_checkpoint(hmm: HmmClien
         assert second.generate(PROMPT, 24)["output_ids"] == before
         assert status["membership"] == [0, 1] and status["memory"]["pid"] == hmm.status().pid
         held = {device.device: device.by_kind for device in hmm.status().devices}
-        assert held[2] == {}, f"what the third seat had is given back: {kept} before, {held} now"
+        assert held[2] == {}, f"what the third rank had is given back: {kept} before, {held} now"
         assert second.must_scale(4)["phase"] == "done"
     found = {
         "checkpoint_bytes": size,

@@ -1,4 +1,4 @@
-"""One seat a GPU: the same collectives over peer-mapped windows, and columns pulled from the other GPU."""
+"""One rank a GPU: the same collectives over peer-mapped windows, and columns pulled from the other GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from elasticmoe_sglang.hmm.layout import ColumnLayout
 from elasticmoe_sglang.hmm.space import ColumnSpace
 from tests.helpers import device_cases as cases
 from tests.helpers import device_graphs as graphs
-from tests.helpers.device_seats import DeviceContext, DevicePool, Failed
+from tests.helpers.device_workers import DeviceContext, DevicePool, Failed
 
 pytestmark = pytest.mark.nvlink
 
@@ -26,27 +26,27 @@ def pool() -> Iterator[DevicePool]:
         pytest.skip(f"needs two NVIDIA GPUs, found {torch.cuda.device_count()}")
     with tempfile.TemporaryDirectory(prefix="em") as folder:
         layout = WindowLayout(capacity=2)
-        made = DevicePool(2, folder=Path(folder), backend="cuda", layout=layout, timeout_s=3.0, seats_per_device=1)
-        for seat in (0, 1):
-            made.submit(seat, cases.warm_up)
-        assert not any(isinstance(made.result(seat), Failed) for seat in (0, 1))
+        made = DevicePool(2, folder=Path(folder), backend="cuda", layout=layout, timeout_s=3.0, ranks_per_device=1)
+        for rank in (0, 1):
+            made.submit(rank, cases.warm_up)
+        assert not any(isinstance(made.result(rank), Failed) for rank in (0, 1))
         yield made
         made.close()
 
 
-@pytest.mark.parametrize("seats", [(0,), (0, 1)], ids=str)
-def test_collectives_across_gpus_compute_what_torch_does(pool: DevicePool, seats: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("ranks", [(0,), (0, 1)], ids=str)
+def test_collectives_across_gpus_compute_what_torch_does(pool: DevicePool, ranks: tuple[int, ...]) -> None:
     epoch = pool.next_epoch()
     for counts, dtype, offset, reductions in cases.GPU_CASES:
-        pool.run(seats, cases.everything, seats, epoch, counts, (dtype,), offset, reductions)
+        pool.run(ranks, cases.everything, ranks, epoch, counts, (dtype,), offset, reductions)
 
 
 def test_a_graph_captured_alone_serves_both_gpus(pool: DevicePool) -> None:
-    for seat in (0, 1):
-        pool.run([seat], graphs.capture_alone, 6 << 10)
-    for seats in ((0, 1), (0,), (0, 1)):
+    for rank in (0, 1):
+        pool.run([rank], graphs.capture_alone, 6 << 10)
+    for ranks in ((0, 1), (0,), (0, 1)):
         epoch = pool.next_epoch()
-        pool.run(seats, graphs.replay_together, seats, epoch, 4)
+        pool.run(ranks, graphs.replay_together, ranks, epoch, 4)
 
 
 NBYTES = 64 << 20

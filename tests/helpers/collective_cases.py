@@ -1,6 +1,6 @@
 """One function a collective: runs ours through torch.distributed and gloo's on the members alone, and compares.
 
-They run in the workers of `seats.py`. Each returns how many comparisons it made.
+They run in the workers of `workers.py`. Each returns how many comparisons it made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
-from tests.helpers.seats import SeatContext
+from tests.helpers.workers import WorkerContext
 
 DTYPES = (
     torch.bool,
@@ -41,9 +41,9 @@ def reductions_for(dtype: torch.dtype) -> tuple[str, ...]:
     return ("SUM", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
 
 
-def values(seat: int, shape: tuple[int, ...], dtype: torch.dtype, salt: int = 0) -> Tensor:
-    """What a seat puts in: the same in every process, different for every seat."""
-    generator = torch.Generator().manual_seed(1000 * salt + seat)
+def values(rank: int, shape: tuple[int, ...], dtype: torch.dtype, salt: int = 0) -> Tensor:
+    """What a rank puts in: the same in every process, different for every rank."""
+    generator = torch.Generator().manual_seed(1000 * salt + rank)
     if dtype is torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
     if dtype.is_floating_point:
@@ -57,31 +57,31 @@ def filled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def absent_row(prefilled: Tensor) -> Tensor:
-    """What becomes of an absent seat's row: zero for floats, as it was otherwise."""
+    """What becomes of an inactive rank's row: zero for floats, as it was otherwise."""
     return torch.zeros_like(prefilled) if prefilled.dtype.is_floating_point else prefilled.clone()
 
 
 class Pair:
-    """Our group of all seats, and a gloo group of the members only."""
+    """Our group of all ranks, and a gloo group of the members only."""
 
-    def __init__(self, context: SeatContext, seats: tuple[int, ...], epoch: int) -> None:
-        context.adopt(seats, epoch)
-        self.seats = seats
-        self.me = context.seat
-        self.capacity = context.fabric.capacity
+    def __init__(self, context: WorkerContext, ranks: tuple[int, ...], epoch: int) -> None:
+        context.adopt(ranks, epoch)
+        self.ranks = ranks
+        self.rank = context.rank
+        self.capacity = context.region.capacity
         self.ours: Any = context.memo["group"]
-        self.here = seats.index(context.seat)
+        self.here = ranks.index(context.rank)
         key = ("gloo", epoch)
         if key not in context.memo:
-            store = dist.FileStore(os.path.join(context.scratch, f"gloo-{epoch}"), len(seats))
-            context.memo[key] = dist.ProcessGroupGloo(store, self.here, len(seats), timedelta(seconds=30))
+            store = dist.FileStore(os.path.join(context.scratch, f"gloo-{epoch}"), len(ranks))
+            context.memo[key] = dist.ProcessGroupGloo(store, self.here, len(ranks), timedelta(seconds=30))
         self.gloo: Any = context.memo[key]
 
     def rows(self, compact: list[Tensor], prefilled: Tensor) -> Tensor:
         """Gloo's rows at the members' places, the rule's rows elsewhere."""
         full = [absent_row(prefilled) for _ in range(self.capacity)]
-        for seat, row in zip(self.seats, compact, strict=True):
-            full[seat] = row
+        for rank, row in zip(self.ranks, compact, strict=True):
+            full[rank] = row
         return torch.stack(full)
 
 
@@ -110,7 +110,7 @@ _ROUNDING = ("SUM", "AVG", "PRODUCT")
 
 def all_reduce(pair: Pair, dtype: torch.dtype, count: int) -> int:
     for name in reductions_for(dtype):
-        ours = values(pair.me, (count,), dtype)
+        ours = values(pair.rank, (count,), dtype)
         theirs = ours.clone()
         dist.all_reduce(ours, op=_op(name), group=pair.ours)
         pair.gloo.allreduce([theirs], _gloo_reduce(c10d.AllreduceOptions(), name)).wait()
@@ -119,50 +119,50 @@ def all_reduce(pair: Pair, dtype: torch.dtype, count: int) -> int:
 
 
 def all_reduce_bits(pair: Pair, dtype: torch.dtype, count: int) -> list[int]:
-    """The bits of a sum, for comparing them between seats, and with the sum in rank order."""
-    ours = values(pair.me, (count,), dtype, salt=9)
+    """The bits of a sum, for comparing them between ranks, and with the sum in rank order."""
+    ours = values(pair.rank, (count,), dtype, salt=9)
     dist.all_reduce(ours, group=pair.ours)
     wide = torch.float32 if dtype in _HALF else dtype
-    total = values(pair.seats[0], (count,), dtype, salt=9).to(wide)
-    for seat in pair.seats[1:]:
-        total += values(seat, (count,), dtype, salt=9).to(wide)
+    total = values(pair.ranks[0], (count,), dtype, salt=9).to(wide)
+    for rank in pair.ranks[1:]:
+        total += values(rank, (count,), dtype, salt=9).to(wide)
     assert torch.equal(ours, total.to(dtype)), f"not the sum in rank order: {dtype} x{count}"
     return ours.view(torch.uint8).tolist()
 
 
 def reduce(pair: Pair, dtype: torch.dtype, count: int) -> int:
     made = 0
-    for root in pair.seats:
-        ours = values(pair.me, (count,), dtype)
+    for root in pair.ranks:
+        ours = values(pair.rank, (count,), dtype)
         theirs = ours.clone()
         name = "MAX" if dtype is torch.bool else "SUM"
         opts = _gloo_reduce(c10d.ReduceOptions(), name)
-        opts.rootRank = pair.seats.index(root)
+        opts.rootRank = pair.ranks.index(root)
         dist.reduce(ours, dst=root, op=_op(name), group=pair.ours)
         pair.gloo.reduce([theirs], opts).wait()
-        if root == pair.me:
+        if root == pair.rank:
             same(ours, theirs, f"reduce to {root} {dtype}", summed=True)
         else:
-            assert torch.equal(ours, values(pair.me, (count,), dtype)), "reduce changed the values of another rank"
+            assert torch.equal(ours, values(pair.rank, (count,), dtype)), "reduce changed the values of another rank"
         made += 1
     return made
 
 
 def broadcast(pair: Pair, dtype: torch.dtype, count: int) -> int:
-    for root in pair.seats:
-        ours, theirs = values(pair.me, (count,), dtype), values(pair.me, (count,), dtype)
+    for root in pair.ranks:
+        ours, theirs = values(pair.rank, (count,), dtype), values(pair.rank, (count,), dtype)
         dist.broadcast(ours, src=root, group=pair.ours)
         opts = c10d.BroadcastOptions()
-        opts.rootRank = pair.seats.index(root)
+        opts.rootRank = pair.ranks.index(root)
         pair.gloo.broadcast([theirs], opts).wait()
         same(ours, theirs, f"broadcast from {root} {dtype} x{count}")
-    return len(pair.seats)
+    return len(pair.ranks)
 
 
 def all_gather(pair: Pair, dtype: torch.dtype, count: int) -> int:
-    mine = values(pair.me, (count,), dtype)
+    mine = values(pair.rank, (count,), dtype)
     prefilled = filled((count,), dtype)
-    compact = [torch.empty_like(mine) for _ in pair.seats]
+    compact = [torch.empty_like(mine) for _ in pair.ranks]
     pair.gloo.allgather([compact], [mine]).wait()
     expected = pair.rows(compact, prefilled)
 
@@ -174,8 +174,8 @@ def all_gather(pair: Pair, dtype: torch.dtype, count: int) -> int:
     same(torch.stack(rows), expected, f"all_gather {dtype} x{count}")
     # In place: my row of the output is my input.
     single = filled((pair.capacity * count,), dtype)
-    single.view(pair.capacity, count)[pair.me] = mine
-    dist.all_gather_single(single, single[pair.me * count : (pair.me + 1) * count], group=pair.ours)
+    single.view(pair.capacity, count)[pair.rank] = mine
+    dist.all_gather_single(single, single[pair.rank * count : (pair.rank + 1) * count], group=pair.ours)
     same(single.view(pair.capacity, count), expected, f"all_gather_single in place {dtype} x{count}")
     # Strided input and output.
     wide = filled((pair.capacity, count, 2), dtype)[..., 0]
@@ -185,40 +185,40 @@ def all_gather(pair: Pair, dtype: torch.dtype, count: int) -> int:
 
 
 def gather(pair: Pair, dtype: torch.dtype, count: int) -> int:
-    mine = values(pair.me, (count,), dtype)
-    for root in pair.seats:
-        receiving = root == pair.me
+    mine = values(pair.rank, (count,), dtype)
+    for root in pair.ranks:
+        receiving = root == pair.rank
         rows = [filled((count,), dtype) for _ in range(pair.capacity)] if receiving else None
         dist.gather(mine, rows, dst=root, group=pair.ours)
-        compact = [torch.empty_like(mine) for _ in pair.seats]
+        compact = [torch.empty_like(mine) for _ in pair.ranks]
         opts = c10d.GatherOptions()
-        opts.rootRank = pair.seats.index(root)
+        opts.rootRank = pair.ranks.index(root)
         pair.gloo.gather([compact] if receiving else [], [mine], opts).wait()
         if rows is not None:
             same(torch.stack(rows), pair.rows(compact, filled((count,), dtype)), f"gather to {root} {dtype}")
-    return len(pair.seats)
+    return len(pair.ranks)
 
 
 def scatter(pair: Pair, dtype: torch.dtype, count: int) -> int:
-    for root in pair.seats:
-        full = [values(seat, (count,), dtype, salt=root + 1) for seat in range(pair.capacity)]
-        sending = root == pair.me
+    for root in pair.ranks:
+        full = [values(rank, (count,), dtype, salt=root + 1) for rank in range(pair.capacity)]
+        sending = root == pair.rank
         ours, theirs = filled((count,), dtype), filled((count,), dtype)
         dist.scatter(ours, full if sending else None, src=root, group=pair.ours)
         opts = c10d.ScatterOptions()
-        opts.rootRank = pair.seats.index(root)
-        pair.gloo.scatter([theirs], [[full[seat] for seat in pair.seats]] if sending else [], opts).wait()
+        opts.rootRank = pair.ranks.index(root)
+        pair.gloo.scatter([theirs], [[full[rank] for rank in pair.ranks]] if sending else [], opts).wait()
         same(ours, theirs, f"scatter from {root} {dtype}")
-    return len(pair.seats)
+    return len(pair.ranks)
 
 
 def reduce_scatter(pair: Pair, dtype: torch.dtype, count: int) -> int:
     made = 0
     for name in ("MAX",) if dtype is torch.bool else ("SUM", "MAX"):
-        full = values(pair.me, (pair.capacity, count), dtype)
+        full = values(pair.rank, (pair.capacity, count), dtype)
         theirs = filled((count,), dtype)
         opts = _gloo_reduce(c10d.ReduceScatterOptions(), name)
-        pair.gloo.reduce_scatter([theirs], [[full[seat].clone() for seat in pair.seats]], opts).wait()
+        pair.gloo.reduce_scatter([theirs], [[full[rank].clone() for rank in pair.ranks]], opts).wait()
         single, listed = filled((count,), dtype), filled((count,), dtype)
         dist.reduce_scatter_single(single, full.view(-1), op=_op(name), group=pair.ours)
         same(single, theirs, f"reduce_scatter_single {name} {dtype} x{count}", summed=True)
@@ -229,9 +229,9 @@ def reduce_scatter(pair: Pair, dtype: torch.dtype, count: int) -> int:
 
 
 def all_to_all(pair: Pair, dtype: torch.dtype, count: int) -> int:
-    sends = values(pair.me, (pair.capacity, count), dtype)
-    compact = torch.empty(len(pair.seats), count, dtype=dtype)
-    pair.gloo.alltoall_base(compact, sends[list(pair.seats)].contiguous(), [], []).wait()
+    sends = values(pair.rank, (pair.capacity, count), dtype)
+    compact = torch.empty(len(pair.ranks), count, dtype=dtype)
+    pair.gloo.alltoall_base(compact, sends[list(pair.ranks)].contiguous(), [], []).wait()
     expected = pair.rows(list(compact), filled((count,), dtype))
     single = filled((pair.capacity, count), dtype)
     dist.all_to_all_single(single, sends, group=pair.ours)
@@ -243,27 +243,27 @@ def all_to_all(pair: Pair, dtype: torch.dtype, count: int) -> int:
 
 
 def all_to_all_uneven(pair: Pair, dtype: torch.dtype, count: int) -> int:
-    """Seat a sends a + 2b rows (of `count`) to seat b, so some pairs send nothing."""
+    """Rank a sends a + 2b rows (of `count`) to rank b, so some pairs send nothing."""
 
     def rows_between(source: int, target: int) -> int:
         return source + 2 * target
 
     everyone = range(pair.capacity)
-    send_sizes = [rows_between(pair.me, seat) for seat in everyone]
-    receive_sizes = [rows_between(seat, pair.me) for seat in everyone]
-    sends = values(pair.me, (sum(send_sizes), count), dtype)
+    send_sizes = [rows_between(pair.rank, rank) for rank in everyone]
+    receive_sizes = [rows_between(rank, pair.rank) for rank in everyone]
+    sends = values(pair.rank, (sum(send_sizes), count), dtype)
     ours = filled((sum(receive_sizes), count), dtype)
     dist.all_to_all_single(ours, sends, receive_sizes, send_sizes, group=pair.ours)
 
     parts = sends.split(send_sizes)
-    compact_sends = torch.cat([parts[seat] for seat in pair.seats])
-    sizes_in = [receive_sizes[seat] for seat in pair.seats]
+    compact_sends = torch.cat([parts[rank] for rank in pair.ranks])
+    sizes_in = [receive_sizes[rank] for rank in pair.ranks]
     compact = torch.empty(sum(sizes_in), count, dtype=dtype)
-    pair.gloo.alltoall_base(compact, compact_sends, sizes_in, [send_sizes[seat] for seat in pair.seats]).wait()
-    received = dict(zip(pair.seats, compact.split(sizes_in), strict=True))
+    pair.gloo.alltoall_base(compact, compact_sends, sizes_in, [send_sizes[rank] for rank in pair.ranks]).wait()
+    received = dict(zip(pair.ranks, compact.split(sizes_in), strict=True))
     expected = [
-        received[seat] if seat in received else absent_row(filled((receive_sizes[seat], count), dtype))
-        for seat in everyone
+        received[rank] if rank in received else absent_row(filled((receive_sizes[rank], count), dtype))
+        for rank in everyone
     ]
     same(ours, torch.cat(expected), f"uneven all_to_all_single {dtype} x{count}")
     return 1
@@ -271,19 +271,19 @@ def all_to_all_uneven(pair: Pair, dtype: torch.dtype, count: int) -> int:
 
 def point_to_point(pair: Pair, dtype: torch.dtype, count: int) -> int:
     """Everybody sends to the next member first and receives then, and once more with send and recv in turn."""
-    if len(pair.seats) == 1:
+    if len(pair.ranks) == 1:
         return 0
-    after = pair.seats[(pair.here + 1) % len(pair.seats)]
-    before = pair.seats[(pair.here - 1) % len(pair.seats)]
-    mine, ours, theirs = values(pair.me, (count,), dtype), filled((count,), dtype), filled((count,), dtype)
+    after = pair.ranks[(pair.here + 1) % len(pair.ranks)]
+    before = pair.ranks[(pair.here - 1) % len(pair.ranks)]
+    mine, ours, theirs = values(pair.rank, (count,), dtype), filled((count,), dtype), filled((count,), dtype)
     operations = [
         dist.P2POp(dist.isend, mine, after, group=pair.ours, tag=3),
         dist.P2POp(dist.irecv, ours, before, group=pair.ours, tag=3),
     ]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
-    sending = pair.gloo.send([mine], pair.seats.index(after), 3)
-    pair.gloo.recv([theirs], pair.seats.index(before), 3).wait()
+    sending = pair.gloo.send([mine], pair.ranks.index(after), 3)
+    pair.gloo.recv([theirs], pair.ranks.index(before), 3).wait()
     sending.wait()
     same(ours, theirs, f"isend/irecv {dtype} x{count}")
     chained = filled((count,), dtype)
@@ -314,9 +314,9 @@ CASES: dict[str, Callable[[Pair, torch.dtype, int], int]] = {
 }
 
 
-def run_case(context: SeatContext, name: str, seats: tuple[int, ...], epoch: int, counts: tuple[int, ...]) -> int:
+def run_case(context: WorkerContext, name: str, ranks: tuple[int, ...], epoch: int, counts: tuple[int, ...]) -> int:
     """One collective with every dtype and every number of values."""
-    pair = Pair(context, seats, epoch)
+    pair = Pair(context, ranks, epoch)
     made = 0
     for count in counts:
         for dtype in DTYPES:
@@ -325,21 +325,21 @@ def run_case(context: SeatContext, name: str, seats: tuple[int, ...], epoch: int
     return made
 
 
-def run_bits(context: SeatContext, seats: tuple[int, ...], epoch: int, dtype: torch.dtype, count: int) -> list[int]:
-    return all_reduce_bits(Pair(context, seats, epoch), dtype, count)
+def run_bits(context: WorkerContext, ranks: tuple[int, ...], epoch: int, dtype: torch.dtype, count: int) -> list[int]:
+    return all_reduce_bits(Pair(context, ranks, epoch), dtype, count)
 
 
-def run_objects(context: SeatContext, seats: tuple[int, ...], epoch: int) -> dict[str, Any]:
+def run_objects(context: WorkerContext, ranks: tuple[int, ...], epoch: int) -> dict[str, Any]:
     """The object collectives, as SGLang calls them."""
-    pair = Pair(context, seats, epoch)
-    mine = {"seat": pair.me, "text": "x" * (10 * pair.me + 1)}
+    pair = Pair(context, ranks, epoch)
+    mine = {"rank": pair.rank, "text": "x" * (10 * pair.rank + 1)}
     gathered: list[Any] = ["before"] * pair.capacity
     dist.all_gather_object(gathered, mine, group=pair.ours)
-    at_root: list[Any] | None = ["before"] * pair.capacity if pair.me == 0 else None
+    at_root: list[Any] | None = ["before"] * pair.capacity if pair.rank == 0 else None
     dist.gather_object(mine, at_root, dst=0, group=pair.ours)
-    spread = [mine, pair.me]
-    dist.broadcast_object_list(spread, src=seats[-1], group=pair.ours)
+    spread = [mine, pair.rank]
+    dist.broadcast_object_list(spread, src=ranks[-1], group=pair.ours)
     one: list[Any] = [None]
-    everything = [{"for": seat} for seat in range(pair.capacity)]
-    dist.scatter_object_list(one, everything if pair.me == 0 else None, src=0, group=pair.ours)
+    everything = [{"for": rank} for rank in range(pair.capacity)]
+    dist.scatter_object_list(one, everything if pair.rank == 0 else None, src=0, group=pair.ours)
     return {"all_gather": gathered, "gather": at_root, "broadcast": spread, "scatter": one[0]}

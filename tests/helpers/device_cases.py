@@ -1,6 +1,6 @@
-"""What the seats of `device_seats.py` do and check: the kernels' collectives against torch on gathered copies.
+"""What the ranks of `device_workers.py` do and check: the kernels' collectives against torch on gathered copies.
 
-Every function runs in the workers, at the same time in all seats of a membership.
+Every function runs in the workers, at the same time in all ranks of a membership.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elasticmoe_kernels.triton import collectives
 from elasticmoe_sglang.errors import CollectiveError
-from tests.helpers.device_seats import DeviceContext, Failed
+from tests.helpers.device_workers import DeviceContext, Failed
 
 __all__ = ["Failed"]
 
@@ -36,9 +36,9 @@ GPU_CASES: tuple[tuple[tuple[int, ...], torch.dtype, int, tuple[int, ...]], ...]
 """(counts, dtype, offset, reductions) for `everything`: few, since each kernel is compiled first."""
 
 
-def values(seat: int, count: int, dtype: torch.dtype, salt: int) -> Tensor:
-    """What a seat puts in: every process can make any seat's. On the CPU."""
-    generator = torch.Generator().manual_seed(1000 * salt + seat)
+def values(rank: int, count: int, dtype: torch.dtype, salt: int) -> Tensor:
+    """What a rank puts in: every process can make any rank's. On the CPU."""
+    generator = torch.Generator().manual_seed(1000 * salt + rank)
     if dtype.is_floating_point:
         return torch.randn(count, generator=generator).to(dtype)
     return torch.randint(-(1 << 20), 1 << 20, (count,), generator=generator).to(dtype)
@@ -64,7 +64,7 @@ def _same(ours: Tensor, wanted: Tensor, what: str, *, exact: bool) -> None:
 
 def everything(
     context: DeviceContext,
-    seats: tuple[int, ...],
+    ranks: tuple[int, ...],
     epoch: int,
     counts: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
@@ -78,40 +78,40 @@ def everything(
     Returns how many results were compared.
     """
     if epoch >= 0:
-        context.adopt(seats, epoch)
+        context.adopt(ranks, epoch)
     device, group = context.device, context.everybody
     made = 0
     for salt, (dtype, count) in enumerate(itertools.product(dtypes, counts)):
-        made += _gather(device, group, seats, dtype, count, salt, offset)
+        made += _gather(device, group, ranks, dtype, count, salt, offset)
         if dtype in collectives.REDUCED_DTYPES:
             for reduction in reductions:
                 if reduction != collectives.AVERAGE or dtype.is_floating_point:
-                    made += _reductions(device, group, seats, dtype, count, salt, offset, reduction)
-        made += _broadcast(device, group, seats, dtype, count, salt)
+                    made += _reductions(device, group, ranks, dtype, count, salt, offset, reduction)
+        made += _broadcast(device, group, ranks, dtype, count, salt)
     device.drain()
     device.check()
     return made
 
 
-def _gather(device: Any, group: Any, seats: Any, dtype: Any, count: int, salt: int, offset: int) -> int:
-    me, capacity = device.fabric.me, device.fabric.capacity
+def _gather(device: Any, group: Any, ranks: Any, dtype: Any, count: int, salt: int, offset: int) -> int:
+    me, capacity = device.region.rank, device.region.capacity
     floats = dtype.is_floating_point
     inp = _spoiled(count + offset, dtype, device.device)[offset:]
     inp.copy_(values(me, count, dtype, salt))
     out = _spoiled(capacity * count + offset, dtype, device.device)[offset:]
     wanted = torch.zeros(capacity, count, dtype=dtype) if floats else torch.full((capacity, count), 5, dtype=dtype)
-    for seat in seats:
-        wanted[seat] = values(seat, count, dtype, salt)
+    for rank in ranks:
+        wanted[rank] = values(rank, count, dtype, salt)
     collectives.all_gather(device.windows, group, out, inp, zero_absent=floats)
     _same(out, wanted.view(-1), f"all_gather {count} {dtype}", exact=True)
     return 1
 
 
 def _reductions(
-    device: Any, group: Any, seats: Any, dtype: Any, count: int, salt: int, offset: int, reduction: int
+    device: Any, group: Any, ranks: Any, dtype: Any, count: int, salt: int, offset: int, reduction: int
 ) -> int:
-    me, capacity = device.fabric.me, device.fabric.capacity
-    parts = torch.stack([values(seat, capacity * count, dtype, salt) for seat in seats]).to(_wide(dtype))
+    me, capacity = device.region.rank, device.region.capacity
+    parts = torch.stack([values(rank, capacity * count, dtype, salt) for rank in ranks]).to(_wide(dtype))
     wanted = REDUCTIONS[reduction](parts).to(dtype)
     exact = reduction in (collectives.MINIMUM, collectives.MAXIMUM) or not dtype.is_floating_point
     inp = _spoiled(capacity * count + offset, dtype, device.device)[offset:]
@@ -128,26 +128,26 @@ def _reductions(
     return 3
 
 
-def _broadcast(device: Any, group: Any, seats: Any, dtype: Any, count: int, salt: int) -> int:
-    for root in (seats[0], seats[-1]):
-        tensor = values(device.fabric.me, count, dtype, salt + root).to(device.device)
+def _broadcast(device: Any, group: Any, ranks: Any, dtype: Any, count: int, salt: int) -> int:
+    for root in (ranks[0], ranks[-1]):
+        tensor = values(device.region.rank, count, dtype, salt + root).to(device.device)
         collectives.broadcast(device.windows, group, tensor, root=root)
         _same(tensor, values(root, count, dtype, salt + root), f"broadcast {count} {dtype} from {root}", exact=True)
     return 2
 
 
 def alone(context: DeviceContext, times: int) -> None:
-    """Collectives of a seat that is alone: they touch nobody, and count steps that nobody else counts."""
-    context.fabric.solo()
+    """Collectives of a rank that is alone: they touch nobody, and count steps that nobody else counts."""
+    context.region.solo()
     device, group = context.device, context.everybody
     for turn in range(times):
-        assert _gather(device, group, (context.seat,), torch.float32, 40, turn, 0)
+        assert _gather(device, group, (context.rank,), torch.float32, 40, turn, 0)
     device.check()
 
 
-def meet_or_fail(context: DeviceContext, seats: tuple[int, ...], epoch: int, count: int, delay_s: float = 0.0) -> Any:
+def meet_or_fail(context: DeviceContext, ranks: tuple[int, ...], epoch: int, count: int, delay_s: float = 0.0) -> Any:
     """One all-reduce after a delay: the seconds it took, and the error that the device reported (None: none)."""
-    context.adopt(seats, epoch)
+    context.adopt(ranks, epoch)
     device, group = context.device, context.everybody
     tensor = torch.ones(count, dtype=torch.float32, device=device.device)
     collectives.all_reduce(device.windows, group, tensor, tensor.clone())  # everybody is there, everything compiled
@@ -165,12 +165,12 @@ def meet_or_fail(context: DeviceContext, seats: tuple[int, ...], epoch: int, cou
     return seconds, None
 
 
-def differ(context: DeviceContext, seats: tuple[int, ...], epoch: int, after_s: float = 0.0) -> Any:
-    """Seat 0 calls another size than the rest, after_s late; the error of the device."""
-    context.adopt(seats, epoch)
+def differ(context: DeviceContext, ranks: tuple[int, ...], epoch: int, after_s: float = 0.0) -> Any:
+    """Rank 0 calls another size than the rest, after_s late; the error of the device."""
+    context.adopt(ranks, epoch)
     time.sleep(after_s)
     device, group = context.device, context.everybody
-    tensor = torch.ones(64 if context.seat == 0 else 128, dtype=torch.float32, device=device.device)
+    tensor = torch.ones(64 if context.rank == 0 else 128, dtype=torch.float32, device=device.device)
     collectives.all_reduce(device.windows, group, tensor, tensor.clone())
     device.drain()
     try:
@@ -180,18 +180,18 @@ def differ(context: DeviceContext, seats: tuple[int, ...], epoch: int, after_s: 
     return None
 
 
-def prefetch(context: DeviceContext, seats: tuple[int, ...]) -> list[int]:
-    """Map windows ahead of the commit; the seats whose windows are mapped then."""
-    context.device.prefetch(seats)
+def prefetch(context: DeviceContext, ranks: tuple[int, ...]) -> list[int]:
+    """Map windows ahead of the commit; the ranks whose windows are mapped then."""
+    context.device.prefetch(ranks)
     return sorted(context.device._mapped)
 
 
 def warm_up(context: DeviceContext) -> None:
     """Alone: every kernel that the GPU tests use is compiled."""
-    context.fabric.solo()
+    context.region.solo()
     for counts, dtype, offset, reductions in GPU_CASES:
-        everything(context, (context.seat,), -1, counts, (dtype,), offset, reductions)
+        everything(context, (context.rank,), -1, counts, (dtype,), offset, reductions)
     averages = (collectives.AVERAGE, collectives.MAXIMUM)
-    everything(context, (context.seat,), -1, (2048,), (torch.float32,), 0, averages)
+    everything(context, (context.rank,), -1, (2048,), (torch.float32,), 0, averages)
     most = torch.zeros(1, dtype=torch.int64, device=context.device.device)
     collectives.all_reduce(context.device.windows, context.everybody, most, most, reduction=collectives.MAXIMUM)

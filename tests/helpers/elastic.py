@@ -11,14 +11,14 @@ import requests
 
 from tests.helpers.server import SglangServer
 
-SEATS = 4
+RANKS = 4
 
 
 class ElasticServer(SglangServer):
-    """SGLang with our flags, two of four seats occupied unless told otherwise.
+    """SGLang with our flags, two of four ranks active unless told otherwise.
 
     Args:
-        kv_tokens: the most KV tokens of a seat; None: all that its device has room for.
+        kv_tokens: the most KV tokens of a rank; None: all that its device has room for.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class ElasticServer(SglangServer):
         *,
         log: Path,
         ep_size: int = 2,
-        capacity: int = SEATS,
+        capacity: int = RANKS,
         admin_key: str | None = None,
         kv_tokens: int | None = 8192,
         **options: Any,
@@ -48,7 +48,7 @@ class ElasticServer(SglangServer):
 
     def scale(self, size: int | None = None, *, retire: Sequence[int] = (), wait: bool = True) -> dict[str, Any]:
         """The operation, ended unless `wait` is False; whether it succeeded is for the caller to look at."""
-        body: dict[str, Any] = {"retire_seats": list(retire)} if retire else {"new_ep_size": size}
+        body: dict[str, Any] = {"retire_ranks": list(retire)} if retire else {"new_ep_size": size}
         response = self.post("/scale_elastic_ep", {**body, "wait": wait})
         assert response.status_code in (200, 202), f"{response.status_code}: {response.text}"
         operation: dict[str, Any] = response.json()
@@ -82,9 +82,9 @@ class ElasticServer(SglangServer):
         status: dict[str, Any] = response.json()
         return status
 
-    def seat_pids(self) -> dict[int, int]:
-        """Occupied seats and their processes."""
-        return {seat["seat"]: seat["pid"] for seat in self.status()["seats"] if seat["state"] == "occupied"}
+    def worker_pids(self) -> dict[int, int]:
+        """Active ranks and their processes."""
+        return {rank["rank"]: rank["pid"] for rank in self.status()["ranks"] if rank["state"] == "active"}
 
 
 def commit_time(operation: dict[str, Any]) -> float:

@@ -8,20 +8,20 @@ import time
 import torch
 import torch.distributed as dist
 
-from tests.helpers.seats import SeatContext
+from tests.helpers.workers import WorkerContext
 
 
-def add_up(context: SeatContext, seats: tuple[int, ...], epoch: int, delay_s: float = 0.0) -> int:
-    context.adopt(seats, epoch)
+def add_up(context: WorkerContext, ranks: tuple[int, ...], epoch: int, delay_s: float = 0.0) -> int:
+    context.adopt(ranks, epoch)
     time.sleep(delay_s)
-    total = torch.tensor([context.seat + 1])
+    total = torch.tensor([context.rank + 1])
     dist.all_reduce(total, group=context.memo["group"])
     return int(total)
 
 
-def endless(context: SeatContext, seats: tuple[int, ...], epoch: int, name: str) -> None:
+def endless(context: WorkerContext, ranks: tuple[int, ...], epoch: int, name: str) -> None:
     """Collectives without end: whatever happens, happens in the middle of one."""
-    context.adopt(seats, epoch)
+    context.adopt(ranks, epoch)
     group = context.memo["group"]
     values = torch.ones(40_000)
     rows = torch.empty(4 * values.numel())
@@ -40,45 +40,45 @@ def endless(context: SeatContext, seats: tuple[int, ...], epoch: int, name: str)
             dist.barrier(group=group)
 
 
-def many_steps(context: SeatContext, seats: tuple[int, ...], epoch: int, steps: int, seed: int) -> list[int]:
+def many_steps(context: WorkerContext, ranks: tuple[int, ...], epoch: int, steps: int, seed: int) -> list[int]:
     """Many small collectives in two groups with random pauses, each checked; returns all sums."""
-    context.adopt(seats, epoch)
+    context.adopt(ranks, epoch)
     group = context.memo["group"]
-    chance = random.Random(seed * 31 + context.seat)
+    chance = random.Random(seed * 31 + context.rank)
     sums = []
     for step in range(steps):
         if chance.random() < 0.1:
             time.sleep(chance.random() * 2e-3)
-        total = torch.tensor([(context.seat + 1) * (step + 1)])
+        total = torch.tensor([(context.rank + 1) * (step + 1)])
         dist.all_reduce(total, group=group if step % 3 else None)
         rows = torch.full((4,), -1, dtype=torch.int64)
-        dist.all_gather_single(rows, torch.tensor([step * 10 + context.seat]), group=group)
-        assert rows.tolist() == [step * 10 + seat if seat in seats else -1 for seat in range(4)], (step, rows)
-        assert int(total) == sum(seat + 1 for seat in seats) * (step + 1), step
+        dist.all_gather_single(rows, torch.tensor([step * 10 + context.rank]), group=group)
+        assert rows.tolist() == [step * 10 + rank if rank in ranks else -1 for rank in range(4)], (step, rows)
+        assert int(total) == sum(rank + 1 for rank in ranks) * (step + 1), step
         sums.append(int(total))
     return sums
 
 
-def cpu_seconds_while_waiting(context: SeatContext, epoch: int) -> float:
+def cpu_seconds_while_waiting(context: WorkerContext, epoch: int) -> float:
     started = time.process_time()
     add_up(context, (0, 1), epoch)
     return time.process_time() - started
 
 
-def receive_from(context: SeatContext, seats: tuple[int, ...], epoch: int, source: int, count: int) -> None:
-    context.adopt(seats, epoch)
+def receive_from(context: WorkerContext, ranks: tuple[int, ...], epoch: int, source: int, count: int) -> None:
+    context.adopt(ranks, epoch)
     dist.recv(torch.empty(count), source, group=context.memo["group"])
 
 
-def send_to(context: SeatContext, seats: tuple[int, ...], epoch: int, target: int, count: int) -> None:
-    context.adopt(seats, epoch)
+def send_to(context: WorkerContext, ranks: tuple[int, ...], epoch: int, target: int, count: int) -> None:
+    context.adopt(ranks, epoch)
     dist.send(torch.zeros(count), target, group=context.memo["group"])
 
 
-def late_seat_barriers(context: SeatContext, seats: tuple[int, ...], epoch: int, steps: int) -> None:
-    """The last seat comes a millisecond late to every barrier, so the others sleep in every one."""
-    context.adopt(seats, epoch)
+def late_rank_barriers(context: WorkerContext, ranks: tuple[int, ...], epoch: int, steps: int) -> None:
+    """The last rank comes a millisecond late to every barrier, so the others sleep in every one."""
+    context.adopt(ranks, epoch)
     for _ in range(steps):
-        if context.seat == seats[-1]:
+        if context.rank == ranks[-1]:
             time.sleep(1e-3)
         dist.barrier(group=context.memo["group"])

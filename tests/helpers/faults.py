@@ -14,9 +14,9 @@ from tests.helpers.elastic import ElasticServer
 SETTLED_WITHIN_S = 30.0
 
 
-def arm(run_dir: Path, point: str, seat: int, action: str) -> None:
-    """`seat` does `action` when it reaches `point`, once."""
-    (run_dir / "fault.new").write_text(f"{point} {seat} {action}")
+def arm(run_dir: Path, point: str, rank: int, action: str) -> None:
+    """`rank` does `action` when it reaches `point`, once."""
+    (run_dir / "fault.new").write_text(f"{point} {rank} {action}")
     (run_dir / "fault.new").rename(run_dir / FAULT_FILE)  # never seen half written
 
 
@@ -54,24 +54,24 @@ def imbalance(status: dict[str, Any]) -> str | None:
     memory = status["memory"]
     if not memory["available"]:
         return str(memory["error"])
-    devices = {seat["seat"]: seat["device"] for seat in status["seats"]}
+    devices = {rank["rank"]: rank["device"] for rank in status["ranks"]}
     for device in memory["devices"]:
-        here = [seat for seat in status["membership"] if devices[seat] == device["device"]]
+        here = [rank for rank in status["membership"] if devices[rank] == device["device"]]
         columns = sum(devices[owner] == device["device"] for owner in status["placement"])
         wanted = {"column": columns * memory["column_bytes"], "dense": memory["dense_bytes"] if here else 0}
         held = dict(device["by_kind"])
         kv = held.pop("kv", 0)
         if {kind: size for kind, size in wanted.items() if size} != held or bool(kv) != bool(here):
-            return f"device {device['device']} holds {device['by_kind']}, wanted {wanted}, and KV for seats {here}"
+            return f"device {device['device']} holds {device['by_kind']}, wanted {wanted}, and KV for ranks {here}"
     return None
 
 
 def whole(server: ElasticServer) -> bool:
     """The server has come to rest: ledger and placement agree, and every member has a living process."""
     status = server.status()
-    members = [seat for seat in status["seats"] if seat["seat"] in status["membership"]]
+    members = [rank for rank in status["ranks"] if rank["rank"] in status["membership"]]
     return (
         imbalance(status) is None
-        and {seat["state"] for seat in members} == {"occupied"}
-        and all(seat["pid"] is not None and psutil.pid_exists(seat["pid"]) for seat in members)
+        and {rank["state"] for rank in members} == {"active"}
+        and all(rank["pid"] is not None and psutil.pid_exists(rank["pid"]) for rank in members)
     )

@@ -25,7 +25,7 @@ _TROUBLE = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What the processes that stay hold, with seats 0 and 1 occupied and nothing to do."""
+    """What the processes that stay hold, with ranks 0 and 1 active and nothing to do."""
 
     descriptors: dict[str, Counter[str]]
     processes: Counter[str]
@@ -50,7 +50,7 @@ class Footprint:
 
 
 def to_two(server: ElasticServer) -> None:
-    """Seats 0 and 1, by way of all four."""
+    """Ranks 0 and 1, by way of all four."""
     server.must_scale(4)
     server.must_scale(retire=[2, 3])
 
@@ -61,9 +61,9 @@ def rest(server: ElasticServer, load: Load) -> Footprint:
     settled(lambda: standbys(server) == 1, 60, "a standby waits")
     settled(lambda: server.post("/flush_cache", {}).status_code == 200, 60, "the caches can be emptied")
     loads = {entry["dp_rank"]: entry for entry in server.get("/v1/loads").json()["loads"]}
-    for seat in (0, 1):
-        busy = (loads[seat]["num_running_reqs"], loads[seat]["num_waiting_reqs"], loads[seat]["num_used_tokens"])
-        assert busy == (0, 0, 0), f"seat {seat} holds requests or KV slots at rest: {loads[seat]}"
+    for rank in (0, 1):
+        busy = (loads[rank]["num_running_reqs"], loads[rank]["num_waiting_reqs"], loads[rank]["num_used_tokens"])
+        assert busy == (0, 0, 0), f"rank {rank} holds requests or KV slots at rest: {loads[rank]}"
     earlier = None
     deadline = time.monotonic() + 20
     # Sockets of clients that have left are closed a moment later.
@@ -76,14 +76,14 @@ def rest(server: ElasticServer, load: Load) -> Footprint:
 def standbys(server: ElasticServer) -> int:
     status = server.status()
     assert status["membership"] == [0, 1], status["membership"]
-    return sum(seat["state"] == "standby" for seat in status["seats"])
+    return sum(rank["state"] == "standby" for rank in status["ranks"])
 
 
 def footprint(server: ElasticServer) -> Footprint:
     status = server.status()
     endpoint = status["memory"]["endpoint"]
     everybody = [psutil.Process(server.pid), *server.processes()]
-    lasting = {"main": server.pid, "hmm": status["memory"]["pid"], "seat 0": server.seat_pids()[0]}
+    lasting = {"main": server.pid, "hmm": status["memory"]["pid"], "rank 0": server.worker_pids()[0]}
     lasting |= {name: pid for pid, name in named(everybody).items() if name != "other"}
     # Before this test's own client: the HMM closes its side of that a moment later.
     descriptors = {name: holdings(pid).descriptors for name, pid in lasting.items()}

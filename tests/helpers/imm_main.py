@@ -1,4 +1,4 @@
-"""An IMM whose seats are small programs, for tests of the IMM itself: same zygote, no SGLang."""
+"""An IMM whose ranks are small programs, for tests of the IMM itself: same zygote, no SGLang."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import os
 import sys
 import time
 
-from elasticmoe_sglang.imm.messages import Enter
-from elasticmoe_sglang.imm.zygote import StandbyChannel, Zygote, die_with_parent
+from elasticmoe_sglang.imm.server import ImmServer, StandbyChannel, die_with_parent
+from elasticmoe_sglang.wire.to_imm import Enter
 
 
-def seat_main(channel: StandbyChannel, enter: Enter) -> int:
-    """`ticket` is the program: exit:N, hang, raise, quit (SIGQUIT to the parent, as SGLang does)."""
-    order = enter.ticket.decode()
+def worker_main(channel: StandbyChannel, enter: Enter) -> int:
+    """`join_spec` is the program: exit:N, hang, raise, quit (SIGQUIT to the parent, as SGLang does)."""
+    order = enter.join_spec.decode()
     facts = {"blob": enter.blob.decode(), "ppid": os.getppid(), "collectable": len(gc.get_objects())}
-    channel.note(enter.seat, json.dumps(facts).encode())
+    channel.note(enter.rank, json.dumps(facts).encode())
     if order.startswith("exit:"):
         return int(order.removeprefix("exit:"))
     if order == "raise":
-        raise RuntimeError("this seat fails")
+        raise RuntimeError("this rank fails")
     if order == "quit":
         os.kill(os.getppid(), 3)
         return 7
@@ -30,4 +30,4 @@ def seat_main(channel: StandbyChannel, enter: Enter) -> int:
 
 if __name__ == "__main__":
     die_with_parent()
-    Zygote(sys.argv[1], seat_main, standbys=int(sys.argv[2]), capacity=4).serve()
+    ImmServer(sys.argv[1], worker_main, standbys=int(sys.argv[2]), capacity=4).serve()

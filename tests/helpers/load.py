@@ -43,7 +43,7 @@ class Stream:
 
     Attributes:
         arrivals: (time, ids received until then), one entry an event, of all outputs together.
-        ranks: seats that reported tokens of it, in order.
+        ranks: ranks that reported tokens of it, in order.
         problems: what an event showed that must not be: a token that changed, text that was taken back.
         cut: how this client ended it early.
     """
@@ -155,7 +155,7 @@ class Stream:
         size = len(self.prompt)
         got = len(self.ids)
         how = f", cut by {self.cut}" if self.cut else ""
-        return f"request {self.rid} ({size} tokens in, {got} of {self.wanted} out, on seats {self.ranks}{how})"
+        return f"request {self.rid} ({size} tokens in, {got} of {self.wanted} out, on ranks {self.ranks}{how})"
 
 
 def first_difference(got: Sequence[int], wanted: Sequence[int]) -> str:
@@ -276,14 +276,14 @@ class Load:
             stream.wait(max(0.0, deadline - time.monotonic()))
 
     def summary(self) -> dict[str, Any]:
-        """How many requests ended how, how many tokens came, how many streams went on at another seat."""
+        """How many requests ended how, how many tokens came, how many streams went on at another rank."""
         ended = Counter(stream.cut or "complete" for stream in self.streams)
         return {
             "requests": len(self.streams),
             "ended": dict(sorted(ended.items())),
             "lost": sum(stream.lost for stream in self.streams),
             "tokens": sum(len(stream.ids) for stream in self.streams),
-            "streams_on_several_seats": sum(len(stream.ranks) > 1 for stream in self.streams),
+            "streams_on_several_ranks": sum(len(stream.ranks) > 1 for stream in self.streams),
         }
 
 

@@ -210,19 +210,19 @@ def check_parts(seed):
     assert error(out, combine_reference.combine(y.double(), rows, weights)) < 1e-3
 
 
-def check_slots(tokens, top_k, rows_per_seat, members, dtype, seed):
-    """Ids become slots; rows of seats that are not members become -1 whatever they name."""
+def check_slots(tokens, top_k, rows_per_rank, members, dtype, seed):
+    """Ids become slots; rows of ranks that are not members become -1 whatever they name."""
     generator = torch.Generator().manual_seed(seed)
     experts = 9
     table = torch.randint(-1, experts, (experts + 1,), generator=generator, dtype=torch.int32)
     table[-1] = -1
     ids = torch.randint(-1, experts, (tokens, top_k), generator=generator, dtype=dtype)
     control = torch.zeros(windows.COUNTERS, dtype=torch.int64)
-    control[windows.MEMBERS] = sum(1 << seat for seat in members)
-    got = slots_of_rows(ids, table, control=control.data_ptr(), rows_per_seat=rows_per_seat)
+    control[windows.MEMBERS] = sum(1 << rank for rank in members)
+    got = slots_of_rows(ids, table, control=control.data_ptr(), rows_per_rank=rows_per_rank)
     wanted = torch.where(ids >= 0, table[ids.long()], -1)
-    if rows_per_seat is not None:
-        absent = [row for row in range(tokens) if row // rows_per_seat not in members]
+    if rows_per_rank is not None:
+        absent = [row for row in range(tokens) if row // rows_per_rank not in members]
         wanted[absent] = -1
     assert got.dtype == torch.int32 and torch.equal(got, wanted), (got, wanted)
 

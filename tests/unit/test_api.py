@@ -14,11 +14,11 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, wish_of
+from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, target_of
 from elasticmoe_sglang.api.router import build_router, mount
 from elasticmoe_sglang.api.types import Operation, Phase, ScalingState, Status
 from elasticmoe_sglang.errors import UserInputError
-from elasticmoe_sglang.planner import RetireSeats, ScaleTo
+from elasticmoe_sglang.planner import RetireRanks, ScaleTo
 from tests.helpers.fake_cluster import COLUMN, FakeCluster
 
 
@@ -53,13 +53,13 @@ def refusal(client: TestClient, body: Any, status: int) -> str:
 def test_both_words_for_a_size(client: TestClient, word: str) -> None:
     operation = scale(client, **{word: 3}, wait=True)
     assert operation.phase is Phase.DONE
-    assert (operation.old_ep_size, operation.new_ep_size, operation.wish) == (2, 3, {"new_ep_size": 3})
+    assert (operation.old_ep_size, operation.new_ep_size, operation.target) == (2, 3, {"new_ep_size": 3})
 
 
-def test_retire_seats(client: TestClient) -> None:
+def test_retire_ranks(client: TestClient) -> None:
     scale(client, new_ep_size=4, wait=True)
-    operation = scale(client, retire_seats=[2, 1], wait=True)
-    assert operation.seats_after == [0, 3] and operation.wish == {"retire_seats": [1, 2]}
+    operation = scale(client, retire_ranks=[2, 1], wait=True)
+    assert operation.ranks_after == [0, 3] and operation.target == {"retire_ranks": [1, 2]}
 
 
 def test_202_while_it_goes_on_and_200_when_it_has_ended(client: TestClient) -> None:
@@ -162,25 +162,25 @@ def test_is_scaling_while_a_change_runs() -> None:
         ({"new_data_parallel_size": 2, "drain_timeout": "x"}, "drain_timeout must be a positive integer"),
         ({"new_ep_size": 2, "drain_timeout": 5}, "goes with new_data_parallel_size"),
         ({"new_ep_size": 4, "new_data_parallel_size": 4}, "given together"),
-        ({"new_ep_size": 4, "retire_seats": [1]}, "given together"),
-        ({"retire_seats": []}, "Seats that can be retired now: 1"),
-        ({"retire_seats": [0]}, "seat 0 cannot be retired"),
-        ({"retire_seats": [3]}, "seat 3 is not occupied"),
-        ({"retire_seats": [9]}, "seat 9 is not occupied"),
-        ({"retire_seats": [-1]}, "seat -1 is not occupied"),
-        ({"retire_seats": [1, 1]}, "named twice"),
-        ({"retire_seats": 1}, "list of seat numbers, not 1"),
-        ({"retire_seats": ["1"]}, "list of seat numbers"),
-        ({"retire_seats": [True]}, "list of seat numbers"),
-        ({"retire_seats": [1.0]}, "list of seat numbers"),
-        ({"retire_seats": None}, "list of seat numbers"),
+        ({"new_ep_size": 4, "retire_ranks": [1]}, "given together"),
+        ({"retire_ranks": []}, "Ranks that can be retired now: 1"),
+        ({"retire_ranks": [0]}, "rank 0 cannot be retired"),
+        ({"retire_ranks": [3]}, "rank 3 is not active"),
+        ({"retire_ranks": [9]}, "rank 9 is not active"),
+        ({"retire_ranks": [-1]}, "rank -1 is not active"),
+        ({"retire_ranks": [1, 1]}, "named twice"),
+        ({"retire_ranks": 1}, "list of rank numbers, not 1"),
+        ({"retire_ranks": ["1"]}, "list of rank numbers"),
+        ({"retire_ranks": [True]}, "list of rank numbers"),
+        ({"retire_ranks": [1.0]}, "list of rank numbers"),
+        ({"retire_ranks": None}, "list of rank numbers"),
         ({"new_ep_size": 4, "wait": 1}, "wait must be true or false"),
         ({"new_ep_size": 4, "wait": None}, "wait must be true or false"),
         ({"new_ep_size": 4, "operation_id": 7}, "operation_id must be a string"),
         ({"new_ep_size": 4, "operation_id": ""}, "letters, digits"),
         ({"new_ep_size": 4, "operation_id": "a" * 200}, "letters, digits"),
         ({"new_ep_size": 4, "new_ep_sise": 4}, 'unknown field "new_ep_sise"'),
-        ({}, "no size and no seats to retire"),
+        ({}, "no size and no ranks to retire"),
         ([], "JSON object, not []"),
         (4, "JSON object, not 4"),
         ("new_ep_size", "JSON object"),
@@ -236,15 +236,15 @@ def test_vllms_clients_may_send_their_drain_timeout(client: TestClient) -> None:
     assert scale(client, new_data_parallel_size=3, drain_timeout=120, wait=True).phase is Phase.DONE
 
 
-def test_requests_that_mean_the_same_are_equal_wishes() -> None:
-    def wish(body: Any) -> object:
-        return wish_of(parse_scale_request(json.dumps(body).encode()))
+def test_requests_that_mean_the_same_are_equal_targets() -> None:
+    def target(body: Any) -> object:
+        return target_of(parse_scale_request(json.dumps(body).encode()))
 
-    assert wish({"new_ep_size": 3}) == wish({"new_data_parallel_size": 3}) == ScaleTo(size=3)
-    assert wish({"retire_seats": [2, 1]}) == wish({"retire_seats": [1, 2]}) == RetireSeats(seats=(1, 2))
+    assert target({"new_ep_size": 3}) == target({"new_data_parallel_size": 3}) == ScaleTo(size=3)
+    assert target({"retire_ranks": [2, 1]}) == target({"retire_ranks": [1, 2]}) == RetireRanks(ranks=(1, 2))
 
 
-KEYS = ["new_ep_size", "new_data_parallel_size", "retire_seats", "operation_id", "wait", "drain_timeout", "other"]
+KEYS = ["new_ep_size", "new_data_parallel_size", "retire_ranks", "operation_id", "wait", "drain_timeout", "other"]
 scalars = st.none() | st.booleans() | st.integers() | st.integers(-2, 6) | st.floats() | st.text(max_size=8)
 values = st.recursive(
     scalars | st.lists(st.integers(-2, 6), max_size=4),
@@ -283,7 +283,7 @@ def test_the_parser_raises_one_kind_of_error(body: bytes) -> None:
     except UserInputError as error:
         assert len(str(error)) < 400
         return
-    wish_of(request)
+    target_of(request)
 
 
 @given(path=st.text(max_size=40))

@@ -64,7 +64,7 @@ class Pretend(Method):
         self.at_once -= 1
         return 0 if self.sizes == 2 else 1
 
-    async def carry_out(self, size: int, record: ChangeRecord) -> None:
+    async def apply_commit(self, size: int, record: ChangeRecord) -> None:
         self.up = False
         await asyncio.sleep(0.3)
         if size == 9:

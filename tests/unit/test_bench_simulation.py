@@ -21,14 +21,14 @@ from benchmarks.scaling.simulation import (
     predict_throughput,
 )
 from benchmarks.scaling.validation import Point, check, fit
+from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.planner import ScaleTo, initial_placement, plan_scale
-from elasticmoe_sglang.seats.membership import Membership
 
 ZERO = assumed(0.0, "test")
 BARE = replace(
     H200,
     message_s=ZERO, new_column_s=ZERO, old_column_s=ZERO, boot_s=ZERO, capture_s=ZERO, commit_s=ZERO,
-    commit_seat_s=ZERO, near_copy=assumed(100.0, "bytes/s"), far_copy=assumed(10.0, "bytes/s"),
+    commit_rank_s=ZERO, near_copy=assumed(100.0, "bytes/s"), far_copy=assumed(10.0, "bytes/s"),
 )  # fmt: skip
 SMALL = Weights(columns=8, column_bytes=50, dense_bytes=200)
 
@@ -64,15 +64,15 @@ def test_two_at_a_time() -> None:
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(64, 256))
 def test_moves_are_as_few_as_the_planner_s(old: int, new: int, columns: int) -> None:
-    seats = tuple(range(old))
+    ranks = tuple(range(old))
     plan = plan_scale(
-        Membership(seats=seats, epoch=0, capacity=64), initial_placement(columns, seats), ScaleTo(size=new)
+        Membership(ranks=ranks, epoch=0, capacity=64), initial_placement(columns, ranks), ScaleTo(size=new)
     )
     assert len(moves_between(columns, old, new)) == len(plan.moves)
     assert placement_after(columns, old, new).is_balanced_over(range(new))
 
 
-def test_one_joiner_by_hand() -> None:
+def test_one_joining_rank_by_hand() -> None:
     # 1 -> 2: dense 200 bytes and 4 columns of 50, all from device 0 at 100 bytes/s.
     found = predict(BARE, SMALL, 1, 2, capture=False)
     assert found.scale_latency_s == pytest.approx(4.0)
@@ -80,7 +80,7 @@ def test_one_joiner_by_hand() -> None:
     assert found.busiest_sender_s == pytest.approx(4.0)
 
 
-def test_joiners_wait_for_the_one_sender_of_dense_weights() -> None:
+def test_joining_ranks_wait_for_the_one_sender_of_dense_weights() -> None:
     # 2 -> 4: both read 200 bytes from device 0 (2 s and 4 s); two columns each, from devices 0 and 1.
     found = predict(BARE, SMALL, 2, 4, capture=False)
     assert 5.0 <= found.scale_latency_s <= 6.0
@@ -118,7 +118,7 @@ def test_one_sender_of_dense_weights_becomes_the_bottleneck_of_large_changes() -
         assert predict(H200, weights, old, new, spread=True).scale_latency_s < cold
     one, many = (predict(H200, weights, 128, 256, capture=False, spread=spread) for spread in (False, True))
     assert one.scale_latency_s > 10 * many.scale_latency_s
-    # 120 joiners on other nodes than seat 0, 32 GiB each, through its one port at 45 GB/s.
+    # 120 joining ranks on other nodes than rank 0, 32 GiB each, through its one port at 45 GB/s.
     assert one.busiest_sender_s == pytest.approx(128 * (32 << 30) / 45e9, rel=0.05)
 
 

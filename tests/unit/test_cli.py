@@ -26,7 +26,7 @@ from elasticmoe_sglang.api.types import MemoryStatus, Operation, Phase, Status
 from elasticmoe_sglang.cli import serve
 from elasticmoe_sglang.cli.main import main
 from elasticmoe_sglang.cli.progress import OperationProgress, completion
-from elasticmoe_sglang.cli.render import operations_table, placement_picture, status_view
+from elasticmoe_sglang.cli.render import draw_placement, operations_table, status_view
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
 from elasticmoe_sglang.launch_config import load_launch_config
 from tests.helpers.fake_cluster import FakeCluster
@@ -78,7 +78,7 @@ def test_scale_wait_json(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(port, "scale", "4", "--wait", "--json") == 0
     out, err = capsys.readouterr()
     operation = json.loads(out)
-    assert operation["phase"] == "done" and operation["seats_after"] == [0, 1, 2, 3]
+    assert operation["phase"] == "done" and operation["ranks_after"] == [0, 1, 2, 3]
     assert "EP 2 -> 4, 4/4 columns" in err
 
 
@@ -86,7 +86,7 @@ def test_scale_and_retire_for_people(port: int, capsys: pytest.CaptureFixture[st
     assert run(port, "scale", "4", "--wait") == 0
     assert run(port, "scale", "--retire", "1,3", "--wait") == 0
     out = capsys.readouterr().out
-    assert "seats 2, 3" in out and "seats 1, 3" in out and "requests moved" in out
+    assert "ranks 2, 3" in out and "ranks 1, 3" in out and "requests moved" in out
 
 
 def test_scale_without_wait_returns_at_once(port: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +114,7 @@ def test_an_operation_that_does_not_end_in_time_is_exit_status_1(capsys: pytest.
         (["scale", "9"], "ask for a size from 1 to 4"),
         (["scale", "0"], "positive integer"),
         (["scale", "-1"], "positive integer"),
-        (["scale", "--retire", "0"], "seat 0 cannot be retired"),
+        (["scale", "--retire", "0"], "rank 0 cannot be retired"),
         (["scale", "3", "--operation-id", "a b"], "letters, digits"),
         (["operations", "nobody"], "no operation 'nobody'"),
     ],
@@ -223,7 +223,7 @@ def text_of(renderable: object) -> str:
 
 
 def test_the_picture_of_a_placement() -> None:
-    text = text_of(placement_picture([0, 0, 1, 11] + [2] * 62))
+    text = text_of(draw_placement([0, 0, 1, 11] + [2] * 62))
     assert "001b22" in text and "66 expert columns" in text
 
 
@@ -232,13 +232,13 @@ def test_the_view_of_a_status(port: int, capsys: pytest.CaptureFixture[str]) -> 
     capsys.readouterr()
     assert run(port, "status") == 0
     out = capsys.readouterr().out
-    for part in ("EP size 3 of 4 seats", "epoch 1", "standby", "ipc:///hmm.sock", "column", "dense", "operation "):
+    for part in ("EP size 3 of 4 ranks", "epoch 1", "standby", "ipc:///hmm.sock", "column", "dense", "operation "):
         assert part in out, part
 
 
 def test_views_of_an_empty_server() -> None:
     status = Status(
-        ep_size=1, max_ep_size=1, epoch=0, membership=[0], seats=[], placement=[],
+        ep_size=1, max_ep_size=1, epoch=0, membership=[0], ranks=[], placement=[],
         memory=MemoryStatus(available=False, error="gone"), running=None, last=None,
     )  # fmt: skip
     assert "HMM: gone" in text_of(status_view(status))

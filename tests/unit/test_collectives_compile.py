@@ -20,13 +20,13 @@ GEOMETRY = {
     "SIZE": 4,
     "LEAST": 256,
     "CAPACITY": 4,
-    "SEATS": 4,
+    "RANKS": 4,
     "BLOCKS": LAYOUT.blocks,
     "HEADERS": LAYOUT.headers_offset,
     "DATA_OFFSET": LAYOUT.data_offset,
     "DATA_BYTES": LAYOUT.data_bytes,
 }
-ADDRESSES = ("out", "inp", "control", "base", "seat_of_rank", "header")
+ADDRESSES = ("out", "inp", "control", "base", "global_ranks", "header")
 
 
 def ptx_of(kernel: Any, **constants: Any) -> str:

@@ -31,7 +31,7 @@ def test_flags_reach_their_fields() -> None:
     values = {
         "ep_size": ("2", 2),
         "max_ep_size": ("6", 6),
-        "seats_per_device": ("2", 2),
+        "ranks_per_device": ("2", 2),
         "standbys": ("0", 0),
         "hmm_endpoint": ("ipc:///tmp/x.sock", "ipc:///tmp/x.sock"),
         "device_budget": ("2GiB", 2 << 30),
@@ -100,8 +100,8 @@ def test_is_frozen() -> None:
 
 
 def test_devices() -> None:
-    config = ElasticConfig(ep_size=1, max_ep_size=5, seats_per_device=2)
-    assert [config.device_of(seat) for seat in range(5)] == [0, 0, 1, 1, 2]
+    config = ElasticConfig(ep_size=1, max_ep_size=5, ranks_per_device=2)
+    assert [config.device_of(rank) for rank in range(5)] == [0, 0, 1, 1, 2]
     assert config.num_devices == 3
 
 
@@ -113,7 +113,7 @@ def test_devices() -> None:
         {"ep_size": True},
         {"ep_size": 2.0},
         {"max_ep_size": -1},
-        {"seats_per_device": 0},
+        {"ranks_per_device": 0},
         {"standbys": -1},
         {"device_budget": 0},
         {"pull_bandwidth": -5},

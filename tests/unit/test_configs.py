@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from elasticmoe_sglang.comm.membership import MAX_CAPACITY
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
 from elasticmoe_sglang.errors import BudgetExceeded, UnsupportedFeature, UserInputError
 from elasticmoe_sglang.launch_config import DEVICES, GIB, MIN_KV_TOKENS, LaunchConfig, load_launch_config
 from elasticmoe_sglang.model_shape import shape_of
-from elasticmoe_sglang.seats.membership import MAX_CAPACITY
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(path for path in CONFIGS.glob("*/*.json") if path.parent.name != "models")
@@ -50,11 +50,11 @@ def test_each_fits_its_devices(config: LaunchConfig) -> None:
     assert config.device == config.name.split("/")[0]
     hbm = DEVICES[config.device].hbm_bytes
     for ep_size in {config.min_ep_size, config.elastic.ep_size, config.elastic.max_ep_size}:
-        assert config.seat_bytes(ep_size) <= config.device_budget < hbm
+        assert config.rank_bytes(ep_size) <= config.device_budget < hbm
         assert config.kv_tokens(ep_size) >= MIN_KV_TOKENS
     # Room beside the budget for the runtime, activations and graphs.
     assert hbm - config.device_budget >= 6 * GIB
-    # All experts are somewhere, and every seat added gives room to the cache.
+    # All experts are somewhere, and every rank added gives room to the cache.
     assert config.kv_tokens(config.elastic.max_ep_size) >= config.kv_tokens(config.elastic.ep_size)
     assert config.elastic.max_ep_size <= MAX_CAPACITY
 
@@ -114,15 +114,15 @@ def write(tmp_path: Path, change: dict[str, object], drop: str | None = None) ->
 
 def test_weights_that_do_not_fit_are_refused_with_numbers(tmp_path: Path) -> None:
     with pytest.raises(
-        BudgetExceeded, match=r"on 1 seats a device must hold 58\.\d GiB, its budget is 40\.0 GiB"
+        BudgetExceeded, match=r"on 1 ranks a device must hold 58\.\d GiB, its budget is 40\.0 GiB"
     ) as caught:
         load_launch_config(write(tmp_path, {"elastic": {"device_budget": "40GiB"}}))
     assert caught.value.needed > caught.value.budget == 40 * GIB
     load_launch_config(write(tmp_path, {"elastic": {"device_budget": "40GiB"}, "min_ep_size": 2}))
     with pytest.raises(BudgetExceeded, match="leaves nothing"):
         load_launch_config(write(tmp_path, {"elastic": {"device_budget": "139GiB"}}))
-    with pytest.raises(BudgetExceeded):  # two seats share what one had
-        load_launch_config(write(tmp_path, {"elastic": {"device_budget": "100GiB", "seats_per_device": 2}}))
+    with pytest.raises(BudgetExceeded):  # two ranks share what one had
+        load_launch_config(write(tmp_path, {"elastic": {"device_budget": "100GiB", "ranks_per_device": 2}}))
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def test_weights_that_do_not_fit_are_refused_with_numbers(tmp_path: Path) -> Non
         ({"device": "h100"}, "'h100' is unknown"),
         ({"expert_dtype": "int3"}, "int3"),
         ({"min_ep_size": 3}, r"not in 1\.\.2"),
-        ({"elastic": {"max_ep_size": 200}}, "200 seats for 128 experts"),
+        ({"elastic": {"max_ep_size": 200}}, "200 ranks for 128 experts"),
         ({"elastic": {"max_ep_size": 16}}, "2 machines are needed"),
         ({"elastic": {"ep_size": 9}}, "larger than"),
-        ({"elastic": {"seats": 2}}, "no such setting"),
+        ({"elastic": {"ranks": 2}}, "no such setting"),
         ({"elastic": {"device_budget": "much"}}, "is not a size"),
         ({"colour": "blue"}, "colour"),
         ({"shape": "nowhere.json"}, "cannot be read"),

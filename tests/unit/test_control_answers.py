@@ -1,4 +1,4 @@
-"""A control request waits for the seats that are there, also when a commit or a death comes in between."""
+"""A control request waits for the ranks that are there, also when a commit or a death comes in between."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from elasticmoe_patches.srt.managers import communicator as module
 from elasticmoe_patches.srt.managers.communicator import Answers
 
 
-class Seats:
+class Ranks:
     """Stands for SGLang's communicator: an answer for each call of `answer`."""
 
     def __init__(self) -> None:
@@ -40,20 +40,20 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(main, 5))
 
 
-def ask(answers: Answers, seats: Seats, request: int = 0) -> asyncio.Task[list[int]]:
-    return asyncio.ensure_future(answers.ask(Seats.queueing_call, seats, request))
+def ask(answers: Answers, ranks: Ranks, request: int = 0) -> asyncio.Task[list[int]]:
+    return asyncio.ensure_future(answers.ask(Ranks.queueing_call, ranks, request))
 
 
 def test_it_waits_for_as_many_as_are_there() -> None:
     async def main() -> None:
-        answers, seats = Answers(2), Seats()
+        answers, ranks = Answers(2), Ranks()
         for members in (2, 3, 1):
             answers.resume(members)
-            asked = ask(answers, seats)
+            asked = ask(answers, ranks)
             await asyncio.sleep(0.01)
             for _ in range(members):
                 assert not asked.done()
-                seats.answer()
+                ranks.answer()
             assert await asked == list(range(members))
 
     run(main())
@@ -61,25 +61,25 @@ def test_it_waits_for_as_many_as_are_there() -> None:
 
 def test_none_is_sent_while_a_commit_is_on_its_way() -> None:
     async def main() -> None:
-        answers, seats = Answers(2), Seats()
+        answers, ranks = Answers(2), Ranks()
         await answers.hold()
-        asked = ask(answers, seats)
+        asked = ask(answers, ranks)
         await asyncio.sleep(0.05)
-        assert seats.sent == []
+        assert ranks.sent == []
         answers.resume(1)
         await asyncio.sleep(0.05)
-        seats.answer()
+        ranks.answer()
         assert await asked == [0]
 
     run(main())
 
 
-def test_a_commit_does_not_wait_for_ever_and_leavers_need_not_answer() -> None:
+def test_a_commit_does_not_wait_for_ever_and_retiring_ranks_need_not_answer() -> None:
     async def main() -> None:
-        answers, seats = Answers(3), Seats()
-        asked = ask(answers, seats)
+        answers, ranks = Answers(3), Ranks()
+        asked = ask(answers, ranks)
         await asyncio.sleep(0.01)
-        seats.answer()
+        ranks.answer()
         await answers.hold()
         answers.resume(1)
         assert await asked == [0]
@@ -91,18 +91,18 @@ def test_after_a_death_it_ends_with_what_has_come(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "_GIVE_UP_S", 0.05)
 
     async def main() -> None:
-        answers, seats = Answers(3), Seats()
-        asked = ask(answers, seats)
-        following = ask(answers, seats, 1)
+        answers, ranks = Answers(3), Ranks()
+        asked = ask(answers, ranks)
+        following = ask(answers, ranks, 1)
         await asyncio.sleep(0.01)
-        seats.answer()
+        ranks.answer()
         answers.resume(2)
         answers.give_up_later()
         assert await asked == [0]
         await asyncio.sleep(0.01)
-        assert seats.sent == [0, 1]
-        seats.answer()
-        seats.answer()
+        assert ranks.sent == [0, 1]
+        ranks.answer()
+        ranks.answer()
         assert await following == [0, 1]
 
     run(main())

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elasticmoe_sglang.coordinator import HISTORY, Coordinator, Operation, Phase, SeatState
+from elasticmoe_sglang.coordinator import HISTORY, Coordinator, Operation, Phase, RankState
 from elasticmoe_sglang.errors import (
     BudgetExceeded,
     HmmUnavailable,
@@ -19,14 +19,14 @@ from elasticmoe_sglang.errors import (
     PlanError,
     UserInputError,
 )
-from elasticmoe_sglang.planner import RetireSeats, ScaleTo, Wish
+from elasticmoe_sglang.planner import RetireRanks, ScaleTo, Target
 from tests.helpers.fake_cluster import COLUMN, DENSE, KV_CHUNKS, FakeCluster
 
 SHORT = {"prepare_deadline_s": 1.0, "commit_deadline_s": 0.5, "finish_deadline_s": 1.0}
 """Deadlines for calls that hang: long enough for a machine that stands still for a moment, and waited for only then."""
 HOW = ["raise_before", "raise_after", "hang"]
 UP = ScaleTo(size=4)
-DOWN = RetireSeats(seats=(1,))
+DOWN = RetireRanks(ranks=(1,))
 
 
 @pytest.fixture(autouse=True)
@@ -38,17 +38,17 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(main, 20))
 
 
-async def change(coordinator: Coordinator, wish: Wish) -> Operation:
-    operation = await coordinator.submit(wish)
+async def change(coordinator: Coordinator, target: Target) -> Operation:
+    operation = await coordinator.submit(target)
     return await coordinator.wait(operation.operation_id)
 
 
 def up_cluster(**more: Any) -> FakeCluster:
-    return FakeCluster(occupied=(0, 1), **more)
+    return FakeCluster(active=(0, 1), **more)
 
 
 def down_cluster(**more: Any) -> FakeCluster:
-    return FakeCluster(occupied=(0, 1, 2, 3), columns=12, **more)
+    return FakeCluster(active=(0, 1, 2, 3), columns=12, **more)
 
 
 def test_scale_up_order_and_report() -> None:
@@ -59,14 +59,14 @@ def test_scale_up_order_and_report() -> None:
         assert first.phase is Phase.PLANNED
         done = await coordinator.wait(first.operation_id)
         assert done.phase is Phase.DONE and done.error is None
-        assert (done.old_ep_size, done.new_ep_size, done.joining, done.leaving) == (2, 4, [2, 3], [])
+        assert (done.old_ep_size, done.new_ep_size, done.joining, done.retiring) == (2, 4, [2, 3], [])
         assert (done.columns_planned, done.columns_moved, done.bytes_moved) == (4, 4, 4 * COLUMN)
         assert done.pause_ms == {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0} and done.max_pause_ms == 4.0
         assert done.epoch == coordinator.membership.epoch == 1
         cluster.check_settled(coordinator)
         assert cluster.log[:2] == ["begin", "make_room"]
         assert set(cluster.log[2:4]) == {"boot 2", "boot 3"}
-        assert cluster.log[4:6] == ["seats.commit", "hmm.commit"]
+        assert cluster.log[4:6] == ["ranks.commit", "hmm.commit"]
         assert set(cluster.log[6:8]) == {"release 0", "release 1"}
         assert cluster.log[8:] == ["fill_kv"], "KV grows into what departed columns left"
 
@@ -79,11 +79,11 @@ def test_scale_down_order_and_report() -> None:
         coordinator = cluster.coordinator()
         done = await change(coordinator, DOWN)
         assert done.phase is Phase.DONE and done.moved_requests == 1
-        assert done.leaving == [1] and done.seats_after == [0, 2, 3]
+        assert done.retiring == [1] and done.ranks_after == [0, 2, 3]
         cluster.check_settled(coordinator)
         assert cluster.log[:2] == ["begin", "make_room"], "KV makes room before columns are allocated"
         assert set(cluster.log[2:5]) == {"pull 0", "pull 2", "pull 3"}
-        assert cluster.log[5:] == ["seats.commit", "hmm.commit", "dismiss 1", "release 1", "fill_kv"]
+        assert cluster.log[5:] == ["ranks.commit", "hmm.commit", "dismiss 1", "release 1", "fill_kv"]
 
     run(main())
 
@@ -101,24 +101,24 @@ def test_phases_are_timed() -> None:
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("call", ["begin", "make_room", "boot 2", "boot 3", "seats.commit"])
+@pytest.mark.parametrize("call", ["begin", "make_room", "boot 2", "boot 3", "ranks.commit"])
 def test_a_failed_growth_is_undone_exactly_once(call: str, how: str) -> None:
     check_rolled_back(up_cluster(), UP, call, how)
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("call", ["begin", "make_room", "pull 0", "pull 2", "pull 3", "seats.commit"])
+@pytest.mark.parametrize("call", ["begin", "make_room", "pull 0", "pull 2", "pull 3", "ranks.commit"])
 def test_a_failed_shrinking_is_undone_exactly_once(call: str, how: str) -> None:
     check_rolled_back(down_cluster(), DOWN, call, how)
 
 
-def check_rolled_back(cluster: FakeCluster, wish: Wish, call: str, how: str) -> None:
+def check_rolled_back(cluster: FakeCluster, target: Target, call: str, how: str) -> None:
     async def main() -> None:
         cluster.faults = {call: how}
         coordinator = cluster.coordinator(**SHORT)
         before = (coordinator.membership, coordinator.placement)
-        ended = await change(coordinator, wish)
-        if call == "seats.commit" and how == "raise_after":
+        ended = await change(coordinator, target)
+        if call == "ranks.commit" and how == "raise_after":
             # The answer was lost, but the control page says that it happened.
             assert ended.phase is Phase.DONE
             cluster.check_settled(coordinator)
@@ -130,12 +130,12 @@ def check_rolled_back(cluster: FakeCluster, wish: Wish, call: str, how: str) -> 
         opened = call != "begin"
         assert cluster.calls["rollback"] == cluster.calls["fill_kv"] == opened
         assert cluster.calls["hmm.commit"] == 0
-        for seat in range(cluster.capacity):
-            assert cluster.calls[f"dismiss {seat}"] == cluster.calls[f"boot {seat}"] <= 1
-            assert cluster.calls[f"drop {seat}"] == cluster.calls[f"pull {seat}"] <= 1
-            assert cluster.calls[f"release {seat}"] == 0
+        for rank in range(cluster.capacity):
+            assert cluster.calls[f"dismiss {rank}"] == cluster.calls[f"boot {rank}"] <= 1
+            assert cluster.calls[f"drop {rank}"] == cluster.calls[f"pull {rank}"] <= 1
+            assert cluster.calls[f"release {rank}"] == 0
         cluster.faults = {}
-        assert (await change(coordinator, wish)).phase is Phase.DONE
+        assert (await change(coordinator, target)).phase is Phase.DONE
         cluster.check_settled(coordinator)
 
     run(main())
@@ -153,20 +153,20 @@ def test_a_shrinking_that_fails_in_finish_is_loud_and_keeps_the_new_membership(c
     check_failed_in_finish(down_cluster(), DOWN, call, how)
 
 
-def check_failed_in_finish(cluster: FakeCluster, wish: Wish, call: str, how: str) -> None:
+def check_failed_in_finish(cluster: FakeCluster, target: Target, call: str, how: str) -> None:
     async def main() -> None:
         cluster.faults = {call: how}
         coordinator = cluster.coordinator(**SHORT)
-        ended = await change(coordinator, wish)
+        ended = await change(coordinator, target)
         assert ended.phase is Phase.FAILED
         assert ended.error is not None and "epoch 1 serves" in ended.error
         assert coordinator.membership == cluster.members and coordinator.membership.epoch == 1
         assert cluster.calls["rollback"] == 0
         assert all(count == 1 for count in cluster.calls.values()), "every step once, whatever another one did"
-        wanted = {"hmm.commit", *(f"dismiss {seat}" for seat in ended.leaving)}
+        wanted = {"hmm.commit", *(f"dismiss {rank}" for rank in ended.retiring)}
         assert wanted <= set(cluster.calls)
         if call.startswith("dismiss"):
-            assert "release 1" not in cluster.calls, "columns that a leaver may still map were freed"
+            assert "release 1" not in cluster.calls, "columns that a retiring rank may still map were freed"
 
     run(main())
 
@@ -187,10 +187,10 @@ def test_a_failing_undo_is_loud_and_does_not_stop_the_other_undos(undo: str) -> 
 
 def test_an_aborted_commit_is_rolled_back_with_its_reason() -> None:
     async def main() -> None:
-        cluster = up_cluster(commit_verdict="seat 3 did not reach the gate")
+        cluster = up_cluster(commit_verdict="rank 3 did not reach the commit barrier")
         coordinator = cluster.coordinator()
         ended = await change(coordinator, UP)
-        assert ended.phase is Phase.ROLLED_BACK and ended.error == "seat 3 did not reach the gate"
+        assert ended.phase is Phase.ROLLED_BACK and ended.error == "rank 3 did not reach the commit barrier"
         cluster.check_settled(coordinator)
 
     run(main())
@@ -201,7 +201,7 @@ def test_columns_that_did_not_arrive_are_an_error() -> None:
         cluster = up_cluster(faults={"boot 2": "short"})
         coordinator = cluster.coordinator()
         ended = await change(coordinator, UP)
-        assert ended.phase is Phase.ROLLED_BACK and "only 1 of 2 columns arrived (seat 2" in str(ended.error)
+        assert ended.phase is Phase.ROLLED_BACK and "only 1 of 2 columns arrived (rank 2" in str(ended.error)
         cluster.check_settled(coordinator)
 
     run(main())
@@ -230,7 +230,7 @@ def test_a_repeated_id_is_the_same_operation_while_it_runs_and_after_it() -> Non
         await coordinator.wait("one")
         assert (await coordinator.submit(UP, "one")).phase is Phase.DONE
         assert cluster.calls["begin"] == 1
-        with pytest.raises(UserInputError, match="used for another wish"):
+        with pytest.raises(UserInputError, match="used for another target"):
             await coordinator.submit(DOWN, "one")
 
     run(main())
@@ -245,7 +245,7 @@ def test_an_id_that_is_no_name_is_refused(bad: str) -> None:
     run(main())
 
 
-def test_a_fulfilled_wish_is_done_at_once_even_without_an_hmm() -> None:
+def test_a_fulfilled_target_is_done_at_once_even_without_an_hmm() -> None:
     async def main() -> None:
         cluster = up_cluster(hmm_answers=False)
         operation = await cluster.coordinator().submit(ScaleTo(size=2))
@@ -283,12 +283,12 @@ def test_refusals_before_anything_is_begun() -> None:
     run(main())
 
 
-def test_kv_counts_as_room_down_to_what_a_seat_needs() -> None:
-    """Ten chunks of KV, of which a seat needs two, have room for two columns (4 -> 2) and not for six (4 -> 1)."""
+def test_kv_counts_as_room_down_to_what_a_rank_needs() -> None:
+    """Ten chunks of KV, of which a rank needs two, have room for two columns (4 -> 2) and not for six (4 -> 1)."""
     full = 2 * COLUMN + DENSE + KV_CHUNKS * 250
 
     async def main() -> None:
-        cluster = FakeCluster(occupied=(0, 1, 2, 3), columns=8, budget=full, kv_chunk=250)
+        cluster = FakeCluster(active=(0, 1, 2, 3), columns=8, budget=full, kv_chunk=250)
         coordinator = cluster.coordinator()
         with pytest.raises(BudgetExceeded, match=r"device 0 needs 5\.86 KiB more and has 1\.95 KiB free") as refused:
             await coordinator.submit(ScaleTo(size=1))
@@ -306,7 +306,7 @@ def test_status_shows_everything_and_survives_a_silent_hmm() -> None:
         status = await coordinator.status()
         assert (status.ep_size, status.max_ep_size, status.epoch) == (3, 4, 1)
         assert status.membership == [0, 1, 2]
-        assert [seat.state for seat in status.seats] == [SeatState.OCCUPIED] * 3 + [SeatState.STANDBY]
+        assert [rank.state for rank in status.ranks] == [RankState.ACTIVE] * 3 + [RankState.STANDBY]
         assert sorted(map(status.placement.count, (0, 1, 2))) == [2, 3, 3]
         assert status.memory.available and status.memory.devices[0].by_kind["column"] > 0
         assert status.running is None and status.last is not None and status.last.phase is Phase.DONE
@@ -340,14 +340,14 @@ def test_a_hold_rolls_a_preparing_change_back_at_once_and_only_once() -> None:
         coordinator = cluster.coordinator()
         operation = await coordinator.submit(UP)
         await asyncio.sleep(0.02)
-        first, second = OperationInProgress("seat 1 died"), OperationInProgress("so did seat 3")
+        first, second = OperationInProgress("rank 1 died"), OperationInProgress("so did rank 3")
         await asyncio.gather(
-            coordinator.hold(first, interrupt="seat 1 was lost"), coordinator.hold(second, interrupt="seat 3 was lost")
+            coordinator.hold(first, interrupt="rank 1 was lost"), coordinator.hold(second, interrupt="rank 3 was lost")
         )
         ended = coordinator.get(operation.operation_id)
-        assert ended is not None and (ended.phase, ended.error) == (Phase.ROLLED_BACK, "seat 1 was lost")
+        assert ended is not None and (ended.phase, ended.error) == (Phase.ROLLED_BACK, "rank 1 was lost")
         cluster.check_settled(coordinator)
-        with pytest.raises(OperationInProgress, match="seat 1 died"):
+        with pytest.raises(OperationInProgress, match="rank 1 died"):
             await coordinator.submit(UP)
         coordinator.resume(first)
         coordinator.resume(second)
@@ -371,28 +371,28 @@ def test_close_ends_a_change_that_has_not_begun() -> None:
 
 
 calls = st.sampled_from(
-    ["begin", "make_room", "seats.commit"] + [f"{verb} {seat}" for verb in ("boot", "pull") for seat in range(5)],
+    ["begin", "make_room", "ranks.commit"] + [f"{verb} {rank}" for verb in ("boot", "pull") for rank in range(5)],
 )
-wishes = st.one_of(
+targets = st.one_of(
     st.builds(ScaleTo, size=st.integers(0, 6)),
-    st.lists(st.integers(0, 5), max_size=3).map(lambda seats: RetireSeats(seats=tuple(seats))),
+    st.lists(st.integers(0, 5), max_size=3).map(lambda ranks: RetireRanks(ranks=tuple(ranks))),
 )
-steps = st.tuples(wishes, st.dictionaries(calls, st.sampled_from(["raise_before", "raise_after"]), max_size=2))
+steps = st.tuples(targets, st.dictionaries(calls, st.sampled_from(["raise_before", "raise_after"]), max_size=2))
 
 
 @given(st.lists(steps, max_size=12), st.integers(1, 5), st.integers(1, 11))
 @settings(max_examples=150, deadline=None)
-def test_any_sequence_of_wishes_and_faults_leaves_the_cluster_settled(
-    sequence: list[tuple[Wish, dict[str, str]]], size: int, columns: int
+def test_any_sequence_of_targets_and_faults_leaves_the_cluster_settled(
+    sequence: list[tuple[Target, dict[str, str]]], size: int, columns: int
 ) -> None:
     async def main() -> None:
-        cluster = FakeCluster(capacity=5, occupied=tuple(range(size)), columns=columns)
+        cluster = FakeCluster(capacity=5, active=tuple(range(size)), columns=columns)
         coordinator = cluster.coordinator()
-        for wish, faults in sequence:
+        for target, faults in sequence:
             cluster.faults = faults
             epoch = coordinator.membership.epoch
             try:
-                ended = await change(coordinator, wish)
+                ended = await change(coordinator, target)
             except PlanError:
                 continue
             cluster.check_settled(coordinator)

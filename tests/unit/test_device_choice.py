@@ -11,7 +11,7 @@ from elasticmoe_patches import device
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
 
-SHARED = ElasticConfig(ep_size=1, max_ep_size=4, seats_per_device=4)
+SHARED = ElasticConfig(ep_size=1, max_ep_size=4, ranks_per_device=4)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_cpus_devices_share_the_machines_memory() -> None:
     device.check_devices(SHARED)
 
 
-def test_seats_share_a_gpu_where_mps_answers(one_gpu: Path) -> None:
+def test_ranks_share_a_gpu_where_mps_answers(one_gpu: Path) -> None:
     control(one_gpu, 0)
     assert device.memory_backend() == "cuda"
     device.check_devices(SHARED)
@@ -61,7 +61,7 @@ def test_mps_without_its_pipes_is_not_asked(one_gpu: Path, monkeypatch: pytest.M
         device.check_devices(SHARED)
 
 
-def test_a_seat_a_gpu_needs_no_mps_but_as_many_gpus(one_gpu: Path) -> None:
+def test_a_rank_a_gpu_needs_no_mps_but_as_many_gpus(one_gpu: Path) -> None:
     device.check_devices(ElasticConfig(ep_size=1, max_ep_size=1))
     with pytest.raises(UserInputError, match="need 4 GPUs, not 1"):
         device.check_devices(ElasticConfig(ep_size=1, max_ep_size=4))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from elasticmoe_patches.srt.model_loader.dummy import dummy_fingerprint, fill_dummy
-from elasticmoe_sglang.seats.memory import Attached
+from elasticmoe_patches.worker.dummy_weights import dummy_fingerprint, fill_dummy
+from elasticmoe_sglang.worker.weights import Attached
 
 
 def columns() -> dict[str, torch.Tensor]:
@@ -15,8 +15,8 @@ def columns() -> dict[str, torch.Tensor]:
 def test_a_column_is_the_same_whoever_makes_it() -> None:
     whole, parts = columns(), columns()
     fill_dummy({}, whole, Attached(load_columns=frozenset(range(4)), load_dense=False))
-    for seat in (3, 1, 0, 2):  # each seat its own, in any order
-        fill_dummy({}, parts, Attached(load_columns=frozenset((seat,)), load_dense=False))
+    for rank in (3, 1, 0, 2):  # each rank its own, in any order
+        fill_dummy({}, parts, Attached(load_columns=frozenset((rank,)), load_dense=False))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     one = whole["0.w13_weight"]
     assert len({tuple(one[column].flatten().tolist()) for column in range(4)}) == 4

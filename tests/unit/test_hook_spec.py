@@ -132,9 +132,9 @@ def test_a_malformed_declaration_is_refused(field: str, value: object) -> None:
 
 
 def test_the_processes_say_where_a_hook_runs() -> None:
-    spec = real_spec(processes=frozenset({"seat", "standby"}))
-    assert [name for name in ("main", "dpc", "seat", "standby", "any") if spec.runs_in(name)] == [
-        "seat",
+    spec = real_spec(processes=frozenset({"rank", "standby"}))
+    assert [name for name in ("main", "dpc", "rank", "standby", "any") if spec.runs_in(name)] == [
+        "rank",
         "standby",
         "any",
     ]
@@ -279,7 +279,7 @@ def test_every_kind_of_hook_takes_effect(fake: Fake) -> None:
         ),
         fake.spec("LIMIT", "attribute", lambda value: value + 1, signature="int"),
     ]
-    assert set(preflight.install(specs, "seat")) == set(specs)
+    assert set(preflight.install(specs, "rank")) == set(specs)
     thing = fake.module.Thing()
     assert fake.module.double(2) == ("around", 4)
     assert fake.importer.double(2) == ("around", 4)
@@ -289,7 +289,7 @@ def test_every_kind_of_hook_takes_effect(fake: Fake) -> None:
     assert fake.module.Thing.helper(3) == ("replaced", 3)
     assert thing.size == 8
     assert fake.module.LIMIT == 4
-    preflight.verify_installed(specs, "seat")
+    preflight.verify_installed(specs, "rank")
 
 
 def test_a_class_is_replaced_before_its_methods_are_wrapped(fake: Fake) -> None:
@@ -299,17 +299,17 @@ def test_a_class_is_replaced_before_its_methods_are_wrapped(fake: Fake) -> None:
 
     wrap = fake.spec("Thing.method", "after", after, signature="(self, x, *, y=1)")
     swap = fake.spec("Thing", "replace", Better, signature="()")
-    preflight.install([wrap, swap], "seat")
+    preflight.install([wrap, swap], "rank")
     assert fake.module.Thing is Better
     assert fake.module.Thing().method(1) == ("after", "better")
-    preflight.verify_installed([wrap, swap], "seat")
+    preflight.verify_installed([wrap, swap], "rank")
 
 
 def test_installing_twice_wraps_once_and_other_processes_hooks_stay_out(fake: Fake) -> None:
     spec = fake.spec("double", "around", around)
     other = fake.spec("Thing.method", "around", around, signature="(self, x, *, y=1)", processes=frozenset({"dpc"}))
-    assert preflight.install([spec, other], "seat") == (spec,)
-    assert preflight.install([spec, other], "seat") == ()
+    assert preflight.install([spec, other], "rank") == (spec,)
+    assert preflight.install([spec, other], "rank") == ()
     assert fake.module.double(2) == ("around", 4)
     assert fake.module.Thing().method(1) == 2
 
@@ -485,7 +485,7 @@ def test_what_counts_as_using_our_flags(monkeypatch: pytest.MonkeyPatch) -> None
 def broken_hook(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> Fake:
     """The catalogue has one elastic and one flags hook, and the elastic one does not fit."""
     flags = fake.spec("Thing.method", "after", after, signature="(self, x, *, y=1)", scope="flags")
-    broken = fake.spec("double", "around", around, signature="(x)", processes=frozenset({"seat"}))
+    broken = fake.spec("double", "around", around, signature="(x)", processes=frozenset({"rank"}))
     monkeypatch.setattr(plugin, "all_hooks", lambda: (flags, broken))
     monkeypatch.setattr(
         plugin,
@@ -506,7 +506,7 @@ def test_without_our_flags_only_the_flags_hooks_are_looked_at(
     assert broken_hook.module.double(2) == 4
 
 
-def test_with_our_flags_a_seat_hook_that_does_not_fit_ends_the_launch_in_the_main_process(
+def test_with_our_flags_a_rank_hook_that_does_not_fit_ends_the_launch_in_the_main_process(
     monkeypatch: pytest.MonkeyPatch, broken_hook: Fake, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["launch_server", "--elasticmoe-ep-size", "2"])
@@ -517,7 +517,7 @@ def test_with_our_flags_a_seat_hook_that_does_not_fit_ends_the_launch_in_the_mai
     assert broken_hook.module.Thing().method(1) == 2
 
 
-@pytest.mark.parametrize(("process", "ends"), [("seat", True), ("dpc", False)])
+@pytest.mark.parametrize(("process", "ends"), [("rank", True), ("dpc", False)])
 def test_a_child_process_checks_what_it_needs_itself(
     monkeypatch: pytest.MonkeyPatch, broken_hook: Fake, process: str, ends: bool
 ) -> None:

@@ -29,11 +29,12 @@ FORBIDDEN = {
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("", "errors"),
-    ("units", "messages", "tiny_model", "model_shape", "faults", "janitor"),
-    ("config", "seats.membership"),
+    ("units", "wire.envelope", "tiny_model", "model_shape", "faults", "run_dir_reaper"),
+    ("config", "comm.membership", "wire"),
     ("runtime", "launch_config"),
-    ("hmm", "planner", "moe"),
-    ("seats",),
+    ("hmm", "planner"),
+    ("comm",),
+    ("worker",),
     ("imm",),
     ("coordinator",),
     ("api",),
@@ -129,6 +130,6 @@ def test_the_check_itself_sees_imports(tmp_path: Path) -> None:
         "sglang.y",
     ]
     assert not inside("sglang_other", "sglang")
-    assert layer_entry("elasticmoe_sglang.seats.membership") == (2, "seats.membership")
-    assert layer_entry("elasticmoe_sglang.seats.gate")[1] == "seats"
+    assert layer_entry("elasticmoe_sglang.comm.membership") == (2, "comm.membership")
+    assert layer_entry("elasticmoe_sglang.comm.commit_barrier")[1] == "comm"
     assert layer_entry("elasticmoe_sglang.SUPPORTED_SGLANG") == (0, "")

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elasticmoe_sglang.errors import SeatError
+from elasticmoe_sglang.errors import WorkerError
 
 PAGES = 96
 ROWS = 64
@@ -144,7 +144,7 @@ class Model:
         return count
 
     def resize(self, pages: int) -> Any:
-        from elasticmoe_patches.srt.mem_cache.resize import resize
+        from elasticmoe_patches.worker.kv_resize import resize
 
         def move(rows: torch.Tensor, targets: torch.Tensor) -> None:
             assert not set(rows.tolist()) & set(targets.tolist())
@@ -206,7 +206,7 @@ def test_everybody_keeps_their_tokens(page: int, steps: list[tuple[str, int]]) -
                 before = model.allocator.size
                 try:
                     result = model.resize(value)
-                except SeatError:
+                except WorkerError:
                     assert model.allocator.size == before
                     assert max(len(req.origin_input_ids) + 1 + page for req in model.live) > value * page
                 else:
@@ -256,7 +256,7 @@ def test_running_requests_wait_only_when_nothing_else_is_left(model: Model) -> N
 
 def test_a_request_that_could_never_run_again_is_not_given_up(model: Model) -> None:
     assert model.start(LONGEST)
-    with pytest.raises(SeatError, match="may need"):
+    with pytest.raises(WorkerError, match="may need"):
         model.resize(10)
     assert model.allocator.size == PAGES * 4 and len(model.live) == 1
     model.check()
@@ -266,7 +266,7 @@ def test_rows_that_somebody_unknown_holds_are_not_given_up(model: Model) -> None
     assert model.start(20)
     model.allocator.alloc((PAGES - 6) * 4)  # nobody knows whose they are
     model.end(0)
-    with pytest.raises(SeatError, match=r"not known here|cannot be given up"):
+    with pytest.raises(WorkerError, match=r"not known here|cannot be given up"):
         model.resize(PAGES - 2)
     assert model.allocator.size == PAGES * 4
 

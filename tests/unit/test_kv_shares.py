@@ -1,4 +1,4 @@
-"""How much KV each seat gets: the device is full, and no more than full."""
+"""How much KV each rank gets: the device is full, and no more than full."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ shapes = st.builds(
     page_tokens=st.sampled_from([1, 16, 64]),
     granularity=st.sampled_from([4096, 2 * MIB]),
     budget=st.integers(64 * MIB, 200 << 30),
-    seats=st.integers(1, 4),
+    ranks=st.integers(1, 4),
     cap_tokens=st.none() | st.integers(128, 1 << 22),
 )
 
@@ -46,10 +46,10 @@ def test_whole_pages_that_lie_inside_the_chunks(shape: KvShape, chunks: int) -> 
     st.floats(0, 0.6),
     st.integers(1, 2000).map(lambda n: 64 * n),
 )
-def test_a_device_is_full_and_never_too_full(budget: int, seats: int, weights: float, token_bytes: int) -> None:
-    shape = kv_shape(token_bytes=token_bytes, page_tokens=1, granularity=2 * MIB, budget=budget, seats=seats)
+def test_a_device_is_full_and_never_too_full(budget: int, ranks: int, weights: float, token_bytes: int) -> None:
+    shape = kv_shape(token_bytes=token_bytes, page_tokens=1, granularity=2 * MIB, budget=budget, ranks=ranks)
     device = KvDevice(
-        budget=budget, headroom=budget // 100, weights=int(budget * weights), others=0, seats=range(seats)
+        budget=budget, headroom=budget // 100, weights=int(budget * weights), others=0, ranks=range(ranks)
     )
     targets = device.targets(shape)
     used = int(budget * weights) + sum(targets.values()) * shape.chunk_bytes
@@ -68,7 +68,7 @@ def test_a_cap_is_met_exactly(cap: int, page: int) -> None:
 
 def test_no_room_is_no_chunk() -> None:
     shape = kv_shape(token_bytes=4096, page_tokens=1, granularity=4096, budget=MIB)
-    assert KvDevice(budget=MIB, headroom=0, weights=2 * MIB, others=0, seats=[0, 1]).targets(shape) == {0: 0, 1: 0}
+    assert KvDevice(budget=MIB, headroom=0, weights=2 * MIB, others=0, ranks=[0, 1]).targets(shape) == {0: 0, 1: 0}
 
 
 @pytest.mark.parametrize(

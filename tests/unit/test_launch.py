@@ -72,7 +72,7 @@ def test_what_cannot_be_is_refused_with_its_reason(model: Path, flags: tuple[str
     ("config", "words"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
-        ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 3}, "3 experts, fewer than the 4 seats"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 3}, "3 experts, fewer than the 4 ranks"),
         (
             {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "quantization_config": {"bits": 4}},
             "quantised",
@@ -85,11 +85,11 @@ def test_models_that_cannot_be_served_are_refused(model: Path, config: dict[str,
         shape_arguments(sglang_arguments(model), CONFIG)
 
 
-def test_one_seat_has_nothing_to_scale_to(model: Path) -> None:
+def test_one_rank_has_nothing_to_scale_to(model: Path) -> None:
     with pytest.raises(UserInputError, match="nothing to scale to"):
         shape_arguments(sglang_arguments(model), ElasticConfig(ep_size=1, max_ep_size=1))
 
 
-def test_more_seats_than_the_control_page_holds(model: Path) -> None:
-    with pytest.raises(UserInputError, match="64 seats supported"):
+def test_more_ranks_than_the_control_page_holds(model: Path) -> None:
+    with pytest.raises(UserInputError, match="64 ranks supported"):
         shape_arguments(sglang_arguments(model), ElasticConfig(ep_size=1, max_ep_size=65))

@@ -20,11 +20,11 @@ from elasticmoe_sglang.errors import (
     UndoFailed,
     UserInputError,
 )
-from elasticmoe_sglang.hmm import protocol as p
 from elasticmoe_sglang.hmm.ledger import Ledger
 from elasticmoe_sglang.hmm.service import HmmService
 from elasticmoe_sglang.hmm.transaction import UndoLog
 from elasticmoe_sglang.hmm.vmm.base import VaRange, VmmBackend, VmmHandle
+from elasticmoe_sglang.wire import to_hmm as p
 
 PAGE = 64
 BUDGETS = (10 * PAGE, 7 * PAGE)
@@ -348,14 +348,14 @@ def test_a_watch_records_the_peak_while_it_lasts() -> None:
 
 
 def test_host_memory_has_no_budget(service: HmmService) -> None:
-    block = service.open_region("fabric", 1000 * PAGE - 1)
-    assert (block.device, block.nbytes, block.name) == (p.HOST, 1000 * PAGE, "fabric")
+    block = service.open_region("collective region", 1000 * PAGE - 1)
+    assert (block.device, block.nbytes, block.name) == (p.HOST, 1000 * PAGE, "collective region")
     assert service.status().host_bytes == 1000 * PAGE
-    assert service.open_region("fabric", 1000 * PAGE - 1) == block
+    assert service.open_region("collective region", 1000 * PAGE - 1) == block
     with pytest.raises(RegionMismatch, match="has 63999 bytes, 64000 were asked for"):
-        service.open_region("fabric", 1000 * PAGE)
+        service.open_region("collective region", 1000 * PAGE)
     service.release([block.block_id], None)
-    assert service.open_region("fabric", PAGE).block_id != block.block_id
+    assert service.open_region("collective region", PAGE).block_id != block.block_id
     assert [region.nbytes for region in service.status().regions] == [PAGE]
 
 

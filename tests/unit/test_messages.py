@@ -17,8 +17,8 @@ from elasticmoe_sglang.errors import (
     PeerTimeout,
     ProtocolError,
 )
-from elasticmoe_sglang.hmm import protocol as p
-from elasticmoe_sglang.messages import (
+from elasticmoe_sglang.wire import to_hmm as p
+from elasticmoe_sglang.wire.envelope import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     Codec,
@@ -158,8 +158,8 @@ def test_errors_cross_the_wire_whole() -> None:
     got = error_from(ANSWERS.decode(ANSWERS.encode(Envelope(request_id="r", body=error_reply(sent)))).body)  # type: ignore[arg-type]
     assert type(got) is BudgetExceeded and isinstance(got, ValueError)
     assert vars(got) == vars(sent) and str(got) == str(sent)
-    timeout = error_from(error_reply(PeerTimeout("late", seat=3, epoch=5)))
-    assert type(timeout) is PeerTimeout and (timeout.seat, timeout.epoch) == (3, 5)
+    timeout = error_from(error_reply(PeerTimeout("late", rank=3, epoch=5)))
+    assert type(timeout) is PeerTimeout and (timeout.rank, timeout.epoch) == (3, 5)
 
 
 def test_an_error_of_a_newer_release_is_still_an_error() -> None:

@@ -9,78 +9,78 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.errors import PlanError
 from elasticmoe_sglang.planner import (
     Placement,
-    RetireSeats,
+    RetireRanks,
     ScalePlan,
     ScaleTo,
-    Wish,
+    Target,
     initial_placement,
     plan_scale,
 )
-from elasticmoe_sglang.seats.membership import Membership
 
 
-def members(*seats: int, capacity: int = 4, epoch: int = 7) -> Membership:
-    return Membership(seats=tuple(seats), epoch=epoch, capacity=capacity)
+def members(*ranks: int, capacity: int = 4, epoch: int = 7) -> Membership:
+    return Membership(ranks=tuple(ranks), epoch=epoch, capacity=capacity)
 
 
 @st.composite
 def memberships(draw: st.DrawFn, max_capacity: int = 12) -> Membership:
     capacity = draw(st.integers(1, max_capacity))
     others = draw(st.sets(st.integers(1, capacity - 1))) if capacity > 1 else set()
-    return Membership(seats=(0, *sorted(others)), epoch=draw(st.integers(0, 1 << 40)), capacity=capacity)
+    return Membership(ranks=(0, *sorted(others)), epoch=draw(st.integers(0, 1 << 40)), capacity=capacity)
 
 
 @st.composite
-def questions(draw: st.DrawFn, max_capacity: int = 12, max_columns: int = 40) -> tuple[Membership, Placement, Wish]:
-    """A membership, any placement of columns over its seats (balanced or not) and a legal wish."""
+def questions(draw: st.DrawFn, max_capacity: int = 12, max_columns: int = 40) -> tuple[Membership, Placement, Target]:
+    """A membership, any placement of columns over its ranks (balanced or not) and a legal target."""
     membership = draw(memberships(max_capacity))
-    owners = st.lists(st.sampled_from(membership.seats), min_size=1, max_size=max_columns)
+    owners = st.lists(st.sampled_from(membership.ranks), min_size=1, max_size=max_columns)
     placement = Placement(owners=tuple(draw(owners)))
-    sizes: st.SearchStrategy[Wish] = st.builds(ScaleTo, size=st.integers(1, membership.capacity))
-    if len(membership.seats) == 1:
+    sizes: st.SearchStrategy[Target] = st.builds(ScaleTo, size=st.integers(1, membership.capacity))
+    if len(membership.ranks) == 1:
         return membership, placement, draw(sizes)
-    retirable = st.sets(st.sampled_from(membership.seats[1:]), min_size=1)
-    retire: st.SearchStrategy[Wish] = retirable.map(lambda seats: RetireSeats(seats=tuple(seats)))
+    retirable = st.sets(st.sampled_from(membership.ranks[1:]), min_size=1)
+    retire: st.SearchStrategy[Target] = retirable.map(lambda ranks: RetireRanks(ranks=tuple(ranks)))
     return membership, placement, draw(sizes | retire)
 
 
-def fewest_moves_by_flow(placement: Placement, seats: tuple[int, ...]) -> int:
-    """Minimum-cost flow: each column to one seat, each seat n // k columns and at most one odd one, staying is free."""
-    share, odd = divmod(placement.num_columns, len(seats))
+def fewest_moves_by_flow(placement: Placement, ranks: tuple[int, ...]) -> int:
+    """Minimum-cost flow: each column to one rank, each rank n // k columns and at most one odd one, staying is free."""
+    share, odd = divmod(placement.num_columns, len(ranks))
     graph = networkx.DiGraph()
     graph.add_node("odd", demand=odd)
-    for seat in seats:
-        graph.add_node(("seat", seat), demand=share)
-        graph.add_edge(("seat", seat), "odd", capacity=1, weight=0)
+    for rank in ranks:
+        graph.add_node(("rank", rank), demand=share)
+        graph.add_edge(("rank", rank), "odd", capacity=1, weight=0)
     for column, owner in enumerate(placement.owners):
         graph.add_node(("column", column), demand=-1)
-        for seat in seats:
-            graph.add_edge(("column", column), ("seat", seat), capacity=1, weight=int(owner != seat))
+        for rank in ranks:
+            graph.add_edge(("column", column), ("rank", rank), capacity=1, weight=int(owner != rank))
     return int(networkx.min_cost_flow_cost(graph))
 
 
-def fewest_moves_by_trying(placement: Placement, seats: tuple[int, ...]) -> int:
+def fewest_moves_by_trying(placement: Placement, ranks: tuple[int, ...]) -> int:
     def balanced(owners: tuple[int, ...]) -> bool:
-        counts = [owners.count(seat) for seat in seats]
+        counts = [owners.count(rank) for rank in ranks]
         return max(counts) - min(counts) <= 1
 
     return min(
         sum(a != b for a, b in zip(owners, placement.owners, strict=True))
-        for owners in product(seats, repeat=placement.num_columns)
+        for owners in product(ranks, repeat=placement.num_columns)
         if balanced(owners)
     )
 
 
 def check(plan: ScalePlan) -> None:
     """What holds for every plan, whatever was wished."""
-    assert plan.placement_after.is_balanced_over(plan.after.seats)
-    assert plan.after.seats == tuple(sorted(set(plan.after.seats))) and plan.after.seats[0] == 0
-    assert set(plan.joining) == set(plan.after.seats) - set(plan.before.seats)
-    assert set(plan.leaving) == set(plan.before.seats) - set(plan.after.seats)
-    assert set(plan.survivors) == set(plan.before.seats) & set(plan.after.seats)
+    assert plan.placement_after.is_balanced_over(plan.after.ranks)
+    assert plan.after.ranks == tuple(sorted(set(plan.after.ranks))) and plan.after.ranks[0] == 0
+    assert set(plan.joining) == set(plan.after.ranks) - set(plan.before.ranks)
+    assert set(plan.retiring) == set(plan.before.ranks) - set(plan.after.ranks)
+    assert set(plan.survivors) == set(plan.before.ranks) & set(plan.after.ranks)
     moved = {move.column: move for move in plan.moves}
     assert len(moved) == len(plan.moves)
     for column, (old, new) in enumerate(zip(plan.placement_before.owners, plan.placement_after.owners, strict=True)):
@@ -95,62 +95,62 @@ def check(plan: ScalePlan) -> None:
 @given(questions())
 @settings(max_examples=300, deadline=None)
 def test_plan_is_balanced_deterministic_and_moves_as_few_columns_as_a_flow(
-    question: tuple[Membership, Placement, Wish],
+    question: tuple[Membership, Placement, Target],
 ) -> None:
     plan = plan_scale(*question)
     check(plan)
     assert plan == plan_scale(*question)
-    assert len(plan.moves) == fewest_moves_by_flow(plan.placement_before, plan.after.seats)
+    assert len(plan.moves) == fewest_moves_by_flow(plan.placement_before, plan.after.ranks)
 
 
 @given(questions(max_capacity=4, max_columns=6))
 @settings(max_examples=60, deadline=None)
-def test_moves_equal_the_best_of_all_placements(question: tuple[Membership, Placement, Wish]) -> None:
+def test_moves_equal_the_best_of_all_placements(question: tuple[Membership, Placement, Target]) -> None:
     plan = plan_scale(*question)
-    assert len(plan.moves) == fewest_moves_by_trying(plan.placement_before, plan.after.seats)
+    assert len(plan.moves) == fewest_moves_by_trying(plan.placement_before, plan.after.ranks)
 
 
 @given(memberships(), st.integers(1, 200), st.data())
 @settings(max_examples=100, deadline=None)
 def test_a_chain_of_changes_stays_balanced(membership: Membership, num_columns: int, data: st.DataObject) -> None:
-    placement = initial_placement(num_columns, membership.seats)
+    placement = initial_placement(num_columns, membership.ranks)
     for _ in range(6):
         size = data.draw(st.integers(1, membership.capacity))
         plan = plan_scale(membership, placement, ScaleTo(size=size))
         check(plan)
-        assert len(plan.after.seats) == size
+        assert len(plan.after.ranks) == size
         membership, placement = plan.after, plan.placement_after
 
 
 @given(memberships(), st.integers(1, 300))
 @settings(max_examples=100, deadline=None)
 def test_initial_placement_is_balanced_and_contiguous(membership: Membership, num_columns: int) -> None:
-    placement = initial_placement(num_columns, membership.seats)
+    placement = initial_placement(num_columns, membership.ranks)
     assert placement.num_columns == num_columns
-    assert placement.is_balanced_over(membership.seats)
+    assert placement.is_balanced_over(membership.ranks)
     assert list(placement.owners) == sorted(placement.owners)
 
 
-def test_uneven_split_of_128_columns_over_3_seats() -> None:
+def test_uneven_split_of_128_columns_over_3_ranks() -> None:
     assert initial_placement(128, (0, 1, 2)).counts() == {0: 43, 1: 43, 2: 42}
 
 
-def test_growth_takes_the_lowest_empty_seats() -> None:
+def test_growth_takes_the_lowest_empty_ranks() -> None:
     plan = plan_scale(members(0, 2, capacity=5), initial_placement(8, (0, 2)), ScaleTo(size=4))
     assert plan.joining == (1, 3)
     assert len(plan.moves) == 4
 
 
-def test_shrinking_by_size_retires_the_highest_seats() -> None:
+def test_shrinking_by_size_retires_the_highest_ranks() -> None:
     plan = plan_scale(members(0, 1, 3), initial_placement(9, (0, 1, 3)), ScaleTo(size=1))
-    assert plan.leaving == (1, 3) and plan.after.seats == (0,)
+    assert plan.retiring == (1, 3) and plan.after.ranks == (0,)
     assert {move.source for move in plan.moves} == {1, 3}
 
 
-def test_retiring_an_inner_seat_moves_its_columns_alone() -> None:
+def test_retiring_an_inner_rank_moves_its_columns_alone() -> None:
     placement = initial_placement(12, (0, 1, 2, 3))
-    plan = plan_scale(members(0, 1, 2, 3), placement, RetireSeats(seats=(2,)))
-    assert plan.after.seats == (0, 1, 3)
+    plan = plan_scale(members(0, 1, 2, 3), placement, RetireRanks(ranks=(2,)))
+    assert plan.after.ranks == (0, 1, 3)
     assert tuple(move.column for move in plan.moves) == placement.columns_of(2)
 
 
@@ -169,36 +169,36 @@ def test_the_same_size_mends_an_unbalanced_placement() -> None:
     assert not plan.is_noop and len(plan.moves) == 1 and plan.after.epoch == 8
 
 
-def test_columns_of_a_seat_that_is_gone_are_placed_again() -> None:
+def test_columns_of_a_rank_that_is_gone_are_placed_again() -> None:
     plan = plan_scale(members(0, 1), Placement(owners=(0, 1, 3, 3)), ScaleTo(size=2))
     assert [(move.source, move.target) for move in plan.moves] == [(3, 0), (3, 1)]
 
 
 @pytest.mark.parametrize(
-    ("wish", "sentence"),
+    ("target", "sentence"),
     [
         (ScaleTo(size=0), "from 1 to 4"),
         (ScaleTo(size=-1), "from 1 to 4"),
-        (ScaleTo(size=5), "It has 4 seats"),
-        (RetireSeats(seats=()), "Seats that can be retired now: 1, 2"),
-        (RetireSeats(seats=(0,)), "seat 0 cannot be retired"),
-        (RetireSeats(seats=(0, 1)), "seat 0 cannot be retired"),
-        (RetireSeats(seats=(3,)), "seat 3 is not occupied"),
-        (RetireSeats(seats=(-1, 9)), "seats -1, 9 are not occupied"),
-        (RetireSeats(seats=(1, 1)), "named twice"),
+        (ScaleTo(size=5), "It has 4 ranks"),
+        (RetireRanks(ranks=()), "Ranks that can be retired now: 1, 2"),
+        (RetireRanks(ranks=(0,)), "rank 0 cannot be retired"),
+        (RetireRanks(ranks=(0, 1)), "rank 0 cannot be retired"),
+        (RetireRanks(ranks=(3,)), "rank 3 is not active"),
+        (RetireRanks(ranks=(-1, 9)), "ranks -1, 9 are not active"),
+        (RetireRanks(ranks=(1, 1)), "named twice"),
     ],
 )
-def test_an_impossible_wish_says_what_is_allowed(wish: Wish, sentence: str) -> None:
+def test_an_impossible_target_says_what_is_allowed(target: Target, sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence):
-        plan_scale(members(0, 1, 2), initial_placement(6, (0, 1, 2)), wish)
+        plan_scale(members(0, 1, 2), initial_placement(6, (0, 1, 2)), target)
 
 
-def test_nothing_can_be_retired_from_a_single_seat() -> None:
-    with pytest.raises(PlanError, match="Only seat 0 is occupied"):
-        plan_scale(members(0), initial_placement(6, (0,)), RetireSeats(seats=(1,)))
+def test_nothing_can_be_retired_from_a_single_rank() -> None:
+    with pytest.raises(PlanError, match="Only rank 0 is active"):
+        plan_scale(members(0), initial_placement(6, (0,)), RetireRanks(ranks=(1,)))
 
 
-@pytest.mark.parametrize(("columns", "seats"), [(0, (0,)), (4, ()), (4, (0, 0))])
-def test_initial_placement_refuses_nonsense(columns: int, seats: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("columns", "ranks"), [(0, (0,)), (4, ()), (4, (0, 0))])
+def test_initial_placement_refuses_nonsense(columns: int, ranks: tuple[int, ...]) -> None:
     with pytest.raises(PlanError):
-        initial_placement(columns, seats)
+        initial_placement(columns, ranks)

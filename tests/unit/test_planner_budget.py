@@ -8,29 +8,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.errors import BudgetExceeded, UserInputError
 from elasticmoe_sglang.planner import DeviceRoom, ModelNeeds, ScaleTo, check_budgets, extra_bytes, initial_placement
 from elasticmoe_sglang.planner.plan import ScalePlan, plan_scale
-from elasticmoe_sglang.seats.membership import Membership
 from elasticmoe_sglang.units import format_bytes, parse_bytes
 
-MODEL = ModelNeeds(column_bytes=100, dense_bytes=1000, seat_bytes=10)
+MODEL = ModelNeeds(column_bytes=100, dense_bytes=1000, rank_bytes=10)
 
 
 def scale(old: tuple[int, ...], size: int, columns: int = 8) -> ScalePlan:
-    membership = Membership(seats=old, epoch=0, capacity=4)
+    membership = Membership(ranks=old, epoch=0, capacity=4)
     return plan_scale(membership, initial_placement(columns, old), ScaleTo(size=size))
 
 
-def room(device: int, seats: tuple[int, ...], *, free: int, dense: bool = True) -> DeviceRoom:
-    return DeviceRoom(device=device, seats=seats, budget=5000, used=5000 - free, holds_dense=dense)
+def room(device: int, ranks: tuple[int, ...], *, free: int, dense: bool = True) -> DeviceRoom:
+    return DeviceRoom(device=device, ranks=ranks, budget=5000, used=5000 - free, holds_dense=dense)
 
 
-def test_a_joiner_needs_columns_dense_weights_and_its_own_bytes() -> None:
+def test_a_joining_rank_needs_columns_dense_weights_and_its_own_bytes() -> None:
     assert extra_bytes(scale((0, 1), 4), MODEL, room(2, (2,), free=0, dense=False)) == 2 * 100 + 1000 + 10
 
 
-def test_two_joiners_on_one_device_share_the_dense_weights() -> None:
+def test_two_joining_ranks_on_one_device_share_the_dense_weights() -> None:
     assert extra_bytes(scale((0, 1), 4), MODEL, room(1, (2, 3), free=0, dense=False)) == 4 * 100 + 1000 + 2 * 10
     assert extra_bytes(scale((0, 1), 4), MODEL, room(1, (2, 3), free=0, dense=True)) == 4 * 100 + 2 * 10
 
@@ -42,7 +42,7 @@ def test_a_survivor_holds_old_and_incoming_columns_at_once() -> None:
 
 
 def test_what_departs_is_not_counted_as_room() -> None:
-    # Both seats of the device change columns; the leaver's bytes come back only after the commit.
+    # Both ranks of the device change columns; the retiring rank's bytes come back only after the commit.
     plan = scale((0, 1), 1)
     with pytest.raises(BudgetExceeded):
         check_budgets(plan, MODEL, [room(0, (0, 1), free=399)])

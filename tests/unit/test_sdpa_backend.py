@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elasticmoe_patches.srt.layers.attention.sdpa_plan import Group, attend, plan
+from elasticmoe_patches.platform.sdpa_plan import Group, attend, plan
 from elasticmoe_sglang.errors import UnsupportedFeature
 
 POOL_ROWS = 4096
@@ -203,7 +203,7 @@ def runner(**layer: object) -> SimpleNamespace:
     ids=["window", "cap"],
 )
 def test_models_that_need_more_are_refused(layer: dict[str, object], need: str) -> None:
-    from elasticmoe_patches.srt.layers.attention.sdpa_backend import refuse_unsupported
+    from elasticmoe_patches.platform.sdpa_backend import refuse_unsupported
 
     refuse_unsupported(runner())
     with pytest.raises(UnsupportedFeature, match=need):
@@ -211,7 +211,7 @@ def test_models_that_need_more_are_refused(layer: dict[str, object], need: str) 
 
 
 def test_flags_that_need_more_are_refused() -> None:
-    from elasticmoe_patches.srt.layers.attention.sdpa_backend import refuse_unsupported
+    from elasticmoe_patches.platform.sdpa_backend import refuse_unsupported
 
     speculative = runner()
     speculative.spec_algorithm = SimpleNamespace(is_none=lambda: False)

@@ -51,7 +51,7 @@ def test_sizes_are_those_asked_for(arch: Arch, tmp_path: Path) -> None:
     [{"arch": "llama"}, {"layers": 0}, {"experts": 1}, {"hidden": 100}, {"dtype": "int8"}],
     ids=lambda changes: next(iter(changes)),
 )
-def test_impossible_wishes_are_refused(changes: dict[str, object], tmp_path: Path) -> None:
+def test_impossible_targets_are_refused(changes: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match=str(next(iter(changes.values())))):
         make_tiny_model(tmp_path / "never", **changes)  # type: ignore[arg-type]
     assert not (tmp_path / "never").exists()

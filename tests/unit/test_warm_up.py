@@ -1,10 +1,10 @@
-"""What a seat on a GPU runs before it serves."""
+"""What a rank on a GPU runs before it serves."""
 
 from __future__ import annotations
 
 import pytest
 
-from elasticmoe_patches.srt.managers.warm_up import WarmedUp, WarmUp, rounds
+from elasticmoe_patches.worker.warm_up import WarmedUp, WarmUp, rounds
 
 
 def batches(requests: list[tuple[int, int]]) -> list[int]:

@@ -294,7 +294,7 @@ class AscendBackend(VmmBackend):
             if not can.value:
                 raise VmmError(
                     f"NPU {device} cannot reach NPU {peer} directly",
-                    hint="Seats must sit on NPUs that HCCS links (see `npu-smi info -t topo`).",
+                    hint="Ranks must sit on NPUs that HCCS links (see `npu-smi info -t topo`).",
                 )
             self._acl("aclrtDeviceEnablePeerAccess", peer, 0)
             self._peers.add((device, peer))

@@ -4,7 +4,7 @@ What a process needs a CUDA context for, and what not (docs/adr/0004-hmm-without
 importing physical memory, reserving addresses and mapping need none, so an HMM holds no context on any device. Copying
 does; it uses the device's primary context, which is the one torch uses.
 
-Access: a mapping may be used by the devices on which this process has a primary context, which in a seat is the seat's
+Access: a mapping may be used by the devices on which this process has a primary context, which in a rank is the rank's
 own; before there is one, by the device the memory lies on. Memory of another device is reached over NVLink or PCIe.
 
 Copies run on streams of the lowest priority in the process that pulls, beside its decoding.
@@ -143,7 +143,7 @@ class CudaBackend(VmmBackend):
                 raise DriverUnsupported(
                     f"GPU {user} cannot reach the memory of GPU {home}",
                     code=0,
-                    hint="Seats must sit on GPUs that NVLink or PCIe peer access joins (`nvidia-smi topo -p2p rw`).",
+                    hint="Ranks must sit on GPUs that NVLink or PCIe peer access joins (`nvidia-smi topo -p2p rw`).",
                 )
         api = self._driver.api
         access = api.CUmemAccessDesc()

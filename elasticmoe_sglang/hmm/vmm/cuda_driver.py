@@ -62,7 +62,7 @@ MEANINGS: dict[int, _Meaning] = {
         DriverUnsupported,
         [
             (801, "It needs a GPU and driver with virtual memory management (Volta or newer)."),  # NOT_SUPPORTED
-            (217, "Seats whose devices cannot reach each other cannot share windows."),  # PEER_ACCESS_UNSUPPORTED
+            (217, "Ranks whose devices cannot reach each other cannot share windows."),  # PEER_ACCESS_UNSUPPORTED
         ],
     ),
     **_rows(DeviceFault, [(100, _NO_DRIVER), (999, _BROKEN)]),  # NO_DEVICE, UNKNOWN

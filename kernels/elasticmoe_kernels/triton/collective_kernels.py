@@ -3,7 +3,7 @@
 
 Sizes and strides are counted in units of FACTOR elements (16 bytes where addresses and sizes allow), so that the
 compiler knows how wide accesses may be. Every program takes one part of the message and meets its namesakes; a program
-without a part only counts the step, except the first, which always meets: that keeps the seats in step.
+without a part only counts the step, except the first, which always meets: that keeps the ranks in step.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def pointer(address, T: tl.constexpr, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def source_of(members, seat_of_rank, rank, me, mine, base, pitch, channel: tl.constexpr, step, offset,
+def source_of(members, global_ranks, rank, me, mine, base, pitch, channel: tl.constexpr, step, offset,
               DATA_OFFSET: tl.constexpr, DATA_BYTES: tl.constexpr):  # fmt: skip
     """-> where a rank's values lie (my own: at `mine`; a peer's: `offset` bytes into its window), and whether it is
     there."""
-    seat = tl.load(seat_of_rank.to(tl.pointer_type(tl.int32)) + rank)
-    far = data_at(base, pitch, seat, channel, step, DATA_OFFSET, DATA_BYTES) + offset
-    return tl.where(seat == me, mine, far), has(members, seat)
+    global_rank = tl.load(global_ranks.to(tl.pointer_type(tl.int32)) + rank)
+    far = data_at(base, pitch, global_rank, channel, step, DATA_OFFSET, DATA_BYTES) + offset
+    return tl.where(global_rank == me, mine, far), has(members, global_rank)
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def copy_units(target, source, low, high, T: tl.constexpr, FACTOR: tl.constexpr,
 
 
 @triton.jit
-def reduce_units(target, low, high, members, seat_of_rank, me, mine, base, pitch, channel: tl.constexpr, step, offset,
+def reduce_units(target, low, high, members, global_ranks, me, mine, base, pitch, channel: tl.constexpr, step, offset,
                  SIZE: tl.constexpr, OP: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr, FACTOR: tl.constexpr,
                  TILE: tl.constexpr, DATA_OFFSET: tl.constexpr, DATA_BYTES: tl.constexpr):  # fmt: skip
     """Units [low, high) of the present ranks' values, combined in rank order."""
@@ -75,7 +75,7 @@ def reduce_units(target, low, high, members, seat_of_rank, me, mine, base, pitch
         total = tl.zeros([TILE], ACC)
         found = 0
         for rank in tl.static_range(SIZE):
-            source, present = source_of(members, seat_of_rank, rank, me, mine, base, pitch, channel, step, offset,
+            source, present = source_of(members, global_ranks, rank, me, mine, base, pitch, channel, step, offset,
                                         DATA_OFFSET, DATA_BYTES)  # fmt: skip
             value = tl.load(pointer(source, T, FACTOR) + at, mask=(at < last) & present, other=0).to(ACC)
             if rank == 0:
@@ -90,10 +90,10 @@ def reduce_units(target, low, high, members, seat_of_rank, me, mine, base, pitch
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def all_gather_kernel(out, inp, count, stride, header, rank, group, control, base, pitch, seat_of_rank, me,
+def all_gather_kernel(out, inp, count, stride, header, rank, group, control, base, pitch, global_ranks, me,
                       channel: tl.constexpr, SIZE: tl.constexpr, ZERO: tl.constexpr, T: tl.constexpr,
                       FACTOR: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
-                      SEATS: tl.constexpr, BLOCKS: tl.constexpr, HEADERS: tl.constexpr, DATA_OFFSET: tl.constexpr,
+                      RANKS: tl.constexpr, BLOCKS: tl.constexpr, HEADERS: tl.constexpr, DATA_OFFSET: tl.constexpr,
                       DATA_BYTES: tl.constexpr):  # fmt: skip
     """`count` units of out's row r (rows are `stride` units apart) = rank r's input; ZERO: absent ranks' rows too."""
     block = tl.program_id(0)
@@ -104,7 +104,7 @@ def all_gather_kernel(out, inp, count, stride, header, rank, group, control, bas
         if members != (members & 0) + (1 << tl.cast(me, tl.int64)):
             copy_units(data_at(base, pitch, me, channel, step, DATA_OFFSET, DATA_BYTES), inp, low, high, T, FACTOR,
                        TILE)  # fmt: skip
-            meet(control, base, pitch, members, me, block, step, header, channel, 3, CAPACITY, SEATS, BLOCKS, HEADERS)
+            meet(control, base, pitch, members, me, block, step, header, channel, 3, CAPACITY, RANKS, BLOCKS, HEADERS)
         last = tl.cast(high, tl.int64) * FACTOR
         row_bytes = tl.cast(stride, tl.int64) * (FACTOR * T.primitive_bitwidth // 8)
         for start in range(low, high, TILE // FACTOR):
@@ -116,7 +116,7 @@ def all_gather_kernel(out, inp, count, stride, header, rank, group, control, bas
                 for turn in tl.static_range(first, first + ROWS):
                     if turn < SIZE:
                         row = (rank + turn) % SIZE
-                        source, present = source_of(members, seat_of_rank, row, me, inp, base, pitch, channel, step, 0,
+                        source, present = source_of(members, global_ranks, row, me, inp, base, pitch, channel, step, 0,
                                                     DATA_OFFSET, DATA_BYTES)  # fmt: skip
                         mask = (at < last) & present
                         values = values + (tl.load(pointer(source, T, FACTOR) + at, mask=mask, other=0),)  # noqa: RUF005
@@ -132,10 +132,10 @@ def all_gather_kernel(out, inp, count, stride, header, rank, group, control, bas
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def reduce_scatter_kernel(out, inp, count, stride, header, rank, group, control, base, pitch, seat_of_rank, me,
+def reduce_scatter_kernel(out, inp, count, stride, header, rank, group, control, base, pitch, global_ranks, me,
                           channel: tl.constexpr, SIZE: tl.constexpr, OP: tl.constexpr, T: tl.constexpr,
                           ACC: tl.constexpr, FACTOR: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr,
-                          CAPACITY: tl.constexpr, SEATS: tl.constexpr, BLOCKS: tl.constexpr, HEADERS: tl.constexpr,
+                          CAPACITY: tl.constexpr, RANKS: tl.constexpr, BLOCKS: tl.constexpr, HEADERS: tl.constexpr,
                           DATA_OFFSET: tl.constexpr, DATA_BYTES: tl.constexpr):  # fmt: skip
     """out = `count` units of the present ranks' rows "my rank" combined; an input row is `stride` units long."""
     block = tl.program_id(0)
@@ -149,23 +149,23 @@ def reduce_scatter_kernel(out, inp, count, stride, header, rank, group, control,
         if members != (members & 0) + (1 << tl.cast(me, tl.int64)):
             window = data_at(base, pitch, me, channel, step, DATA_OFFSET, DATA_BYTES)
             for row in range(SIZE):
-                seat = tl.load(seat_of_rank.to(tl.pointer_type(tl.int32)) + row)
-                if has(members, seat) & (seat != me):
+                global_rank = tl.load(global_ranks.to(tl.pointer_type(tl.int32)) + row)
+                if has(members, global_rank) & (global_rank != me):
                     copy_units(window + row * kept_bytes, inp + row * row_bytes, low, high, T, FACTOR, TILE)
-            meet(control, base, pitch, members, me, block, step, header, channel, 4, CAPACITY, SEATS, BLOCKS, HEADERS)
-        reduce_units(out, low, high, members, seat_of_rank, me, inp + tl.cast(rank, tl.int64) * row_bytes, base, pitch,
+            meet(control, base, pitch, members, me, block, step, header, channel, 4, CAPACITY, RANKS, BLOCKS, HEADERS)
+        reduce_units(out, low, high, members, global_ranks, me, inp + tl.cast(rank, tl.int64) * row_bytes, base, pitch,
                      channel, step, tl.cast(rank, tl.int64) * kept_bytes, SIZE, OP, T, ACC, FACTOR, TILE, DATA_OFFSET,
                      DATA_BYTES)  # fmt: skip
     finish_step(control, channel, block, step, BLOCKS)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def all_reduce_kernel(out, inp, count, stride, header, rank, group, control, base, pitch, seat_of_rank, me,
+def all_reduce_kernel(out, inp, count, stride, header, rank, group, control, base, pitch, global_ranks, me,
                       channel: tl.constexpr, SIZE: tl.constexpr, OP: tl.constexpr, T: tl.constexpr,
                       ACC: tl.constexpr, FACTOR: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr,
-                      CAPACITY: tl.constexpr, SEATS: tl.constexpr, BLOCKS: tl.constexpr, HEADERS: tl.constexpr,
+                      CAPACITY: tl.constexpr, RANKS: tl.constexpr, BLOCKS: tl.constexpr, HEADERS: tl.constexpr,
                       DATA_OFFSET: tl.constexpr, DATA_BYTES: tl.constexpr):  # fmt: skip
-    """out = all present ranks' inputs combined, each seat reading everybody's values. out may be inp."""
+    """out = all present ranks' inputs combined, each rank reading everybody's values. out may be inp."""
     block = tl.program_id(0)
     step = my_step(control, channel, block, BLOCKS)
     members = members_of(control, group)
@@ -174,17 +174,17 @@ def all_reduce_kernel(out, inp, count, stride, header, rank, group, control, bas
         if members != (members & 0) + (1 << tl.cast(me, tl.int64)):
             copy_units(data_at(base, pitch, me, channel, step, DATA_OFFSET, DATA_BYTES), inp, low, high, T, FACTOR,
                        TILE)  # fmt: skip
-            meet(control, base, pitch, members, me, block, step, header, channel, 1, CAPACITY, SEATS, BLOCKS, HEADERS)
-        reduce_units(out, low, high, members, seat_of_rank, me, inp, base, pitch, channel, step, 0, SIZE, OP, T, ACC,
+            meet(control, base, pitch, members, me, block, step, header, channel, 1, CAPACITY, RANKS, BLOCKS, HEADERS)
+        reduce_units(out, low, high, members, global_ranks, me, inp, base, pitch, channel, step, 0, SIZE, OP, T, ACC,
                      FACTOR, TILE, DATA_OFFSET, DATA_BYTES)  # fmt: skip
     finish_step(control, channel, block, step, BLOCKS)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def all_reduce_sliced_kernel(out, inp, count, stride, header, rank, group, control, base, pitch, seat_of_rank, me,
+def all_reduce_sliced_kernel(out, inp, count, stride, header, rank, group, control, base, pitch, global_ranks, me,
                              channel: tl.constexpr, SIZE: tl.constexpr, OP: tl.constexpr, T: tl.constexpr,
                              ACC: tl.constexpr, FACTOR: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr,
-                             CAPACITY: tl.constexpr, SEATS: tl.constexpr, BLOCKS: tl.constexpr, HEADERS: tl.constexpr,
+                             CAPACITY: tl.constexpr, RANKS: tl.constexpr, BLOCKS: tl.constexpr, HEADERS: tl.constexpr,
                              DATA_OFFSET: tl.constexpr, DATA_BYTES: tl.constexpr):  # fmt: skip
     """The same in two steps: each present rank combines one slice, then all collect the slices. For many bytes."""
     block = tl.program_id(0)
@@ -195,8 +195,8 @@ def all_reduce_sliced_kernel(out, inp, count, stride, header, rank, group, contr
         present = 0
         before = 0
         for row in range(SIZE):
-            seat = tl.load(seat_of_rank.to(tl.pointer_type(tl.int32)) + row)
-            here = has(members, seat).to(tl.int32)
+            global_rank = tl.load(global_ranks.to(tl.pointer_type(tl.int32)) + row)
+            here = has(members, global_rank).to(tl.int32)
             before += here * (row < rank).to(tl.int32)
             present += here
         share = tl.cdiv(high - low, present)
@@ -204,41 +204,41 @@ def all_reduce_sliced_kernel(out, inp, count, stride, header, rank, group, contr
         if present > 1:
             copy_units(data_at(base, pitch, me, channel, step, DATA_OFFSET, DATA_BYTES), inp, low, high, T, FACTOR,
                        TILE)  # fmt: skip
-            meet(control, base, pitch, members, me, block, step, header, channel, 1, CAPACITY, SEATS, BLOCKS, HEADERS)
+            meet(control, base, pitch, members, me, block, step, header, channel, 1, CAPACITY, RANKS, BLOCKS, HEADERS)
         mine = data_at(base, pitch, me, channel, step + 1, DATA_OFFSET, DATA_BYTES)
-        reduce_units(tl.where(present > 1, mine, out), first, tl.minimum(first + share, high), members, seat_of_rank,
+        reduce_units(tl.where(present > 1, mine, out), first, tl.minimum(first + share, high), members, global_ranks,
                      me, inp, base, pitch, channel, step, 0, SIZE, OP, T, ACC, FACTOR, TILE, DATA_OFFSET,
                      DATA_BYTES)  # fmt: skip
         if present > 1:
-            meet(control, base, pitch, members, me, block, step + 1, header, channel, 1, CAPACITY, SEATS, BLOCKS,
+            meet(control, base, pitch, members, me, block, step + 1, header, channel, 1, CAPACITY, RANKS, BLOCKS,
                  HEADERS)  # fmt: skip
             start = low
             for row in range(SIZE):
-                seat = tl.load(seat_of_rank.to(tl.pointer_type(tl.int32)) + row)
-                if has(members, seat):
-                    source = data_at(base, pitch, seat, channel, step + 1, DATA_OFFSET, DATA_BYTES)
+                global_rank = tl.load(global_ranks.to(tl.pointer_type(tl.int32)) + row)
+                if has(members, global_rank):
+                    source = data_at(base, pitch, global_rank, channel, step + 1, DATA_OFFSET, DATA_BYTES)
                     copy_units(out, source, start, tl.minimum(start + share, high), T, FACTOR, TILE)
                     start = tl.minimum(start + share, high)
     finish_step(control, channel, block, step + 1, BLOCKS)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def broadcast_kernel(values, count, header, root, group, control, base, pitch, seat_of_rank, me,
+def broadcast_kernel(values, count, header, root, group, control, base, pitch, global_ranks, me,
                      channel: tl.constexpr, T: tl.constexpr, FACTOR: tl.constexpr, LEAST: tl.constexpr,
-                     TILE: tl.constexpr, CAPACITY: tl.constexpr, SEATS: tl.constexpr, BLOCKS: tl.constexpr,
+                     TILE: tl.constexpr, CAPACITY: tl.constexpr, RANKS: tl.constexpr, BLOCKS: tl.constexpr,
                      HEADERS: tl.constexpr, DATA_OFFSET: tl.constexpr, DATA_BYTES: tl.constexpr):  # fmt: skip
     """values = the root rank's. Alone, or with the root absent, they stay as they are."""
     block = tl.program_id(0)
     step = my_step(control, channel, block, BLOCKS)
     members = members_of(control, group)
     low, high = my_part(block, count, BLOCKS, LEAST)
-    seat = tl.load(seat_of_rank.to(tl.pointer_type(tl.int32)) + root)
+    global_rank = tl.load(global_ranks.to(tl.pointer_type(tl.int32)) + root)
     alone = members == (members & 0) + (1 << tl.cast(me, tl.int64))
     if ((block == 0) | (low < high)) & (not alone):
-        window = data_at(base, pitch, seat, channel, step, DATA_OFFSET, DATA_BYTES)
-        if seat == me:
+        window = data_at(base, pitch, global_rank, channel, step, DATA_OFFSET, DATA_BYTES)
+        if global_rank == me:
             copy_units(window, values, low, high, T, FACTOR, TILE)
-        meet(control, base, pitch, members, me, block, step, header, channel, 2, CAPACITY, SEATS, BLOCKS, HEADERS)
-        if (seat != me) & has(members, seat):
+        meet(control, base, pitch, members, me, block, step, header, channel, 2, CAPACITY, RANKS, BLOCKS, HEADERS)
+        if (global_rank != me) & has(members, global_rank):
             copy_units(values, window, low, high, T, FACTOR, TILE)
     finish_step(control, channel, block, step, BLOCKS)

@@ -1,8 +1,8 @@
-"""All-gather, reduce-scatter, all-reduce and broadcast among the seats that are there: one launch each, capturable.
+"""All-gather, reduce-scatter, all-reduce and broadcast among the ranks that are there: one launch each, capturable.
 
-Ranks are positions in a group, seats are who sits there (`windows.py`, `meet.py`). Nothing is read for absent ranks.
+Ranks are positions in a group, ranks are who sits there (`windows.py`, `meet.py`). Nothing is read for absent ranks.
 Reductions go in rank order, in float32 (float64 for float64, the type itself for integers), rounded once, so that every
-seat gets the same bits. A message larger than a window goes in several launches.
+rank gets the same bits. A message larger than a window goes in several launches.
 
 All tensors are contiguous, on the windows' device. Nothing here waits for the device or allocates.
 """
@@ -49,17 +49,17 @@ REDUCED_DTYPES = tuple(_TYPES)
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The seats of a group, for kernels.
+    """The ranks of a group, for kernels.
 
-    channel: of the windows; all groups that share one have the same seats and are used on one stream.
-    rank: mine; size: ranks; seats: bit i set for seat i; seat_of_rank: int32 [size] on the device.
+    channel: of the windows; all groups that share one have the same ranks and are used on one stream.
+    rank: mine; size: ranks; ranks: bit i set for rank i; global_ranks: int32 [size] on the device.
     """
 
     channel: int
     rank: int
     size: int
-    seats: int
-    seat_of_rank: torch.Tensor
+    mask: int
+    global_ranks: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def _values_shape(dtype: torch.dtype, nbytes: int, *addresses: int) -> _Shape:
 
 
 def _header(operation: int, dtype: torch.dtype | None, reduction: int, root: int, nbytes: int) -> int:
-    """What a collective is, in one word: two seats that disagree about it are out of step."""
+    """What a collective is, in one word: two ranks that disagree about it are out of step."""
     code = 0 if dtype is None else 1 + REDUCED_DTYPES.index(dtype)
     return operation << 58 | code << 54 | reduction << 50 | root << 44 | nbytes
 
@@ -111,19 +111,19 @@ def _launch(kernel: Any, windows: Windows, group: Group, shape: _Shape, *argumen
     layout = windows.layout
     kernel[(layout.blocks,)](
         *arguments,
-        group.seats,
+        group.mask,
         windows.control,
         windows.base,
         windows.pitch,
-        group.seat_of_rank.data_ptr(),
-        windows.me,
+        group.global_ranks.data_ptr(),
+        windows.rank,
         channel=group.channel,
         T=shape.kind,
         FACTOR=shape.factor,
         LEAST=max(1, _LEAST_BYTES // shape.unit),
         TILE=_TILE_BYTES // shape.item,
         CAPACITY=layout.capacity,
-        SEATS=next_power_of_2(layout.capacity),
+        RANKS=next_power_of_2(layout.capacity),
         BLOCKS=layout.blocks,
         HEADERS=layout.headers_offset,
         DATA_OFFSET=layout.data_offset,
@@ -176,7 +176,7 @@ def all_reduce(
 ) -> None:
     """out [n] = the present ranks' inp [n] combined. out may be inp.
 
-    sliced: in two steps, for many bytes; None decides by size, on every seat alike.
+    sliced: in two steps, for many bytes; None decides by size, on every rank alike.
     """
     nbytes = inp.nbytes
     _require(out.nbytes == nbytes, out, inp)
@@ -195,7 +195,7 @@ def all_reduce(
 
 
 def broadcast(windows: Windows, group: Group, values: torch.Tensor, *, root: int) -> None:
-    """values [n] = the root rank's; unchanged when this seat is alone or the root absent."""
+    """values [n] = the root rank's; unchanged when this rank is alone or the root absent."""
     nbytes, at = values.nbytes, values.data_ptr()
     shape = _bytes_shape(nbytes, at)
     for start, piece in _pieces(nbytes, windows.layout.data_bytes):

@@ -1,17 +1,17 @@
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator, no-untyped-call"
-"""How the seats' kernels meet: flags in the peers' windows, with system scope, and a deadline.
+"""How the ranks' kernels meet: flags in the peers' windows, with system scope, and a deadline.
 
-Every program of a launch meets the programs of the same number on the other seats. A step is: write my part of the
+Every program of a launch meets the programs of the same number on the other ranks. A step is: write my part of the
 window, raise my flag in each peer's window (release), wait until each peer's flag in mine is up (acquire), read the
 peers' parts. Windows alternate, so one meeting a step is enough: who writes window p again at step n+2 has seen every
 peer at step n+1, hence after its step n had ended (launches of one stream follow each other).
 
-Which peers take part is read from the control block at every launch. A seat that is alone touches no window at all.
+Which peers take part is read from the control block at every launch. A rank that is alone touches no window at all.
 
 Times and flags enter a branch only through scalar atomics: one thread does them and all get its answer, so all threads
 of a program take the same branch.
 
-A wait that outlasts the deadline writes the error word, marks this seat as failed for the rest of the epoch and raises
+A wait that outlasts the deadline writes the error word, marks this rank as failed for the rest of the epoch and raises
 poisoned flags at its peers. Nobody waits after that: a replayed graph runs to its end with meaningless results, and the
 host raises the error when it looks at the word.
 """
@@ -48,14 +48,14 @@ def word_at(address):
 
 @triton.jit
 def members_of(control, group):
-    """Bit i set: seat i takes part in the group's collectives now. group: the seats that belong to it at all."""
+    """Bit i set: rank i takes part in the group's collectives now. group: the ranks that belong to it at all."""
     return tl.load(word_at(control) + MEMBERS) & group
 
 
 @triton.jit
-def has(seats, seat):
-    """Whether a seat's bit is set."""
-    return ((seats >> tl.cast(seat, tl.int64)) & 1) != 0
+def has(ranks, rank):
+    """Whether a rank's bit is set."""
+    return ((ranks >> tl.cast(rank, tl.int64)) & 1) != 0
 
 
 @triton.jit
@@ -71,9 +71,9 @@ def finish_step(control, channel: tl.constexpr, block, step, BLOCKS: tl.constexp
 
 
 @triton.jit
-def data_at(base, pitch, seat, channel: tl.constexpr, step, DATA_OFFSET: tl.constexpr, DATA_BYTES: tl.constexpr):
-    """Address of a seat's data for a step."""
-    at = base + tl.cast(seat, tl.int64) * pitch + DATA_OFFSET + (channel * 2 + step % 2) * DATA_BYTES
+def data_at(base, pitch, rank, channel: tl.constexpr, step, DATA_OFFSET: tl.constexpr, DATA_BYTES: tl.constexpr):
+    """Address of a rank's data for a step."""
+    at = base + tl.cast(rank, tl.int64) * pitch + DATA_OFFSET + (channel * 2 + step % 2) * DATA_BYTES
     return tl.multiple_of(at, 16)
 
 
@@ -103,38 +103,38 @@ def _await_flag(flag, token, control, block):
 
 
 @triton.jit
-def _give_up(control, flags, live, epoch, kind, seat, channel: tl.constexpr, operation: tl.constexpr, step):
-    """Write the error word, mark this seat as failed, poison the peers' flags."""
-    packed = (tl.cast(kind, tl.int64) << 56) | (tl.cast(seat, tl.int64) << 48)
+def _give_up(control, flags, live, epoch, kind, rank, channel: tl.constexpr, operation: tl.constexpr, step):
+    """Write the error word, mark this rank as failed, poison the peers' flags."""
+    packed = (tl.cast(kind, tl.int64) << 56) | (tl.cast(rank, tl.int64) << 48)
     packed = packed | (channel << 44) | (operation << 40) | step
     tl.atomic_xchg(word_at(tl.load(word_at(control) + ERROR_ADDRESS)), packed, sem="release", scope="sys")
     tl.atomic_xchg(word_at(control) + FAILED, epoch + 1, sem="release", scope="gpu")
-    # A seat that comes later meets only this flag: it says why, or a mismatch would look like a seat that is late.
+    # A rank that comes later meets only this flag: it says why, or a mismatch would look like a rank that is late.
     poison = ((epoch << EPOCH_SHIFT) | POISON_STEP) + tl.where(kind >= MISMATCHED, 1, 0)
     tl.atomic_max(flags, tl.zeros_like(live.to(tl.int64)) + poison, mask=live, sem="release", scope="sys")
 
 
 @triton.jit
 def meet(control, base, pitch, members, me, block, step, header, channel: tl.constexpr, operation: tl.constexpr,
-         CAPACITY: tl.constexpr, SEATS: tl.constexpr, BLOCKS: tl.constexpr, HEADERS: tl.constexpr):  # fmt: skip
+         CAPACITY: tl.constexpr, RANKS: tl.constexpr, BLOCKS: tl.constexpr, HEADERS: tl.constexpr):  # fmt: skip
     """Announce that my window holds this program's part of the step, and wait for the peers' programs.
 
-    members: bits of the seats that take part, mine among them. header: what this collective is; the first program
-    compares it with the peers'. SEATS: CAPACITY rounded up to a power of two.
+    members: bits of the ranks that take part, mine among them. header: what this collective is; the first program
+    compares it with the peers'. RANKS: CAPACITY rounded up to a power of two.
     """
     epoch = tl.load(word_at(control) + EPOCH)
     token = (epoch << EPOCH_SHIFT) | step
     poison = (epoch << EPOCH_SHIFT) | POISON_STEP
-    seat = tl.arange(0, SEATS).to(tl.int64)
-    live = (((members >> seat) & 1) != 0) & (seat != me) & (seat < CAPACITY)
+    rank = tl.arange(0, RANKS).to(tl.int64)
+    live = (((members >> rank) & 1) != 0) & (rank != me) & (rank < CAPACITY)
     place = (channel * BLOCKS + block).to(tl.int64) * CAPACITY
-    theirs = word_at(base + seat * pitch) + place + me
+    theirs = word_at(base + rank * pitch) + place + me
     slot = HEADERS // 8 + (channel * 2 + step % 2) * CAPACITY
     failed = tl.atomic_add(word_at(control) + FAILED, 0, sem="relaxed", scope="gpu") == epoch + 1
     if block == 0:
-        tl.store(word_at(base + seat * pitch) + slot + me, tl.zeros_like(seat) + header, mask=live)
+        tl.store(word_at(base + rank * pitch) + slot + me, tl.zeros_like(rank) + header, mask=live)
     tl.debug_barrier()  # every thread's part is written before any flag goes up
-    tl.atomic_max(theirs, tl.zeros_like(seat) + tl.where(failed, poison, token), mask=live, sem="release", scope="sys")
+    tl.atomic_max(theirs, tl.zeros_like(rank) + tl.where(failed, poison, token), mask=live, sem="release", scope="sys")
     if not failed:
         mine = word_at(base + tl.cast(me, tl.int64) * pitch)
         culprit = tl.full([], -1, tl.int32)
@@ -150,8 +150,8 @@ def meet(control, base, pitch, members, me, block, step, header, channel: tl.con
                     kind = tl.where(seen == poison, TOLD, TOLD_OF_MISMATCH).to(tl.int32)
         tl.debug_barrier()  # what a flag allows to read, all threads may read now
         if (block == 0) & (culprit < 0):
-            heard = tl.load(mine + slot + seat, mask=live, other=0, volatile=True)
-            differs = tl.max(tl.where(live & (heard != header), seat.to(tl.int32) + 1, 0), axis=0)
+            message = tl.load(mine + slot + rank, mask=live, other=0, volatile=True)
+            differs = tl.max(tl.where(live & (message != header), rank.to(tl.int32) + 1, 0), axis=0)
             if differs > 0:
                 culprit = differs - 1
                 kind = tl.full([], MISMATCHED, tl.int32)

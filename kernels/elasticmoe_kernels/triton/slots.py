@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator, no-untyped-call"
-"""From the router's expert ids to this rank's slots, without the rows of absent seats: one launch, capturable.
+"""From the router's expert ids to this rank's slots, without the rows of inactive ranks: one launch, capturable.
 
-Data-parallel attention gathers one equal part of rows from every seat, absent seats' parts included. Nothing has to be
-computed for those: which seats are there is read from the windows' control block (`windows.py`) at every launch, so a
+Data-parallel attention gathers one equal part of rows from every rank, inactive ranks' parts included. Nothing has to
+be
+computed for those: which ranks are there is read from the windows' control block (`windows.py`) at every launch, so a
 captured graph follows the membership.
 """
 
@@ -26,37 +27,37 @@ def _slots_kernel(ids_ptr, table_ptr, members, out_ptr, pairs, rows, TOP_K: tl.c
     here = wanted
     if PARTS:
         present = tl.load(tl.cast(members, tl.int64).to(tl.pointer_type(tl.int64)))
-        seat = (at // TOP_K // rows).to(tl.int64)
-        here = wanted & (((present >> seat) & 1) != 0)
+        rank = (at // TOP_K // rows).to(tl.int64)
+        here = wanted & (((present >> rank) & 1) != 0)
     ids = tl.load(ids_ptr + at, mask=here, other=-1)
     slot = tl.load(table_ptr + ids, mask=here & (ids >= 0), other=-1)
     tl.store(out_ptr + at, slot, mask=wanted)
 
 
 def slots_of_rows(
-    topk_ids: torch.Tensor, table: torch.Tensor, *, control: int, rows_per_seat: int | None
+    topk_ids: torch.Tensor, table: torch.Tensor, *, control: int, rows_per_rank: int | None
 ) -> torch.Tensor:
     """Slots [T, K] int32 of the experts `topk_ids` [T, K] (int32 or int64); -1: not on this rank, or nobody's row.
 
     Args:
         table: int32 [experts or more], expert id -> slot, -1 for not here.
         control: address of the windows' control block (`Windows.control`).
-        rows_per_seat: row r belongs to seat r // rows_per_seat; None: all rows are somebody's.
+        rows_per_rank: row r belongs to rank r // rows_per_rank; None: all rows are somebody's.
 
     Raises:
-        ShapeError: T is no multiple of rows_per_seat, or ids that are not contiguous.
+        ShapeError: T is no multiple of rows_per_rank, or ids that are not contiguous.
     """
     tokens, top_k = topk_ids.shape
     if not topk_ids.is_contiguous():
         raise ShapeError("topk_ids must be contiguous")
-    if rows_per_seat is not None and (rows_per_seat < 1 or tokens % rows_per_seat):
-        raise ShapeError(f"{tokens} rows are not {rows_per_seat} of every seat")
+    if rows_per_rank is not None and (rows_per_rank < 1 or tokens % rows_per_rank):
+        raise ShapeError(f"{tokens} rows are not {rows_per_rank} of every rank")
     slots = torch.empty(tokens, top_k, dtype=torch.int32, device=topk_ids.device)
     if not tokens:
         return slots
     pairs = tokens * top_k
     _slots_kernel[(triton.cdiv(pairs, _BLOCK),)](
-        topk_ids, table, control + 8 * windows.MEMBERS, slots, pairs, rows_per_seat or 1, TOP_K=top_k,
-        PARTS=rows_per_seat is not None, BLOCK=_BLOCK, num_warps=4,
+        topk_ids, table, control + 8 * windows.MEMBERS, slots, pairs, rows_per_rank or 1, TOP_K=top_k,
+        PARTS=rows_per_rank is not None, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return slots

@@ -1,13 +1,13 @@
-"""How the seats' windows are laid out, and what a seat's kernels are told about them.
+"""How the ranks' windows are laid out, and what a rank's kernels are told about them.
 
-Every seat owns one window of device memory, mapped by all its peers. In each seat's address space window r lies at
-`base + r * pitch`, reserved for all seats from the start, so no address changes when seats come and go:
+Every rank owns one window of device memory, mapped by all its peers. In each rank's address space window r lies at
+`base + r * pitch`, reserved for all ranks from the start, so no address changes when ranks come and go:
 
     flags     [channels][blocks][capacity] int64   who has arrived: written by the peers, read by the owner
     headers   [channels][2][capacity] int64        what each peer thinks is going on, by parity of the step
     data      [channels][2][data_bytes]            written by the owner, read by the peers, by parity of the step
 
-Beside it a seat has a control block of its own (`int64` words in device memory): epoch, members, deadline, step
+Beside it a rank has a control block of its own (`int64` words in device memory): epoch, members, deadline, step
 counters. The host rewrites it between two launches; captured graphs read it anew at every replay.
 """
 
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 EPOCH_SHIFT = 40
 """A flag is `epoch << 40 | step`; steps start again with every epoch."""
 POISON_STEP = (1 << EPOCH_SHIFT) - 2
-"""The step that a seat announces once it has given up: later than any real one. The next says: over a mismatch."""
+"""The step that a rank announces once it has given up: later than any real one. The next says: over a mismatch."""
 
-# Words of the control block. MEMBERS has bit i set for a present seat i; a clock a block; then the step counters.
+# Words of the control block. MEMBERS has bit i set for a present rank i; a clock a block; then the step counters.
 EPOCH, MEMBERS, DEADLINE_NS, FAILED, ERROR_ADDRESS, CLOCKS, COUNTERS = 0, 1, 2, 3, 4, 8, 72
 MAX_BLOCKS = COUNTERS - CLOCKS
 
@@ -32,11 +32,11 @@ _DATA_ALIGNMENT = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class WindowLayout:
-    """Sizes that all seats share.
+    """Sizes that all ranks share.
 
-    capacity: seats; channels: independent sequences of collectives; data_bytes: largest message of one launch;
+    capacity: ranks; channels: independent sequences of collectives; data_bytes: largest message of one launch;
     blocks: programs of every launch. A program that waits keeps its place on a multiprocessor, so the programs of all
-    seats of a device must find room beside each other.
+    ranks of a device must find room beside each other.
     """
 
     capacity: int
@@ -59,7 +59,7 @@ class WindowLayout:
 
     @property
     def window_bytes(self) -> int:
-        """Of one seat's window."""
+        """Of one rank's window."""
         return self.data_offset + self.channels * 2 * self.data_bytes
 
     @property
@@ -70,43 +70,43 @@ class WindowLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """What one seat's launches need.
+    """What one rank's launches need.
 
     layout: of all windows; base, pitch: window r is at base + r * pitch; control: address of the control block;
-    me: my seat.
+    me: my rank.
     """
 
     layout: WindowLayout
     base: int
     pitch: int
     control: int
-    me: int
+    rank: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """An error word, read.
 
-    kind: TIMED_OUT (nobody came from `seat` in time), MISMATCHED (`seat` is in another collective), TOLD or
-    TOLD_OF_MISMATCH (`seat` has given up over the one or the other, as it found or was told); step: of the channel, in
+    kind: TIMED_OUT (nobody came from `rank` in time), MISMATCHED (`rank` is in another collective), TOLD or
+    TOLD_OF_MISMATCH (`rank` has given up over the one or the other, as it found or was told); step: of the channel, in
     the epoch that was current.
     """
 
     kind: int
-    seat: int
+    rank: int
     channel: int
     operation: int
     step: int
 
     @classmethod
     def unpack(cls, word: int) -> Failure | None:
-        """None for the word of a seat that never failed."""
+        """None for the word of a rank that never failed."""
         word &= (1 << 64) - 1
         if not word:
             return None
         return cls(
             kind=word >> 56,
-            seat=word >> 48 & 0xFF,
+            rank=word >> 48 & 0xFF,
             channel=word >> 44 & 0xF,
             operation=word >> 40 & 0xF,
             step=word & ((1 << EPOCH_SHIFT) - 1),

@@ -34,16 +34,17 @@ def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
         print(f"elasticmoe: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     runtime.export()
-    # Read by SGLang's DeepSeek model: a shared expert that every seat holds whole.
+    # Read by SGLang's DeepSeek model: a shared expert that every rank holds whole.
     os.environ.setdefault("SGLANG_SHARED_EXPERT_TP1", "1")
-    # A seat that gives up KV capacity moves cached prefixes to other rows; only this core's nodes can be reached.
+    # A rank that gives up KV capacity moves cached prefixes to other rows; only this core's nodes can be reached.
     os.environ["SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND"] = "python"
-    # The shared-memory broadcaster waits for all ranks, absent seats included.
+    # The shared-memory broadcaster waits for all ranks, inactive ranks included.
     os.environ["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
-    # Columns hold the gate's rows and then the up projection's, as checkpoints do; SGLang may mix them for its own MoE.
+    # Columns hold the commit barrier's rows and then the up projection's, as checkpoints do; SGLang may mix them for
+    # its own MoE.
     os.environ["SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"] = "false"
-    if config.seats_per_device > 1:
-        # Free memory of a device that seats share differs while they boot.
+    if config.ranks_per_device > 1:
+        # Free memory of a device that ranks share differs while they boot.
         os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "false"
     install_for_process("main")
 
@@ -64,7 +65,7 @@ HOOKS = (
         kind="before",
         hook=f"{__name__}:before_from_cli_args",
         signature="(cls, args)",
-        reason="Reads the flags, and sets tp = dp = ep = the number of seats before SGLang resolves its arguments.",
+        reason="Reads the flags, and sets tp = dp = ep = the number of ranks before SGLang resolves its arguments.",
         expires="SGLang lets plugins declare arguments.",
         scope="flags",
         processes=frozenset(("main",)),

@@ -17,7 +17,7 @@ from tests.helpers import torch_npu_wheel
 HERE = Path(__file__).parent
 # Libraries torch_npu links to. All code is in the first; the others lead there.
 CODE = "libascendcl.so"
-EMPTY = ("libacl_op_compiler.so", "libacl_tdt_channel.so", "libge_runner.so", "libgraph.so", "libhccl.so")
+INACTIVE = ("libacl_op_compiler.so", "libacl_tdt_channel.so", "libge_runner.so", "libgraph.so", "libhccl.so")
 
 
 class CompilerMissing(Exception):
@@ -32,7 +32,7 @@ def build() -> Path:
     sources = sorted(HERE.glob("*.c"))
     state = hashlib.sha256(b"".join(path.read_bytes() for path in (*sources, HERE / "standin.h"))).hexdigest()[:16]
     target = torch_npu_wheel.ROOT / ".dev" / f"cann-standin-{state}"
-    if (target / EMPTY[-1]).exists():
+    if (target / INACTIVE[-1]).exists():
         return target
     scratch = target.with_name(f"{target.name}.{os.getpid()}")
     scratch.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def build() -> Path:
             "-lpthread",
         ]
     )
-    for name in EMPTY:
+    for name in INACTIVE:
         # A lookup in one of these by dlsym walks on into the library that has the code.
         link = ["-Wl,--no-as-needed", "-L", str(scratch), "-lascendcl", "-Wl,-rpath,$ORIGIN"]
         _run([*shared, "-x", "c", "/dev/null", "-x", "none", f"-Wl,-soname,{name}", *link, "-o", str(scratch / name)])

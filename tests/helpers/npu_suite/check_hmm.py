@@ -10,8 +10,8 @@ import torch
 from elasticmoe_sglang.errors import BudgetExceeded
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import spawn_hmm
-from elasticmoe_sglang.hmm.protocol import ModelSpec
 from elasticmoe_sglang.hmm.vmm import get_backend
+from elasticmoe_sglang.wire.to_hmm import ModelSpec
 
 M = 2 << 20
 
@@ -24,7 +24,7 @@ def hmm(tmp_path):
 
 def test_columns_belong_to_the_hmm(hmm) -> None:
     backend = get_backend("npu")
-    with HmmClient(hmm.endpoint, name="seat-0", timeout_s=20, backend=backend) as client:
+    with HmmClient(hmm.endpoint, name="rank-0", timeout_s=20, backend=backend) as client:
         client.register_model(ModelSpec(fingerprint="check", num_columns=8, column_bytes=M, dense_bytes=M, detail={}))
         blocks = client.allocate(0, "column", columns=[3, 5])
         with pytest.raises(BudgetExceeded):
@@ -56,7 +56,7 @@ from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.vmm import get_backend
 torch.npu.set_device(0)
 backend, M = get_backend("npu"), {M}
-with HmmClient({endpoint!r}, name="seat-1", timeout_s=20, backend=backend) as client:
+with HmmClient({endpoint!r}, name="rank-1", timeout_s=20, backend=backend) as client:
     blocks = client.lookup(kind="column", columns=[3, 5])
     client.wait_sealed([block.block_id for block in blocks], 5)
     va = backend.reserve(len(blocks) * M)
@@ -73,7 +73,7 @@ with HmmClient({endpoint!r}, name="seat-1", timeout_s=20, backend=backend) as cl
 
 
 def test_a_transaction_gives_everything_back(hmm) -> None:
-    with HmmClient(hmm.endpoint, name="seat-0", timeout_s=20, backend=get_backend("npu")) as client:
+    with HmmClient(hmm.endpoint, name="rank-0", timeout_s=20, backend=get_backend("npu")) as client:
         txn = client.begin("scale-1")
         client.allocate(1, "other", nbytes=8 * M, txn=txn)
         assert client.status().devices[1].used == 8 * M
@@ -83,11 +83,11 @@ def test_a_transaction_gives_everything_back(hmm) -> None:
 
 
 def test_windows_are_host_memory(hmm) -> None:
-    with HmmClient(hmm.endpoint, name="seat-0", timeout_s=20, backend=get_backend("npu")) as client:
-        region = client.region("fabric", 4096)
+    with HmmClient(hmm.endpoint, name="rank-0", timeout_s=20, backend=get_backend("npu")) as client:
+        region = client.region("collective region", 4096)
         with region.map() as buffer:
             ctypes.memmove((ctypes.c_char * 5).from_buffer(buffer), b"hello", 5)
-        again = client.region("fabric", 4096)
+        again = client.region("collective region", 4096)
         with again.map() as buffer:
             assert buffer[:5] == b"hello"
         region.close()

@@ -8,10 +8,10 @@ import torch.distributed as dist
 
 from elasticmoe_kernels.ascend import npu_ops
 from elasticmoe_kernels.registry import select
+from elasticmoe_sglang.comm.hccl import EpochGroups, build_hccl
+from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.errors import PeerTimeout
 from elasticmoe_sglang.hmm.vmm import get_backend
-from elasticmoe_sglang.seats.hccl import EpochGroups, build_hccl
-from elasticmoe_sglang.seats.membership import Membership
 from tests.helpers.npu_ops import SCHEMAS
 
 M = 2 << 20
@@ -62,4 +62,4 @@ def test_hccl_groups_are_built_as_torch_npu_wants_and_fail_loudly_here() -> None
     assert (group.rank(), group.size(), group.name()) == (0, 2, "hccl")
     groups = EpochGroups(store, 0, device="npu:0")
     with pytest.raises(PeerTimeout, match="did not form"):
-        groups.prepare(Membership(seats=(0, 1), epoch=1, capacity=2), timeout_s=5)
+        groups.prepare(Membership(ranks=(0, 1), epoch=1, capacity=2), timeout_s=5)

@@ -102,7 +102,7 @@ def test_strided_layer_views_of_columns(backend) -> None:
 
 
 def test_a_column_space_and_its_views(backend) -> None:
-    """What a seat holds: views over all slots, columns that come by a pull from a peer, and go."""
+    """What a rank holds: views over all slots, columns that come by a pull from a peer, and go."""
     layout = ColumnLayout.of([("w13", (64, 512), torch.bfloat16), ("w2", (512, 32), torch.bfloat16)])
     space = ColumnSpace(backend, 6, layout.column_bytes, device=0)
     views = space.views(layout)

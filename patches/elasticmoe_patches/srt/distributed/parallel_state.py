@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 _MODULE = "sglang.srt.distributed.parallel_state"
-_SEATS: frozenset[Process] = frozenset(("seat", "standby"))
+_RANKS: frozenset[Process] = frozenset(("rank", "standby"))
 
 
 def cpu_flag(current: bool) -> bool:
@@ -90,7 +90,7 @@ HOOKS: tuple[HookSpec, ...] = (
         "set, and SGLang sets it only for its own CPU engine, which needs sgl_kernel.",
         expires="SGLang asks the platform instead of SGLANG_USE_CPU_ENGINE.",
         scope="platform",
-        processes=_SEATS,
+        processes=_RANKS,
     ),
     HookSpec(
         target=f"{_MODULE}.GroupCoordinator.reduce_scatterv",
@@ -100,7 +100,7 @@ HOOKS: tuple[HookSpec, ...] = (
         reason="Data-parallel attention returns its rows with it; SGLang has it on pynccl only.",
         expires="SGLang has a torch.distributed path for it.",
         scope="both",
-        processes=_SEATS,
+        processes=_RANKS,
     ),
     HookSpec(
         target=f"{_MODULE}.GroupCoordinator.all_gatherv",
@@ -110,6 +110,6 @@ HOOKS: tuple[HookSpec, ...] = (
         reason="Data-parallel attention may gather rows of unequal number with it; SGLang has it on pynccl only.",
         expires="SGLang has a torch.distributed path for it.",
         scope="both",
-        processes=_SEATS,
+        processes=_RANKS,
     ),
 )

@@ -8,7 +8,7 @@ from elasticmoe_patches.spec import HookSpec
 
 
 def around_launch_scheduler_processes(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
-    """HMM and IMM first: the controller, started by the original, puts seats into place through them."""
+    """HMM and IMM first: the controller, started by the original, puts ranks into place through them."""
     from elasticmoe_patches.services import start_services
 
     start_services()
@@ -39,7 +39,7 @@ def put_controller_process(_current: Any) -> Any:
 
 
 def detokenizer_process(server_args: Any, port_args: Any) -> None:
-    """SGLang's detokenizer, which also passes on the fence that a leaver puts behind its last output."""
+    """SGLang's detokenizer, which also passes on the fence that a retiring rank puts behind its last output."""
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager, run_detokenizer_process
     from sglang.utils import TypeBasedDispatcher
 
@@ -60,7 +60,7 @@ HOOKS = (
         kind="around",
         hook=f"{__name__}:around_launch_scheduler_processes",
         signature="(cls, server_args, port_args, run_scheduler_process_func, *, placement_group=None)",
-        reason="Starts the HMM, the IMM and the coordinator before the first seat.",
+        reason="Starts the HMM, the IMM and the coordinator before the first rank.",
         expires="SGLang offers a start-up hook for sidecars.",
         processes=frozenset(("main",)),
     ),
@@ -69,7 +69,7 @@ HOOKS = (
         kind="around",
         hook=f"{__name__}:around_launch_detokenizers",
         signature="(cls, server_args, port_args, run_detokenizer_process_func)",
-        reason="The detokenizer passes on the fence behind a leaver's last output, so that no token overtakes another.",
+        reason="The detokenizer passes on the fence behind a retiring rank's last output: no token overtakes another.",
         expires="SGLang loads plugins in the detokenizer.",
         processes=frozenset(("main",)),
     ),

@@ -10,7 +10,7 @@ _MAIN: frozenset[Process] = frozenset(("main",))
 
 
 def before_setup_and_run(*args: Any, **kwargs: Any) -> None:
-    """All first seats serve: start the coordinator and put its endpoints in front."""
+    """All first ranks serve: start the coordinator and put its endpoints in front."""
     from sglang.srt.entrypoints.http_server import app
 
     from elasticmoe_patches.plugin import verify_for_process

@@ -25,6 +25,6 @@ HOOKS: tuple[HookSpec, ...] = (
         "set, which needs sgl_kernel.",
         expires="SGLang asks the platform instead of SGLANG_USE_CPU_ENGINE.",
         scope="platform",
-        processes=frozenset(("seat", "standby")),
+        processes=frozenset(("rank", "standby")),
     ),
 )

@@ -19,44 +19,44 @@ from sglang.srt.managers.io_struct import (
 
 
 class ElasticCommandReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Coordinator -> controller -> all seats: `command` is an encoded seats.messages.CommitCommand."""
+    """Coordinator -> controller -> all ranks: `command` is an encoded ranks.messages.CommitCommand."""
 
     command: bytes
 
 
 class ElasticRouteReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Coordinator -> controller: route new requests to these seats only (after the commit, or after its abort)."""
+    """Coordinator -> controller: route new requests to these ranks only (after the commit, or after its abort)."""
 
-    seats: list[int]
+    ranks: list[int]
 
 
 class ElasticRecoverRouteReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Coordinator -> controller, after a seat's death: route to these seats only, and put a fence into each's queue."""
+    """Coordinator -> controller, after a rank's death: route to these ranks only, and put a fence into each's queue."""
 
     operation_id: str
-    seats: list[int]
+    ranks: list[int]
 
 
 class ElasticFenceReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Last message on a way: controller -> leaver (nothing more is routed to it), leaver -> detokenizer -> tokenizer
-    (all its output has been passed on)."""
+    """Last message on a way: controller -> retiring rank (nothing more is routed to it), retiring rank -> detokenizer
+    -> tokenizer (all its output has been passed on)."""
 
     operation_id: str
-    seat: int
+    rank: int
 
 
-class ElasticAdoptReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Leaver -> survivor, or tokenizer -> controller -> survivor after a seat's death: go on with this request.
+class ElasticResumeReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
+    """Retiring rank -> survivor, or tokenizer -> controller -> survivor after a rank's death: go on with this request.
 
     Attributes:
         request: as the client sent it, tokenised.
         progress: what was generated and sent so far (see handover.Progress), SGLang's own wrapper.
-        kv_tokens: how many leading tokens' KV the leaver has for it; 0 for none.
-        kv_pages: where it lies in the leaver's HMM memory, in order. Empty: it follows in the next frames.
+        kv_tokens: how many leading tokens' KV the retiring rank has for it; 0 for none.
+        kv_pages: where it lies in the retiring rank's HMM memory, in order. Empty: it follows in the next frames.
     """
 
     operation_id: str
-    leaver: int
+    retiring_rank: int
     request: TokenizedGenerateReqInput
     progress: PickleWrapper
     kv_tokens: int
@@ -65,7 +65,7 @@ class ElasticAdoptReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
 
 def register_types() -> None:
     """Teach SGLang's decoder our messages; needed once in every process that receives them."""
-    hook_custom_types(ElasticCommandReq, ElasticRouteReq, ElasticRecoverRouteReq, ElasticFenceReq, ElasticAdoptReq)
+    hook_custom_types(ElasticCommandReq, ElasticRouteReq, ElasticRecoverRouteReq, ElasticFenceReq, ElasticResumeReq)
 
 
 def to_wire(message: Any) -> bytes:

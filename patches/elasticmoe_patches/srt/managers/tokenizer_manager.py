@@ -1,4 +1,5 @@
-"""The tokenizer hears the fence behind a leaver's last output (mirrors sglang/srt/managers/tokenizer_manager.py)."""
+"""The tokenizer hears the fence behind a retiring rank's last output (mirrors
+sglang/srt/managers/tokenizer_manager.py)."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ def after_init_request_dispatcher(_result: None, self: Any) -> None:
 
     register_types()
     self._result_dispatcher += TypeBasedDispatcher(
-        [(ElasticFenceReq, lambda fence: services().output_passed(fence.operation_id, fence.seat))]
+        [(ElasticFenceReq, lambda fence: services().output_passed(fence.operation_id, fence.rank))]
     )
 
 
 async def around_send_one_request(original: Any, self: Any, tokenized_obj: Any) -> None:
-    """Keep what was sent: if the seat that gets it dies, another one goes on with it."""
+    """Keep what was sent: if the rank that gets it dies, another one goes on with it."""
     from elasticmoe_patches.journal import remember
 
     remember(self, tokenized_obj)
@@ -41,7 +42,7 @@ HOOKS = (
         kind="after",
         hook=f"{__name__}:after_init_request_dispatcher",
         signature="(self)",
-        reason="A leaver's requests go on elsewhere only when its last tokens have arrived here.",
+        reason="A retiring rank's requests go on elsewhere only when its last tokens have arrived here.",
         expires="SGLang can move requests between ranks itself.",
         processes=frozenset(("main",)),
     ),
@@ -50,7 +51,7 @@ HOOKS = (
         kind="around",
         hook=f"{__name__}:around_send_one_request",
         signature="(self, tokenized_obj)",
-        reason="Keeps the tokenised request, so that it can go on elsewhere when its seat dies.",
+        reason="Keeps the tokenised request, so that it can go on elsewhere when its rank dies.",
         expires="SGLang can continue a request on another rank itself.",
         processes=frozenset(("main",)),
     ),

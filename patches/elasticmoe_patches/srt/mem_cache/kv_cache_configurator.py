@@ -1,6 +1,6 @@
-"""How large a seat's KV pool is (mirrors sglang/srt/mem_cache/kv_cache_configurator.py).
+"""How large a rank's KV pool is (mirrors sglang/srt/mem_cache/kv_cache_configurator.py).
 
-SGLang sizes its pool once, by what the device has left. A seat's pool is what of its HMM memory is mapped now: it is
+SGLang sizes its pool once, by what the device has left. A rank's pool is what of its HMM memory is mapped now: it is
 opened here, and SGLang is told that size. It changes later, see `resize.py`.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from elasticmoe_patches.spec import HookSpec
 from elasticmoe_sglang.hmm.layout import KvLayout
 from elasticmoe_sglang.planner import KvShape, kv_shape
-from elasticmoe_sglang.seats.kv_room import device_at_rest
+from elasticmoe_sglang.worker.kv_share import device_at_rest
 
 logger = logging.getLogger(__name__)
 
@@ -22,34 +22,34 @@ _OPEN_S = 3.0
 
 
 def around_configure(original: Any, self: Any, *, pre_model_load_memory: int) -> Any:
-    """Open the seat's KV cache before SGLang makes its pool over it."""
-    from elasticmoe_patches.seat import current_seat
+    """Open the rank's KV cache before SGLang makes its pool over it."""
+    from elasticmoe_patches.worker.worker import current_worker
 
     if _is_ours():
-        open_kv(current_seat(), self)
+        open_kv(current_worker(), self)
     return original(self, pre_model_load_memory=pre_model_load_memory)
 
 
 def around_profile_available_bytes(original: Any, self: Any, pre_model_load_memory: int) -> int:
     """The device's free memory is the HMM's business."""
-    from elasticmoe_patches.seat import current_seat
+    from elasticmoe_patches.worker.worker import current_worker
 
-    return _NO_LIMIT if current_seat().kv is not None else int(original(self, pre_model_load_memory))
+    return _NO_LIMIT if current_worker().kv is not None else int(original(self, pre_model_load_memory))
 
 
 def around_apply_token_constraints(original: Any, self: Any, token_capacity: int) -> int:
     """SGLang's own limits are in the shape's cap already."""
-    from elasticmoe_patches.seat import current_seat
+    from elasticmoe_patches.worker.worker import current_worker
 
-    kv = current_seat().kv
+    kv = current_worker().kv
     return kv.shape.tokens(kv.chunks) if kv is not None else int(original(self, token_capacity))
 
 
 def around_resolve_max_num_reqs(original: Any, self: Any, token_capacity: int) -> int:
-    """The table of requests is made for the most tokens the seat may ever have."""
-    from elasticmoe_patches.seat import current_seat
+    """The table of requests is made for the most tokens the rank may ever have."""
+    from elasticmoe_patches.worker.worker import current_worker
 
-    kv = current_seat().kv
+    kv = current_worker().kv
     return int(original(self, kv.shape.tokens(kv.space.max_chunks) if kv is not None else token_capacity))
 
 
@@ -60,44 +60,46 @@ def _is_ours() -> bool:
     return bool(getattr(current_platform, "elastic_kv", False))
 
 
-def open_kv(seat: Any, configurator: Any) -> None:
-    """Make `seat.kv` and map its first chunks."""
+def open_kv(worker: Any, configurator: Any) -> None:
+    """Make `rank.kv` and map its first chunks."""
     from sglang.srt.runtime_context import get_schedule
 
-    from elasticmoe_sglang.seats.kv import SeatKv
+    from elasticmoe_sglang.worker.kv import WorkerKv
 
-    config = seat.runtime.config
-    status = seat.client.status()
+    config = worker.runtime.config
+    status = worker.client.status()
     layout = kv_layout(configurator)
     caps = [cap for cap in (config.kv_tokens, get_schedule().max_total_tokens) if cap is not None]
-    budget = status.devices[seat.device].budget
+    budget = status.devices[worker.device].budget
     shape = kv_shape(
         token_bytes=layout.token_bytes,
         page_tokens=configurator.pool_page_size,
         granularity=status.granularity,
         budget=budget,
-        seats=config.seats_per_device,
+        ranks=config.ranks_per_device,
         cap_tokens=min(caps, default=None),
     )
     most = shape.share(budget, 1)
-    seat.kv = SeatKv(seat.client, seat=seat.me, device=seat.device, shape=shape, layout=layout, max_chunks=most)
-    chunks = seat.ticket.kv_chunks or first_share(seat, status, shape)
-    seat.kv.open(min(chunks, most), seat.ticket.txn or None, _OPEN_S)
-    logger.info("seat %d: %d KV tokens in %d chunks of HMM memory", seat.me, shape.tokens(seat.kv.chunks), chunks)
+    worker.kv = WorkerKv(
+        worker.client, rank=worker.rank, device=worker.device, shape=shape, layout=layout, max_chunks=most
+    )
+    chunks = worker.join_spec.kv_chunks or first_share(worker, status, shape)
+    worker.kv.open(min(chunks, most), worker.join_spec.txn or None, _OPEN_S)
+    logger.info("rank %d: %d KV tokens in %d chunks of HMM memory", worker.rank, shape.tokens(worker.kv.chunks), chunks)
 
 
-def first_share(seat: Any, status: Any, shape: KvShape) -> int:
-    """Chunks of each seat of this device when the placement of the ticket holds; all of its seats find the same."""
-    config, ticket = seat.runtime.config, seat.ticket
+def first_share(worker: Any, status: Any, shape: KvShape) -> int:
+    """Chunks of each rank of this device when the placement of the join_spec holds; all of its ranks find the same."""
+    config, join_spec = worker.runtime.config, worker.join_spec
     device = device_at_rest(
         config,
-        status.devices[seat.device],
-        seat.spec,
+        status.devices[worker.device],
+        worker.spec,
         granularity=status.granularity,
-        seats=[member for member in ticket.members if config.device_of(member) == seat.device],
-        owners=seat.placement,
+        ranks=[member for member in join_spec.members if config.device_of(member) == worker.device],
+        owners=worker.placement,
     )
-    return device.targets(shape)[seat.me]
+    return device.targets(shape)[worker.rank]
 
 
 def kv_layout(configurator: Any) -> KvLayout:
@@ -125,7 +127,7 @@ def _hook(name: str, function: Any, signature: str, reason: str) -> HookSpec:
         signature=signature,
         reason=reason,
         expires="SGLang lets a platform supply the size of a pool that can change.",
-        processes=frozenset(("seat", "standby")),
+        processes=frozenset(("rank", "standby")),
     )
 
 
@@ -134,7 +136,7 @@ HOOKS = (
         "configure",
         around_configure,
         "(self, *, pre_model_load_memory)",
-        "Maps the seat's KV memory, which the HMM owns, before SGLang builds its pool over it.",
+        "Maps the rank's KV memory, which the HMM owns, before SGLang builds its pool over it.",
     ),
     _hook(
         "_profile_available_bytes",
@@ -152,6 +154,6 @@ HOOKS = (
         "resolve_max_num_reqs",
         around_resolve_max_num_reqs,
         "(self, token_capacity)",
-        "A joiner that begins with little KV must be able to run as many requests as the others later.",
+        "A joining rank that begins with little KV must be able to run as many requests as the others later.",
     ),
 )

@@ -1,6 +1,6 @@
 """KV pools of the CPU platform (mirrors ``sglang/srt/mem_cache/memory_pool.py``).
 
-The elastic ones are SGLang's pools over the seat's KV space: tensors that reach over all addresses reserved, of which
+The elastic ones are SGLang's pools over the rank's KV space: tensors that reach over all addresses reserved, of which
 only the rows below ``size + page_size`` are mapped. SGLang indexes rows it got from the allocator, and row 0.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-from elasticmoe_sglang.seats.kv import SeatKv
+from elasticmoe_sglang.worker.kv import WorkerKv
 
 
 class CpuMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
@@ -26,10 +26,10 @@ class CpuMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
 
-def _kv() -> SeatKv:
-    from elasticmoe_patches.seat import current_seat
+def _kv() -> WorkerKv:
+    from elasticmoe_patches.worker.worker import current_worker
 
-    kv = current_seat().kv
+    kv = current_worker().kv
     assert kv is not None, "the KV cache is opened before its pool is made"
     return kv
 

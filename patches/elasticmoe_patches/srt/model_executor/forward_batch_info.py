@@ -20,6 +20,6 @@ HOOKS: tuple[HookSpec, ...] = (
         "set; SGLang sets it only for its own CPU engine.",
         expires="It uses the platform's is_pin_memory_available as the rest of the file does.",
         scope="platform",
-        processes=frozenset(("seat", "standby")),
+        processes=frozenset(("rank", "standby")),
     ),
 )

@@ -11,7 +11,7 @@ from elasticmoe_sglang.errors import UserInputError
 def put_elastic_loader(_original: Any, load_config: Any, model_config: Any = None) -> Any:
     from sglang.srt.configs.load_config import LoadFormat
 
-    from elasticmoe_patches.srt.model_loader.elastic_loader import ElasticModelLoader
+    from elasticmoe_patches.worker.loader import ElasticModelLoader
 
     if load_config.load_format not in (LoadFormat.AUTO, LoadFormat.SAFETENSORS, LoadFormat.DUMMY):
         raise UserInputError(
@@ -27,8 +27,8 @@ HOOKS = (
         kind="around",
         hook=f"{__name__}:put_elastic_loader",
         signature="(load_config, model_config=None)",
-        reason="Weights live in the HMM's memory; a joiner attaches to them and reads no checkpoint.",
+        reason="Weights live in the HMM's memory; a joining rank attaches to them and reads no checkpoint.",
         expires="SGLang lets a plugin register a model loader for a load format of its own.",
-        processes=frozenset(("seat", "standby")),
+        processes=frozenset(("rank", "standby")),
     ),
 )

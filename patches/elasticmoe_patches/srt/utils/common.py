@@ -1,4 +1,4 @@
-"""Object broadcasts of a seat that is alone (mirrors sglang/srt/utils/common.py)."""
+"""Object broadcasts of a rank that is alone (mirrors sglang/srt/utils/common.py)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from elasticmoe_patches.spec import HookSpec
 
 
 def around_broadcast_pyobj(original: Any, data: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
-    """Alone, every seat is the source: a booting joiner keeps its own data (the seed), whoever the source rank is."""
-    from elasticmoe_patches.seat import current_seat
+    """Alone, every rank is the source: a booting joining rank keeps its own data (the seed), whoever the source rank
+    is."""
+    from elasticmoe_patches.worker.worker import current_worker
 
-    if current_seat().fabric.is_solo:
+    if current_worker().region.is_solo:
         return data or []
     result: list[Any] = original(data, *args, **kwargs)
     return result
@@ -23,8 +24,8 @@ HOOKS = (
         kind="around",
         hook=f"{__name__}:around_broadcast_pyobj",
         signature="(data, rank, dist_group=None, src=0, force_cpu_device=True)",
-        reason="The broadcast sends sizes first; a lone seat that is not the source would return nothing.",
+        reason="The broadcast sends sizes first; a lone rank that is not the source would return nothing.",
         expires="SGLang broadcasts objects through torch.distributed.",
-        processes=frozenset(("seat", "standby")),
+        processes=frozenset(("rank", "standby")),
     ),
 )

@@ -86,7 +86,7 @@ def make_core(config: Any) -> Any:
             rows, counts = runner_input.hidden_states, runner_input.expert_tokens
             if runner_input.hidden_states_scale is not None or runner_input.group_list_type != 1:
                 raise UnsupportedFeature("the NPU path takes unquantised rows with counts by expert")
-            # The loader put the seat's table there: the slot of each expert, -1 for those on other seats.
+            # The loader put the rank's table there: the slot of each expert, -1 for those on other ranks.
             slots = self.config.layer.dispatcher.local_expert_mapping[: counts.shape[0]]
             if gemm == "triton":
                 out = expert_rows_triton(rows, quant_info.w13_weight, quant_info.w2_weight, counts, slots)
@@ -133,7 +133,7 @@ def after_dispatcher_init(_result: Any, self: Any, moe_runner_config: Any) -> No
 
 
 def before_dispatch(self: Any, hidden_states: Any, topk_output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Rows of absent seats come with expert id -1, which the routing operator does not take."""
+    """Rows of inactive ranks come with expert id -1, which the routing operator does not take."""
     import torch
 
     ids = topk_output.topk_ids
@@ -149,7 +149,7 @@ def before_create_moe_runner(self: Any, layer: Any, moe_runner_config: Any) -> N
 
 
 _DISPATCHER = "sglang.srt.layers.moe.token_dispatcher.ascend_tp.AscendTPDispatcher"
-_SEATS: frozenset[Process] = frozenset(("seat", "standby"))
+_RANKS: frozenset[Process] = frozenset(("rank", "standby"))
 
 HOOKS = (
     HookSpec(
@@ -159,16 +159,16 @@ HOOKS = (
         signature="(self, layer, moe_runner_config)",
         reason="On an NPU the layer's runner core must read expert columns; SGLang's reads one contiguous weight.",
         expires="SGLang's NPU runner core takes weights with any stride between experts.",
-        processes=_SEATS,
+        processes=_RANKS,
     ),
     HookSpec(
         target=f"{_DISPATCHER}.__init__",
         kind="after",
         hook=f"{__name__}:after_dispatcher_init",
         signature="(self, moe_runner_config)",
-        reason="On an NPU, an expert that is nowhere takes the pairs of absent seats' rows.",
+        reason="On an NPU, an expert that is nowhere takes the pairs of inactive ranks' rows.",
         expires="SGLang's NPU dispatcher drops pairs whose expert id is -1.",
-        processes=_SEATS,
+        processes=_RANKS,
     ),
     HookSpec(
         target=f"{_DISPATCHER}.dispatch",
@@ -177,6 +177,6 @@ HOOKS = (
         signature="(self, hidden_states, topk_output)",
         reason="On an NPU, sends expert id -1 to the expert that is nowhere: the routing operator wants ids from 0 on.",
         expires="SGLang's NPU dispatcher drops pairs whose expert id is -1.",
-        processes=_SEATS,
+        processes=_RANKS,
     ),
 )

@@ -18,26 +18,26 @@ class RowSlots:
 
     Args:
         table: int32, expert id -> slot, -1 for not here.
-        control: address of the windows' control block, which says which seats are there.
-        seats: that exist.
+        control: address of the windows' control block, which says which ranks are there.
+        ranks: that exist.
     """
 
-    def __init__(self, table: torch.Tensor, *, control: int, seats: int) -> None:
+    def __init__(self, table: torch.Tensor, *, control: int, ranks: int) -> None:
         self._table = table
         self._control = control
-        self._seats = seats
+        self._ranks = ranks
 
     def __getitem__(self, topk_ids: torch.Tensor) -> torch.Tensor:
-        """[T, K] expert ids -> int32 slots; -1 also in the rows of absent seats."""
+        """[T, K] expert ids -> int32 slots; -1 also in the rows of inactive ranks."""
         from sglang.srt.layers.dp_attention import is_dp_max_padding
 
         from elasticmoe_kernels.triton.slots import slots_of_rows
 
-        # With rows padded to the longest batch every seat has an equal part; without, absent seats have no rows.
+        # With rows padded to the longest batch every rank has an equal part; without, inactive ranks have no rows.
         rows = topk_ids.shape[0]
-        equal_parts = self._seats > 1 and is_dp_max_padding() and rows > 0 and rows % self._seats == 0
-        each = rows // self._seats if equal_parts else None
-        return slots_of_rows(topk_ids, self._table, control=self._control, rows_per_seat=each)
+        equal_parts = self._ranks > 1 and is_dp_max_padding() and rows > 0 and rows % self._ranks == 0
+        each = rows // self._ranks if equal_parts else None
+        return slots_of_rows(topk_ids, self._table, control=self._control, rows_per_rank=each)
 
 
 def forward(self: Any, layer: Any, dispatch_output: Any) -> Any:
@@ -58,7 +58,7 @@ HOOKS: tuple[HookSpec, ...] = tuple(
         signature="(self, layer, dispatch_output)",
         reason="Expert columns are strided and partly unmapped; SGLang's MoE asserts contiguous weights, or reads all.",
         expires="SGLang's fused MoE takes strided expert weights.",
-        processes=frozenset(("seat", "standby")),
+        processes=frozenset(("rank", "standby")),
     )
     for name in ("forward_cuda", "forward_native")
 )

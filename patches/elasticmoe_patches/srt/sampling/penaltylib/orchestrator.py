@@ -13,7 +13,7 @@ def after_init(_result: None, self: Any, vocab_size: int, batch: Any, penalizers
 
     SGLang starts every batch that is prefilled at zero, also for a request that has output, so such a request would
     go on as if it had just begun. And it applies the penalties in the order of a set of classes, which differs from
-    process to process, while adding and scaling do not commute: here the scaling ones come last in every seat, as the
+    process to process, while adding and scaling do not commute: here the scaling ones come last in every rank, as the
     overlap schedule has it everywhere.
     """
     self.penalizers = dict(sorted(self.penalizers.items(), key=lambda item: (item[0].is_multiplicative, str(item[0]))))
@@ -64,8 +64,8 @@ HOOKS = (
         hook=f"{__name__}:after_init",
         signature="(self, vocab_size, batch, penalizers)",
         reason="A moved request's penalties count the tokens it has generated before, which SGLang forgets, and are "
-        "applied in the same order in every seat.",
+        "applied in the same order in every rank.",
         expires="SGLang restores penalties of retracted requests and applies them in a fixed order.",
-        processes=frozenset(("seat", "standby")),
+        processes=frozenset(("rank", "standby")),
     ),
 )

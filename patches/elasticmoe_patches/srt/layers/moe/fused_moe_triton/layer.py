@@ -1,7 +1,7 @@
 """Expert columns under SGLang's MoE layer (mirrors sglang/srt/layers/moe/fused_moe_triton/layer.py).
 
-Every seat builds the layer with room for all experts, one slot an expert (docs/adr/0001-slots-are-columns.md), on the
-meta device: nothing is allocated. The loader then binds the weights to the seat's column space, where only the slots of
+Every rank builds the layer with room for all experts, one slot an expert (docs/adr/0001-slots-are-columns.md), on the
+meta device: nothing is allocated. The loader then binds the weights to the rank's column space, where only the slots of
 its own columns are mapped, and the dispatcher's table sends every other expert id to -1.
 """
 
@@ -46,7 +46,7 @@ def around_create_weights(original: Any, self: Any, *args: Any, **kwargs: Any) -
         original(self, *args, **kwargs)
 
 
-_SEATS: frozenset[Process] = frozenset(("seat", "standby"))
+_RANKS: frozenset[Process] = frozenset(("rank", "standby"))
 
 HOOKS = (
     HookSpec(
@@ -59,9 +59,9 @@ HOOKS = (
         "no_combine=False, routed_scaling_factor=None, gemm1_alpha=None, gemm1_beta=None, gemm1_clamp_limit=None, "
         "swiglu_limit=None, use_weight_loader_fused=False, with_bias=False, routing_method_type=None, is_gated=True, "
         "gate_up_interleaved=True, enable_qwen35_fp8_deferred_finalize=False, quant_method=None)",
-        reason="A slot for every expert on every seat, and no divisibility of experts by seats.",
+        reason="A slot for every expert on every rank, and no divisibility of experts by ranks.",
         expires="FusedMoE takes its expert placement as an argument.",
-        processes=_SEATS,
+        processes=_RANKS,
     ),
     HookSpec(
         target="sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.create_weights",
@@ -71,6 +71,6 @@ HOOKS = (
         "with_bias=False, **extra_weight_attrs)",
         reason="Expert weights belong to the HMM; the layer must not allocate its own.",
         expires="FusedMoE takes its weights' storage as an argument.",
-        processes=_SEATS,
+        processes=_RANKS,
     ),
 )

@@ -1,0 +1,1 @@
+"""Ranks: membership, process group, commit barrier."""

@@ -1,0 +1,228 @@
+"""The control page: the words of the shared region that any process may read.
+
+It says which membership is committed, which ranks get requests, and who sits in each rank. The ranks write it, the
+coordinator and the router read it. One shared region (a memfd owned by the HMM) holds this page at its start and the
+channels of the process groups behind it (`collective region.py`).
+
+All words are 64-bit, aligned, written whole; each has one writer at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+
+from elasticmoe_sglang.comm import futex
+from elasticmoe_sglang.comm.membership import MAX_CAPACITY, Membership, mask_to_ranks
+from elasticmoe_sglang.errors import UserInputError
+
+PAGE_BYTES = 4096
+CONTROL_BYTES = 4 * PAGE_BYTES
+
+_MAGIC = 0x454C4153_4D4F4531
+# Word offsets in the page. Words that different processes write often live in cache lines (8 words) of their own.
+_W_MAGIC, _W_CAPACITY, _W_CHANNELS, _W_WINDOW = 0, 1, 2, 3
+_W_VERSION, _W_SLOTS = 8, 9
+_W_ROUTING = 16
+BARRIER_WORD = 24
+"""First of the 32 words that belong to the commit barrier."""
+_W_RANKS, _RANK_WORDS = 64, 8
+_PID, _START, _HEARTBEAT, _STATE = 0, 1, 2, 3
+BARRIER_ARRIVAL = 4
+"""Word of a rank's line in which it arrives at the commit barrier."""
+_KV_CAPACITY, _KV_USE = 6, 7
+WINDOW_BLOCK = 5
+"""Word of a rank's line that names its window of device memory: the HMM's block id plus one, 0 for none yet."""
+
+
+class WorkerState(IntEnum):
+    """What a rank says about itself."""
+
+    INACTIVE = 0
+    STARTING = 1
+    JOINING = 2
+    ACTIVE = 3
+    RETIRING = 4
+    GONE = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerInfo:
+    """One rank's line. `heartbeat_ns` is CLOCK_MONOTONIC; `start_time` is the process's start in clock ticks."""
+
+    rank: int
+    pid: int
+    start_time: int
+    heartbeat_ns: int
+    state: WorkerState
+
+
+class SharedMemory:
+    """A shared mapping of a whole file: its words, its bytes, its address.
+
+    Args:
+        fd: any descriptor of the region; it is duplicated, so the caller may close it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = os.dup(fd)
+        os.set_inheritable(self.fd, False)
+        self.nbytes = os.fstat(self.fd).st_size
+        self.memory = mmap.mmap(self.fd, self.nbytes)
+        self.view = memoryview(self.memory)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+    def words(self, offset: int, nbytes: int) -> memoryview[int]:
+        """64-bit unsigned words from a byte offset."""
+        return self.view[offset : offset + nbytes].cast("Q")
+
+    def close_fd(self) -> None:
+        """Close the descriptor. The mapping goes when nothing refers to it any more."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def process_start_time(pid: int) -> int:
+    """Start of a process in clock ticks since boot; 0 when it is gone or a zombie (read from /proc)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    state, start = fields[0], fields[19]
+    return 0 if state in (b"Z", b"X") else int(start)
+
+
+class ControlPage:
+    """Read and write the control page.
+
+    Args:
+        region: the shared region, formatted (`ControlPage.format`).
+
+    Raises:
+        UserInputError: the region was not formatted.
+    """
+
+    def __init__(self, shared: SharedMemory) -> None:
+        self.shared = shared
+        self.words = shared.words(0, CONTROL_BYTES)
+        if self.words[_W_MAGIC] != _MAGIC:
+            raise UserInputError(
+                "the shared region has no control page", hint="Call CollectiveRegion.format on it first."
+            )
+        self.capacity = self.words[_W_CAPACITY]
+        self.channels = self.words[_W_CHANNELS]
+        self.window_bytes = self.words[_W_WINDOW]
+
+    @staticmethod
+    def format(shared: SharedMemory, *, capacity: int, channels: int, window_bytes: int) -> None:
+        """Forget everything in the page and write the geometry. Before any rank starts."""
+        assert _W_RANKS + _RANK_WORDS * MAX_CAPACITY <= CONTROL_BYTES // 8
+        shared.view[:CONTROL_BYTES] = bytes(CONTROL_BYTES)
+        words = shared.words(0, CONTROL_BYTES)
+        words[_W_CAPACITY], words[_W_CHANNELS], words[_W_WINDOW] = capacity, channels, window_bytes
+        words[_W_MAGIC] = _MAGIC
+
+    # Membership. Two slots: the writer fills the one that nobody reads, then the version word names it.
+
+    def publish_membership(self, membership: Membership) -> None:
+        """Make `membership` the committed one. The launcher at the start, then only the leader at the commit
+        barrier."""
+        version = self.words[_W_VERSION] + 1
+        slot = _W_SLOTS + 2 * (version % 2)
+        self.words[slot], self.words[slot + 1] = membership.epoch, membership.mask
+        futex.order_stores()
+        self.words[_W_VERSION] = version
+
+    @property
+    def has_membership(self) -> bool:
+        """Whether one was published since the region was formatted."""
+        return self.words[_W_VERSION] != 0
+
+    def read_membership(self) -> Membership:
+        """The committed membership.
+
+        Raises:
+            UserInputError: none was published yet.
+        """
+        while True:
+            version = self.words[_W_VERSION]
+            if version == 0:
+                raise UserInputError("no membership was published yet")
+            slot = _W_SLOTS + 2 * (version % 2)
+            epoch, mask = self.words[slot], self.words[slot + 1]
+            # The slot is rewritten two versions later at the earliest.
+            if self.words[_W_VERSION] == version:
+                return Membership(ranks=mask_to_ranks(mask), epoch=epoch, capacity=self.capacity)
+
+    @property
+    def routing_mask(self) -> int:
+        """Bit i set: new requests may be sent to rank i."""
+        return self.words[_W_ROUTING]
+
+    @routing_mask.setter
+    def routing_mask(self, mask: int) -> None:
+        self.words[_W_ROUTING] = mask
+
+    # Ranks
+
+    def rank_word(self, rank: int, which: int) -> int:
+        """Index of a word of a rank's line."""
+        assert 0 <= rank < self.capacity
+        return _W_RANKS + _RANK_WORDS * rank + which
+
+    def register_worker(self, rank: int, state: WorkerState = WorkerState.STARTING) -> None:
+        """Say that this process sits in `rank`."""
+        line = self.rank_word(rank, 0)
+        pid = os.getpid()
+        self.words[line + _PID] = 0
+        self.words[line + _START] = process_start_time(pid)
+        self.words[line + _STATE] = state
+        self.words[line + _HEARTBEAT] = time.monotonic_ns()
+        self.words[line + BARRIER_ARRIVAL] = 0
+        self.words[line + _KV_CAPACITY] = self.words[line + _KV_USE] = 0
+        futex.order_stores()
+        self.words[line + _PID] = pid
+
+    def set_worker_state(self, rank: int, state: WorkerState) -> None:
+        self.words[self.rank_word(rank, _STATE)] = state
+
+    def set_kv(self, rank: int, *, capacity: int, used: int, cached: int) -> None:
+        """The rank's KV tokens: how many it has, how many are in use, how many are kept for a next request."""
+        self.words[self.rank_word(rank, _KV_CAPACITY)] = capacity
+        self.words[self.rank_word(rank, _KV_USE)] = used | cached << 32
+
+    def kv(self, rank: int) -> tuple[int, int, int]:
+        """(capacity, used, cached) in tokens; zeros when the rank has not said so."""
+        use = self.words[self.rank_word(rank, _KV_USE)]
+        return self.words[self.rank_word(rank, _KV_CAPACITY)], use & 0xFFFFFFFF, use >> 32
+
+    def heartbeat(self, rank: int) -> None:
+        """Note that the worker does something now."""
+        self.words[self.rank_word(rank, _HEARTBEAT)] = time.monotonic_ns()
+
+    def worker(self, rank: int) -> WorkerInfo:
+        line = self.rank_word(rank, 0)
+        words = self.words
+        return WorkerInfo(
+            rank=rank,
+            pid=words[line + _PID],
+            start_time=words[line + _START],
+            heartbeat_ns=words[line + _HEARTBEAT],
+            state=WorkerState(words[line + _STATE]),
+        )
+
+    def identity(self, rank: int) -> tuple[int, int]:
+        """(pid, start time) of the process in a rank; pid 0 when nobody registered."""
+        line = self.rank_word(rank, 0)
+        return self.words[line + _PID], self.words[line + _START]
+
+    def alive(self, rank: int) -> bool:
+        """Whether the rank's registered process runs. A rank in which nobody registered is not alive."""
+        pid, start = self.identity(rank)
+        return pid != 0 and process_start_time(pid) == start

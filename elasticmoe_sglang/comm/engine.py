@@ -1,0 +1,351 @@
+"""The collectives themselves, on contiguous memory, among the members of one group.
+
+Ranks are group ranks, ranks are `ranks[rank]`. "Present" ranks are those whose rank is a member of the collective
+region's view. When only this rank is present everything is local and nothing shared is touched.
+
+Absent ranks: nothing is copied for them. What happens to their rows of an output is the caller's matter
+(`process_group.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from elasticmoe_sglang.comm.channel import Channel
+from elasticmoe_sglang.comm.copying import copy_bytes
+from elasticmoe_sglang.comm.header import DTYPE_FIELD, Op, Reduction, describe_header, pack_header
+from elasticmoe_sglang.comm.reduce import reduce_into
+from elasticmoe_sglang.comm.region import CollectiveRegion
+from elasticmoe_sglang.errors import CollectiveMismatch, RankInactive
+
+_LINE = 64
+# From this size on, three or more members each combine a slice and hand it round, instead of each combining all.
+_SLICED_BYTES = 64 << 10
+_MAX_VIEWS = 4096
+
+
+class GroupEngine:
+    """Args:
+    collective region: the view that says who is present.
+    ranks: rank of each group rank.
+    channel: channel number, or None for a group of one, which is always local.
+    timeout_s: how long a member may be late.
+    """
+
+    def __init__(self, region: CollectiveRegion, ranks: tuple[int, ...], channel: int | None, timeout_s: float) -> None:
+        self.region = region
+        self.ranks = ranks
+        self.size = len(ranks)
+        self.rank = ranks.index(region.rank)
+        self.channel_index = channel
+        self.timeout_s = min(timeout_s, region.timeout_s)
+        self.local = True
+        self.present: tuple[int, ...] = ()
+        self.absent: tuple[int, ...] = ()
+        self.absent_runs: tuple[tuple[int, int], ...] = ()
+        """(first rank, how many) of neighbouring absent ranks."""
+        self._version = -1
+        self._channel: Channel | None = None
+        self._window = region.window_bytes
+        self._my_windows: tuple[int, int] = (0, 0)
+        self._peers: tuple[tuple[int, tuple[int, int]], ...] = ()
+        self._bytes = torch.frombuffer(region.shared.memory, dtype=torch.uint8)
+        self._views: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    def refresh(self) -> None:
+        """Look at the collective region's view again if it has changed. Every collective begins with this."""
+        region = self.region
+        if self._version == region.version:
+            return
+        self._version = region.version
+        members = frozenset(region.members)
+        self.present = tuple(rank for rank, global_rank in enumerate(self.ranks) if global_rank in members)
+        self.absent = tuple(rank for rank in range(self.size) if rank not in self.present)
+        runs: list[tuple[int, int]] = []
+        for rank in self.absent:
+            if runs and sum(runs[-1]) == rank:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+            else:
+                runs.append((rank, 1))
+        self.absent_runs = tuple(runs)
+        self.local = self.channel_index is None or len(self.present) == 1
+        if self.local:
+            return
+        assert self.channel_index is not None
+        channel = self._channel = region.channel(self.channel_index)
+        channel.enter(tuple(self.ranks[rank] for rank in self.present), region.epoch)
+
+        def windows(rank: int) -> tuple[int, int]:
+            global_rank = self.ranks[rank]
+            return channel.window_address(global_rank, 0), channel.window_address(global_rank, 1)
+
+        self._my_windows = windows(self.rank)
+        self._peers = tuple((rank, windows(rank)) for rank in self.present if rank != self.rank)
+
+    @property
+    def channel(self) -> Channel:
+        assert self._channel is not None, "a local group has no channel"
+        return self._channel
+
+    def require_present(self, rank: int, op: Op) -> None:
+        """Raises RankInactive when `rank`'s rank is not a member."""
+        if rank not in self.present:
+            raise RankInactive(
+                f"rank {rank} (rank {self.ranks[rank]}) is not among the active ranks {self.region.members}",
+                rank=self.ranks[rank],
+                epoch=self.region.epoch,
+                operation=op.name.lower(),
+            )
+
+    def _view(self, rank: int, parity: int, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """`count` values at byte `start` of a rank's window, as a tensor over the shared memory."""
+        offset = self.channel.window_offset(self.ranks[rank], parity) + start
+        key = (offset, count, dtype)
+        view = self._views.get(key)
+        if view is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            view = self._bytes[offset : offset + count * dtype.itemsize].view(dtype)
+            self._views[key] = view
+        return view
+
+    def barrier(self, timeout_s: float | None = None) -> None:
+        """Return when every present rank has come."""
+        if not self.local:
+            self.channel.meet(pack_header(Op.BARRIER), self.timeout_s if timeout_s is None else timeout_s)
+
+    def all_gather(self, source: int, nbytes: int, targets: Sequence[int], header: int) -> None:
+        """targets[r] = rank r's `nbytes` bytes, for every present rank.
+
+        Args:
+            source: address of my bytes.
+            targets: address for each rank's bytes, absent ranks included (not touched).
+        """
+        if not self.local:
+            channel, window, timeout_s = self.channel, self._window, self.timeout_s
+            done = 0
+            while True:
+                piece = nbytes - done if nbytes - done < window else window
+                parity = channel.next_parity
+                copy_bytes(self._my_windows[parity], source + done, piece)
+                channel.meet(header, timeout_s)
+                for rank, windows in self._peers:
+                    copy_bytes(targets[rank] + done, windows[parity], piece)
+                done += piece
+                if done >= nbytes:
+                    break
+        mine = targets[self.rank]
+        if mine != source:
+            copy_bytes(mine, source, nbytes)
+
+    def broadcast(self, address: int, nbytes: int, root: int, header: int) -> None:
+        """Every present rank's `nbytes` bytes at `address` become the root's. Local groups keep their own."""
+        if self.local:
+            return
+        channel = self.channel
+        done = 0
+        while True:
+            piece = min(self._window, nbytes - done)
+            parity = channel.next_parity
+            if root == self.rank:
+                copy_bytes(self._my_windows[parity], address + done, piece)
+            channel.meet(header, self.timeout_s)
+            if root != self.rank:
+                copy_bytes(address + done, channel.window_address(self.ranks[root], parity), piece)
+            done += piece
+            if done >= nbytes:
+                break
+
+    def gather(self, source: int, nbytes: int, targets: Sequence[int], root: int, header: int) -> None:
+        """On the root: targets[r] = rank r's bytes for every present rank. `targets` is empty elsewhere."""
+        if not self.local:
+            channel = self.channel
+            done = 0
+            while True:
+                piece = min(self._window, nbytes - done)
+                parity = channel.next_parity
+                if root != self.rank:
+                    copy_bytes(self._my_windows[parity], source + done, piece)
+                channel.meet(header, self.timeout_s)
+                if root == self.rank:
+                    for rank, windows in self._peers:
+                        copy_bytes(targets[rank] + done, windows[parity], piece)
+                done += piece
+                if done >= nbytes:
+                    break
+        if root == self.rank and targets[root] != source:
+            copy_bytes(targets[root], source, nbytes)
+
+    def scatter(self, target: int, nbytes: int, sources: Sequence[int], root: int, header: int) -> None:
+        """target = the root's sources[my rank]. `sources` is empty except on the root."""
+        if not self.local:
+            channel, pitch = self.channel, self._pitch()
+            done = 0
+            while True:
+                piece = min(pitch, nbytes - done)
+                parity = channel.next_parity
+                if root == self.rank:
+                    for slot, rank in enumerate(self.present):
+                        copy_bytes(self._my_windows[parity] + slot * pitch, sources[rank] + done, piece)
+                channel.meet(header, self.timeout_s)
+                if root != self.rank:
+                    theirs = channel.window_address(self.ranks[root], parity)
+                    copy_bytes(target + done, theirs + self.present.index(self.rank) * pitch, piece)
+                done += piece
+                if done >= nbytes:
+                    break
+        if root == self.rank and target != sources[root]:
+            copy_bytes(target, sources[root], nbytes)
+
+    def all_reduce(self, values: Tensor, reduction: Reduction, header: int, root: int | None = None) -> None:
+        """values = all present ranks' values combined, in rank order, the same bits everywhere.
+
+        Args:
+            values: [n], contiguous.
+            root: when given, only this rank gets the result; the others keep their values.
+        """
+        if self.local:
+            return
+        dtype, width = values.dtype, values.element_size()
+        count, room = values.numel(), self._window // width
+        address = values.data_ptr()
+        done = 0
+        while True:
+            piece = min(room, count - done)
+            if root is None and len(self.present) > 2 and piece * width >= _SLICED_BYTES:
+                self._all_reduce_sliced(address + done * width, piece, dtype, reduction, header)
+            else:
+                parity = self.channel.next_parity
+                copy_bytes(self._my_windows[parity], address + done * width, piece * width)
+                self.channel.meet(header, self.timeout_s)
+                if root is None or root == self.rank:
+                    parts = [self._view(rank, parity, 0, piece, dtype) for rank in self.present]
+                    reduce_into(values[done : done + piece] if piece < count else values, parts, reduction)
+            done += piece
+            if done >= count:
+                break
+
+    def _all_reduce_sliced(
+        self, address: int, count: int, dtype: torch.dtype, reduction: Reduction, header: int
+    ) -> None:
+        channel, width = self.channel, dtype.itemsize
+        members = len(self.present)
+        # Slices begin at cache lines, so that two writers never share one.
+        share = -(-count // members)
+        share = -(-share * width // _LINE) * _LINE // width
+        slices = [(min(slot * share, count), min((slot + 1) * share, count)) for slot in range(members)]
+        parity = channel.next_parity
+        copy_bytes(self._my_windows[parity], address, count * width)
+        channel.meet(header, self.timeout_s)
+        first, last = slices[self.present.index(self.rank)]
+        after = parity ^ 1
+        if first < last:
+            parts = [self._view(rank, parity, first * width, last - first, dtype) for rank in self.present]
+            reduce_into(self._view(self.rank, after, first * width, last - first, dtype), parts, reduction)
+        channel.meet(header, self.timeout_s)
+        for rank, (first, last) in zip(self.present, slices, strict=True):
+            begin, nbytes = first * width, (last - first) * width
+            copy_bytes(address + begin, channel.window_address(self.ranks[rank], after) + begin, nbytes)
+
+    def reduce_scatter(self, out: Tensor, sources: Sequence[int], reduction: Reduction, header: int) -> bool:
+        """out = the present ranks' sources[my rank] combined, in rank order.
+
+        Args:
+            out: [n], contiguous.
+            sources: address of n values for each rank; those for absent ranks are not read.
+
+        Returns False when the group is local: the caller copies its own values.
+        """
+        if self.local:
+            return False
+        channel, dtype, width = self.channel, out.dtype, out.element_size()
+        pitch = self._pitch()
+        room, count = pitch // width, out.numel()
+        begin = self.present.index(self.rank) * pitch
+        done = 0
+        while True:
+            piece = min(room, count - done)
+            parity = channel.next_parity
+            for slot, rank in enumerate(self.present):
+                copy_bytes(self._my_windows[parity] + slot * pitch, sources[rank] + done * width, piece * width)
+            channel.meet(header, self.timeout_s)
+            parts = [self._view(rank, parity, begin, piece, dtype) for rank in self.present]
+            reduce_into(out[done : done + piece] if piece < count else out, parts, reduction)
+            done += piece
+            if done >= count:
+                return True
+
+    def all_to_all(
+        self,
+        sources: Sequence[tuple[int, int]],
+        targets: Sequence[tuple[int, int]],
+        header: int,
+        *,
+        uneven: bool,
+    ) -> None:
+        """targets[r] = what rank r sends me, for every present rank.
+
+        Args:
+            sources, targets: (address, bytes) for each rank.
+            uneven: the sizes differ, so they are exchanged first.
+
+        Raises:
+            CollectiveMismatch: a rank sends another number of bytes than this one expects from it.
+        """
+        mine = self.rank
+        if not self.local:
+            largest = self._exchange_sizes(sources, targets, header) if uneven else sources[mine][1]
+            channel, pitch, slot_of_me = self.channel, self._pitch(), self.present.index(self.rank)
+            done = 0
+            while True:
+                parity = channel.next_parity
+                for slot, rank in enumerate(self.present):
+                    address, nbytes = sources[rank]
+                    if rank != mine and done < nbytes:
+                        piece = min(pitch, nbytes - done)
+                        copy_bytes(self._my_windows[parity] + slot * pitch, address + done, piece)
+                channel.meet(header, self.timeout_s)
+                for rank, windows in self._peers:
+                    address, nbytes = targets[rank]
+                    if done < nbytes:
+                        copy_bytes(address + done, windows[parity] + slot_of_me * pitch, min(pitch, nbytes - done))
+                done += pitch
+                if done >= largest:
+                    break
+        if sources[mine][0] != targets[mine][0]:
+            copy_bytes(targets[mine][0], sources[mine][0], sources[mine][1])
+
+    def _exchange_sizes(
+        self, sources: Sequence[tuple[int, int]], targets: Sequence[tuple[int, int]], header: int
+    ) -> int:
+        sizes = torch.tensor([nbytes for _, nbytes in sources], dtype=torch.int64)
+        table = torch.zeros(self.size, self.size, dtype=torch.int64)
+        row = self.size * 8
+        splits = pack_header(Op.SPLITS, dtype_field=DTYPE_FIELD[torch.int64], nbytes=row)
+        begin = table.data_ptr()
+        self.all_gather(sizes.data_ptr(), row, range(begin, begin + self.size * row, row), splits)
+        rows = table.tolist()
+        # Every rank checks every pair, so that all raise when one pair disagrees; what a pair's target expects is
+        # known to itself only, so it tells the others in a second, small exchange.
+        agreed = all(rows[rank][self.rank] == targets[rank][1] for rank in self.present)
+        votes = torch.zeros(self.size, dtype=torch.uint8)
+        vote = torch.tensor([0 if agreed else 1], dtype=torch.uint8)
+        begin = votes.data_ptr()
+        self.all_gather(vote.data_ptr(), 1, range(begin, begin + self.size), pack_header(Op.SPLITS, nbytes=1))
+        wrong = [rank for rank in self.present if votes[rank]]
+        if wrong:
+            raise CollectiveMismatch(
+                f"rank {wrong[0]} is sent other sizes than it expects",
+                rank=self.ranks[wrong[0]],
+                epoch=self.region.epoch,
+                operation=describe_header(header),
+            )
+        pairs = [(source, target) for source in self.present for target in self.present if source != target]
+        return max(int(rows[source][target]) for source, target in pairs)
+
+    def _pitch(self) -> int:
+        """Bytes of a window for each present rank, a multiple of a cache line."""
+        return self._window // len(self.present) // _LINE * _LINE

@@ -1,0 +1,177 @@
+"""The lines on which the coordinator hears ranks and the IMM, and a way to wait for what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from elasticmoe_sglang.errors import WorkerError
+from elasticmoe_sglang.imm.client import ImmClient
+from elasticmoe_sglang.wire import to_imm as imm
+from elasticmoe_sglang.wire import to_worker as sm
+
+logger = logging.getLogger(__name__)
+
+Incoming = sm.Message | imm.Message
+_IncomingT = TypeVar("_IncomingT", bound=Incoming)
+_BACKLOG = 1024
+
+
+class WorkerChannel:
+    """Hears everything, keeps the last messages, and wakes whoever waits for one.
+
+    Args:
+        endpoint: where the ranks' agents connect (ROUTER, bound here).
+        imm_socket: the IMM's socket.
+        on_heard: called for every message, in the loop's thread.
+        on_imm_lost: the IMM has ended, and with it every rank.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        imm_socket: str,
+        on_message: Callable[[Incoming], None],
+        on_imm_lost: Callable[[str], None],
+    ) -> None:
+        self._endpoint = endpoint
+        self._imm_socket = imm_socket
+        self._on_message = on_message
+        self._on_imm_lost = on_imm_lost
+        self._identities: dict[int, bytes] = {}
+        self._waiting: list[tuple[Callable[[Incoming], bool], asyncio.Future[Incoming]]] = []
+        self._backlog: list[Incoming] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def open(self) -> None:
+        """Bind and connect; call from the loop that will use it."""
+        self._context = zmq.asyncio.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.LINGER, 0)
+        self._router.bind(self._endpoint)
+        self._imm = ImmClient(self._imm_socket)
+        loop = asyncio.get_running_loop()
+        # Ranks may have been assigned before this connection was made; the answer says who sits where.
+        self._imm.send(imm.Query())
+        loop.add_reader(self._imm.fileno(), self._imm_readable)
+        self._tasks.append(loop.create_task(self._receive()))
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._imm.fileno())
+        for task in self._tasks:
+            task.cancel()
+        self._imm.close()
+        self._router.close()
+        self._context.term()
+
+    def tell_imm(self, message: imm.Message) -> None:
+        self._imm.send(message)
+
+    async def tell_worker(self, rank: int, message: sm.Message) -> None:
+        """Raises WorkerError when the rank's agent is not connected."""
+        identity = self._identities.get(rank)
+        try:
+            if identity is None:
+                raise zmq.ZMQError(zmq.EHOSTUNREACH)
+            await self._router.send_multipart([identity, sm.encode(message)])
+        except zmq.ZMQError as error:
+            raise WorkerError(f"rank {rank} has no line to the coordinator", rank=rank) from error
+
+    def forget(self, wanted: Callable[[Incoming], bool]) -> None:
+        """Drop matching messages that nobody has waited for."""
+        self._backlog = [message for message in self._backlog if not wanted(message)]
+
+    async def wait_for(
+        self,
+        kind: type[_IncomingT],
+        *,
+        rank: int,
+        operation_id: str | None = None,
+        exits: bool = True,
+        about: Callable[[_IncomingT], bool] = lambda _message: True,
+    ) -> _IncomingT:
+        """The next (or an already heard) message of this kind from this rank, of which `about` is true.
+
+        Raises:
+            WorkerError: the rank reported a failure of this operation, or (with `exits`) its process ended first.
+        """
+
+        def wanted(message: Incoming) -> bool:
+            if getattr(message, "rank", None) != rank:
+                return False
+            if isinstance(message, imm.WorkerExited | imm.Refused):
+                return exits or isinstance(message, kind)
+            if isinstance(message, sm.Failed):  # of another operation it may be old
+                return message.operation_id == operation_id
+            same = operation_id is None or getattr(message, "operation_id", operation_id) == operation_id
+            return same and isinstance(message, kind) and about(message)
+
+        message = await self._next(wanted)
+        if isinstance(message, kind):
+            return message
+        if isinstance(message, sm.Failed):
+            raise WorkerError(message.reason, rank=rank, operation=message.operation_id)
+        if isinstance(message, imm.Refused):
+            raise WorkerError(f"the IMM refused: {message.reason}", rank=rank, operation=operation_id)
+        assert isinstance(message, imm.WorkerExited)
+        raise WorkerError(
+            f"the process of rank {rank} (pid {message.pid}) ended with status {message.status}",
+            rank=rank,
+            operation=operation_id,
+            hint="Its log says why",
+        )
+
+    async def _next(self, wanted: Callable[[Incoming], bool]) -> Incoming:
+        for index, message in enumerate(self._backlog):
+            if wanted(message):
+                return message if isinstance(message, imm.WorkerExited) else self._backlog.pop(index)
+        future: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
+        entry = (wanted, future)
+        self._waiting.append(entry)
+        try:
+            return await future
+        finally:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+
+    def _deliver(self, message: Incoming) -> None:
+        self._on_message(message)
+        # An exit concerns everybody who waits for the rank, and whoever will ask until another process takes it.
+        exited = isinstance(message, imm.WorkerExited)
+        for entry in list(self._waiting):
+            wanted, future = entry
+            if not future.done() and wanted(message):
+                self._waiting.remove(entry)
+                future.set_result(message)
+                if not exited:
+                    return
+        self._backlog.append(message)
+        del self._backlog[:-_BACKLOG]
+
+    async def _receive(self) -> None:
+        while True:
+            identity, frame = await self._router.recv_multipart()
+            try:
+                message = sm.decode(frame)
+            except msgspec.DecodeError as error:
+                logger.warning("dropped a malformed message from %r: %s", identity, error)
+                continue
+            self._identities[getattr(message, "rank", -1)] = identity
+            self._deliver(message)
+
+    def _imm_readable(self) -> None:
+        try:
+            message = self._imm.receive(0)
+        except WorkerError as error:
+            asyncio.get_running_loop().remove_reader(self._imm.fileno())
+            self._on_imm_lost(str(error))
+            return
+        if message is not None:
+            self._deliver(message)

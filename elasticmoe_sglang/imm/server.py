@@ -1,0 +1,301 @@
+"""The IMM's process: imports everything a rank needs once, then forks standby processes.
+
+A fork shares the imported pages and takes milliseconds where a fresh interpreter needs several seconds of imports
+(docs/adr/0002-imm-forks.md). Forking is only sound from a single thread, so this process starts no thread, opens no
+ZMQ context and initialises no device; it checks that before every fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from elasticmoe_sglang.errors import WorkerError
+from elasticmoe_sglang.wire import to_imm as m
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+# SGLang's scheduler sends this to its parent when it hits an exception.
+_CHILD_COMPLAINTS = (signal.SIGQUIT, signal.SIGUSR1)
+
+WorkerMain = Callable[["StandbyChannel", m.Enter], int]
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@dataclass
+class StandbyChannel:
+    """A standby's or rank's end of its line to the IMM."""
+
+    sock: socket.socket
+
+    def note(self, rank: int, note: bytes) -> None:
+        """Tell every controller something about this rank."""
+        self.sock.send(m.encode(m.WorkerNote(rank=rank, pid=os.getpid(), note=note)))
+
+    def wait_to_enter(self) -> m.Enter | None:
+        """Block until a rank is assigned; None when the IMM has gone."""
+        frame = self.sock.recv(m.MAX_FRAME)
+        if not frame:
+            return None
+        message = m.decode(frame)
+        assert isinstance(message, m.Enter)
+        return message
+
+
+@dataclass
+class _Child:
+    pid: int
+    sock: socket.socket
+    rank: int | None = None
+
+
+class ImmServer:
+    """Serves the IMM's socket until its parent ends.
+
+    Args:
+        socket_path: where controllers connect (SEQPACKET, mode 0600; peers of another uid are refused).
+        worker_main: runs in the forked child once it is assigned a rank; returns the exit status.
+        standbys: how many idle processes to keep ready, never more than there are inactive ranks.
+        capacity: number of ranks (max_ep_size).
+        become: replaces a forked child by another program that waits at the channel itself (where what ranks import
+            does not survive a fork: CUDA). None: the child waits.
+    """
+
+    def __init__(
+        self,
+        socket_path: str,
+        worker_main: WorkerMain,
+        *,
+        standbys: int,
+        capacity: int,
+        become: Callable[[StandbyChannel], None] | None = None,
+    ) -> None:
+        self._path = socket_path
+        self._worker_main = worker_main
+        self._standbys = standbys
+        self._capacity = capacity
+        self._become = become
+        self._blobs: dict[int, bytes] = {}
+        self._children: dict[int, _Child] = {}
+        self._controllers: dict[int, socket.socket] = {}
+        self._selector = selectors.DefaultSelector()
+        self._listener = self._listen()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def _listen(self) -> socket.socket:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        old = os.umask(0o177)
+        try:
+            listener.bind(self._path)
+        finally:
+            os.umask(old)
+        listener.listen(16)
+        return listener
+
+    def serve(self) -> None:
+        """Runs until killed (its parent's end does that)."""
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for complaint in _CHILD_COMPLAINTS:
+            signal.signal(complaint, lambda *_: None)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._reap)
+        # A rank's collections need not visit what was imported here: with SGLang's modules that takes half of a
+        # joining rank's boot, and because a visit writes to the object, it unshares its page.
+        gc.collect()
+        gc.freeze()
+        self._refill()
+        logger.info("IMM ready at %s with %d standbys", self._path, len(self._idle()))
+        while True:
+            for key, _ in self._selector.select():
+                key.data(key.fileobj)
+
+    # -- children -----------------------------------------------------------------------------------------------
+
+    def _idle(self) -> list[_Child]:
+        return [child for child in self._children.values() if child.rank is None]
+
+    def _refill(self) -> None:
+        assigned = sum(child.rank is not None for child in self._children.values())
+        while len(self._idle()) < min(self._standbys, self._capacity - assigned):
+            self._fork()
+        self._tell(self._population())
+
+    def _population(self) -> m.Population:
+        ranks = {child.rank: child.pid for child in self._children.values() if child.rank is not None}
+        return m.Population(ranks=ranks, standbys=[child.pid for child in self._idle()])
+
+    def _fork(self) -> _Child:
+        threads = len(os.listdir("/proc/self/task"))
+        if threads != 1:
+            raise WorkerError(
+                f"the IMM has {threads} threads and cannot fork safely",
+                hint="A module imported by the ranks starts a thread at import; report it with `elasticmoe doctor`.",
+            )
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            self._run_child(ours, theirs)
+        theirs.close()
+        child = _Child(pid=pid, sock=ours)
+        self._children[pid] = child
+        self._selector.register(ours, selectors.EVENT_READ, self._child_says)
+        return child
+
+    def _run_child(self, ours: socket.socket, theirs: socket.socket) -> None:
+        status = 1
+        try:
+            die_with_parent()
+            self._forget_parent_state()
+            ours.close()
+            channel = StandbyChannel(theirs)
+            if self._become is not None:
+                self._become(channel)
+            entered = channel.wait_to_enter()
+            status = 0 if entered is None else self._worker_main(channel, entered)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _forget_parent_state(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, *_CHILD_COMPLAINTS, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        # Ctrl-C goes to the whole foreground group; the launcher decides what ends when.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._selector.close()
+        self._listener.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        for controller in self._controllers.values():
+            controller.close()
+        for child in self._children.values():
+            child.sock.close()
+
+    def _reap(self, _fileobj: object) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            self._buried(pid, os.waitstatus_to_exitcode(status))
+        self._refill()
+
+    def _buried(self, pid: int, status: int) -> None:
+        child = self._children.pop(pid, None)
+        if child is None:
+            return
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(child.sock)
+        child.sock.close()
+        if child.rank is None:
+            logger.warning("a standby process (pid %d) ended with status %d; another takes its place", pid, status)
+            return
+        logger.info("the process in rank %d (pid %d) ended with status %d", child.rank, pid, status)
+        self._tell(m.WorkerExited(rank=child.rank, pid=pid, status=status))
+
+    def _child_says(self, fileobj: object) -> None:
+        assert isinstance(fileobj, socket.socket)
+        try:
+            frame = fileobj.recv(m.MAX_FRAME)
+        except OSError:
+            frame = b""
+        if not frame:  # the child is ending; SIGCHLD follows, or was dealt with earlier in this round
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(fileobj)
+            return
+        self._tell(m.decode(frame))
+
+    # -- controllers --------------------------------------------------------------------------------------------
+
+    def _accept(self, _fileobj: object) -> None:
+        sock, _ = self._listener.accept()
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != os.getuid():
+            logger.warning("refused a connection from uid %d", uid)
+            sock.close()
+            return
+        self._controllers[sock.fileno()] = sock
+        self._selector.register(sock, selectors.EVENT_READ, self._controller_says)
+
+    def _controller_says(self, fileobj: object) -> None:
+        assert isinstance(fileobj, socket.socket)
+        try:
+            frame = fileobj.recv(m.MAX_FRAME)
+        except OSError:
+            frame = b""
+        if not frame:
+            self._controllers.pop(fileobj.fileno(), None)
+            self._selector.unregister(fileobj)
+            fileobj.close()
+            return
+        try:
+            message = m.decode(frame)
+        except msgspec.DecodeError as error:
+            fileobj.send(m.encode(m.Refused(rank=-1, reason=f"malformed message: {error}")))
+            return
+        self._handle(fileobj, message)
+
+    def _handle(self, sock: socket.socket, message: m.Message) -> None:
+        if isinstance(message, m.Register):
+            self._blobs[message.rank] = message.blob
+        elif isinstance(message, m.Assign):
+            self._assign(sock, message)
+        elif isinstance(message, m.KillWorker):
+            for child in self._children.values():
+                if child.rank == message.rank:
+                    os.kill(child.pid, signal.SIGKILL)
+        elif isinstance(message, m.Query):
+            sock.send(m.encode(self._population()))
+        else:
+            sock.send(m.encode(m.Refused(rank=-1, reason=f"{type(message).__name__} is not a request")))
+
+    def _assign(self, sock: socket.socket, message: m.Assign) -> None:
+        if any(child.rank == message.rank for child in self._children.values()):
+            sock.send(m.encode(m.Refused(rank=message.rank, reason=f"rank {message.rank} is taken")))
+            return
+        blob = self._blobs.get(message.rank)
+        if blob is None:
+            sock.send(m.encode(m.Refused(rank=message.rank, reason=f"rank {message.rank} was never registered")))
+            return
+        idle = self._idle()
+        child = idle[0] if idle else self._fork()
+        child.rank = message.rank
+        child.sock.send(m.encode(m.Enter(rank=message.rank, blob=blob, join_spec=message.join_spec)))
+        self._tell(m.Assigned(rank=message.rank, pid=child.pid))
+        self._refill()
+
+    def _tell(self, message: m.Message) -> None:
+        frame = m.encode(message)
+        for controller in list(self._controllers.values()):
+            with contextlib.suppress(OSError):  # its end of file is handled where it is read
+                controller.send(frame)

@@ -1,1 +1,0 @@
-"""Seats: membership, process group, commit gate."""

@@ -1,0 +1,74 @@
+"""Memory backends that do without one mechanism each, so that its worth can be measured (paper: Table 1).
+
+They copy the same bytes to the same places, only in a dearer way. On the CPU alone: elsewhere addresses are not the
+host's to read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import threading
+from collections.abc import Set
+
+from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.hmm.client import HmmClient
+from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
+
+_FRAME = 256 << 10
+
+
+class StagedCopies(CpuBackend):
+    """Without zero-copy: bytes go into memory of the process first, and from there to where they belong."""
+
+    def _copy(self, dst: int, src: int, nbytes: int) -> None:
+        staging = ctypes.create_string_buffer(nbytes)
+        ctypes.memmove(staging, src, nbytes)
+        ctypes.memmove(dst, staging, nbytes)
+
+
+class StreamedCopies(CpuBackend):
+    """Without memory handles: bytes come through a Unix socket, as from a process whose memory cannot be mapped.
+
+    The sender is a thread of this process, since only the way of the bytes is measured.
+    """
+
+    def _copy(self, dst: int, src: int, nbytes: int) -> None:
+        ours, theirs = socket.socketpair()
+        sender = threading.Thread(target=_send, args=(theirs, src, nbytes), name="elasticmoe-stream", daemon=True)
+        with ours:
+            sender.start()
+            view = _memory(dst, nbytes)
+            done = 0
+            while done < nbytes:
+                got = ours.recv_into(view[done:], min(_FRAME, nbytes - done))
+                assert got, "the sender sends everything"
+                done += got
+        sender.join()
+
+
+def _send(sock: socket.socket, src: int, nbytes: int) -> None:
+    with sock:
+        sock.sendall(_memory(src, nbytes))
+
+
+def _memory(address: int, nbytes: int) -> memoryview:
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
+def connect(endpoint: str, *, name: str, ablations: Set[str]) -> HmmClient:
+    """A rank's client of the HMM, with the copies that the ablations leave it.
+
+    Raises:
+        UserInputError: an ablation of copies on an HMM that is not the CPU's.
+    """
+    dearer = {"zero-copy": StagedCopies, "handles": StreamedCopies}
+    chosen = next((backend for ablation, backend in dearer.items() if ablation in ablations), None)
+    client = HmmClient(endpoint, name=name, backend=chosen() if chosen is not None else None)
+    if chosen is not None and (backend := client.connect().backend) != "cpu":
+        client.close()
+        raise UserInputError(
+            f"--elasticmoe-ablate {','.join(sorted(ablations))} is for the CPU's memory, not for {backend}",
+            hint="Leave it out: it is for measurements",
+        )
+    return client

@@ -1,0 +1,259 @@
+"""A rank's KV cache: chunks of HMM memory at the end of its address space, and windows into those of retiring ranks.
+
+The rank maps, the HMM owns. Everything here runs in the agent's thread (or before the rank serves); the scheduler is
+told what it may use, and asked to let go of what goes, by jobs at the top of its iterations.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from elasticmoe_sglang.errors import BudgetExceeded, WorkerError
+from elasticmoe_sglang.hmm.client import HmmClient
+from elasticmoe_sglang.hmm.kv_space import KvSpace, KvWindow
+from elasticmoe_sglang.hmm.layout import KvLayout
+from elasticmoe_sglang.planner.kv import KvShape
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 0.02
+_GIVEN_BACK_S = 1.0
+_PART_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resized:
+    """What a change of capacity took, in tokens.
+
+    evicted: cached prefixes that went; moved: tokens whose place changed; retracted: requests that wait again.
+    """
+
+    tokens: int
+    evicted: int = 0
+    moved: int = 0
+    retracted: int = 0
+
+
+@dataclass(eq=False)
+class _Job:
+    tokens: int
+    done: threading.Event = field(default_factory=threading.Event)
+    result: Resized | None = None
+    error: Exception | None = None
+
+
+class ResizeJobs:
+    """Capacities that the scheduler shall take over, handed from the agent's thread to the scheduler's.
+
+    A job that was not begun before its deadline never happens.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: deque[_Job] = deque()
+        self._lock = threading.Lock()
+
+    def ask(self, tokens: int, timeout_s: float, wake: Callable[[], None]) -> Resized:
+        """Waits until the scheduler has `tokens` tokens. Raises WorkerError at the deadline, or what prevented it."""
+        job = _Job(tokens)
+        with self._lock:
+            self._jobs.append(job)
+        wake()
+        job.done.wait(timeout_s)
+        with self._lock:
+            if job in self._jobs:
+                self._jobs.remove(job)
+                raise WorkerError(
+                    f"the scheduler did not take over a KV capacity of {tokens} tokens within {timeout_s:.0f} s",
+                    hint="Its event loop stands still; its log says why",
+                )
+        job.done.wait()  # begun, so it ends
+        if job.error is not None:
+            raise job.error
+        assert job.result is not None
+        return job.result
+
+    def run(self, resize: Callable[[int], Resized]) -> None:
+        """In the scheduler's thread, at the top of an iteration."""
+        while self._jobs:
+            with self._lock:
+                if not self._jobs:
+                    return
+                job = self._jobs.popleft()
+            try:
+                job.result = resize(job.tokens)
+            except Exception as error:
+                job.error = error
+            job.done.set()
+
+
+class WorkerKv:
+    """Args:
+    client: this process's HMM client.
+    max_chunks: how many chunks the address space is reserved for.
+
+    Attributes:
+        space: where the chunks are mapped.
+        jobs: for the scheduler.
+    """
+
+    def __init__(
+        self, client: HmmClient, *, rank: int, device: int, shape: KvShape, layout: KvLayout, max_chunks: int
+    ) -> None:
+        assert shape.token_bytes == layout.token_bytes
+        self._client = client
+        self._rank = rank
+        self._device = device
+        self._blocks: list[int] = []
+        self._lock = threading.Lock()
+        self._rows: torch.Tensor | None = None
+        self.shape = shape
+        self.layout = layout
+        self.jobs = ResizeJobs()
+        self.space = KvSpace(
+            client.backend, layout, chunk_bytes=shape.chunk_bytes, max_chunks=max_chunks, device=device
+        )
+
+    @property
+    def chunks(self) -> int:
+        """Mapped now."""
+        return self.space.chunks
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """All tokens as they lie, see `KvSpace.rows`."""
+        if self._rows is None:
+            self._rows = self.space.rows()
+        return self._rows
+
+    def open(self, chunks: int, txn: str | None, deadline_s: float) -> None:
+        """Map the first chunks, before the rank serves. What an earlier process left in this rank is dropped.
+
+        Where there is no room for all of them, as many as there is room for; the coordinator asks for the rest later.
+
+        Raises:
+            BudgetExceeded: there is no room for the fewest that a rank needs.
+        """
+        old = self._client.lookup(kind="kv", rank=self._rank)
+        if old:
+            self._client.release([block.block_id for block in old])
+        deadline = time.monotonic() + deadline_s
+        wanted = max(chunks, self.shape.least_chunks)
+        while True:
+            try:
+                return self._add(wanted, txn)
+            except BudgetExceeded as error:
+                # Memory of a process that is just ending comes back within moments.
+                fits = (error.free or 0) // self.shape.chunk_bytes
+                if time.monotonic() < deadline:
+                    time.sleep(_RETRY_S)
+                elif fits >= self.shape.least_chunks:
+                    logger.warning("rank %d: room for %d of %d chunks of KV", self._rank, fits, wanted)
+                    wanted = fits
+                else:
+                    raise
+
+    def resize(self, chunks: int, timeout_s: float, wake: Callable[[], None]) -> Resized:
+        """Have so many chunks. New ones are mapped before the scheduler hears of them; what it gave up is unmapped
+        after.
+
+        Raises:
+            BudgetExceeded: no room. WorkerError: the scheduler cannot let go, or does not answer.
+        """
+        with self._lock:
+            if chunks > self.chunks:
+                self._add_soon(chunks - self.chunks, timeout_s)
+            result = self.jobs.ask(self.shape.tokens(chunks), timeout_s, wake)
+            self._remove(self.chunks - chunks)
+            return result
+
+    def _add_soon(self, count: int, timeout_s: float) -> None:
+        """What another process gives back at this moment comes back with the HMM's next round."""
+        deadline = time.monotonic() + min(timeout_s, _GIVEN_BACK_S)
+        while True:
+            try:
+                return self._add(count, None)
+            except BudgetExceeded:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_RETRY_S)
+
+    def window(self, retiring_rank: int, chunks: Sequence[int]) -> KvWindow:
+        """Chunks of a retiring rank's KV cache, to copy from. Raises WorkerError when they are gone."""
+        wanted = set(chunks)
+        blocks = {
+            block.chunk: block
+            for block in self._client.lookup(kind="kv", rank=retiring_rank)
+            if block.chunk is not None and block.chunk in wanted
+        }
+        if missing := sorted(wanted - blocks.keys()):
+            raise WorkerError(f"chunks {missing} of rank {retiring_rank}'s KV cache are gone", rank=self._rank)
+        order = sorted(wanted)
+        handles = self._client.handles([blocks[chunk].block_id for chunk in order])
+        return KvWindow(
+            self._client.backend,
+            dict(zip(order, handles, strict=True)),
+            token_bytes=self.shape.token_bytes,
+            chunk_bytes=blocks[order[0]].nbytes,
+            device=self._device,
+        )
+
+    def _add(self, count: int, txn: str | None) -> None:
+        """All or none. In parts, so that the HMM can answer others in between."""
+        before, part = self.chunks, max(1, _PART_BYTES // self.shape.chunk_bytes)
+        try:
+            while (left := before + count - self.chunks) > 0:
+                self._add_part(min(part, left), txn)
+        except BaseException:
+            self._remove(self.chunks - before)
+            raise
+
+    def _add_part(self, count: int, txn: str | None) -> None:
+        numbers = range(self.chunks, self.chunks + count)
+        blocks = self._client.allocate(
+            self._device, "kv", rank=self._rank, chunks=numbers, nbytes=self.shape.chunk_bytes, txn=txn
+        )
+        ids = [block.block_id for block in blocks]
+        try:
+            handles = self._client.handles(ids)
+        except BaseException:
+            self._client.release(ids)
+            raise
+        self._blocks += ids
+        for number, handle in enumerate(handles):
+            try:
+                self.space.map_chunk(handle)
+            except BaseException:
+                for rest in handles[number + 1 :]:
+                    self._client.backend.close(rest)
+                raise
+
+    def _remove(self, count: int) -> None:
+        for _ in range(count):
+            self.space.unmap_chunk()
+        gone = self._blocks[self.chunks :]
+        del self._blocks[self.chunks :]
+        if gone:
+            self._client.release(gone)
+
+
+def chunks_of(pages: Sequence[int], shape: KvShape) -> list[int]:
+    """The chunks in which these pages lie, ascending."""
+    found: set[int] = set()
+    for page in set(pages):
+        start = page * shape.page_bytes
+        found.update(range(start // shape.chunk_bytes, (start + shape.page_bytes - 1) // shape.chunk_bytes + 1))
+    return sorted(found)
+
+
+def copy_tokens(target: Any, target_rows: torch.Tensor, source: Any, source_rows: torch.Tensor) -> None:
+    """target[target_rows] = source[source_rows], for `rows` of one or two KV caches; places are distinct."""
+    target.index_copy_(0, target_rows, source.index_select(0, source_rows))

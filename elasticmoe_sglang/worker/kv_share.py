@@ -1,0 +1,45 @@
+"""What a device has for KV caches while no column moves, for a rank that starts and for the coordinator alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.hmm.vmm.base import round_up
+from elasticmoe_sglang.planner import KvDevice
+from elasticmoe_sglang.wire.to_hmm import DeviceUsage, ModelSpec
+
+
+def weights_of(usage: DeviceUsage) -> int:
+    """Bytes of dense and column blocks that lie there now."""
+    return usage.by_kind.get("dense", 0) + usage.by_kind.get("column", 0)
+
+
+def others_of(usage: DeviceUsage) -> int:
+    """Bytes of what is neither weights nor KV."""
+    return usage.used - weights_of(usage) - usage.by_kind.get("kv", 0)
+
+
+def device_at_rest(
+    config: ElasticConfig,
+    usage: DeviceUsage,
+    model: ModelSpec,
+    *,
+    granularity: int,
+    ranks: Sequence[int],
+    owners: Iterable[int],
+) -> KvDevice:
+    """The device with the weights that the placement says, whatever lies there at the moment.
+
+    Args:
+        ranks: those of the device that share what is left.
+        owners: each column's rank, of all devices.
+    """
+    columns = sum(config.device_of(owner) == usage.device for owner in owners)
+    return KvDevice(
+        budget=usage.budget,
+        headroom=config.headroom_bytes(usage.budget),
+        weights=round_up(model.dense_bytes, granularity) + columns * round_up(model.column_bytes, granularity),
+        others=others_of(usage),
+        ranks=ranks,
+    )

@@ -1,0 +1,269 @@
+"""A rank's weights: leases on HMM memory, mapped where the model's tensors look.
+
+The rank maps, the HMM owns. Columns of this rank are mapped in their slots; every other slot of the reservation has
+nothing behind it, and the slot table keeps every kernel away from there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from elasticmoe_sglang.errors import WorkerError
+from elasticmoe_sglang.hmm.client import HmmClient
+from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
+from elasticmoe_sglang.hmm.space import ColumnSpace, DenseSpace
+from elasticmoe_sglang.wire.to_hmm import Block, ModelSpec
+from elasticmoe_sglang.wire.to_worker import ColumnPull
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attached:
+    """What `WorkerWeights.attach` found.
+
+    load_columns: columns whose bytes are nowhere yet; the caller fills them from the checkpoint and calls `filled`.
+    load_dense: the dense block has to be filled by the caller too.
+    """
+
+    load_columns: frozenset[int]
+    load_dense: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullResult:
+    """Columns copied, bytes of them, and seconds spent copying."""
+
+    columns: int
+    bytes: int
+    seconds: float
+
+
+class WorkerWeights:
+    """Args:
+    client: this process's HMM client.
+    rank, device: whose memory this is.
+    bytes_per_second: limit for copies during a change; None for no limit.
+    peers: take from other devices what they hold; without (an ablation), a joining rank reads the checkpoint instead.
+    """
+
+    def __init__(
+        self,
+        client: HmmClient,
+        *,
+        rank: int,
+        device: int,
+        bytes_per_second: int | None,
+        deadline_s: float,
+        peers: bool = True,
+    ) -> None:
+        self._client = client
+        self._rank = rank
+        self._device = device
+        self._limit = bytes_per_second
+        self._deadline_s = deadline_s
+        self._peers = peers
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._pending_seal: list[int] = []
+        self.pulled_bytes = 0
+        self.columns: ColumnSpace
+        self.dense: DenseSpace
+        self.slot_table: torch.Tensor
+        """int32 [columns + 1]: expert column -> slot, -1 for not here. The last entry is -1, so that an id of -1, which
+        indexes it, stays -1."""
+
+    def attach(
+        self,
+        spec: ModelSpec,
+        columns: ColumnLayout,
+        dense: DenseLayout,
+        *,
+        owned: Sequence[int],
+        txn: str | None,
+        dense_source: int,
+        fill_dense: bool,
+        table_device: torch.device,
+    ) -> Attached:
+        """Reserve address space for all columns, map ours, and fetch from other devices what lies there already.
+
+        Args:
+            owned: this rank's columns.
+            txn: transaction for what is allocated; None keeps it at once (a server's start).
+            dense_source: device whose dense block is copied when ours is new.
+            fill_dense: this rank fills the dense block itself when no device holds one yet.
+
+        Raises:
+            ModelMismatch: the HMM holds another model. BudgetExceeded: no room. WorkerError: a source never came.
+        """
+        self._client.register_model(spec)
+        backend = self._client.backend
+        self.columns = ColumnSpace(backend, spec.num_columns, columns.column_bytes, device=self._device)
+        self.dense = DenseSpace(backend, dense, device=self._device)
+        self.slot_table = torch.full((spec.num_columns + 1,), -1, dtype=torch.int32, device=table_device)
+        joining_rank = txn is not None
+        load_dense = self._attach_dense(txn, dense_source, fill_dense, self._peers or not joining_rank)
+        load_columns = self._attach_columns(owned, txn)
+        self.switch(owned)
+        return Attached(load_columns=load_columns, load_dense=load_dense)
+
+    def _attach_dense(self, txn: str | None, source_device: int, fill: bool, peers: bool) -> bool:
+        if txn is None and not fill and source_device == self._device:
+            self._await_block()  # at a server's start: the rank that fills it makes it
+        [block, new] = self._dense_block(txn)
+        [handle] = self._client.handles([block.block_id])
+        self.dense.map(handle)
+        if not new:
+            self._client.wait_sealed([block.block_id], self._deadline_s)
+            return False
+        if not peers:
+            self._pending_seal.append(block.block_id)
+            return True
+        sources = [
+            other for other in self._client.lookup(kind="dense") if other.device != self._device and other.sealed
+        ]
+        if not sources and fill:
+            self._pending_seal.append(block.block_id)
+            return True
+        source = next((other for other in sources if other.device == source_device), None) or self._await_dense(sources)
+        [source_handle] = self._client.handles([source.block_id])
+        self.pulled_bytes += self.dense.pull(source_handle).nbytes
+        self._client.seal([block.block_id])
+        return False
+
+    def _await_block(self) -> None:
+        deadline = time.monotonic() + self._deadline_s
+        while not self._client.lookup(kind="dense", device=self._device) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _dense_block(self, txn: str | None) -> tuple[Block, bool]:
+        """Our device's dense block, and whether this rank has just made it (ranks of one device share it)."""
+        found = self._client.lookup(kind="dense", device=self._device)
+        if found:
+            return found[0], False
+        [block] = self._client.allocate(self._device, "dense", txn=txn)
+        return block, True
+
+    def _await_dense(self, sources: list[Block]) -> Block:
+        """At a server's start the filling rank may not have allocated its block yet."""
+        if sources:
+            return sources[0]
+        deadline = time.monotonic() + self._deadline_s
+        while time.monotonic() < deadline:
+            # Any that is filled: another rank's may be waiting just as this one does.
+            for block in self._client.lookup(kind="dense"):
+                if block.device != self._device and block.sealed:
+                    return block
+            time.sleep(0.01)
+        raise WorkerError(
+            f"no device got the dense weights within {self._deadline_s:.0f} s",
+            rank=self._rank,
+            hint="The rank that loads them has failed; its log says why",
+        )
+
+    def _attach_columns(self, owned: Sequence[int], txn: str | None) -> frozenset[int]:
+        known = self._client.lookup(kind="column", columns=list(owned)) if owned else []
+        here = {block.column: block for block in known if block.device == self._device and block.sealed}
+        elsewhere = {
+            block.column: block for block in known if self._peers and block.device != self._device and block.sealed
+        }
+        self._map(list(here.values()))
+        missing = [column for column in owned if column not in here]
+        pulls = [
+            ColumnPull(column=column, source=elsewhere[column].device) for column in missing if column in elsewhere
+        ]
+        self.pull(pulls, txn)
+        load = [column for column in missing if column not in elsewhere]
+        blocks = self._client.allocate(self._device, "column", columns=load, txn=txn) if load else []
+        self._map(blocks)
+        self._pending_seal += [block.block_id for block in blocks]
+        return frozenset(load)
+
+    def filled(self) -> None:
+        """The caller has filled what `attach` asked for; others may copy it from now on."""
+        if self._pending_seal:
+            self._client.seal(self._pending_seal)
+            self._pending_seal = []
+
+    def _map(self, blocks: Iterable[Block]) -> None:
+        blocks = list(blocks)
+        if not blocks:
+            return
+        for block, handle in zip(blocks, self._client.handles([block.block_id for block in blocks]), strict=True):
+            assert block.column is not None
+            self.columns.map_column(block.column, handle)
+
+    def pull(self, pulls: Sequence[ColumnPull], txn: str | None) -> PullResult:
+        """Map columns into their free slots and fill them from the devices that hold them now.
+
+        No table points at these slots yet, so serving goes on meanwhile. A column that lies on this device already
+        (another rank of the device had it) is mapped without a copy.
+
+        Raises:
+            BudgetExceeded: no room. WorkerError: a source is gone, or `stop_pulling` was called.
+        """
+        with self._lock:
+            self._stop.clear()
+            return self._pull(pulls, txn)
+
+    def _pull(self, pulls: Sequence[ColumnPull], txn: str | None) -> PullResult:
+        started = time.monotonic()
+        near = [pull.column for pull in pulls if pull.source == self._device]
+        far = [pull for pull in pulls if pull.source != self._device]
+        if near:
+            self._map(self._sealed(near, self._device))
+        if not far:
+            return PullResult(columns=len(near), bytes=0, seconds=time.monotonic() - started)
+        new = self._client.allocate(self._device, "column", columns=[pull.column for pull in far], txn=txn or None)
+        copied = sum(self._fetch(pull, block) for pull, block in zip(far, new, strict=True))
+        self._client.seal([block.block_id for block in new])
+        self.pulled_bytes += copied
+        return PullResult(columns=len(pulls), bytes=copied, seconds=time.monotonic() - started)
+
+    def _sealed(self, columns: Sequence[int], device: int) -> list[Block]:
+        found = {
+            block.column: block
+            for block in self._client.lookup(kind="column", device=device, columns=list(columns))
+            if block.sealed
+        }
+        gone = [column for column in columns if column not in found]
+        if gone:
+            raise WorkerError(f"columns {gone} are not on device {device} any more", rank=self._rank)
+        return [found[column] for column in columns]
+
+    def _fetch(self, pull: ColumnPull, block: Block) -> int:
+        assert block.column == pull.column
+        self._map([block])
+        [source] = self._sealed([pull.column], pull.source)
+        [handle] = self._client.handles([source.block_id])
+        stats = self.columns.pull(pull.column, handle, bytes_per_second=self._limit, should_stop=self._stop.is_set)
+        if not stats.complete:
+            raise WorkerError("the copy was stopped because the change is rolled back", rank=self._rank)
+        return stats.nbytes
+
+    def unmap(self, columns: Iterable[int]) -> int:
+        """Unmap columns no table points at; how many were mapped. The HMM frees them when it is told to.
+
+        A `pull` that runs in another thread ends at its next chunk and fails.
+        """
+        self._stop.set()
+        with self._lock:
+            mapped = self.columns.mapped()
+            gone = [column for column in columns if column in mapped]
+            for column in gone:
+                self.columns.unmap_column(column)
+        return len(gone)
+
+    def switch(self, owned: Iterable[int]) -> None:
+        """Point the slot table at these columns; all of them must be mapped. Between two batches only."""
+        table = torch.full((self.slot_table.shape[0],), -1, dtype=torch.int32)
+        here = list(owned)
+        mapped = self.columns.mapped()
+        absent = [column for column in here if column not in mapped]
+        if absent:
+            raise WorkerError(f"columns {absent} are to be served but not mapped", rank=self._rank)
+        table[here] = torch.tensor(here, dtype=torch.int32)
+        self.slot_table.copy_(table)

@@ -1,0 +1,270 @@
+"""A change as one rank's scheduler lives it: the commit barrier, leaving with all requests, taking over a retiring
+rank's requests.
+
+Called from the hooks in `scheduler.py`, always at the top of an iteration of the event loop: all members stand there
+together, and a joining rank enters there.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from functools import partial
+from typing import Any
+
+import zmq
+
+from elasticmoe_patches.worker.kv_jobs import fetch
+from elasticmoe_patches.worker.migration import (
+    MigratedRequest,
+    Progress,
+    drain_results,
+    fill_from_frames,
+    migrated_requests,
+    place_kv,
+)
+from elasticmoe_sglang.errors import WorkerError
+from elasticmoe_sglang.hmm.kv_space import KvWindow
+from elasticmoe_sglang.wire import to_worker as sm
+from elasticmoe_sglang.worker.kv import chunks_of
+
+logger = logging.getLogger(__name__)
+
+_FENCE_DEADLINE_S = 5.0
+_LINGER_MS = 5000
+_LOOK_S = 0.01
+
+
+def open_peer_socket(worker: Any) -> None:
+    """Where retiring ranks send their requests."""
+    worker.peer_context = zmq.Context(io_threads=1)
+    worker.peer = worker.peer_context.socket(zmq.PULL)
+    worker.peer.setsockopt(zmq.RCVHWM, 0)
+    worker.peer.bind(worker.runtime.paths.peer_endpoint(worker.rank))
+    worker.idle.watch(worker.peer)
+
+
+def apply_commit(scheduler: Any, worker: Any, command: sm.CommitCommand) -> None:
+    """Pass the commit barrier; a retiring rank that passed it hands over and does not come back.
+
+    Raises:
+        RankRetired: this rank has left.
+    """
+    scheduler.device_module.synchronize()  # launched kernels read the old table and mask
+    if not worker.pass_barrier(command):
+        return
+    if worker.rank in command.retiring:
+        leave(scheduler, worker, command)
+
+
+def leave(scheduler: Any, worker: Any, command: sm.CommitCommand) -> None:
+    """Hand every request to a survivor, put the fence behind the last output, and end."""
+    from elasticmoe_patches.worker.worker import RankRetired
+
+    started = time.monotonic()
+    drain_results(scheduler)
+    _read_until_fence(scheduler, worker, command.operation_id)
+    survivors = _takers(worker, command)
+    load = migrated_requests(scheduler, in_hmm=worker.kv is not None)
+    worker.fault_point("leave.sending")
+    dealt = {survivor: load[index :: len(survivors)] for index, survivor in enumerate(survivors)}
+    _send(worker, command.operation_id, dealt)
+    put_fence(scheduler, command.operation_id, worker.rank)
+    _flush(scheduler)
+    worker.fault_point("leave.sent")
+    worker.agent.post(
+        sm.Retired(
+            rank=worker.rank,
+            operation_id=command.operation_id,
+            migrated={survivor: len(part) for survivor, part in dealt.items()},
+            kv_chunks={survivor: _chunks(worker, part) for survivor, part in dealt.items()},
+            kv_tokens=sum(migrated.kv_tokens for migrated in load),
+            seconds=time.monotonic() - started,
+        )
+    )
+    worker.left = True
+    raise RankRetired
+
+
+def _takers(worker: Any, command: sm.CommitCommand) -> list[int]:
+    """Survivors that take requests over: the living ones. What goes to a dead one is sent again without its KV."""
+    survivors = [member for member in command.members if member not in command.joining] or [0]
+    return [survivor for survivor in survivors if worker.region.control.alive(survivor)] or survivors
+
+
+def put_fence(scheduler: Any, operation_id: str, worker: int) -> None:
+    """Behind all output so far; the tokenizer tells the coordinator when it comes."""
+    from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
+
+    scheduler.ipc_channels.send_to_detokenizer.send_output(
+        ElasticFenceReq(operation_id=operation_id, rank=worker), None
+    )
+
+
+def _read_until_fence(scheduler: Any, worker: Any, operation_id: str) -> None:
+    """The controller routes nothing here any more; what it had routed before is still on its way."""
+    deadline = time.monotonic() + _FENCE_DEADLINE_S
+    while operation_id not in worker.fences:
+        receiver = scheduler.request_receiver
+        requests = receiver._pull_raw_reqs()
+        receiver.unwrap_pickle_wrapper(requests)
+        work, _ = receiver._split_work_and_control_reqs(requests)
+        scheduler.process_input_requests(work)
+        if time.monotonic() > deadline:
+            logger.error("rank %d: no fence from the controller within %.0f s; leaving", worker.rank, _FENCE_DEADLINE_S)
+            return
+        if not requests:
+            time.sleep(0.0005)
+
+
+def _chunks(worker: Any, load: list[MigratedRequest]) -> tuple[int, ...]:
+    pages = [page for migrated in load for page in migrated.pages]
+    return tuple(chunks_of(pages, worker.kv.shape)) if pages else ()
+
+
+def _send(worker: Any, operation_id: str, dealt: dict[int, list[MigratedRequest]]) -> None:
+    """Send each survivor its requests, and how many they are; returns when they are there, or the survivor is dead."""
+    from elasticmoe_patches.srt.managers.io_struct import to_wire
+
+    delivering = []
+    for survivor, load in dealt.items():
+        context = zmq.Context(io_threads=1)
+        socket = context.socket(zmq.PUSH)
+        socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.connect(worker.runtime.paths.peer_endpoint(survivor))
+        for migrated in load:
+            header, buffers = migrated.kv or (b"", [])
+            frames: list[Any] = [to_wire(_resume_request(worker, operation_id, migrated)), header, *buffers]
+            socket.send_multipart(frames, copy=False)
+        socket.send_multipart([b"", str(worker.rank).encode(), str(len(load)).encode()])
+        socket.close()
+        # The context's end waits until all has been delivered, for as long as the socket lingers.
+        delivery = threading.Thread(target=context.term, name=f"to rank {survivor}", daemon=True)
+        delivery.start()
+        delivering.append((survivor, delivery))
+    for survivor, delivery in delivering:
+        while delivery.is_alive() and worker.region.control.alive(survivor):
+            delivery.join(_LOOK_S)
+
+
+def _resume_request(worker: Any, operation_id: str, migrated: MigratedRequest) -> Any:
+    from sglang.srt.managers.io_struct import wrap_as_pickle
+
+    from elasticmoe_patches.srt.managers.io_struct import ElasticResumeReq
+
+    migrated.request.wrap_pickle_fields()
+    return ElasticResumeReq(
+        operation_id=operation_id,
+        retiring_rank=worker.rank,
+        request=migrated.request,
+        progress=wrap_as_pickle(migrated.progress),
+        kv_tokens=migrated.kv_tokens,
+        kv_pages=migrated.pages,
+    )
+
+
+def _flush(scheduler: Any) -> None:
+    """Wait until everything this scheduler has sent is with its receivers: the process ends right after."""
+    channels = scheduler.ipc_channels
+    contexts = set()
+    senders = (channels.send_to_detokenizer.socket, channels.send_to_tokenizer.socket)
+    for socket in (
+        *senders,
+        channels.recv_from_tokenizer,
+        channels.recv_from_rpc,
+        channels.send_metrics_from_scheduler,
+    ):
+        if socket is not None:
+            contexts.add(socket.context)
+            socket.close(linger=_LINGER_MS)
+    for context in contexts:
+        context.term()
+
+
+def receive_migrated(worker: Any) -> None:
+    """Read what retiring ranks have sent, without waiting."""
+    from elasticmoe_patches.srt.managers.io_struct import from_wire
+
+    while worker.peer.poll(0):
+        frames = worker.peer.recv_multipart()
+        if not frames[0]:
+            worker.inbox.all_sent(int(frames[1]), int(frames[2]))
+            continue
+        message = from_wire(frames[0])
+        worker.inbox.arrived(message.retiring_rank, (message, frames[1] or None, frames[2:]))
+
+
+def resume_ready(scheduler: Any, worker: Any) -> None:
+    """Go on with the requests of retiring ranks that have arrived completely and whose last tokens have been delivered,
+    and with those of a dead rank that the tokenizer has sent again."""
+    sent_again, worker.sent_again = worker.sent_again, []
+    for message in sent_again:
+        _resume(scheduler, worker, message, None, [])
+    for retiring_rank in worker.inbox.ready():
+        worker.fault_point("adopt.before")
+        with_kv, operation_id = 0, ""
+        items = worker.inbox.take(retiring_rank)
+        window = worker.inbox.windows.pop(retiring_rank, None)
+        for message, header, buffers in items:
+            operation_id = message.operation_id
+            with_kv += _resume(scheduler, worker, message, header, buffers, window)
+        resumed = sm.Resumed(
+            rank=worker.rank,
+            operation_id=operation_id,
+            retiring_rank=retiring_rank,
+            requests=len(items),
+            with_kv=with_kv,
+        )
+        if window is None:
+            worker.agent.post(resumed)
+        else:
+            scheduler.device_module.synchronize()  # the copies are done
+            worker.agent.run(partial(_close_window, worker, window, resumed))
+
+
+def _close_window(worker: Any, window: KvWindow, resumed: sm.Resumed) -> None:
+    """Only then may the retiring rank's memory be given back."""
+    window.close()
+    worker.agent.post(resumed)
+
+
+def _resume(
+    scheduler: Any,
+    worker: Any,
+    message: Any,
+    header: bytes | None,
+    buffers: list[bytes],
+    window: KvWindow | None = None,
+) -> bool:
+    from sglang.srt.managers.io_struct import AbortReq, unwrap_from_pickle
+
+    request = message.request
+    request.unwrap_pickle_fields()
+    progress: Progress = unwrap_from_pickle(message.progress)
+    placed = False
+    fill = None
+    if header is not None:
+        fill = fill_from_frames(scheduler, header, buffers)
+    elif window is not None and message.kv_pages:
+        fill = partial(fetch, worker, scheduler, window.rows(), message.kv_pages)
+    if fill is not None:
+        try:
+            placed = place_kv(scheduler, request, progress.output_ids, message.kv_tokens, fill)
+        except Exception:
+            # Recomputing is always possible; losing the request is not.
+            logger.exception("rank %d could not place the KV of %s; it is recomputed", worker.rank, request.rid)
+    worker.resuming[request.rid] = progress
+    scheduler.handle_generate_request(request)
+    if progress.aborted or worker.aborted.reaches(request.rid):
+        scheduler.abort_request(AbortReq(rid=request.rid))
+    return placed
+
+
+def check_command(worker: Any, command: sm.CommitCommand) -> None:
+    """Raises WorkerError when a commit arrives while another one is pending: the coordinator sends one at a time."""
+    if worker.pending is not None:
+        raise WorkerError(
+            f"operation {command.operation_id} arrived while {worker.pending.operation_id} is pending", rank=worker.rank
+        )

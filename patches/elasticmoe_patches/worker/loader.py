@@ -1,0 +1,198 @@
+"""Loading into, or attaching to, the HMM's memory (mirrors sglang/srt/model_loader/loader.py).
+
+The model is built by SGLang; its dense parameters are then rebound to the device's dense block and its expert weights
+to the rank's column space. What no device holds yet is read from the checkpoint, each byte once over all ranks: the
+columns by the rank that owns them, the dense block by rank 0. A joining rank reads nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from sglang.srt.configs.load_config import LoadFormat
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.model_loader.loader import (
+    DefaultModelLoader,
+    _get_quantization_config,
+    _initialize_model,
+    post_load_weights,
+)
+from sglang.srt.model_loader.utils import set_default_torch_dtype
+
+from elasticmoe_patches.srt.layers.quantization.unquant import RowSlots
+from elasticmoe_patches.worker.dummy_weights import dummy_fingerprint, fill_dummy
+from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
+from elasticmoe_sglang.planner import initial_placement
+from elasticmoe_sglang.wire.to_hmm import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_EXPERT_WEIGHTS = ("w13_weight", "w2_weight")
+_SAMPLE = 1 << 16
+
+
+def fingerprint(folder: Path, dtype: torch.dtype) -> str:
+    """Content fingerprint of a checkpoint: its config, and of each weight file header, size, first and last 64 KiB.
+
+    Reading all of it would cost what attaching saves; the header holds every tensor's name, dtype, shape and offset.
+    """
+    digest = hashlib.sha256(str(dtype).encode())
+    digest.update((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(f"{path.name} {size} {header}".encode())
+            digest.update(file.read(header + _SAMPLE))
+            file.seek(max(0, size - _SAMPLE))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def moe_layers(model: torch.nn.Module) -> list[FusedMoE]:
+    return sorted((m for m in model.modules() if isinstance(m, FusedMoE)), key=lambda layer: layer.layer_id)
+
+
+def column_layout(layers: list[FusedMoE]) -> ColumnLayout:
+    """One expert over all layers; names are `<layer>.<weight>`."""
+    entries = []
+    for layer in layers:
+        for name, param in layer.named_parameters(recurse=False):
+            if name not in _EXPERT_WEIGHTS:
+                raise UserInputError(f"the MoE layer has a per-expert weight {name} that is not supported")
+            entries.append((f"{layer.layer_id}.{name}", tuple(param.shape[1:]), param.dtype))
+    return ColumnLayout.of(entries)
+
+
+def dense_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Everything but the experts; a tied parameter is named once."""
+    return {name: param for name, param in model.named_parameters() if param.device.type != "meta"}
+
+
+def dense_layout(parameters: dict[str, torch.nn.Parameter]) -> DenseLayout:
+    return DenseLayout.of((name, tuple(param.shape), param.dtype) for name, param in parameters.items())
+
+
+def bind(
+    layers: list[FusedMoE], parameters: dict[str, torch.nn.Parameter], memory: Any, columns: ColumnLayout, table: Any
+) -> None:
+    """Point the model's parameters at the mapped memory; table: what maps expert ids to slots."""
+    dense = memory.dense.views()
+    for name, param in parameters.items():
+        param.data = dense[name]
+    views = memory.columns.views(columns)
+    for layer in layers:
+        for name in _EXPERT_WEIGHTS:
+            old = getattr(layer, name)
+            new = torch.nn.Parameter(views[f"{layer.layer_id}.{name}"], requires_grad=False)
+            new.__dict__.update(old.__dict__)  # SGLang hangs the weight loader on the parameter
+            layer.register_parameter(name, new)
+        layer.dispatcher.local_expert_mapping = table
+
+
+class CheckpointReader:
+    """Yields the tensors that are wanted, and counts the bytes it read of them."""
+
+    def __init__(self, files: list[str], wanted: Callable[[str], bool]) -> None:
+        self._files = files
+        self._wanted = wanted
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for path in self._files:
+            with safe_open(path, framework="pt") as file:
+                for name in filter(self._wanted, file.keys()):
+                    tensor = file.get_tensor(name)
+                    self.bytes += tensor.nbytes
+                    yield name, tensor
+
+
+class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
+    """SGLang's loader over HMM memory. The rank it loads for is this process's."""
+
+    def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
+        from elasticmoe_patches.worker.worker import current_worker
+
+        worker = current_worker()
+        started = time.monotonic()
+        target = torch.device(device_config.device)
+        quant_config = _get_quantization_config(model_config, self.load_config)
+        with set_default_torch_dtype(model_config.dtype):
+            with target:
+                model = _initialize_model(model_config, self.load_config, quant_config)
+            self._attach(worker, model, model_config, target)
+        worker.load_seconds = time.monotonic() - started
+        loaded: torch.nn.Module = model.eval()
+        return loaded
+
+    def _attach(self, worker: Any, model: torch.nn.Module, model_config: Any, target: torch.device) -> None:
+        dummy = self.load_config.load_format == LoadFormat.DUMMY
+        files: list[str] = []
+        if dummy:
+            content = dummy_fingerprint(model_config.hf_config.to_json_string(), model_config.dtype)
+        else:
+            folder, files, use_safetensors = self._prepare_weights(
+                model_config.model_path, model_config.revision, fall_back_to_pt=False
+            )
+            if not use_safetensors:
+                raise UserInputError(f"{folder} has no safetensors files", hint="Convert the checkpoint to safetensors")
+            content = fingerprint(Path(folder), model_config.dtype)
+        layers, parameters = moe_layers(model), dense_parameters(model)
+        columns, dense = column_layout(layers), dense_layout(parameters)
+        num_columns = layers[0].num_experts
+        spec = ModelSpec(
+            fingerprint=content,
+            num_columns=num_columns,
+            column_bytes=columns.column_bytes,
+            dense_bytes=dense.dense_bytes,
+            detail={"architecture": model_config.hf_config.architectures[0], "dtype": str(model_config.dtype)},
+        )
+        placement = worker.join_spec.placement or initial_placement(num_columns, worker.join_spec.members).owners
+        worker.placement = placement
+        owned = [column for column, owner in enumerate(placement) if owner == worker.rank]
+        found = worker.memory.attach(
+            spec,
+            columns,
+            dense,
+            owned=owned,
+            txn=worker.join_spec.txn or None,
+            dense_source=worker.join_spec.dense_source,
+            fill_dense=worker.rank == 0,
+            table_device=target,
+        )
+        worker.spec = spec
+        worker.fault_point("boot.attached")
+        table = worker.memory.slot_table
+        if worker.cuda is not None:
+            table = RowSlots(table, control=worker.cuda.windows.control, ranks=worker.region.capacity)
+        bind(layers, parameters, worker.memory, columns, table)
+        if target.type == "cuda":
+            torch.cuda.empty_cache()  # the parameters that the model was built with
+        if dummy:
+            fill_dummy(parameters, worker.memory.columns.views(columns), found)
+            torch.get_device_module(target).synchronize()
+        self._load(worker, model, files, found)
+        self.postprocess_weights(model, target)
+
+    def _load(self, worker: Any, model: Any, files: list[str], found: Any) -> None:
+        def wanted(name: str) -> bool:
+            match = _EXPERT.search(name)
+            return found.load_dense if match is None else int(match.group(1)) in found.load_columns
+
+        if files and (found.load_dense or found.load_columns):
+            reader = CheckpointReader(files, wanted)
+            model.load_weights(iter(reader))
+            worker.checkpoint_bytes = reader.bytes
+        worker.memory.filled()
+        # Tensors that a model derives from its weights (MLA's absorbed projections) belong to the process.
+        post_load_weights(model)

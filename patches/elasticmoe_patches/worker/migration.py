@@ -1,0 +1,285 @@
+"""Moving a running request from a retiring rank to a survivor.
+
+The retiring rank sends the request as its client sent it, what has been generated and streamed so far, and says in
+which pages of its HMM memory the KV of its tokens lies. The survivor lets SGLang build the request anew, restores the
+progress before it enters the waiting queue, copies the pages and puts them into its radix cache: the next prefill finds
+them as a prefix and extends by one token. Where the KV cannot be placed (radix cache off, pool full) the same prefill
+recomputes it; the result is the same. A pool that is not over HMM memory sends the KV itself along.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from elasticmoe_patches.worker.kv_jobs import pages_of
+from elasticmoe_sglang.hmm.kv_space import KvWindow
+from elasticmoe_sglang.worker.tensor_pack import pack, unpack
+
+logger = logging.getLogger(__name__)
+
+_CARRIED = (
+    # what the client's side has received, so that no token is sent twice and none is missing
+    "send_token_offset",
+    "send_decode_id_offset",
+    "send_output_token_logprobs_offset",
+    "input_logprob_sent",
+    "logprob",
+    "hidden_states",
+    "sampling_mask_rows",
+    "customized_info",
+    # what is reported about the request
+    "reasoning_tokens",
+    "_is_reasoning_over",
+    "_think_end_match_len",
+    "cached_tokens",
+    "cached_tokens_device",
+    "cached_tokens_host",
+    "cached_tokens_storage",
+    "_cache_breakdown_computed",
+    "retraction_count",
+    "weight_version_events",
+    "spec_verify_ct",
+)
+"""Attributes of SGLang's Req that go along unchanged. Scheduling state is rebuilt, as after SGLang's own retraction
+(`Req.reset_for_retract`)."""
+
+ORIGIN = "elasticmoe_origin"
+"""Attribute of a Req that holds the tokenised request it was built from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a request has come. Travels inside SGLang's own wrapper between two of its schedulers."""
+
+    output_ids: tuple[int, ...]
+    carried: dict[str, Any]
+    aborted: bool
+    unseen_logprobs: int = 0
+    """Leading output tokens whose log-probabilities the client has and this Progress has not (after a rank's death)."""
+
+    def apply(self, req: Any) -> None:
+        """Restore into a freshly built Req, before it enters the waiting queue."""
+        req.output_ids = array("q", self.output_ids)
+        for name, value in self.carried.items():
+            setattr(req, name, value)
+        if req.return_logprob and self.unseen_logprobs:
+            _fill_logprobs(req.logprob, self.output_ids[: self.unseen_logprobs])
+        if self.output_ids:
+            req.is_retracted = True
+            req.retracted_stain = True
+            if req.grammar is not None:
+                for token in self.output_ids:
+                    req.grammar.accept_token(token)
+
+
+def _fill_logprobs(logprob: Any, tokens: tuple[int, ...]) -> None:
+    """Entries that are never sent again, so that later ones stand at their token's index."""
+    logprob.output_token_logprobs_val = [0.0] * len(tokens)
+    logprob.output_token_logprobs_idx = list(tokens)
+    for name in ("output_top_logprobs", "output_token_ids_logprobs"):
+        for part in ("val", "idx"):
+            setattr(logprob, f"{name}_{part}", [None] * len(tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigratedRequest:
+    """One request on its way: SGLang's message, its progress, and its KV: pages of HMM memory, or (header, buffers)."""
+
+    request: Any
+    progress: Progress
+    kv_tokens: int
+    pages: list[int] = field(default_factory=list)
+    kv: tuple[bytes, list[memoryview]] | None = None
+
+
+def progress_of(req: Any) -> Progress:
+    return Progress(
+        output_ids=tuple(req.output_ids),
+        carried={name: getattr(req, name) for name in _CARRIED},
+        aborted=req.to_finish is not None,
+    )
+
+
+def drain_results(scheduler: Any) -> None:
+    """Process the batch that the overlap schedule has in flight, as SGLang's `pause_generation` does."""
+    queue = getattr(scheduler, "result_queue", None)
+    while scheduler.enable_overlap and queue:
+        batch, result = queue.popleft()
+        scheduler.process_batch_result(batch, result)
+
+
+def live_requests(scheduler: Any) -> Iterator[tuple[Any, int]]:
+    """Every unfinished request, with the number of its tokens whose KV is in the pool. Call after `drain_results`."""
+    seen: set[int] = set()
+    batches = [scheduler.running_batch, scheduler.last_batch]
+    running = [req for batch in batches if batch is not None for req in batch.reqs]
+    if scheduler.chunked_req is not None:
+        running.append(scheduler.chunked_req)
+    for req in running:
+        if id(req) not in seen and not req.finished():
+            seen.add(id(req))
+            committed = req.kv.kv_committed_len if req.kv.holds_kv else 0
+            yield req, min(committed, req.seqlen - 1)
+    for req in [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]:
+        if id(req) not in seen and not req.finished():
+            seen.add(id(req))
+            yield req, 0
+
+
+def migrated_requests(scheduler: Any, *, in_hmm: bool) -> list[MigratedRequest]:
+    """What a retiring rank hands over, longest first, so that dealing them round keeps the survivors' loads close.
+
+    Args:
+        in_hmm: the KV lies in HMM memory, from where the survivors copy it.
+    """
+    found = []
+    for req, tokens in live_requests(scheduler):
+        kept = 0 if scheduler.disable_radix_cache else tokens
+        found.append(
+            MigratedRequest(
+                request=getattr(req, ORIGIN),
+                progress=progress_of(req),
+                kv_tokens=kept,
+                pages=pages_of(scheduler, req, kept) if kept and in_hmm else [],
+                kv=_read_kv(scheduler, req, kept) if kept and not in_hmm else None,
+            )
+        )
+    return sorted(found, key=lambda migrated: -migrated.kv_tokens)
+
+
+def _read_kv(scheduler: Any, req: Any, tokens: int) -> tuple[bytes, list[memoryview]]:
+    indices = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :tokens].long()
+    return pack(scheduler.token_to_kv_pool_allocator.get_cpu_copy(indices))
+
+
+def place_kv(
+    scheduler: Any,
+    request: Any,
+    output_ids: tuple[int, ...],
+    tokens: int,
+    fill: Callable[[int, Any], None],
+) -> bool:
+    """Put a moved request's KV into the radix cache. False when there is no room or no cache: it is recomputed then.
+
+    Args:
+        fill: (first, rows) writes the KV of the request's tokens `first`, `first` + 1, ... to these rows of the pool.
+    """
+    import torch
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    allocator = scheduler.token_to_kv_pool_allocator
+    whole = tokens // scheduler.page_size * scheduler.page_size
+    if scheduler.disable_radix_cache or whole == 0 or not _make_room(scheduler, allocator, whole):
+        return False
+    token_ids = (array("q", request.input_ids) + array("q", output_ids))[:whole]
+    key = RadixKey(token_ids, request.extra_key, cache_salt=request.cache_salt or None)
+    # What the survivor has of it already stays as it is; only the rest is allocated, filled and inserted.
+    known = scheduler.tree_cache.match_prefix(MatchPrefixParams(key=key)).device_indices
+    if len(known) == whole:
+        return True
+    fresh = allocator.alloc(whole - len(known))
+    if fresh is None:
+        return False
+    fill(len(known), fresh)
+    value = torch.cat([known.to(fresh.dtype), fresh])
+    scheduler.tree_cache.insert(InsertParams(key=key, value=value, prev_prefix_len=len(known)))
+    return True
+
+
+def fill_from_frames(scheduler: Any, header: bytes, buffers: list[Any]) -> Callable[[int, Any], None]:
+    """For `place_kv`: from KV that came along."""
+
+    def fill(first: int, rows: Any) -> None:
+        nested = _rows(unpack(header, buffers), first, first + len(rows))
+        scheduler.token_to_kv_pool_allocator.load_cpu_copy(nested, rows)
+
+    return fill
+
+
+def _make_room(scheduler: Any, allocator: Any, tokens: int) -> bool:
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    if allocator.available_size() < tokens:
+        scheduler.tree_cache.evict(EvictParams(num_tokens=tokens - allocator.available_size()))
+    return bool(allocator.available_size() >= tokens)
+
+
+def _rows(nested: Any, start: int, stop: int) -> Any:
+    """Rows [start, stop) of SGLang's per-layer copies, cut anew into the chunks that `load_cpu_copy` expects.
+
+    A layer's copy is a list of chunks; a chunk is a tensor (MLA) or a pair of them (MHA), rows first. All chunks but
+    the last have the same number of rows.
+    """
+
+    def first(chunk: Any) -> Any:
+        return chunk[0] if isinstance(chunk, list) else chunk
+
+    def recut(chunks: list[Any]) -> list[Any]:
+        import torch
+
+        size = first(chunks[0]).shape[0]
+
+        def cut(parts: list[Any]) -> list[Any]:
+            rows = torch.cat(parts)[start:stop]
+            return [rows[at : at + size] for at in range(0, len(rows), size)]
+
+        if not isinstance(chunks[0], list):
+            return cut(chunks)
+        columns = [cut([chunk[i] for chunk in chunks]) for i in range(len(chunks[0]))]
+        return [list(parts) for parts in zip(*columns, strict=True)]
+
+    return [recut(layer) for layer in nested]
+
+
+@dataclass
+class MigrationInbox:
+    """Requests that retiring ranks have sent here, held until all output of the retiring rank has reached the
+    tokenizer."""
+
+    complete: dict[int, int] = field(default_factory=dict)
+    held: dict[int, list[tuple[Any, bytes | None, list[Any]]]] = field(default_factory=dict)
+    released: set[int] = field(default_factory=set)
+    windows: dict[int, KvWindow] = field(default_factory=dict)
+    """Retiring rank -> its KV memory, where it could be had."""
+    dead: set[int] = field(default_factory=set)
+
+    def expect(self, retiring_ranks: Iterable[int]) -> None:
+        """Other processes than any before leave these ranks now."""
+        self.dead.difference_update(retiring_ranks)
+
+    def arrived(self, retiring_rank: int, migrated: tuple[Any, bytes | None, list[Any]]) -> None:
+        if retiring_rank not in self.dead:
+            self.held.setdefault(retiring_rank, []).append(migrated)
+
+    def all_sent(self, retiring_rank: int, count: int) -> None:
+        if retiring_rank not in self.dead:
+            self.complete[retiring_rank] = count
+
+    def ready(self) -> list[int]:
+        """Retiring ranks whose requests are all here and may go on."""
+        return [
+            retiring_rank
+            for retiring_rank, expected in self.complete.items()
+            if retiring_rank in self.released and len(self.held.get(retiring_rank, ())) == expected
+        ]
+
+    def forget(self, retiring_rank: int) -> None:
+        """The retiring rank died: what it had sent may not be complete, and what of it is still to come is not
+        wanted."""
+        self.dead.add(retiring_rank)
+        self.complete.pop(retiring_rank, None)
+        self.held.pop(retiring_rank, None)
+        self.released.discard(retiring_rank)
+        window = self.windows.pop(retiring_rank, None)
+        if window is not None:
+            window.close()
+
+    def take(self, retiring_rank: int) -> list[tuple[Any, bytes | None, list[Any]]]:
+        del self.complete[retiring_rank]
+        self.released.discard(retiring_rank)
+        return self.held.pop(retiring_rank, [])

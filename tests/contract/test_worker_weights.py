@@ -1,0 +1,71 @@
+"""Ranks of a starting server attach to the HMM together, in whatever order they come."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from elasticmoe_sglang.hmm.client import HmmClient
+from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
+from elasticmoe_sglang.hmm.process import spawn_hmm
+from elasticmoe_sglang.wire.to_hmm import ModelSpec
+from elasticmoe_sglang.worker.weights import WorkerWeights
+
+RANKS = 4
+COLUMNS = ColumnLayout.of([("0.w13_weight", (8, 4), torch.float32), ("0.w2_weight", (4, 4), torch.float32)])
+DENSE = DenseLayout.of([("embed", (32, 4), torch.float32)])
+SPEC = ModelSpec(
+    fingerprint="test", num_columns=RANKS, column_bytes=COLUMNS.column_bytes, dense_bytes=DENSE.dense_bytes
+)
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> Iterator[str]:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    with spawn_hmm(f"ipc://{folder}/hmm.sock", [1 << 20] * RANKS) as hmm:
+        yield hmm.endpoint
+
+
+def attach(endpoint: str, rank: int, found: dict[int, torch.Tensor], ranks_per_device: int = 1) -> None:
+    with HmmClient(endpoint, name=f"rank-{rank}") as client:
+        device = rank // ranks_per_device
+        memory = WorkerWeights(client, rank=rank, device=device, bytes_per_second=None, deadline_s=20)
+        attached = memory.attach(
+            SPEC,
+            COLUMNS,
+            DENSE,
+            owned=[rank],
+            txn=None,
+            dense_source=0,
+            fill_dense=rank == 0,
+            table_device=torch.device("cpu"),
+        )
+        assert attached.load_dense == (rank == 0)
+        assert attached.load_columns == {rank}
+        dense = memory.dense.views()["embed"]
+        if attached.load_dense:
+            dense.fill_(7.0)
+        memory.filled()
+        found[rank] = dense.clone()
+
+
+@pytest.mark.parametrize("ranks_per_device", [1, 2, 4])
+def test_waiting_ranks_do_not_wait_for_each_other(endpoint: str, ranks_per_device: int) -> None:
+    """Ranks 1 to 3 make their blocks before rank 0 fills its own; each once waited for whichever block came first, and
+    one on rank 0's device made the block that rank 0 was to fill, and waited for another device's."""
+    found: dict[int, torch.Tensor] = {}
+    threads = [threading.Thread(target=attach, args=(endpoint, rank, found, ranks_per_device)) for rank in range(RANKS)]
+    for thread in threads[1:]:
+        thread.start()
+    time.sleep(0.5)
+    threads[0].start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(found) == list(range(RANKS))
+    assert all(bool((dense == 7.0).all()) for dense in found.values())
