@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.scaling import machine, readme
+from benchmarks.scaling import machine, page
 from benchmarks.scaling.analyser import analyse
 from benchmarks.scaling.experiments import COMMANDS, Defaults, Experiment
 from benchmarks.scaling.figures import Slo
@@ -81,7 +81,7 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str, d: Defaults) -> N
     out = parser.add_argument_group("results")
     out.add_argument("--out", type=Path, default=_RESULTS / name, help="folder (default: %(default)s)")
     if name == "scaling":
-        out.add_argument("--readme", type=Path, help="a README whose marked block is to show these results")
+        out.add_argument("--page", type=Path, help="write these results into the marked block of this Markdown file")
     source = out.add_mutually_exclusive_group()
     source.add_argument("--again", action="store_true", help="no runs: figures, report and picture from its logs")
     source.add_argument("--resume", action="store_true", help="run only the cases that the folder has no log of")
@@ -144,8 +144,8 @@ def _measure(args: argparse.Namespace, words: Sequence[str]) -> int:
     draw(args.command, results, runs, args.out / "figures.png")
     report = markdown(found)
     (args.out / "report.md").write_text(report)
-    if getattr(args, "readme", None) is not None:
-        readme.write(args.readme, found, args.out / "figures.png")
+    if getattr(args, "page", None) is not None:
+        page.write(args.page, found, args.out / "figures.png")
     print(report)
     for target in targets(results) if args.command == "scaling" else []:
         if not target.met:

@@ -1,4 +1,4 @@
-"""The README's benchmark table is what the tool wrote from the figures that are committed beside it."""
+"""The table in docs/benchmarks.md is what the tool wrote from the committed figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.scaling import readme
+from benchmarks.scaling import page
 from benchmarks.scaling.figures import ChangeFigures, Figures, Rate, Slo, Spread
 from benchmarks.scaling.report import Result, Results
 from elasticmoe_sglang.errors import UserInputError
@@ -37,26 +37,32 @@ def made_up() -> Results:
 
 
 def test_the_block_replaces_what_stood_between_the_marks(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(f"# Above\n\n{readme.BEGIN}\nold\n{readme.END}\n\nbelow\n")
+    shown = tmp_path / "benchmarks.md"
+    shown.write_text(f"# Above\n\n{page.BEGIN}\nold\n{page.END}\n\nbelow\n")
     for _ in range(2):
-        readme.write(page, made_up(), tmp_path / "results" / "figures.png")
-    text = page.read_text()
+        page.write(shown, made_up(), tmp_path / "results" / "figures.png")
+    text = shown.read_text()
     assert text.startswith("# Above\n") and text.endswith("\n\nbelow\n") and "\nold\n" not in text
     assert "![Title](results/figures.png)" in text and "elasticmoe bench scaling\n```" in text
     assert "| elastic | 1.25 s | 0 | 1 of 7 | 50 ms / 250 ms | 50% | 40.0 / 38.0 / 41.0 | 95% |" in text
     assert "| 3.00 GiB, +0.4% | 120 |" in text
 
 
-def test_a_readme_without_marks_is_left_alone(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text("nothing\n")
+@pytest.mark.parametrize("option", ["--page docs/benchmarks.md", "--page=x.md", "--readme README.md"])
+def test_the_block_does_not_name_the_page_it_was_written_to(option: str) -> None:
+    results = msgspec.structs.replace(made_up(), invocation=f"elasticmoe bench scaling {option} --rate 2")
+    assert page.block(results, "p.png").startswith("```\nelasticmoe bench scaling --rate 2\n```")
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
+    shown = tmp_path / "benchmarks.md"
+    shown.write_text("nothing\n")
     with pytest.raises(UserInputError, match="no place"):
-        readme.write(page, made_up(), tmp_path / "figures.png")
-    assert page.read_text() == "nothing\n"
+        page.write(shown, made_up(), tmp_path / "figures.png")
+    assert shown.read_text() == "nothing\n"
 
 
-def test_the_readme_shows_the_committed_figures() -> None:
+def test_the_page_shows_the_committed_figures() -> None:
     results = msgspec.json.decode(FIGURES.read_bytes(), type=Results)
-    _, found, _ = readme.between_marks((REPOSITORY / "README.md").read_text())
-    assert found == readme.block(results, "benchmarks/results/scaling/figures.png")
+    _, found, _ = page.between_marks((REPOSITORY / "docs" / "benchmarks.md").read_text())
+    assert found == page.block(results, "../benchmarks/results/scaling/figures.png")

@@ -1,8 +1,9 @@
-"""The block of README.md that shows `elasticmoe bench scaling`: written from its figures, never by hand."""
+"""The generated block of docs/benchmarks.md: written from the figures of `elasticmoe bench scaling`, never by hand."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from benchmarks.scaling.report import (
@@ -20,19 +21,22 @@ from benchmarks.scaling.report import (
 )
 from elasticmoe_sglang.errors import UserInputError
 
-BEGIN = "<!-- elasticmoe bench scaling: begin; the command below writes these lines -->"
+BEGIN = "<!-- elasticmoe bench scaling: begin; written by the command below with --page, not by hand -->"
 END = "<!-- elasticmoe bench scaling: end -->"
 
+# Where the block was written to is no part of how the figures came about.
+_PAGE_OPTION = re.compile(r" --(?:page|readme)[ =]\S+")
 
-def block(results: Results, snapshot: str) -> str:
+
+def block(results: Results, picture: str) -> str:
     """The lines between the marks.
 
     Args:
-        picture: path of the PNG as the README names it.
+        picture: path of the PNG, relative to the page.
     """
     parts = [
-        f"```\n{results.invocation}\n```",
-        f"![{results.title}]({snapshot})",
+        f"```\n{_PAGE_OPTION.sub('', results.invocation)}\n```",
+        f"![{results.title}]({picture})",
         _table(results.results),
         targets_table(results.results),
         f"{results.machine['date']}, {about_machine(results)}. Model: {results.model}. Load: {results.workload}.",
@@ -68,7 +72,7 @@ def _table(results: list[Result]) -> str:
 
 
 def between_marks(text: str) -> tuple[str, str, str]:
-    """(before, the block, after) of a README's text.
+    """(before, the block, after) of a page's text.
 
     Raises:
         UserInputError: it has no marks.
@@ -76,12 +80,12 @@ def between_marks(text: str) -> tuple[str, str, str]:
     head, begin, rest = text.partition(BEGIN)
     found, end, tail = rest.partition(END)
     if not begin or not end:
-        raise UserInputError("the README has no place for the table", hint=f"Put two lines into it: {BEGIN} {END}")
+        raise UserInputError("the page has no place for the table", hint=f"Add two lines to it: {BEGIN} {END}")
     return head + begin, found.strip(), end + tail
 
 
-def write(readme: Path, results: Results, snapshot: Path) -> None:
-    """Replace the block in `readme`. Raises UserInputError without marks."""
-    head, _, tail = between_marks(readme.read_text())
-    shown = Path(os.path.relpath(snapshot.resolve(), readme.resolve().parent)).as_posix()
-    readme.write_text(f"{head}\n{block(results, shown)}\n{tail}")
+def write(page: Path, results: Results, picture: Path) -> None:
+    """Replace the block in `page`. Raises UserInputError without marks."""
+    head, _, tail = between_marks(page.read_text())
+    shown = Path(os.path.relpath(picture.resolve(), page.resolve().parent)).as_posix()
+    page.write_text(f"{head}\n{block(results, shown)}\n{tail}")
