@@ -1,4 +1,4 @@
-# make demo and make test work on a fresh machine: both set everything up first. `make help` lists the targets.
+# Every target sets up what it needs first. `make help` lists the targets.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -35,14 +35,14 @@ $(VENV)/.installed: requirements-sglang-cpu.txt requirements-dev.txt pyproject.t
 	@$(PIP) --no-deps -e .
 	@touch $@
 
-demo: $(STAMP) ## Show the main job: a small MoE is served and changes its EP size while streams decode.
+demo: $(STAMP) ## Serve a small MoE and change its EP size while streams decode.
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.demo $(ARGS)
 
-test: $(STAMP) ## Run all tests that need no GPU (ARGS="-k name" selects).
+test: $(STAMP) ## Run the tests that CI runs (ARGS="-k name" selects).
 	@$(PYTEST) -m "not soak and not gpu" $(ARGS)
 
 # All of them run, so that one failure does not hide the next.
-check: $(STAMP) ## Linters, types, import directions, generated pages.
+check: $(STAMP) ## Check linters, types, import directions, generated pages.
 	@failed=(); \
 	try() { "$$@" || failed+=("$${*##*/bin/}"); }; \
 	try $(VENV)/bin/ruff check --quiet .; \
@@ -60,13 +60,13 @@ format: $(STAMP) ## Format the code and sort its imports.
 	@$(VENV)/bin/ruff check --fix-only --quiet .
 	@$(VENV)/bin/ruff format .
 
-soak: $(STAMP) ## Long runs: many random changes under load.
+soak: $(STAMP) ## Run the long tests: many random changes under load.
 	@$(PYTEST) -m soak $(ARGS)
 
-gpu-test: ## Tests on an NVIDIA GPU; skipped with the reason where there is none.
+gpu-test: ## Run the tests on an NVIDIA GPU; skipped with the reason where there is none.
 	@scripts/with_gpus.sh 1 "$@" $(MAKE) --no-print-directory gpu-test-run
 
-gpu-test-nvlink: ## Tests across two GPUs; skipped with the reason where there are fewer.
+gpu-test-nvlink: ## Run the tests across two GPUs; skipped with the reason where there are fewer.
 	@scripts/with_gpus.sh 2 "$@" $(MAKE) --no-print-directory gpu-test-nvlink-run
 
 .PHONY: gpu-test-run gpu-test-nvlink-run

@@ -1,1 +1,1 @@
-"""Programs that show and measure: `python -m benchmarks.demo`."""
+"""The demo (`python -m benchmarks.demo`) and the benchmarks."""

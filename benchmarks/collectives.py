@@ -1,11 +1,11 @@
-"""The elastic process group against gloo on this machine's CPU, both in one run, as ratios.
+"""The elastic process group compared with gloo on this machine's CPU, both in one run, as ratios.
 
     python benchmarks/collectives.py [--ranks 2 4] [--out benchmarks/results/collectives-cpu.json]
 
 The same processes run both, in turns, on the same tensors through `torch.distributed`; each figure is the median over
-the turns of the mean time of a call on the slowest rank, and the best turn beside it (other work on the machine moves
-the median). Also: what inactive ranks cost (capacity 8 with 2 active
-against capacity 2), and a commit through the commit barrier.
+the turns of the mean time per call on the slowest rank, next to it the best turn (other work on the machine moves the
+median). Also measured: the cost of inactive ranks (capacity 8 with 2 active against capacity 2), and a commit through
+the commit barrier.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SECONDS_A_TURN = 0.15
 KIB = 1 << 10
 CASES: tuple[tuple[str, int], ...] = (
     ("barrier", 0),
-    ("scheduler sync (9 int64 a rank)", 72),
+    ("scheduler sync (9 int64 per rank)", 72),
     ("broadcast", 8),
     ("broadcast", 16 * KIB),
     ("all_gather", 4 * KIB),
@@ -57,7 +57,7 @@ CASES: tuple[tuple[str, int], ...] = (
 
 
 def _call(name: str, nbytes: int, group: Any) -> Callable[[], object]:
-    """One collective on `nbytes` bytes of float32 a rank."""
+    """One collective on `nbytes` bytes of float32 per rank."""
     size = dist.get_world_size(group)
     count = max(nbytes // 4, 1)
     mine = torch.ones(count)
@@ -82,7 +82,7 @@ def _call(name: str, nbytes: int, group: Any) -> Callable[[], object]:
 
 
 def _gloo(context: WorkerContext, size: int) -> Any:
-    """A registered gloo group of all ranks, beside ours: torch would ask our default group for it."""
+    """A gloo group of all ranks, registered by hand: torch would ask the elastic default group for it."""
     if "gloo" not in context.memo:
         store = dist.FileStore(os.path.join(context.scratch, "gloo"), size)
         group = dist.ProcessGroup(store, context.rank, size)
@@ -100,7 +100,7 @@ def _gloo(context: WorkerContext, size: int) -> Any:
 def measure(
     context: WorkerContext, ranks: tuple[int, ...], epoch: int, name: str, nbytes: int, kind: str, calls: int
 ) -> float:
-    """Mean seconds of a call."""
+    """Mean seconds per call."""
     context.adopt(ranks, epoch)
     ours = context.memo["group"]
     call = _call(name, nbytes, ours if kind == "elastic" else _gloo(context, len(ranks)))
@@ -114,7 +114,7 @@ def measure(
 
 
 def commits(context: WorkerContext, first_epoch: int, count: int, ranks: tuple[int, ...]) -> list[float]:
-    """Seconds from arriving at the commit barrier to the adopted membership, for changes with everybody ready."""
+    """Seconds from arrival at the commit barrier to the new membership, with all participants ready."""
     barrier = CommitBarrier(context.region)
     times = []
     for epoch in range(first_epoch, first_epoch + count):
@@ -213,7 +213,7 @@ def commit_times(size: int) -> dict[str, Any]:
     ranks = tuple(range(size))
     with _pool(size, ranks) as pool:
         results = pool.run(ranks, commits, 1, 100, ranks)
-    # Members come a little apart; the last to arrive tells what the commit barrier itself takes.
+    # Members arrive a little apart; the last one shows what the commit barrier itself takes.
     barrier = [min(column) * 1e3 for column in zip(*results.values(), strict=True)]
     row = {
         "ranks": size,

@@ -3,8 +3,8 @@
     python -m benchmarks.cuda_collectives --json benchmarks/results/cuda-h200.json
 
 Several ranks share the GPU, so MPS must run (`scripts/gpu_all.sh`). Times are medians; a collective's time is a replay
-of a graph of 20, divided by 20, of the slowest rank, host-synchronised before each replay. The floor beside it is the
-time that a plain device copy takes to move the same bytes at the rate measured in the same call.
+of a graph of 20, divided by 20, of the slowest rank, host-synchronised before each replay. The floor is the time
+that a plain device copy takes to move the same bytes at the rate measured in the same call.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from elasticmoe_sglang.hmm.vmm.cuda import CudaBackend
 from tests.helpers.device_workers import DeviceContext, DevicePool
 
 SIZES = (32 << 10, 256 << 10, 1 << 20, 2 << 20, 8 << 20)
-"""Bytes a rank."""
+"""Bytes per rank."""
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_reduce_sliced")
 _IN_GRAPH = 20
 _COLUMN = 432 << 20
@@ -62,7 +62,7 @@ def capture(context: DeviceContext, sizes: tuple[int, ...]) -> None:
             with torch.cuda.graph(graph):
                 for _ in range(_IN_GRAPH):
                     _launch(context, name, big, small)
-            graphs[name, nbytes] = graph, small, big  # a graph does not keep its tensors
+            graphs[name, nbytes] = graph, small, big  # a graph does not keep its tensors alive
 
 
 def measure(context: DeviceContext, ranks: tuple[int, ...], epoch: int, sizes: tuple[int, ...]) -> dict[str, float]:
@@ -143,7 +143,7 @@ def _copy_rate() -> float:
 def _pulls() -> dict[str, float]:
     """Bytes of columns pulled a second, by `ColumnSpace.pull`: mapping, copying and unmapping the source included.
 
-    The source lives on, as it does with the HMM. Its handle is at hand; what that takes is in the call costs.
+    The source stays allocated, as it does in the HMM. Its handle has been fetched; the call costs include that.
     """
     backend = CudaBackend()
     rates = {}
@@ -186,7 +186,7 @@ def _pull_all(space: ColumnSpace, slot: int, sources: list[VmmHandle], limit: fl
 
 
 def _waits() -> dict[str, float]:
-    """Microseconds of `copy` for few and for many bytes: what waiting costs, and what a column takes."""
+    """Microseconds of `copy` for few and for many bytes: the cost of waiting, and of a column."""
     backend = CudaBackend()
     va = backend.reserve(2 * _COLUMN)
     handles = [backend.create(_COLUMN, 0) for _ in range(2)]

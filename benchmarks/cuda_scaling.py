@@ -1,14 +1,14 @@
-"""On NVIDIA GPUs: what a change of size costs, and what elasticity costs when nothing changes.
+"""On NVIDIA GPUs: the cost of a change of size, and the cost of elasticity while nothing changes.
 
     python -m benchmarks.cuda_scaling --out benchmarks/results/cuda-scaling-h200.json      (MPS must run: gpu_all.sh)
 
 Qwen3-30B-A3B's shape with `--layers` layers and dummy weights by seed, several ranks on one GPU. All servers start at
-once, since starting is most of the time; then one section after the other measures, alone. A section that fails or
-outlasts its limit is recorded as such and the others go on; the JSON is written after each.
+once, since starting takes most of the time; then the sections measure one after the other. A section that fails or
+exceeds its limit is recorded as such, and the others continue; the JSON is written after each.
 
-- changes: 1 -> 2 -> 4 -> 2 -> 1 again and again while streams decode.
-- static: tokens/s of one rank beside plain SGLang without the plugin, batch 1, 16, 64.
-- capacity: tokens/s of 2 ranks of 8 beside 2 of 2, and each rank's share of memory.
+- changes: 1 -> 2 -> 4 -> 2 -> 1 repeatedly while streams decode.
+- static: tokens/s of one rank against plain SGLang without the plugin, batch 1, 16, 64.
+- capacity: tokens/s of 2 ranks of 8 against 2 of 2, and each rank's share of memory.
 - tokens: float32 tiny model, without graphs: tokens through changes equal those of a server that never changed.
 """
 
@@ -56,7 +56,7 @@ def write_shape(folder: Path, layers: int) -> Path:
 
 
 class Device:
-    """Used bytes of GPU 0, looked at ten times a second (NVML, all processes together)."""
+    """Used bytes of GPU 0, sampled ten times per second (NVML, all processes together)."""
 
     def __init__(self) -> None:
         import pynvml
@@ -114,10 +114,10 @@ class Servers:
         return entered
 
     async def get(self, name: str) -> Instance:
-        return await asyncio.shield(self._starting[name])  # a section that gives up does not end the server
+        return await asyncio.shield(self._starting[name])  # a section that is abandoned does not end the server
 
     async def settled(self) -> None:
-        """No server boots any more: what is measured from here on has the machine to itself."""
+        """No server boots any more: from here on, measurements have the machine to themselves."""
         await asyncio.wait(self._starting.values())
 
 
@@ -126,7 +126,7 @@ def ids(seed: int, length: int = 32) -> tuple[int, ...]:
 
 
 async def rate(instance: Instance, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second of `batch` requests that start together, whole answers; the first round warms up."""
+    """Tokens per second of `batch` requests that start together, whole answers; the first round warms up."""
     found = []
     sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
     async with aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=60)) as session:
@@ -194,13 +194,13 @@ async def change(instance: Instance, load: Load, size: int, device: Device) -> d
 
 
 def tokens_between(load: Load, since: float, until: float) -> float:
-    """Tokens a second that arrived in this time, over all streams."""
+    """Tokens per second that arrived in this time, over all streams."""
     count = sum(since <= at < until for record in load.records for at in record.arrivals)
     return round(count / max(until - since, 1e-3), 1)
 
 
 async def standbys(instance: Instance, wanted: int, limit_s: float) -> float:
-    """Wait until so many are warm; the seconds it took."""
+    """Wait until that many standbys are ready; returns the seconds it took."""
     started = time.monotonic()
     async with aiohttp.ClientSession(instance.url) as session:
         while time.monotonic() - started < limit_s:

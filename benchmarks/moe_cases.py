@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """One model's experts. `layers` copies lie in each column and take turns, so that L2 never holds the weights."""
+    """One model's experts. Each column holds `layers` copies, used in turn, so that the weights are never in L2."""
 
     name: str
     hidden: int
@@ -104,7 +104,7 @@ def _gemm(block_m: int, block_n: int, block_k: int, warps: int, stages: int, **m
 
 
 def small_candidates(block_m: int, *, fp8: bool, down: bool) -> list[GemmConfig]:
-    """Few rows an expert: the weights stream through once, what counts is bytes in flight."""
+    """Few rows per expert: the weights are streamed once, so bytes in flight matter."""
     m = block_m
     if fp8:
         found = [
@@ -130,7 +130,7 @@ def small_candidates(block_m: int, *, fp8: bool, down: bool) -> list[GemmConfig]
 
 
 def large_candidates(block_m: int, *, fp8: bool, down: bool) -> list[GemmConfig]:
-    """Many rows an expert: tensor cores decide."""
+    """Many rows per expert: tensor cores matter."""
     m = block_m
     if fp8:
         warps = 8 if m == 128 else 4
@@ -205,7 +205,7 @@ def families(model: Model, tokens: int) -> Iterator[tuple[bool, bool, list[GemmC
 
 
 def fits(config: GemmConfig, model: Model, *, down: bool, quantize_first: bool) -> bool:
-    """Whether a candidate fits into shared memory (227 KiB a block on Hopper)."""
+    """Whether a candidate fits into shared memory (227 KiB per block on Hopper)."""
     size = model.weight_dtype.itemsize
     activations = size if quantize_first or not model.fp8 else 3
     tile = config.block_k * (config.block_m * activations + config.block_n * (1 if down else 2) * size)

@@ -17,7 +17,7 @@ def compile_part(part: int, parts: int, *, every: bool) -> None:
     from triton.runtime import driver, jit
 
     class Target:
-        """Stands in for the CUDA driver: compiling needs to know the target and nothing else."""
+        """Stand-in for the CUDA driver: compiling needs only the target."""
 
         utils = type("utils", (), {"get_device_properties": staticmethod(lambda d: {"max_shared_mem": 232448})})
 

@@ -39,7 +39,7 @@ from elasticmoe_kernels.triton.config import plan_for, shape_name, tuned_entries
 START = time.monotonic()
 BRIEF_TOKENS = (1, 8, 16, 64, 256, 1024, 4096, 16384)
 TUNED_SHARES = (1, 8)
-"""EP 2 takes the plans of EP 1: as many rows an expert, half the experts."""
+"""EP 2 takes the plans of EP 1: the same rows per expert, half the experts."""
 
 
 def say(*words: object) -> None:
@@ -77,7 +77,7 @@ def geomean(values: list[float]) -> float:
 
 
 def table(points: list[dict[str, Any]]) -> None:
-    """A line for each model, share and routing: speedup at each size."""
+    """One line per model, share and routing: speedup at each size."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for p in points:
         groups.setdefault((p["model"], p["share"], p["routing"]), []).append(p)
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def wait_for(site: str) -> None:
-    """The archive with SGLang is unpacked beside this process; `.done` says when."""
+    """Wait for the archive with SGLang, which another process unpacks; `.done` marks its end."""
     deadline = time.monotonic() + 60
     while not (Path(site) / ".done").exists() and time.monotonic() < deadline:
         time.sleep(0.2)

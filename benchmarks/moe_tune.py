@@ -1,4 +1,4 @@
-"""Tuning: every candidate of both products by itself, then the whole layer with the best of each family."""
+"""Tuning: every candidate of both products separately, then the whole layer with the best of each family."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""How long a change of size is felt, on the CPU with a tiny model (`python -m benchmarks.scale_timing`).
+"""How long a change of size is noticeable, on the CPU with a tiny model (`python -m benchmarks.scale_timing`).
 
-Two measurements, written to benchmarks/results/scale-timing-cpu.json with the targets beside them:
+Two measurements, written to benchmarks/results/scale-timing-cpu.json together with the targets:
 
-1. Changes by one rank, up from a warm standby and down, again and again while streams decode: the pause of each
+1. Changes by one rank, up from a warm standby and down, repeated while streams decode: the pause of each
    surviving rank at the commit, the time of the whole operation, and the longest gap of each stream during it.
-2. Tokens a second at a fixed size of two, beside plain SGLang with gloo at the same size, on the same model. What no
-   collective can beat is measured too: one rank alone with half of the streams, counted twice.
+2. Tokens per second at a fixed size of two, against plain SGLang with gloo at the same size, on the same model. The
+   bound for any collective is measured too: one rank alone with half of the streams, counted twice.
 
-Exit status 1 when a target was missed; the targets are for a machine of two cores that does nothing else.
+Exit status 1 when a target was missed; the targets are for an otherwise idle machine with two cores.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _WORDS = ("def", "class", "return", "import", "for", "self", "value", "name", "i
 class Change:
     """One change under load, milliseconds.
 
-    pauses_ms: of each rank that was there before and after (see `PauseMeter`).
+    pauses_ms: of each surviving rank (see `PauseMeter`).
     gap_ms, gap_limit_ms: of the stream that came closest to, or furthest beyond, three times its median gap + 100 ms.
     """
 
@@ -70,7 +70,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """Tokens a second of one server at a fixed size, of all streams together; `rounds` one by one."""
+    """Tokens per second of one server at a fixed size, of all streams together; `rounds` one by one."""
 
     name: str
     tokens_per_s: float
@@ -104,7 +104,7 @@ async def measure_changes(instance: Instance, settings: argparse.Namespace) -> l
     lanes = asyncio.ensure_future(load.run(settings.streams))
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(instance.url, timeout=timeout) as session:
-        for size in SIZES:  # the first join imports what later ones find imported; not measured
+        for size in SIZES:  # the first join imports what later ones find imported, so it is not measured
             await one_change(session, load, size)
         changes = [await one_change(session, load, size) for _ in range(settings.repetitions) for size in SIZES]
     load.stop()
@@ -154,7 +154,7 @@ async def wait_for_standby(session: aiohttp.ClientSession) -> None:
 
 
 def worst_gap(record: StreamRecord, since: float, until: float) -> tuple[float, float] | None:
-    """The longest gap of a stream that ends in [since, until], with its limit; None for one that ran not through it."""
+    """The longest gap of a stream that ends in [since, until], with its limit; None if it did not run all that time."""
     gaps = record.gaps()
     inside = [gap for at, gap in gaps if at >= since and at - gap <= until]
     if len(gaps) < 8 or not inside:
@@ -165,7 +165,7 @@ def worst_gap(record: StreamRecord, since: float, until: float) -> tuple[float, 
 async def measure_rate(
     instance: Instance, name: str, settings: argparse.Namespace, *, share: int = 1
 ) -> tuple[Rate, list[StreamRecord]]:
-    """Tokens a second; with `share` n an n-th of the streams is run and counted n times."""
+    """Tokens per second; with `share` n, an n-th of the streams runs and counts n times."""
     rounds, records = [], []
     for number in range(settings.rounds + 1):
         load = Load(instance.client, lambda lane, number: Ask(key="", prompt="", tokens=1))

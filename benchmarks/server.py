@@ -18,9 +18,9 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-# Beside its own port SGLang takes a few from 233 above it on, with data-parallel attention.
+# Beside its own port SGLang uses a few from 233 above it on, with data-parallel attention.
 _DERIVED_PORTS = (0, *range(233, 245))
-# Below Linux's range for outgoing connections, so that none of them takes the port before the server does.
+# Below Linux's range for outgoing connections, so that none of them occupies the port before the server does.
 _PORTS = range(20000, 30000)
 _PR_SET_PDEATHSIG = 1
 _TAIL_LINES = 25
@@ -32,7 +32,7 @@ class ServerFailed(Exception):
 
 
 class ElasticServer:
-    """One server on 127.0.0.1, as an async context manager; the log takes the output of all its processes.
+    """One server on 127.0.0.1, as an async context manager; the log receives the output of all its processes.
 
     Args:
         args: of `elasticmoe serve`; host and port are added.
@@ -88,7 +88,7 @@ class ElasticServer:
         await self._stop()
 
     async def died(self) -> None:
-        """Waits as long as the server lives. Raises ServerFailed when its main process has ended."""
+        """Waits until the server ends. Raises ServerFailed when its main process has ended."""
         while self._process is not None and self._process.poll() is None:
             await asyncio.sleep(0.2)
         raise ServerFailed(f"the server ended while it was in use\n{self._tail()}")
@@ -116,11 +116,11 @@ class ElasticServer:
         return f"Last lines of {self.log}:\n{last}"
 
     async def _stop(self, grace_s: float = 15.0) -> None:
-        """Ask the server to end; kill what is left of its session after the grace."""
+        """Ask the server to end; kill what is left of its session after a grace period."""
         process, self._process = self._process, None
         if process is None:
             return
-        # The HMM has a session of its own, so it is found as a child now, and not once its parent has gone.
+        # The HMM has a session of its own, so it is looked up as a child now, before its parent has ended.
         members = {*_tree(process.pid), *_session(process.pid)}
         load_files = {path for member in members for path in mapped_load_files(member.pid)}
         if process.poll() is None:
@@ -128,7 +128,7 @@ class ElasticServer:
         try:
             await self._all_ended(process, members, grace_s)
         finally:
-            # Also when a second Ctrl-C cuts the waiting short.
+            # Also when a second Ctrl-C ends the waiting.
             for member in _alive({*members, *_session(process.pid)}):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
@@ -149,7 +149,7 @@ class ElasticServer:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on, and neither on those that SGLang derives from it."""
+    """A free port of 127.0.0.1, of which those that SGLang derives from it are free too."""
     for port in random.sample(_PORTS, 200):
         if all(_is_free(port + offset) for offset in _DERIVED_PORTS):
             return port
@@ -201,5 +201,5 @@ def mapped_load_files(pid: int) -> set[Path]:
 
 
 def _end_with_parent() -> None:
-    # Runs in the child before it becomes the server: a `kill -9` of this process takes the server along.
+    # Runs in the child before it becomes the server: a `kill -9` of this process also ends the server.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

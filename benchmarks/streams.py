@@ -1,7 +1,7 @@
 """Clients that stream from a running server and record the arrival of every token.
 
-For the demo and for benchmarks. Nothing is dropped: whatever goes wrong in a stream stays in its record as a sentence,
-and a record is in the list from the moment its request is sent. All times are `time.monotonic()` in seconds.
+For the demo and for benchmarks. Nothing is dropped: a failure of a stream stays in its record as a sentence, and a
+record is in the list from the moment its request is sent. All times are `time.monotonic()` in seconds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Ask:
 
 @dataclass(kw_only=True)
 class StreamRecord:
-    """What became of one request, filled while it runs.
+    """The result of one request, filled while it runs.
 
     Attributes:
         lane: which of the clients sent it.
@@ -54,7 +54,7 @@ class StreamRecord:
 
     @property
     def complete(self) -> bool:
-        """It ended by itself with exactly the tokens asked for."""
+        """It ended without an error, with exactly the tokens asked for."""
         return self.ended_at is not None and self.failure is None and len(self.token_ids) == self.ask.tokens
 
     @property
@@ -79,7 +79,7 @@ class _Event(msgspec.Struct):
 
 
 class StreamFailed(Exception):
-    """The stream cannot go on; the text says why."""
+    """The stream cannot continue; the text says why."""
 
 
 class StreamClient:
@@ -181,7 +181,7 @@ class Load:
         return [record for record in self.records if record.lost]
 
     def stop(self) -> None:
-        """No new requests; those that run go on to their end."""
+        """No new requests; running ones continue to their end."""
         self._stopping = True
 
     async def run(self, lanes: int) -> None:

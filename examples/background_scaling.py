@@ -1,4 +1,4 @@
-"""For the examples: changes of the server's size in the background, while the foreground goes on asking."""
+"""For the examples: changes the server's EP size in the background, while the foreground sends requests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 
 class BackgroundScaling:
-    """A context manager that takes the server through `sizes`, with `pause_s` before each, and waits for the end.
+    """A context manager that scales the server through `sizes`, with `pause_s` before each, and waits for the last.
 
     Attributes:
-        operations: what the server answered, one for each size.
+        operations: the server's answers, one for each size.
     """
 
     def __init__(self, url: str, sizes: Sequence[int], pause_s: float = 1.0) -> None:
@@ -47,7 +47,7 @@ class BackgroundScaling:
                 self.operations.append(json.load(answer))
 
     def summary(self) -> str:
-        """One line an operation."""
+        """One line per operation."""
         return "\n".join(
             f"EP {o['old_ep_size']} -> {o['new_ep_size']}: {o['phase']} in {o['timings']['total_ms'] / 1e3:.2f} s, "
             f"{o['moved_requests']} running requests moved"

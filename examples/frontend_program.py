@@ -1,9 +1,9 @@
-"""A program in SGLang's frontend language, run again and again while the server changes its size.
+"""A program in SGLang's frontend language, repeated while the server changes its EP size.
 
     elasticmoe serve --model-path DIR --ep-size 2 --max-ep-size 4
     python examples/frontend_program.py --url http://127.0.0.1:30000 --sizes 4,1,2
 
-It generates, chooses, forks and fills in a pattern; the results must not depend on what the server does meanwhile.
+It uses gen, select, fork and a regular expression; the results must not depend on what the server does meanwhile.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run_once() -> list[dict[str, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:30000")
-    parser.add_argument("--sizes", default="4,1,2", help="sizes to go through meanwhile (default: %(default)s)")
+    parser.add_argument("--sizes", default="4,1,2", help="EP sizes to change to meanwhile (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     args = parser.parse_args()
     sgl.set_default_backend(sgl.RuntimeEndpoint(args.url))
@@ -63,7 +63,7 @@ def main() -> int:
         print(json.dumps({"results": expected, "runs": runs, "different": different, "changes": scaling.operations}))
     else:
         print(json.dumps(expected[0], indent=2), scaling.summary(), sep="\n")
-        print(f"{runs} runs meanwhile, {different} of them with another result")
+        print(f"{runs} runs meanwhile, {different} of them with a different result")
     return 1 if different else 0
 
 

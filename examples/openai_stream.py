@@ -1,4 +1,4 @@
-"""Chat completions with OpenAI's own client, streamed while the server changes its size.
+"""Chat completions with OpenAI's own client, streamed while the server changes its EP size.
 
 elasticmoe serve --model-path DIR --ep-size 2 --max-ep-size 4
 python examples/openai_stream.py --url http://127.0.0.1:30000 --sizes 4,1,2
@@ -48,7 +48,7 @@ async def run_once(client: AsyncOpenAI, *, show: bool = False) -> list[str]:
 
 async def run(args: argparse.Namespace) -> int:
     different, runs = 0, 0
-    # No retries: an answer that breaks off must show.
+    # No retries: an answer that breaks must be visible.
     async with AsyncOpenAI(base_url=f"{args.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
         expected = await run_once(client, show=not args.json)
         with BackgroundScaling(args.url, [int(size) for size in args.sizes.split(",") if size]) as scaling:
@@ -58,14 +58,14 @@ async def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"results": expected, "runs": runs, "different": different, "changes": scaling.operations}))
     else:
-        print(f"\n{scaling.summary()}\n{runs} runs meanwhile, {different} of them with another result")
+        print(f"\n{scaling.summary()}\n{runs} runs meanwhile, {different} of them with a different result")
     return 1 if different else 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:30000")
-    parser.add_argument("--sizes", default="4,1,2", help="sizes to go through meanwhile (default: %(default)s)")
+    parser.add_argument("--sizes", default="4,1,2", help="EP sizes to change to meanwhile (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     return asyncio.run(run(parser.parse_args()))
 

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.demo`: make a model, serve it, change its EP size under streams, show what happened.
+"""`python -m benchmarks.demo`: make a model, serve it, change the EP size while streams decode, show the results.
 
-Exit status: 0 when all changes were done, no request was lost and every stream got exactly its tokens; 1 otherwise; 130
+Exit status: 0 if all changes are done, no request was lost and every stream got exactly its tokens; 1 otherwise; 130
 after Ctrl-C.
 """
 
@@ -40,7 +40,7 @@ def main() -> int:
     try:
         asyncio.run(_run(settings, progress, view))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        console.print("demo: interrupted; no process is left", style="yellow")
+        console.print("demo: interrupted; all processes have ended", style="yellow")
         return 130
     except (ServerFailed, DemoFailed, ElasticMoEError) as error:
         console.print(f"demo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -61,8 +61,8 @@ async def _run(settings: Settings, progress: Progress, view: PlainView | LiveVie
     assert task is not None
 
     def interrupt() -> None:
-        view.say("interrupted: taking the server down")
-        progress.stage = "taking the server down"
+        view.say("interrupted: stopping the server")
+        progress.stage = "stopping the server"
         task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -71,7 +71,7 @@ async def _run(settings: Settings, progress: Progress, view: PlainView | LiveVie
         await _make_model(settings, progress, view)
         command = "elasticmoe serve " + shlex.join(settings.serve_args())
         view.say(f"starting: {command} (log: {settings.log})")
-        # Four ranks share this machine's cores; more threads in each would only get in each other's way.
+        # The ranks share this machine's cores; more threads in each would only compete for them.
         server = ElasticServer(
             settings.serve_args(), log=settings.log, port=settings.port, env={"OMP_NUM_THREADS": "1"},
             waiting=view.waiting,
@@ -80,7 +80,7 @@ async def _run(settings: Settings, progress: Progress, view: PlainView | LiveVie
             view.say(f"the server answers at {server.url} after {server.boot_s:.0f} s")
             await play(settings, server, progress, view)
             progress.stage = "the server ends"
-            view.say("all streams have ended; the server is taken down")
+            view.say("all streams have ended; stopping the server")
 
 
 async def _make_model(settings: Settings, progress: Progress, view: PlainView | LiveView) -> None:
@@ -110,23 +110,25 @@ def _arguments() -> argparse.Namespace:
     defaults = Settings(out=Path("demo-out"))
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.demo",
-        description="Serve a small MoE, change its EP size while streams decode, and show what happened.",
+        description="Serve a small MoE, change its EP size while streams decode, and show the results.",
     )
-    parser.add_argument("--out", type=Path, default=defaults.out, help="folder for everything (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=defaults.out, help="output folder (default: %(default)s)")
     parser.add_argument(
         "--sizes", type=_sizes, default=defaults.sizes, metavar="N,N,...",
         help="EP sizes, the first one at the start (default: 2,4,1,3)",
     )  # fmt: skip
-    parser.add_argument("--streams", type=_positive, default=defaults.streams, help="at a time (default: %(default)s)")
     parser.add_argument(
-        "--tokens", type=_positive, default=defaults.tokens, help="of the longest streams (default: %(default)s)"
+        "--streams", type=_positive, default=defaults.streams, help="concurrent streams (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=_positive, default=defaults.tokens, help="tokens of the longest streams (default: %(default)s)"
     )
     parser.add_argument(
         "--steady", type=float, default=defaults.steady_s, metavar="SECONDS",
-        help="decoding between the changes (default: %(default)g)",
+        help="seconds of decoding between the changes (default: %(default)g)",
     )  # fmt: skip
-    parser.add_argument("--port", type=int, help="of the server (default: any free one)")
-    parser.add_argument("--plain", action="store_true", help="lines instead of the live picture")
+    parser.add_argument("--port", type=int, help="port of the server (default: any free one)")
+    parser.add_argument("--plain", action="store_true", help="print lines instead of the live picture")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
-"""From the records of a run to its figures: one row a change, the checks, and tokens/s over time.
+"""Computes the figures of a run from its records: one row per change, the checks, and tokens/s over time.
 
-How a client fared is computed from the arrivals of its tokens; what only the server can know (phases, pause, columns,
+What a client saw is computed from the arrivals of its tokens; what only the server knows (phases, pause, columns,
 bytes) comes from the operation.
 """
 
@@ -19,7 +19,7 @@ from benchmarks.streams import StreamRecord
 from elasticmoe_sglang.api.types import Operation, Phase
 
 RATE_BIN_S = 0.5
-# What a change does to a stream may show up to here after the operation has ended.
+# A change may affect a stream until this long after the operation has ended.
 _AFTER_S = 0.5
 
 
@@ -31,10 +31,10 @@ class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
             less the median of such intervals.
         longest_gap_ms: the longest time between two tokens of one stream around the change; `median_gap_ms` is the
             median of that same stream over its whole life.
-        commit_s: when the new membership served.
+        commit_s: when the new membership began to serve.
         commit_gap_ms: as longest_gap_ms, around the phase `committing` alone.
         streams: that were decoding when the change was asked for.
-        moved_requests: handed from retiring ranks to others.
+        moved_requests: migrated from retiring ranks to survivors.
         lost: streams alive during the change that did not end with exactly the tokens asked for.
     """
 
@@ -61,7 +61,7 @@ class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that must hold, with the figure that shows it."""
+    """A condition that must hold, with the figure that shows it."""
 
     name: str
     passed: bool
@@ -69,7 +69,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """All of a run. `tokens_per_s[i]` covers the seconds from i * `rate_bin_s` on, since the first request was sent."""
+    """A run. `tokens_per_s[i]` covers the seconds from i * `rate_bin_s` on, since the first request was sent."""
 
     command: str
     machine: dict[str, str | float]
@@ -91,7 +91,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def figures(progress: Progress, command: str) -> Figures:
-    """What a finished run shows."""
+    """The figures of a finished run."""
     everything = [*progress.reference, *progress.records]
     begin = origin(progress)
     end = max((record.ended_at or record.sent_at for record in everything), default=begin)
@@ -117,7 +117,7 @@ def figures(progress: Progress, command: str) -> Figures:
 
 
 def checks(progress: Progress) -> list[Check]:
-    """What decides the exit status."""
+    """The checks that decide the exit status."""
     everything = [*progress.reference, *progress.records]
     wanted = list(zip(progress.settings.sizes, progress.settings.sizes[1:], strict=False))
     done = [change for change in progress.changes if change.done]
@@ -145,7 +145,7 @@ def origin(progress: Progress) -> float:
 
 
 def machine() -> dict[str, str | float]:
-    """Where the figures come from."""
+    """The machine and versions of the run."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),

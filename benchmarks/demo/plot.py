@@ -16,7 +16,7 @@ _PLATE = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5}
 
 def draw(progress: Progress, result: Figures, path: Path) -> None:
     """Write the PNG."""
-    # Slow to import, so not before the streams have ended.
+    # Slow to import, so only after the streams have ended.
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,7 +93,7 @@ def _gaps(axes: Any, progress: Progress, result: Figures) -> None:
     axes.set_ylim(bottom=3)
     axes.legend(
         handles=[
-            Patch(color=_CHANGE, alpha=0.2, label="a change is prepared; streams go on"),
+            Patch(color=_CHANGE, alpha=0.2, label="a change is prepared; streams continue"),
             Line2D([], [], color=_CHANGE, linewidth=1.2, label="commit: the new size serves"),
         ],
         loc="upper right",

@@ -1,4 +1,4 @@
-"""The end of a run on a terminal: the table, the checks, where the files are."""
+"""The final output on the terminal: the table, the checks, the paths of the files."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from benchmarks.demo.figures import ChangeFigures, Figures
 from elasticmoe_sglang.units import format_bytes
 
 _LEGEND = """
-total        from the request to the end of the change; streams go on meanwhile
-pause        by which the commit delayed the next batch (as the server measures)
+total        from the request to the end of the change; streams continue meanwhile
+pause        delay of the next batch by the commit (measured by the server)
 longest gap  between two tokens of any stream around the change; median gap:
              of that stream over its whole life
 """
 
 
 def report(result: Figures) -> RenderableType:
-    """What the run showed."""
+    """The table, the machine and the checks."""
     parts: list[RenderableType] = [table(result), Text(_LEGEND, style="dim")]
     cores, load = result.machine["cores"], result.machine["load_1min"]
     parts.append(Text(f"{cores} cores, load {load} in the last minute\n", style="dim"))
@@ -32,7 +32,7 @@ def report(result: Figures) -> RenderableType:
 
 
 def table(result: Figures) -> Table:
-    """One line a change."""
+    """One line per change."""
     # Fits into 80 columns.
     made = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for name in ("\nEP size", "\ntotal", "\npause", "longest\ngap", "median\ngap", "columns\nmoved",

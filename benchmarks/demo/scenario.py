@@ -1,4 +1,4 @@
-"""The course of the demo: reference, load, changes; and the record of it that views and figures read."""
+"""The sequence of the demo (reference, load, changes), and its record, which views and figures read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RATE_BIN_S = 0.5
 
 
 class View(Protocol):
-    """Where the demo says what goes on."""
+    """Receives what happens in the demo."""
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -51,12 +51,12 @@ class Change:
 
 
 class DemoFailed(Exception):
-    """The demo cannot go on; the text says why."""
+    """The demo cannot continue; the text says why."""
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """What has happened so far; a view may read it from another thread at any time."""
+    """The record so far; a view may read it from another thread at any time."""
 
     settings: Settings
     started_at: float
@@ -79,7 +79,7 @@ class Progress:
             self.bins.append((number, tokens))
 
     def rates(self, bins: int) -> list[float]:
-        """Tokens a second in the last full half seconds, oldest first."""
+        """Tokens per second in the last full half seconds, oldest first."""
         counts = dict(self.bins.copy())
         now = int((time.monotonic() - self.started_at) / RATE_BIN_S)
         first = max(0, now - bins)
@@ -125,7 +125,7 @@ async def _play(settings: Settings, server: ElasticServer, progress: Progress, v
             lanes = asyncio.create_task(load.run(settings.streams))
             try:
                 await _changes(settings, session, progress, view)
-                progress.stage = "the last streams run to their end"
+                progress.stage = "waiting for the last streams to end"
                 progress.load_ended_at = time.monotonic()
                 load.stop()
                 await lanes
@@ -136,7 +136,7 @@ async def _play(settings: Settings, server: ElasticServer, progress: Progress, v
 
 
 async def _reference(settings: Settings, client: StreamClient, progress: Progress, view: View) -> None:
-    """What the model answers while nothing changes; every later stream is compared with it."""
+    """The model's answers while nothing changes; every later stream is compared with them."""
     progress.stage = "reference: every prompt once, nothing changes"
     asks = settings.reference_asks()
     load = Load(client, settings.choose)
@@ -150,13 +150,13 @@ async def _reference(settings: Settings, client: StreamClient, progress: Progres
 
 async def _changes(settings: Settings, session: aiohttp.ClientSession, progress: Progress, view: View) -> None:
     progress.stage = "steady"
-    view.say(f"load: {settings.streams} streams decode from here on, each is followed by the next")
+    view.say(f"load: {settings.streams} streams decode from now on; each that ends is replaced by another")
     await asyncio.sleep(settings.steady_s)
     for old, new in zip(settings.sizes, settings.sizes[1:], strict=False):
         progress.stage = f"change {old} -> {new}"
         change = Change(old=old, new=new, asked_at=time.monotonic())
         progress.changes.append(change)
-        view.say(f"EP size {old} -> {new}: asked for")
+        view.say(f"EP size {old} -> {new}: requested")
         await _change(session, change)
         view.say(_outcome(change))
         if not change.done:
@@ -200,7 +200,7 @@ async def _status(session: aiohttp.ClientSession) -> Status:
 
 
 async def _watch(session: aiohttp.ClientSession, progress: Progress) -> None:
-    """Keep `progress.status` fresh, for the views alone."""
+    """Keep `progress.status` up to date, for the views only."""
     while True:
         # A status that cannot be had ends the demo after the next change, and a dead server ends it at once.
         with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, DemoFailed):

@@ -1,4 +1,4 @@
-"""What the demo does, as data."""
+"""The settings of the demo."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SHORTER = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Of one run.
+    """Settings of one run.
 
     Attributes:
-        sizes: EP sizes in their order; the first one is where the server starts.
+        sizes: EP sizes in order; the server starts with the first one.
         streams: requests that decode at the same time.
         tokens: of the longest requests; others are up to 7 * 15 tokens shorter, so that they do not end together.
         steady_s: seconds of decoding before, between and after the changes.
@@ -56,11 +56,11 @@ class Settings:
         return ["--model-path", str(self.model), *size, "--device", "cpu", "--max-total-tokens", "16384"]
 
     def reference_asks(self) -> list[Ask]:
-        """Every prompt at full length."""
+        """Every prompt once, at full length."""
         return [_ask(index, self.tokens) for index in range(len(PROMPTS))]
 
     def choose(self, lane: int, number: int) -> Ask:
-        """The request with this number of one lane. Lanes go through the prompts, with lengths that differ."""
+        """Request number `number` of a lane. Lanes cycle through the prompts, with different lengths."""
         shorter = _SHORTER * ((lane + 3 * number) % 8)
         return _ask((lane + number) % len(PROMPTS), max(self.tokens - shorter, self.tokens // 2))
 

@@ -1,4 +1,4 @@
-"""What the demo shows while it runs: a live picture on a terminal, plain lines elsewhere."""
+"""The output while the demo runs: a live picture on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WAITING_LINE_EVERY_S = 10.0
 
 
 class PlainView:
-    """A line with the time for each thing that happens, and one now and then in between."""
+    """A line with the time for each event, and a status line at intervals in between."""
 
     def __init__(self, console: Console, progress: Progress) -> None:
         self._console = console
@@ -44,7 +44,7 @@ class PlainView:
 
     @contextlib.asynccontextmanager
     async def shown(self) -> AsyncIterator[None]:
-        """Lines while the block runs."""
+        """Prints lines while the block runs."""
         ticker = asyncio.create_task(self._tick())
         try:
             yield
@@ -59,7 +59,7 @@ class PlainView:
 
 
 class LiveView:
-    """A picture that follows the run, below the lines that stay."""
+    """A picture that follows the run, below the lines that remain."""
 
     def __init__(self, console: Console, progress: Progress) -> None:
         self._console = console
@@ -79,7 +79,7 @@ class LiveView:
 
     @contextlib.asynccontextmanager
     async def shown(self) -> AsyncIterator[None]:
-        """The picture while the block runs."""
+        """Shows the picture while the block runs."""
         with self._live:
             yield
 
@@ -142,7 +142,7 @@ def _streams(progress: Progress) -> str:
 
 
 def sparkline(values: list[float]) -> str:
-    """One block character a value, scaled to the largest."""
+    """One block character per value, scaled to the largest."""
     top = max(values, default=0.0)
     if top <= 0:
         return _BARS[0] * len(values)

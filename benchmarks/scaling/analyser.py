@@ -15,7 +15,7 @@ STALL_S = 1.0
 MIN_DURING_S = 5.0
 """A change that is over sooner is measured over this long. Where more ranks share the same cores, each request takes
 some tenths of a second longer from then on: its tokens come later, once, and in a window of one or two seconds that
-would count as throughput lost. What a shorter dip does to a user is the longest gap's to say."""
+would count as throughput lost. The longest gap shows what a shorter dip does to a user."""
 
 
 def analyse(log: RunLog, slo: Slo, *, window_s: float = 15.0, stall_s: float = STALL_S) -> Figures:
@@ -66,7 +66,7 @@ def is_complete(request: RequestRecord) -> bool:
 
 
 def lost_tokens(request: RequestRecord) -> int:
-    """Positions without a token, of an answer that had begun or that ended as if it were whole."""
+    """Positions without a token, of an answer that had begun or that ended without an error."""
     if request.error is not None and not request.tokens:
         return 0
     return request.wanted - len({token.position for token in request.tokens if token.position < request.wanted})
@@ -192,7 +192,7 @@ def _change_figures(
     start = change.requested_at
     latency = scale_latency(log, change)
     limit = min(log.load_ended_at, following.requested_at if following else math.inf)
-    # A change that never served at its new size went on until it was given up.
+    # A change that never served at its new size lasted until it was given up.
     lasted = change.ended_at - start if latency is None else latency
     end = min(limit, start + max(lasted, MIN_DURING_S))
     earlier = [other.ended_at for other in log.changes if other.requested_at < start]

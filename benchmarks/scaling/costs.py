@@ -1,4 +1,4 @@
-"""What single steps cost on a kind of machine, each number with where it comes from.
+"""The cost of single steps on a kind of machine, each number with its source.
 
 MEASURED numbers were timed by this project (docs/hardware.md), PUBLISHED ones are a vendor's, ASSUMED ones are guesses
 that a measurement should replace. A prediction is no better than the worst number in it.
@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class Source(str, Enum):
-    """Where a number comes from."""
+    """The source of a number."""
 
     MEASURED = "measured"
     PUBLISHED = "published"
@@ -41,18 +41,18 @@ def assumed(value: float, origin: str) -> Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds, bytes and bytes a second.
+    """Seconds, bytes and bytes per second.
 
     Attributes:
         per_node, hbm_bytes: devices of a node; memory of one.
         cores_per_node: how many joining ranks of a node can boot at full speed together.
         new_column_s: one new column: create, export, import, map, set access.
         old_column_s: one departed column: unmap and release.
-        message_s: one command through the coordinator, which sends them one by one.
+        message_s: one command from the Coordinator, which sends them one by one.
         near_copy, far_copy: one device's rate to a peer in its node, and to another node.
-        boot_s: a standby's way to the commit barrier without its weights' copies: attach, build the model.
+        boot_s: from a standby to the commit barrier without copying weights: attach, build the model.
         capture_s: capturing the joining rank's graphs.
-        commit_s: from the last rank's readiness to the first token after the switch, less an ordinary step.
+        commit_s: from when the last rank is ready to the first token after the switch, less an ordinary step.
         commit_rank_s: what each further rank adds to that.
         cold_boot_s: a new server's start without its weights and graphs.
         load_rate: reading a checkpoint, one node.
@@ -89,12 +89,12 @@ H200 = Costs(
     name="H200",
     per_node=8,
     hbm_bytes=measured(139 * 2**30, "memory that the driver reports"),
-    cores_per_node=assumed(8, "every joining rank of a node has a core of its own"),
+    cores_per_node=assumed(8, "each joining rank of a node has its own core"),
     new_column_s=measured(96e-6, _VMM),
     old_column_s=measured(32e-6, "unmap 17 us, release 15 us"),
     message_s=assumed(0.2e-3, "a message between processes of one host and its handling"),
     near_copy=measured(394e9, "NVLink copy of 432 MiB and more between two H200"),
-    far_copy=assumed(45e9, "one 400 Gbit/s network port a device at 90 %"),
+    far_copy=assumed(45e9, "one 400 Gbit/s network port per device at 90 %"),
     boot_s=assumed(2.5, f"{_HOST}, with room for a larger model's construction"),
     capture_s=measured(66.0, "cold start of Qwen3-30B-A3B: compiling and capturing, on a slow virtual machine"),
     commit_s=measured(3e-3, f"{_HOST}: 1 to 3 ms at the commit barrier"),
@@ -107,18 +107,18 @@ H200 = Costs(
 
 ASCEND_910C = replace(
     H200,
-    name="910C (one die a device)",
+    name="910C (one die per device)",
     per_node=16,
-    hbm_bytes=published(64 * 2**30, "data sheet: 128 GiB a package of two dies"),
+    hbm_bytes=published(64 * 2**30, "data sheet: 128 GiB per package of two dies"),
     new_column_s=assumed(96e-6, "as on H200"),
     old_column_s=assumed(32e-6, "as on H200"),
-    near_copy=published(196e9, "unified bus: 392 GB/s a package of two dies"),
+    near_copy=published(196e9, "unified bus: 392 GB/s per package of two dies"),
     far_copy=published(196e9, "unified bus, the same across the nodes of one supernode"),
-    cores_per_node=assumed(16, "every joining rank of a node has a core of its own"),
+    cores_per_node=assumed(16, "each joining rank of a node has its own core"),
     capture_s=assumed(66.0, "as on H200"),
     commit_s=assumed(3e-3, "as on the CPU"),
     cold_boot_s=assumed(45.0, "as on H200"),
-    memory_rate=published(1.6e12, "data sheet: 3.2 TB/s a package of two dies"),
+    memory_rate=published(1.6e12, "data sheet: 3.2 TB/s per package of two dies"),
 )
 
 MACHINES = {"h200": H200, "910c": ASCEND_910C}

@@ -25,7 +25,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModel:
-    """Of `elasticmoe tiny-model`, made where no model is named."""
+    """Arguments of `elasticmoe tiny-model`, used when no model is given."""
 
     layers: int = 4
     hidden: int = 256
@@ -68,7 +68,7 @@ COMMANDS: dict[str, Defaults] = {
         paper="ElasticMoE (arXiv 2510.02613), scale-up: latency, downtime, peak memory, throughput",
     ),
     "table1": Defaults(
-        title="Scale-up with one mechanism switched off at a time",
+        title="Scale-up with one mechanism disabled at a time",
         paper="ElasticMoE, Table 1",
         methods=("elastic",),
         ablations=("", *ABLATIONS),
@@ -96,7 +96,7 @@ COMMANDS: dict[str, Defaults] = {
         rate=6.0,
     ),
     "slo": Defaults(
-        title="SLO attainment against the rate of requests, with a change in each run",
+        title="SLO attainment against the request rate, with a change in each run",
         paper="ElasticMoE: SLO attainment against request rate",
         methods=("elastic", "cold-restart"),
         even=False,

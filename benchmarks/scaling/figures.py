@@ -25,7 +25,7 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
-    """Served in one window: output tokens and completed requests a second."""
+    """Served in one window: output tokens and completed requests per second."""
 
     start: float
     end: float
@@ -34,10 +34,10 @@ class Rate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """One change. Seconds; `during_over_before` is of tokens a second, None without anything served before.
+    """One change. Seconds; `during_over_before` is of tokens per second, None without anything served before.
 
-    detail: what the method says of it (`ChangeRecord.detail`); of `elastic` its phases in milliseconds, bytes copied,
-    and for a scale-up the slowest joining rank's `weights_s` and the `checkpoint_bytes` that joining ranks read.
+    detail: what the method reports about it (`ChangeRecord.detail`): for `elastic` its phases in milliseconds, bytes
+        copied, and for a scale-up the slowest joining rank's `weights_s` and the `checkpoint_bytes` that they read.
     """
 
     old_size: int

@@ -1,4 +1,4 @@
-"""Where a measurement was made, for the report."""
+"""The machine of a measurement, for the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import psutil
 
 
 def describe() -> dict[str, Any]:
-    """Cores, memory, versions, and how busy the machine is at this moment."""
+    """Cores, memory, versions, and the load of the machine at this moment."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "cpu": _cpu_model(),

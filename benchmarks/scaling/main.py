@@ -1,4 +1,4 @@
-"""`elasticmoe bench`: one command an experiment; also `python -m benchmarks.scaling.main`."""
+"""`elasticmoe bench`: one command per experiment; also `python -m benchmarks.scaling.main`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RESULTS = Path(__file__).parents[1] / "results"
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="elasticmoe bench",
-        description="Measure what a change of size costs, beside what users have today. Runs real servers.",
+        description="Measure what a change of size costs, compared with what users do today. Runs real servers.",
     )
     commands = parser.add_subparsers(dest="command", metavar="EXPERIMENT", required=True)
     for name, defaults in COMMANDS.items():
@@ -52,39 +52,74 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str, d: Defaults) -> N
     what.add_argument("--start", type=int, default=d.start, help="first size (default: %(default)s)")
     what.add_argument("--changes", default=d.changes, help="SECOND:SIZE,... (default: %(default)s)")
     what.add_argument("--duration", type=float, default=d.duration_s, help="seconds of load (default: %(default)g)")
-    what.add_argument("--settle", type=float, default=d.settle_s, help="and after the last change (%(default)g)")
-    what.add_argument("--window", type=float, default=d.window_s, help="before and after a change (%(default)g)")
+    what.add_argument(
+        "--settle", type=float, default=d.settle_s, help="seconds of load after the last change (default: %(default)g)"
+    )
+    what.add_argument(
+        "--window",
+        type=float,
+        default=d.window_s,
+        help="seconds measured before and after a change (default: %(default)g)",
+    )
     load = parser.add_argument_group("load")
-    load.add_argument("--rate", type=float, default=d.rate, help="requests a second (default: %(default)g)")
+    load.add_argument("--rate", type=float, default=d.rate, help="requests per second (default: %(default)g)")
     if d.rates:
-        load.add_argument("--rates", type=_numbers, default=d.rates, help="several, instead of --rate")
+        load.add_argument("--rates", type=_numbers, default=d.rates, help="several rates, instead of --rate")
     load.add_argument("--arrivals", choices=("even", "poisson"), default="even" if d.even else "poisson")
     load.add_argument("--burst-rate", type=float, default=d.burst_rate)
     load.add_argument("--burst-at", type=float, default=d.burst_at)
     load.add_argument("--burst-length", type=float, default=d.burst_s)
-    load.add_argument("--prompt-words", default=d.prompt, help="N, LOW-HIGH or lognormal:LOW-HIGH (%(default)s)")
-    load.add_argument("--output-tokens", default=d.output, help="the same (%(default)s)")
-    load.add_argument("--trace", type=Path, help="JSON lines {at, prompt_words, output_tokens} instead of all these")
-    load.add_argument("--seed", type=int, default=0)
-    load.add_argument("--slo-ttft", type=float, default=d.slo.ttft_s, help="seconds (default: %(default)g)")
-    load.add_argument("--slo-tpot", type=float, default=d.slo.tpot_s, help="seconds (default: %(default)g)")
-    if d.ablations:
-        load.add_argument("--ablations", type=_names, default=d.ablations, help="an empty one is the whole thing")
-    servers = parser.add_argument_group("servers")
-    servers.add_argument("--model-path", type=Path, help="default: a tiny model, made for the run")
-    servers.add_argument("--device", default="cpu")
-    servers.add_argument("--kv-tokens", type=int, default=8192, help="KV pool of a rank (default: %(default)s)")
-    servers.add_argument(
-        "--boot-limit", type=float, default=150.0, help="for a server started in the run (%(default)g s)"
+    load.add_argument(
+        "--prompt-words", default=d.prompt, help="N, LOW-HIGH or lognormal:LOW-HIGH (default: %(default)s)"
     )
-    servers.add_argument("--server-args", type=shlex.split, default=[], help="further SGLang flags, as one word")
+    load.add_argument("--output-tokens", default=d.output, help="the same for output tokens (default: %(default)s)")
+    load.add_argument(
+        "--trace", type=Path, help="file of JSON lines {at, prompt_words, output_tokens}, instead of the options above"
+    )
+    load.add_argument("--seed", type=int, default=0)
+    load.add_argument(
+        "--slo-ttft",
+        type=float,
+        default=d.slo.ttft_s,
+        help="limit of the time to first token, seconds (default: %(default)g)",
+    )
+    load.add_argument(
+        "--slo-tpot", type=float, default=d.slo.tpot_s, help="and of the time per token after it (default: %(default)g)"
+    )
+    if d.ablations:
+        load.add_argument(
+            "--ablations",
+            type=_names,
+            default=d.ablations,
+            help="mechanisms to disable, one run each; an empty name disables nothing",
+        )
+    servers = parser.add_argument_group("servers")
+    servers.add_argument("--model-path", type=Path, help="model to serve (default: a tiny model, made for the run)")
+    servers.add_argument("--device", default="cpu")
+    servers.add_argument("--kv-tokens", type=int, default=8192, help="KV tokens per rank (default: %(default)s)")
+    servers.add_argument(
+        "--boot-limit",
+        type=float,
+        default=150.0,
+        help="seconds for a server that starts during the run (default: %(default)g)",
+    )
+    servers.add_argument(
+        "--server-args",
+        type=shlex.split,
+        default=[],
+        help="further SGLang flags for all servers, quoted as one argument",
+    )
     out = parser.add_argument_group("results")
-    out.add_argument("--out", type=Path, default=_RESULTS / name, help="folder (default: %(default)s)")
+    out.add_argument("--out", type=Path, default=_RESULTS / name, help="output folder (default: %(default)s)")
     if name == "scaling":
         out.add_argument("--page", type=Path, help="write these results into the marked block of this Markdown file")
     source = out.add_mutually_exclusive_group()
-    source.add_argument("--again", action="store_true", help="no runs: figures, report and picture from its logs")
-    source.add_argument("--resume", action="store_true", help="run only the cases that the folder has no log of")
+    source.add_argument(
+        "--again",
+        action="store_true",
+        help="run nothing: recompute figures, report and picture from the logs in the output folder",
+    )
+    source.add_argument("--resume", action="store_true", help="run only the cases without a log in the output folder")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""The ways to change a service's size: this project's, and those a user has today.
+"""The methods to change a service's size: this project's, and those a user has today.
 
-A method owns the servers, says where a request goes, and carries out a change. All of them run real servers.
+A method owns the servers, routes requests, and carries out a change. All of them run real servers.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Method(ABC):
         self._hold(sum(instance.size for instance in self.running), at=0.0)
 
     async def change(self, size: int) -> ChangeRecord:
-        """To the new size; returns when nothing is left to do. Never raises for a change that failed."""
+        """Change to the new size; returns when nothing is left to do. Never raises for a change that failed."""
         old, requested = self.size, self.clock.now()
         record = ChangeRecord(
             requested_at=requested, old_size=old, new_size=size, effective_at=None, ended_at=requested
@@ -69,7 +69,7 @@ class Method(ABC):
         try:
             await self.apply_commit(size, record)
         except (ServerFailed, MethodFailed, aiohttp.ClientError, asyncio.TimeoutError) as error:
-            # The run goes on and reports it. What follows the first line is the tail of a server's log.
+            # The run continues and reports it. What follows the first line is the tail of a server's log.
             record.error = str(error).splitlines()[0] if str(error) else type(error).__name__
         record.ended_at = self.clock.now()
         return record
@@ -144,7 +144,7 @@ class Method(ABC):
 
 
 async def warm_up(method: Method, size: int) -> None:
-    """Each rank generates a few tokens twice, so that what happens only once is not measured."""
+    """Each rank generates a few tokens twice, so that one-time work is not measured."""
     for _ in range(2):
         records = [
             StreamRecord(lane=lane, ask=Ask(key="warm", prompt="import os", tokens=4), sent_at=time.monotonic())
@@ -157,7 +157,7 @@ async def warm_up(method: Method, size: int) -> None:
 
 
 class Static(Method):
-    """No change at all: the run's largest size from the beginning. The ceiling of a method that is not elastic."""
+    """No change at all: the run's largest size from the beginning. The upper bound of a method that is not elastic."""
 
     name = "static"
 
@@ -184,7 +184,7 @@ class ColdRestart(Method):
 
 
 class Replica(Method):
-    """Another server beside the first, requests in turn; to shrink, one is drained and stopped."""
+    """A second server next to the first, requests in turn; to shrink, one is drained and stopped."""
 
     name = "replica"
 
@@ -235,7 +235,7 @@ async def _switch(method: Method, size: int, record: ChangeRecord, *, extra_devi
 
 
 class Elastic(Method):
-    """This project: ranks join or leave the running server."""
+    """This project: ranks join or retire while the server runs."""
 
     name = "elastic"
     has_ledger = True
@@ -265,7 +265,7 @@ class Elastic(Method):
         if operation["phase"] != "done":
             record.error = operation["error"] or f"ended as {operation['phase']}"
             return
-        # The coordinator's clock says when all ranks had passed the commit barrier and had reported it.
+        # By the Coordinator's clock: when all ranks had reported that they passed the commit barrier.
         phases = ("planned_ms", "preparing_ms", "committing_ms")
         spent_s = sum(timings[phase] or 0.0 for phase in phases) / 1e3
         record.effective_at = self.clock.of_unix(operation["created_at"]) + spent_s

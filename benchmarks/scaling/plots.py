@@ -25,7 +25,7 @@ _SHOWN_S = 140
 
 def draw(command: str, results: Sequence[Result], logs: Sequence[RunLog], path: Path) -> None:
     """Write the PNG of one experiment."""
-    # Slow to import, so not before the runs have ended.
+    # Slow to import, so only after the runs have ended.
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,7 +52,7 @@ def tokens_per_second(log: RunLog) -> list[int]:
 
 
 def _demand(log: RunLog) -> float:
-    """Tokens a second that were asked for, on average."""
+    """Tokens per second that were asked for, on average."""
     return sum(request.wanted for request in log.requests) / max(log.load_ended_at, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: every request, every token's arrival, every change, memory over time. Plain JSON.
+"""The log of a run: every request, the arrival of every token, every change, memory over time. Plain JSON.
 
 Times are seconds since the run's start, on one monotonic clock.
 """
@@ -51,7 +51,7 @@ class ChangeRecord(msgspec.Struct, kw_only=True):
         generation: the server of this number, or a later one, has the new size.
         effective_at: from here on that server computes at the new size; None: the change failed.
         ended_at: when nothing was left to do (memory freed, old server stopped).
-        detail: what the method knows besides, e.g. an operation's timings.
+        detail: what else the method knows, such as the operation's timings.
     """
 
     requested_at: float

@@ -143,7 +143,7 @@ def changes_table(results: Sequence[Result]) -> str:
 
 
 def phases_table(results: Sequence[Result]) -> str:
-    """What elastic changes spent their time on; empty without one."""
+    """Where elastic changes spent their time; empty without one."""
     header = [
         "run", "change", "prepare", "commit", "finish", "pause, worst rank", "columns", "copied from devices",
         "read from the checkpoint", "slowest joining rank's weights in place after",
@@ -171,7 +171,7 @@ def phases_table(results: Sequence[Result]) -> str:
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked of the elastic method, what came out, and whether that is enough."""
+    """A target of the elastic method, the measured value, and whether the target is met."""
 
     name: str
     wanted: str

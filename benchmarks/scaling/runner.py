@@ -1,4 +1,4 @@
-"""One run: a method, a workload and a schedule; out comes the log."""
+"""One run: a method, a workload and a schedule produce a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When the size changes: "30:4,90:2" is 4 devices from second 30 on, and 2 from second 90 on."""
+"""When the size changes: "30:4,90:2" means 4 devices from second 30 on, and 2 from second 90 on."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ from benchmarks.streams import StreamClient, StreamRecord
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What all methods' servers have in common.
+    """Settings that the servers of all methods share.
 
     Attributes:
         kv_tokens: size of each rank's KV pool.
         args: further SGLang flags.
-        elastic_args: further flags of `elasticmoe serve`, for the elastic method alone.
+        elastic_args: further flags of `elasticmoe serve`, for the elastic method only.
         log_dir: each server's output goes there.
         boot_limit_s: for a server that starts during the run; the change is given up then.
     """
@@ -33,14 +33,14 @@ class ServerSettings:
 
     def common(self, kv_tokens: int) -> list[str]:
         # Every server is warmed by the benchmark itself before the clock starts; one that boots during the run pays
-        # for its first requests in front of everybody, as it would in production without a warm-up.
+        # for its first requests while it is measured, as it would in production without a warm-up.
         return [
             *("--model-path", self.model, "--device", self.device, "--max-total-tokens", str(kv_tokens)),
             *("--skip-server-warmup", "--log-level", "warning", *self.args),
         ]
 
     def plain(self, size: int, kv_tokens: int) -> list[str]:
-        """SGLang's own expert parallelism with the same layout: one attention replica a device."""
+        """SGLang's own expert parallelism with the same layout: one attention replica per device."""
         parallel = []
         if size > 1:
             parallel = [

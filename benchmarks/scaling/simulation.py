@@ -1,9 +1,9 @@
-"""A change of size on machines that are not here: a discrete-event SIMULATION over the costs of single steps.
+"""A change of size on machines that are not available: a discrete-event SIMULATION over the costs of single steps.
 
-What is modelled is what this project does: the coordinator tells ranks one by one, the node's HMM answers one request
-after the other, each receiver pulls its columns in order, a device sends one column at a time, all joining ranks read
-the dense weights from rank 0's device, and the commit waits for the slowest. Beyond one host nothing of this has been
-run.
+It models this project: the Coordinator sends commands to the ranks one by one, a node's HMM answers one request after
+the other, each receiver pulls its columns in order, a device sends one column at a time, all joining ranks read
+the dense weights from rank 0's device, and the commit waits for the slowest. Nothing of this was run on more than one
+host.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def predict(
 
     Args:
         capture: the joining ranks capture their graphs before they join.
-        standby: a warm process is there for each joining rank.
+        standby: a warm standby is available for each joining rank.
         spread: joining ranks read the dense weights from all survivors in turn, which this version does not do.
     """
     return _Change(costs, weights, old, new, capture=capture, standby=standby, spread=spread).run()
@@ -217,7 +217,7 @@ class DecodeLoad:
 
 
 def predict_throughput(costs: Costs, weights: Weights, size: int, load: DecodeLoad) -> float | None:
-    """Output tokens a second of all devices, memory-bound decoding; None: the weights do not fit.
+    """Output tokens per second of all devices, memory-bound decoding; None: the weights do not fit.
 
     A step reads the device's weights and its requests' KV cache once and exchanges every token with the experts.
     """

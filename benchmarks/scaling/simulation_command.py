@@ -1,4 +1,4 @@
-"""`elasticmoe bench simulate`: predictions for machines that are not here, and how wrong they are where one is."""
+"""`elasticmoe bench simulate`: predictions for machines that are not available, and their error on the one that is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from benchmarks.scaling.validation import Check, check, fit, measure, measure_co
 from elasticmoe_sglang.model_shape import ModelShape, shape_of
 from elasticmoe_sglang.tiny_model import make_tiny_model
 
-_TEXT = "Simulation of machines that are not here, checked against this one"
+_TEXT = "Simulation of machines that are not available, checked against this one"
 _ROOT = Path(__file__).parents[2]
 _SIZES = (8, 16, 32, 64, 128, 256)
 _DTYPES = {"h200": "fp8_block128", "910c": "bfloat16"}
@@ -40,12 +40,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("simulate", help=_TEXT, description=f"{_TEXT}. Nothing here is a measurement.")
     parser.add_argument("--machines", nargs="+", choices=sorted(MACHINES), default=sorted(MACHINES, reverse=True))
     parser.add_argument(
-        "--sizes", nargs="+", type=int, default=_SIZES, help="one after the other (default: %(default)s)"
+        "--sizes", nargs="+", type=int, default=_SIZES, help="device counts, in order (default: %(default)s)"
     )
     parser.add_argument("--shape", type=Path, default=_ROOT / "configs" / "models" / "deepseek-v3.json")
-    parser.add_argument("--context", type=int, default=_CONTEXT, help="tokens of a request's KV cache (%(default)s)")
-    parser.add_argument("--no-check", action="store_true", help="leave the measured server out")
-    parser.add_argument("--points", type=Path, help="measured changes of an earlier run, instead of a server now")
+    parser.add_argument(
+        "--context", type=int, default=_CONTEXT, help="tokens in a request's KV cache (default: %(default)s)"
+    )
+    parser.add_argument("--no-check", action="store_true", help="do not measure a server on this machine")
+    parser.add_argument("--points", type=Path, help="use the measured changes of an earlier run, instead of measuring")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results" / "simulate")
     parser.set_defaults(run=run)
 
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     shape = shape_of(json.loads(args.shape.read_text()))
     sections = [
-        "# SIMULATION: changes of size on machines that are not here",
+        "# SIMULATION: changes of size on machines that are not available",
         "Nothing on this page was measured on H200 or Ascend clusters. A discrete-event model of what this project "
         f"does, fed with the costs below, predicts {args.shape.stem} on {min(args.sizes)} to "
         f"{max(args.sizes)} devices. "
@@ -182,13 +184,13 @@ def _error_text(checks: Sequence[Check]) -> str:
         "An idle elastic server with a tiny model on this machine; boot and commit are fitted on 1 → 2 and 2 → 1, the "
         f"other {len(errors)} changes are predictions: median error {errors[len(errors) // 2]:.0%}, largest "
         f"{errors[-1]:.0%}. "
-        "This checks the model's structure (who waits for whom), not the numbers assumed for other machines."
+        "This checks the structure of the model (the order of waiting), not the numbers assumed for other machines."
     )
 
 
 def _costs_table(costs: Costs) -> str:
     rows = [[name, f"{c.value:.4g}", _mark(c.source), c.origin] for name, c in costs.numbers()]
-    return f"**{costs.name}**, {costs.per_node} devices a node; SI units\n\n" + table(
+    return f"**{costs.name}**, {costs.per_node} devices per node; SI units\n\n" + table(
         ["cost", "value", "source", "origin"], rows
     )
 

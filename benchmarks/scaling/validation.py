@@ -1,4 +1,4 @@
-"""How far the simulation is from the truth where there is one: changes of a real server on this machine.
+"""The error of the simulation against a measurement: changes of a real server on this machine.
 
 The costs of single steps are fitted on some changes and predict the others.
 """
@@ -25,7 +25,7 @@ SIZES = (1, 2, 1, 3, 1, 4, 2, 4, 3, 1)
 """Sizes of the measured server one after the other, in each round."""
 ROUNDS = 3
 _FIRST = (4, 1)
-"""Sizes before the rounds: a rank that is taken for the first time costs more than any later time."""
+"""Sizes before the rounds: the first time that a rank joins costs more than any later time."""
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +52,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def measure(settings: ServerSettings, sizes: Sequence[int] = SIZES) -> list[Point]:
-    """Take an idle server through the sizes, `ROUNDS` times; the median of each change.
+    """Change an idle server through the sizes, `ROUNDS` times; the median of each change.
 
     Raises MethodFailed for a change that fails.
     """
@@ -67,7 +67,7 @@ async def measure(settings: ServerSettings, sizes: Sequence[int] = SIZES) -> lis
                 raise MethodFailed(f"{record.old_size} -> {size}: {record.error}")
             if number >= len(_FIRST):
                 points.setdefault((record.old_size, size), []).append(_point(record))
-            # A fresh standby takes the place of the one that was used.
+            # A new standby replaces the one that was used.
             await asyncio.sleep(1.0)
     finally:
         await method.stop()
@@ -114,7 +114,7 @@ def fit(points: Sequence[Point], weights: Weights, copy_rate: float) -> Costs:
 
 
 def check(points: Sequence[Point], weights: Weights, costs: Costs) -> list[Check]:
-    """Every measured change beside its prediction."""
+    """Every measured change with its prediction."""
     return [
         Check(
             point=point,
@@ -126,7 +126,7 @@ def check(points: Sequence[Point], weights: Weights, costs: Costs) -> list[Check
 
 
 def measure_copy_rate(nbytes: int = 64 << 20) -> float:
-    """Bytes a second of one memory copy into fresh pages, as a pull is."""
+    """Bytes per second of one memory copy into fresh pages, as a pull is."""
     import ctypes
     import mmap
     import time

@@ -1,4 +1,4 @@
-"""What is asked when: arrivals and lengths, the same for every method under one seed."""
+"""The requests: arrivals and lengths, the same for every method under one seed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Workload:
 
     Attributes:
         even: at equal distances instead of Poisson: a window of two seconds then holds as much demand as any other, so
-            that a dip in what is served is the service's and not the workload's.
+            that a dip in throughput is due to the service and not to the workload.
         trace: JSON lines {"at": seconds, "prompt_words": n, "output_tokens": n}, replayed as they are; the other
             settings do not apply then, and there are no requests after its last line.
     """
