@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-# Beside its own port SGLang uses a few from 233 above it on, with data-parallel attention.
+# With data-parallel attention SGLang uses a few more ports, from 233 above its own.
 _DERIVED_PORTS = (0, *range(233, 245))
 # Below Linux's range for outgoing connections, so that none of them occupies the port before the server does.
 _PORTS = range(20000, 30000)

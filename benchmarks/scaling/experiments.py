@@ -77,7 +77,7 @@ COMMANDS: dict[str, Defaults] = {
         changes="8:4",
         settle_s=8.0,
         window_s=8.0,
-        # Large enough that copying and reading its weights show beside the boot of a process.
+        # Large enough that copying and reading its weights are visible next to the boot of a process.
         tiny=TinyModel(layers=8, hidden=512, experts=32),
     ),
     "table3": Defaults(
