@@ -99,22 +99,19 @@ class Change:
         await _within(None, "preparing", [*boots, *pulls])
 
     async def _boot(self, rank: int, txn: str, kv_chunks: int) -> None:
-        plan, device_of = self._plan, self._config.device_of
-        moves = plan.incoming(rank)
+        plan = self._plan
         join_spec = JoinSpec(
             rank=rank,
             members=plan.after.ranks,
             epoch=plan.after.epoch,
             joining_rank=True,
             placement=plan.placement_after.owners,
-            sources={move.column: device_of(move.source) for move in moves},
-            dense_source=device_of(0),
             kv_chunks=kv_chunks,
             txn=txn,
             operation_id=self._operation.operation_id,
         )
         self._undos.append((f"dismiss joining rank {rank}", lambda: self._dismiss_joining(rank)))
-        self._count(rank, moves, await self._workers.boot(join_spec))
+        self._count(rank, plan.incoming(rank), await self._workers.boot(join_spec))
 
     async def _dismiss_joining(self, rank: int) -> None:
         await self._workers.dismiss(rank)

@@ -148,7 +148,8 @@ class Workers:
         hello = await self._put_in(join_spec)
         if hello.checkpoint_bytes:
             logger.warning("rank %d read %d bytes of the checkpoint to join", hello.rank, hello.checkpoint_bytes)
-        return PullReport(columns=len(join_spec.sources), bytes=hello.pulled_bytes, seconds=time.monotonic() - started)
+        columns = join_spec.placement.count(join_spec.rank)
+        return PullReport(columns=columns, bytes=hello.pulled_bytes, seconds=time.monotonic() - started)
 
     async def _put_in(self, join_spec: to_worker.JoinSpec) -> to_coordinator.Hello:
         """Have a standby take a rank, and wait until it has booted."""
@@ -159,10 +160,8 @@ class Workers:
         return await self._channel.wait_for(to_coordinator.Hello, rank=rank)
 
     async def pull(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
-        pulls = tuple(
-            to_worker.ColumnPull(column=move.column, source=self._config.device_of(move.source)) for move in moves
-        )
-        await self._channel.tell_worker(rank, to_worker.PullColumns(operation_id=txn, txn=txn, columns=pulls))
+        sources = {move.column: self._config.device_of(move.source) for move in moves}
+        await self._channel.tell_worker(rank, to_worker.PullColumns(operation_id=txn, txn=txn, sources=sources))
         pulled = await self._channel.wait_for(to_worker.Pulled, rank=rank, operation_id=txn)
         return PullReport(columns=pulled.columns, bytes=pulled.bytes, seconds=pulled.seconds)
 
@@ -349,11 +348,8 @@ class Workers:
         await self._put_in(join_spec)
 
     async def _take_over(self, rank: int, plan: RecoveryPlan, operation_id: str) -> None:
-        pulls = tuple(
-            to_worker.ColumnPull(column=move.column, source=self._config.device_of(move.source))
-            for move in plan.incoming(rank)
-        )
-        await self._channel.tell_worker(rank, to_worker.PullColumns(operation_id=operation_id, txn="", columns=pulls))
+        sources = {move.column: self._config.device_of(move.source) for move in plan.incoming(rank)}
+        await self._channel.tell_worker(rank, to_worker.PullColumns(operation_id=operation_id, txn="", sources=sources))
         await self._channel.wait_for(to_worker.Pulled, rank=rank, operation_id=operation_id)
 
     async def _resend(self, operation_id: str, *, forget: int) -> int:

@@ -14,7 +14,8 @@ from elasticmoe_sglang.wire.envelope import Codec, Message
 
 
 class JoinSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything about the change that brings a rank in; the rest it reads from the runtime and the HMM.
+    """Everything about the change that brings a rank in; the rest it reads from the runtime and the
+    HMM, such as where its columns lie now.
 
     Attributes:
         rank: the rank to take.
@@ -23,8 +24,6 @@ class JoinSpec(msgspec.Struct, frozen=True, kw_only=True):
             starts with.
         placement: expert column -> rank in that membership. Empty at a server's start: the ranks compute the initial
             placement once the model's number of experts is known.
-        sources: the columns to pull: column -> device that holds it now. Empty at a server's start.
-        dense_source: the device whose dense block a joining rank copies.
         attempt: not 0 for a process that takes a dead rank's place: its try at the commit barrier, to which it comes by
             itself.
         kv_chunks: KV memory to begin with; 0: the rank's share of what the weights leave.
@@ -37,8 +36,6 @@ class JoinSpec(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     joining_rank: bool
     placement: tuple[int, ...] = ()
-    sources: dict[int, int] = {}
-    dense_source: int = 0
     attempt: int = 0
     kv_chunks: int = 0
     txn: str = ""
@@ -55,19 +52,12 @@ class Enter(Message, frozen=True, kw_only=True):
 # Preparing and finishing a change -----------------------------------------------------------------------------------
 
 
-class ColumnPull(msgspec.Struct, frozen=True, kw_only=True):
-    """One expert column to fetch: `source` is the device that holds it now."""
-
-    column: int
-    source: int
-
-
 class PullColumns(Message, frozen=True, kw_only=True):
-    """Allocate, map and copy these columns while serving goes on."""
+    """Allocate, map and copy columns while serving goes on. sources: column -> device that holds it now."""
 
     operation_id: str
     txn: str
-    columns: tuple[ColumnPull, ...]
+    sources: dict[int, int]
 
 
 class Pulled(Message, frozen=True, kw_only=True):

@@ -152,8 +152,9 @@ class FakeCluster:
         assert self.states[rank] is RankState.STANDBY
         self.states[rank] = RankState.JOINING
         assert rank in join_spec.members and join_spec.joining_rank
-        # Each rank of this cluster has a device of its own.
-        moves = [ColumnMove(column=c, source=source, target=rank) for c, source in join_spec.sources.items()]
+        holders = {column: holder for holder, column in sorted(self.held)}
+        columns = [column for column, owner in enumerate(join_spec.placement) if owner == rank]
+        moves = [ColumnMove(column=column, source=holders[column], target=rank) for column in columns]
         return await self._take(call, how, rank, join_spec.txn, moves)
 
     async def pull(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:

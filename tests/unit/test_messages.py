@@ -187,14 +187,14 @@ def test_any_error_text_can_be_sent(what: str, hint: str | None) -> None:
     assert ANSWERS.decode(ANSWERS.encode(Envelope(request_id="r", body=reply))).body == reply
 
 
-JOIN = to_worker.JoinSpec(rank=2, members=(0, 2), epoch=3, joining_rank=True, placement=(0, 2), sources={5: 0})
+JOIN = to_worker.JoinSpec(rank=2, members=(0, 2), epoch=3, joining_rank=True, placement=(0, 2))
 UNNUMBERED: list[tuple[Codec[Any], Message]] = [
     (to_imm.REQUESTS, to_imm.Register(rank=1, arguments=b"\x00\xff")),
     (to_imm.REQUESTS, to_imm.Assign(join_spec=JOIN)),
     (to_worker.ENTER, to_worker.Enter(arguments=b"", join_spec=JOIN)),
     (
         to_worker.REQUESTS,
-        to_worker.PullColumns(operation_id="o", txn="t", columns=(to_worker.ColumnPull(column=5, source=0),)),
+        to_worker.PullColumns(operation_id="o", txn="t", sources={5: 0}),
     ),
     (
         to_worker.COMMIT,

@@ -149,7 +149,7 @@ class Worker:
     def _pull(self, message: to_worker.Request) -> to_worker.Reply:
         assert isinstance(message, to_worker.PullColumns)
         self.fault_point("pull.started")
-        result = self.memory.pull(message.columns, message.txn)
+        result = self.memory.pull(message.sources, message.txn)
         self.fault_point("pull.done")
         return to_worker.Pulled(
             rank=self.rank,
