@@ -281,10 +281,11 @@ class ImmServer:
         if arguments is None:
             _refuse(sock, rank, f"rank {rank} was never registered")
             return
+        packet = ENTER.pack(Enter(arguments=arguments, join_spec=request.join_spec))
         idle = sorted(self._idle(), key=lambda child: not child.ready)  # the ready ones first
         child = idle[0] if idle else self._fork()
         child.rank = rank
-        _send(child.sock, ENTER.pack(Enter(arguments=arguments, join_spec=request.join_spec)))
+        _send(child.sock, packet)
         self._tell(to_imm.Assigned(rank=rank, pid=child.pid))
         self._refill()
 
