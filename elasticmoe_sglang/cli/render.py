@@ -16,6 +16,7 @@ _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", 
 _RANK_STYLES = {
     RankState.ACTIVE: "green",
     RankState.STANDBY: "cyan",
+    RankState.STARTING: "yellow",
     RankState.JOINING: "yellow",
     RankState.RETIRING: "yellow",
     RankState.INACTIVE: "dim",

@@ -8,7 +8,6 @@ step exactly once; what goes wrong after it is reported loudly, and the new memb
 from elasticmoe_sglang.coordinator.coordinator import HISTORY, Coordinator
 from elasticmoe_sglang.coordinator.ports import (
     CommitReport,
-    JoinPlan,
     MemoryPort,
     PullReport,
     WorkersPort,
@@ -28,7 +27,6 @@ __all__ = [
     "CommitReport",
     "Coordinator",
     "DeviceMemory",
-    "JoinPlan",
     "MemoryPort",
     "MemoryStatus",
     "Operation",

@@ -9,10 +9,11 @@ from typing import Any
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.operation import RunningOperation
-from elasticmoe_sglang.coordinator.ports import CommitReport, JoinPlan, MemoryPort, PullReport, WorkersPort
+from elasticmoe_sglang.coordinator.ports import CommitReport, MemoryPort, PullReport, WorkersPort
 from elasticmoe_sglang.coordinator.status import Phase
 from elasticmoe_sglang.errors import ElasticMoEError, PhaseTimeout, WorkerError
 from elasticmoe_sglang.planner import ColumnMove, ScalePlan
+from elasticmoe_sglang.wire.to_worker import JoinSpec
 
 logger = logging.getLogger(__name__)
 
@@ -99,18 +100,18 @@ class Change:
 
     async def _boot(self, rank: int, txn: str, kv_chunks: int) -> None:
         plan = self._plan
-        join_spec = JoinPlan(
-            operation_id=self._operation.operation_id,
-            txn=txn,
+        join_spec = JoinSpec(
             rank=rank,
-            membership=plan.after,
-            placement=plan.placement_after,
-            moves=plan.incoming(rank),
+            members=plan.after.ranks,
+            epoch=plan.after.epoch,
+            joining_rank=True,
+            placement=plan.placement_after.owners,
             kv_chunks=kv_chunks,
-            deadline_s=self._config.prepare_deadline_s,
+            txn=txn,
+            operation_id=self._operation.operation_id,
         )
         self._undos.append((f"dismiss joining rank {rank}", lambda: self._dismiss_joining(rank)))
-        self._count(rank, join_spec.moves, await self._workers.boot(rank, join_spec))
+        self._count(rank, plan.incoming(rank), await self._workers.boot(join_spec))
 
     async def _dismiss_joining(self, rank: int) -> None:
         await self._workers.dismiss(rank)

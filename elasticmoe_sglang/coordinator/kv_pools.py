@@ -12,8 +12,9 @@ from elasticmoe_sglang.coordinator.worker_channel import WorkerChannel
 from elasticmoe_sglang.hmm.client import AsyncHmmClient
 from elasticmoe_sglang.hmm.vmm.base import round_up
 from elasticmoe_sglang.planner import ColumnMove, KvDevice, KvShape, Placement
-from elasticmoe_sglang.wire import to_worker as sm
+from elasticmoe_sglang.wire.to_coordinator import KvState
 from elasticmoe_sglang.wire.to_hmm import DeviceUsage, HmmStatus
+from elasticmoe_sglang.wire.to_worker import KvResized, ResizeKv
 from elasticmoe_sglang.worker.kv_share import device_at_rest, others_of, weights_of
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class KvPools:
         self._numbers = 0
         self._busy = asyncio.Lock()
 
-    def learn(self, rank: int, state: sm.KvState | None) -> None:
+    def learn(self, rank: int, state: KvState | None) -> None:
         """What a worker said when it had booted."""
         self.forget(rank)
         if state is not None:
@@ -172,10 +173,8 @@ class KvPools:
     async def _resize(self, rank: int, chunks: int) -> None:
         self._numbers += 1
         operation = f"kv-{rank}-{self._numbers}"
-        await self._channel.tell_worker(
-            rank, sm.ResizeKv(operation_id=operation, chunks=chunks, timeout_s=self._resize_s)
-        )
-        done = await self._channel.wait_for(sm.KvResized, rank=rank, operation_id=operation)
+        await self._channel.tell_worker(rank, ResizeKv(operation_id=operation, chunks=chunks, timeout_s=self._resize_s))
+        done = await self._channel.wait_for(KvResized, rank=rank, operation_id=operation)
         self._chunks[rank] = done.chunks
 
     def _on(self, device: int, ranks: Iterable[int]) -> list[int]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.status import RankInfo, RankState
 from elasticmoe_sglang.coordinator.worker_channel import WorkerChannel
 from elasticmoe_sglang.errors import WorkerError
-from elasticmoe_sglang.wire.to_worker import Hello, ReleaseMigrated, Resumed, Retired
+from elasticmoe_sglang.wire.to_coordinator import Hello, Retired
+from elasticmoe_sglang.wire.to_imm import Population
+from elasticmoe_sglang.wire.to_worker import ReleaseMigrated, Resumed
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ _REMEMBERED = 64
 class Departure:
     """A retiring rank between its commit and its exit.
 
-    handover: moves its requests to the survivors; its result is how many there were.
+    migration: moves its requests to the survivors; its result is how many there were.
     died: its process ended before all of them had gone.
     """
 
@@ -106,22 +108,25 @@ def snapshot(
     *,
     active: Collection[int],
     pids: Mapping[int, int],
-    standbys: Sequence[int],
+    population: Population,
     joining: Collection[int],
     retiring: Collection[int],
     hellos: Mapping[int, Hello],
     kv: Callable[[int], tuple[int, int, int]],
     kv_bytes: Mapping[int, int],
 ) -> list[RankInfo]:
-    """All ranks, ascending. An inactive rank shows the standby that would take it.
+    """All ranks, ascending. An inactive rank shows the standby that would take it, ready ones first.
 
     Args:
-        active: the committed membership; pids: rank -> process; standbys: processes without a rank.
+        active: the committed membership; pids: rank -> process; population: for the processes without a rank.
         hellos: what each rank's process said when it had booted.
         kv: a rank's (capacity, used, cached) KV tokens, zeros when it has not said so.
         kv_bytes: HMM memory of each rank's KV cache.
     """
-    waiting = iter(standbys)
+    waiting = iter(
+        [(RankState.STANDBY, pid) for pid in population.standbys]
+        + [(RankState.STARTING, pid) for pid in population.starting]
+    )
     infos = []
     for rank in range(config.max_ep_size):
         pid = pids.get(rank)
@@ -132,8 +137,7 @@ def snapshot(
         elif rank in active:
             state = RankState.ACTIVE
         else:
-            pid = next(waiting, None)
-            state = RankState.STANDBY if pid is not None else RankState.INACTIVE
+            state, pid = next(waiting, (RankState.INACTIVE, None))
         hello = hellos.get(rank)
         tokens = kv(rank) if state is RankState.ACTIVE else (0, 0, 0)
         infos.append(

@@ -12,29 +12,8 @@ from typing import Protocol
 
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.coordinator.status import MemoryStatus, RankInfo
-from elasticmoe_sglang.planner import ColumnMove, Placement, ScalePlan
-
-
-@dataclass(frozen=True, kw_only=True)
-class JoinPlan:
-    """What a standby is told when it takes a rank.
-
-    Attributes:
-        txn: the HMM transaction in which it allocates.
-        membership, placement: as they will be after the commit; the joining rank is in both.
-        moves: the columns that it pulls, all with itself as target.
-        kv_chunks: KV memory to begin with; 0 leaves it to the rank.
-        deadline_s: seconds it has until it must wait at the commit barrier.
-    """
-
-    operation_id: str
-    txn: str
-    rank: int
-    membership: Membership
-    placement: Placement
-    moves: tuple[ColumnMove, ...]
-    kv_chunks: int = 0
-    deadline_s: float
+from elasticmoe_sglang.planner import ColumnMove, ScalePlan
+from elasticmoe_sglang.wire.to_worker import JoinSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +90,8 @@ class WorkersPort(Protocol):
     async def grow_kv(self) -> None:
         """Let KV have all that is free: when departed columns are given back, or a change is rolled back."""
 
-    async def boot(self, rank: int, join_spec: JoinPlan) -> PullReport:
-        """A standby takes the rank, boots, attaches, pulls its columns and waits at the commit barrier. Raises
+    async def boot(self, join_spec: JoinSpec) -> PullReport:
+        """A standby takes its rank, boots, attaches, pulls its columns and waits at the commit barrier. Raises
         WorkerError.
 
         Undone by `dismiss`, which is called once for each boot that was started, however it ended.

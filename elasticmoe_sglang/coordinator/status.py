@@ -27,10 +27,11 @@ class Phase(str, Enum):
 
 
 class RankState(str, Enum):
-    """What is in a rank."""
+    """What is in a rank. A standby is ready to take it; one that is starting still imports what it needs for that."""
 
     ACTIVE = "active"
     STANDBY = "standby"
+    STARTING = "starting"
     JOINING = "joining"
     RETIRING = "retiring"
     INACTIVE = "inactive"

@@ -7,18 +7,17 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-import msgspec
 import zmq
 import zmq.asyncio
 
-from elasticmoe_sglang.errors import WorkerError
+from elasticmoe_sglang.errors import MalformedMessage, WorkerError
 from elasticmoe_sglang.imm.client import ImmClient
-from elasticmoe_sglang.wire import to_imm as imm
-from elasticmoe_sglang.wire import to_worker as sm
+from elasticmoe_sglang.wire import to_imm, to_worker
+from elasticmoe_sglang.wire.to_coordinator import FROM_WORKER, FromImm, FromWorker, WorkerExited
 
 logger = logging.getLogger(__name__)
 
-Incoming = sm.Message | imm.Message
+Incoming = FromWorker | FromImm
 _IncomingT = TypeVar("_IncomingT", bound=Incoming)
 _BACKLOG = 1024
 
@@ -59,7 +58,7 @@ class WorkerChannel:
         self._imm = ImmClient(self._imm_socket)
         loop = asyncio.get_running_loop()
         # Ranks may have been assigned before this connection was made; the answer says who sits where.
-        self._imm.send(imm.Query())
+        self._imm.send(to_imm.Query())
         loop.add_reader(self._imm.fileno(), self._imm_readable)
         self._tasks.append(loop.create_task(self._receive()))
 
@@ -71,16 +70,16 @@ class WorkerChannel:
         self._router.close()
         self._context.term()
 
-    def tell_imm(self, message: imm.Message) -> None:
-        self._imm.send(message)
+    def tell_imm(self, request: to_imm.Request) -> None:
+        self._imm.send(request)
 
-    async def tell_worker(self, rank: int, message: sm.Message) -> None:
+    async def tell_worker(self, rank: int, request: to_worker.Request) -> None:
         """Raises WorkerError when the rank's agent is not connected."""
         identity = self._identities.get(rank)
         try:
             if identity is None:
                 raise zmq.ZMQError(zmq.EHOSTUNREACH)
-            await self._router.send_multipart([identity, sm.encode(message)])
+            await self._router.send_multipart([identity, to_worker.REQUESTS.pack(request)])
         except zmq.ZMQError as error:
             raise WorkerError(f"rank {rank} has no line to the coordinator", rank=rank) from error
 
@@ -106,9 +105,9 @@ class WorkerChannel:
         def wanted(message: Incoming) -> bool:
             if getattr(message, "rank", None) != rank:
                 return False
-            if isinstance(message, imm.WorkerExited | imm.Refused):
+            if isinstance(message, WorkerExited | to_imm.Refused):
                 return exits or isinstance(message, kind)
-            if isinstance(message, sm.Failed):  # of another operation it may be old
+            if isinstance(message, to_worker.Failed):  # of another operation it may be old
                 return message.operation_id == operation_id
             same = operation_id is None or getattr(message, "operation_id", operation_id) == operation_id
             return same and isinstance(message, kind) and about(message)
@@ -116,11 +115,11 @@ class WorkerChannel:
         message = await self._next(wanted)
         if isinstance(message, kind):
             return message
-        if isinstance(message, sm.Failed):
+        if isinstance(message, to_worker.Failed):
             raise WorkerError(message.reason, rank=rank, operation=message.operation_id)
-        if isinstance(message, imm.Refused):
+        if isinstance(message, to_imm.Refused):
             raise WorkerError(f"the IMM refused: {message.reason}", rank=rank, operation=operation_id)
-        assert isinstance(message, imm.WorkerExited)
+        assert isinstance(message, WorkerExited)
         raise WorkerError(
             f"the process of rank {rank} (pid {message.pid}) ended with status {message.status}",
             rank=rank,
@@ -131,7 +130,7 @@ class WorkerChannel:
     async def _next(self, wanted: Callable[[Incoming], bool]) -> Incoming:
         for index, message in enumerate(self._backlog):
             if wanted(message):
-                return message if isinstance(message, imm.WorkerExited) else self._backlog.pop(index)
+                return message if isinstance(message, WorkerExited) else self._backlog.pop(index)
         future: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
         entry = (wanted, future)
         self._waiting.append(entry)
@@ -144,7 +143,7 @@ class WorkerChannel:
     def _deliver(self, message: Incoming) -> None:
         self._on_message(message)
         # An exit concerns everybody who waits for the rank, and whoever will ask until another process takes it.
-        exited = isinstance(message, imm.WorkerExited)
+        exited = isinstance(message, WorkerExited)
         for entry in list(self._waiting):
             wanted, future = entry
             if not future.done() and wanted(message):
@@ -159,11 +158,11 @@ class WorkerChannel:
         while True:
             identity, frame = await self._router.recv_multipart()
             try:
-                message = sm.decode(frame)
-            except msgspec.DecodeError as error:
+                message = FROM_WORKER.unpack(frame)
+            except MalformedMessage as error:
                 logger.warning("dropped a malformed message from %r: %s", identity, error)
                 continue
-            self._identities[getattr(message, "rank", -1)] = identity
+            self._identities[message.rank] = identity
             self._deliver(message)
 
     def _imm_readable(self) -> None:

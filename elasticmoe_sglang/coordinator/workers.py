@@ -13,16 +13,14 @@ from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.kv_pools import KvPools
 from elasticmoe_sglang.coordinator.migration import Departure, OutputFences, migrate, migrations_done, snapshot
-from elasticmoe_sglang.coordinator.ports import CommitReport, JoinPlan, PullReport
+from elasticmoe_sglang.coordinator.ports import CommitReport, PullReport
 from elasticmoe_sglang.coordinator.status import RankInfo
 from elasticmoe_sglang.coordinator.worker_channel import Incoming, WorkerChannel
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.hmm.client import AsyncHmmClient
 from elasticmoe_sglang.planner import ColumnMove, Placement, ScalePlan
 from elasticmoe_sglang.planner.recovery import RecoveryPlan
-from elasticmoe_sglang.wire import to_imm as imm
-from elasticmoe_sglang.wire import to_worker as sm
-from elasticmoe_sglang.wire.join_spec import JoinSpec, encode_join_spec
+from elasticmoe_sglang.wire import to_coordinator, to_imm, to_worker
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +66,8 @@ class Workers:
         self._send_again = send_again
         self._on_rank_lost = on_rank_lost
         self._pids: dict[int, int] = {}
-        self._standbys: list[int] = []
-        self._hellos: dict[int, sm.Hello] = {}
+        self._population = to_imm.Population(ranks={}, standbys=[], starting=[])
+        self._hellos: dict[int, to_coordinator.Hello] = {}
         self._joining: set[int] = set()
         self._departures: dict[int, Departure] = {}
         self.fences = OutputFences()
@@ -81,26 +79,26 @@ class Workers:
 
     def message(self, message: Incoming) -> None:
         """Keep the picture of who is where; called for every message."""
-        if isinstance(message, imm.Population):
-            self._pids, self._standbys = dict(message.ranks), list(message.standbys)
-        elif isinstance(message, imm.Assigned):
+        if isinstance(message, to_imm.Population):
+            self._population, self._pids = message, dict(message.ranks)
+        elif isinstance(message, to_imm.Assigned):
             self._pids[message.rank] = message.pid
-        elif isinstance(message, imm.WorkerExited):
+        elif isinstance(message, to_coordinator.WorkerExited):
             self._pids.pop(message.rank, None)
             self._hellos.pop(message.rank, None)
             self._kv.forget(message.rank)
             self._check_loss(message)
-        elif isinstance(message, sm.Hello):
+        elif isinstance(message, to_coordinator.Hello):
             self._hellos[message.rank] = message
             self._kv.learn(message.rank, message.kv)
-        elif isinstance(message, sm.Paused):
+        elif isinstance(message, to_coordinator.Paused):
             self.pauses[message.rank] = message.pause_ms
-        elif isinstance(message, sm.Broken) and message.culprit in self._pids.keys() - self._joining:
+        elif isinstance(message, to_coordinator.Broken) and message.culprit in self._pids.keys() - self._joining:
             # Dead, and its exit is on its way; or it stands still, and then it has to go.
             culprit = message.culprit
             asyncio.get_running_loop().call_later(_STALLED_S, self._end_stalled, culprit, self._pids[culprit])
 
-    def _check_loss(self, message: imm.WorkerExited) -> None:
+    def _check_loss(self, message: to_coordinator.WorkerExited) -> None:
         expected = message.rank in self._departures or message.rank in self._joining
         if not expected and message.rank in self.membership().ranks:
             self._on_rank_lost(
@@ -110,7 +108,7 @@ class Workers:
     def _end_stalled(self, rank: int, pid: int) -> None:
         if self._pids.get(rank) == pid:
             logger.error("rank %d (pid %d) stands still; its process is ended", rank, pid)
-            self._channel.tell_imm(imm.KillWorker(rank=rank))
+            self._channel.tell_imm(to_imm.KillWorker(rank=rank))
 
     def membership(self) -> Membership:
         return self._control.read_membership()
@@ -120,7 +118,7 @@ class Workers:
             self._config,
             active=self.membership().ranks,
             pids=self._pids,
-            standbys=self._standbys,
+            population=self._population,
             joining=self._joining,
             retiring=self._departures.keys(),
             hellos=self._hellos,
@@ -145,50 +143,41 @@ class Workers:
 
     # -- prepare ------------------------------------------------------------------------------------------------
 
-    async def boot(self, rank: int, join_spec: JoinPlan) -> PullReport:
-        self._joining.add(rank)
-        device = self._config.device_of
-        message = JoinSpec(
-            rank=rank,
-            members=join_spec.membership.ranks,
-            epoch=join_spec.membership.epoch,
-            joining_rank=True,
-            placement=join_spec.placement.owners,
-            sources={move.column: device(move.source) for move in join_spec.moves},
-            dense_source=device(0),
-            kv_chunks=join_spec.kv_chunks,
-            txn=join_spec.txn,
-            operation_id=join_spec.operation_id,
-        )
-        self._channel.forget(lambda message: getattr(message, "rank", None) == rank)
-        self._channel.tell_imm(imm.Assign(rank=rank, join_spec=encode_join_spec(message)))
+    async def boot(self, join_spec: to_worker.JoinSpec) -> PullReport:
         started = time.monotonic()
-        hello = await self._channel.wait_for(sm.Hello, rank=rank)
+        hello = await self._put_in(join_spec)
         if hello.checkpoint_bytes:
-            logger.warning("rank %d read %d bytes of the checkpoint to join", rank, hello.checkpoint_bytes)
-        return PullReport(columns=len(join_spec.moves), bytes=hello.pulled_bytes, seconds=time.monotonic() - started)
+            logger.warning("rank %d read %d bytes of the checkpoint to join", hello.rank, hello.checkpoint_bytes)
+        columns = join_spec.placement.count(join_spec.rank)
+        return PullReport(columns=columns, bytes=hello.pulled_bytes, seconds=time.monotonic() - started)
+
+    async def _put_in(self, join_spec: to_worker.JoinSpec) -> to_coordinator.Hello:
+        """Have a standby take a rank, and wait until it has booted."""
+        rank = join_spec.rank
+        self._joining.add(rank)
+        self._channel.forget(lambda message: getattr(message, "rank", None) == rank)
+        self._channel.tell_imm(to_imm.Assign(join_spec=join_spec))
+        return await self._channel.wait_for(to_coordinator.Hello, rank=rank)
 
     async def pull(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
-        pulls = tuple(sm.ColumnPull(column=move.column, source=self._config.device_of(move.source)) for move in moves)
-        await self._channel.tell_worker(rank, sm.PullColumns(operation_id=txn, txn=txn, columns=pulls))
-        pulled = await self._channel.wait_for(sm.Pulled, rank=rank, operation_id=txn)
+        sources = {move.column: self._config.device_of(move.source) for move in moves}
+        await self._channel.tell_worker(rank, to_worker.PullColumns(operation_id=txn, txn=txn, sources=sources))
+        pulled = await self._channel.wait_for(to_worker.Pulled, rank=rank, operation_id=txn)
         return PullReport(columns=pulled.columns, bytes=pulled.bytes, seconds=pulled.seconds)
 
     async def drop(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> None:
         if rank not in self._pids:
             return  # it died, and its mappings with it
         columns = tuple(move.column for move in moves)
-        await self._channel.tell_worker(
-            rank, sm.DropColumns(operation_id=f"drop-{txn}", columns=columns, release=False)
-        )
-        await self._channel.wait_for(sm.Dropped, rank=rank, operation_id=f"drop-{txn}")
+        await self._channel.tell_worker(rank, to_worker.DropColumns(operation_id=f"drop-{txn}", columns=columns))
+        await self._channel.wait_for(to_worker.Dropped, rank=rank, operation_id=f"drop-{txn}")
 
     # -- commit -------------------------------------------------------------------------------------------------
 
     async def commit(self, plan: ScalePlan, deadline_s: float) -> CommitReport:
         self._attempt += 1
         operation_id = f"{plan.after.epoch}.{self._attempt}"
-        command = sm.CommitCommand(
+        command = to_worker.CommitCommand(
             operation_id=operation_id,
             before=plan.before.ranks,
             members=plan.after.ranks,
@@ -201,9 +190,12 @@ class Workers:
         for rank in plan.retiring:
             self._departures[rank] = Departure(operation_id=operation_id, survivors=plan.survivors)
         try:
-            await self._send_command(sm.encode_command(command))
+            await self._send_command(to_worker.COMMIT.pack(command))
             reports = await asyncio.gather(
-                *(self._channel.wait_for(sm.Committed, rank=rank, operation_id=operation_id) for rank in command.before)
+                *(
+                    self._channel.wait_for(to_coordinator.Committed, rank=rank, operation_id=operation_id)
+                    for rank in command.before
+                )
             )
         except BaseException:
             # Whether it has happened is read from the control page by the caller.
@@ -246,10 +238,8 @@ class Workers:
     async def release(self, rank: int, columns: Sequence[int]) -> None:
         if rank in self._pids:
             operation = f"release-{rank}-{time.monotonic_ns()}"
-            await self._channel.tell_worker(
-                rank, sm.DropColumns(operation_id=operation, columns=tuple(columns), release=True)
-            )
-            await self._channel.wait_for(sm.Dropped, rank=rank, operation_id=operation)
+            await self._channel.tell_worker(rank, to_worker.DropColumns(operation_id=operation, columns=tuple(columns)))
+            await self._channel.wait_for(to_worker.Dropped, rank=rank, operation_id=operation)
         device = self._config.device_of(rank)
         # A column that another rank of the same device took over stays where it is.
         gone = [c for c in columns if self._config.device_of(self._placement.owners[c]) != device]
@@ -264,7 +254,7 @@ class Workers:
             return 0
         moved = await departure.migration
         if rank in self._pids:
-            await self._channel.wait_for(imm.WorkerExited, rank=rank, exits=False)
+            await self._channel.wait_for(to_coordinator.WorkerExited, rank=rank, exits=False)
         del self._departures[rank]
         await self._release_dense(rank)
         await self._kv.drop([rank])
@@ -273,7 +263,7 @@ class Workers:
     async def _migrate(self, rank: int, departure: Departure) -> int:
         """Let the survivors go on with the retiring rank's requests once its last tokens have been delivered."""
         try:
-            left = await self._channel.wait_for(sm.Retired, rank=rank, operation_id=departure.operation_id)
+            left = await self._channel.wait_for(to_coordinator.Retired, rank=rank, operation_id=departure.operation_id)
         except WorkerError as error:
             logger.error("a retiring rank died while handing over; its requests are sent again: %s", error)
             departure.died = True
@@ -289,9 +279,9 @@ class Workers:
         operation_id = f"offer-{time.monotonic_ns()}"
         ranks = [rank for rank in self.membership().ranks if rank in self._pids]
         for rank in ranks:
-            await self._channel.tell_worker(rank, sm.OfferMemory(operation_id=operation_id))
+            await self._channel.tell_worker(rank, to_worker.OfferMemory(operation_id=operation_id))
         offered = await asyncio.gather(
-            *(self._channel.wait_for(sm.Offered, rank=rank, operation_id=operation_id) for rank in ranks)
+            *(self._channel.wait_for(to_worker.Offered, rank=rank, operation_id=operation_id) for rank in ranks)
         )
         return sum(message.blocks for message in offered)
 
@@ -313,7 +303,7 @@ class Workers:
             *(self._take_over(rank, plan, operation_id) for rank in plan.survivors if plan.incoming(rank)),
         )
         members = plan.membership.ranks
-        command = sm.Recover(
+        command = to_worker.Recover(
             operation_id=operation_id,
             members=members,
             epoch=plan.membership.epoch,
@@ -334,7 +324,7 @@ class Workers:
 
     async def _recovered(self, operation_id: str, members: Sequence[int]) -> set[str]:
         reports = await asyncio.gather(
-            *(self._channel.wait_for(sm.Recovered, rank=rank, operation_id=operation_id) for rank in members)
+            *(self._channel.wait_for(to_worker.Recovered, rank=rank, operation_id=operation_id) for rank in members)
         )
         absent = [report.rank for report in reports if not report.committed]
         if absent:
@@ -345,8 +335,7 @@ class Workers:
 
     async def _replace(self, rank: int, plan: RecoveryPlan, operation_id: str, kv_chunks: int) -> None:
         """A standby takes the dead rank's place; its weights are still on its device."""
-        self._joining.add(rank)
-        join_spec = JoinSpec(
+        join_spec = to_worker.JoinSpec(
             rank=rank,
             members=plan.membership.ranks,
             epoch=plan.membership.epoch,
@@ -356,24 +345,21 @@ class Workers:
             kv_chunks=kv_chunks,
             operation_id=operation_id,
         )
-        self._channel.forget(lambda message: getattr(message, "rank", None) == rank)
-        self._channel.tell_imm(imm.Assign(rank=rank, join_spec=encode_join_spec(join_spec)))
-        await self._channel.wait_for(sm.Hello, rank=rank)
+        await self._put_in(join_spec)
 
     async def _take_over(self, rank: int, plan: RecoveryPlan, operation_id: str) -> None:
-        pulls = tuple(
-            sm.ColumnPull(column=move.column, source=self._config.device_of(move.source))
-            for move in plan.incoming(rank)
-        )
-        await self._channel.tell_worker(rank, sm.PullColumns(operation_id=operation_id, txn="", columns=pulls))
-        await self._channel.wait_for(sm.Pulled, rank=rank, operation_id=operation_id)
+        sources = {move.column: self._config.device_of(move.source) for move in plan.incoming(rank)}
+        await self._channel.tell_worker(rank, to_worker.PullColumns(operation_id=operation_id, txn="", sources=sources))
+        await self._channel.wait_for(to_worker.Pulled, rank=rank, operation_id=operation_id)
 
     async def _resend(self, operation_id: str, *, forget: int) -> int:
         """Send again what is open and on no rank, with the membership as it is."""
         async with self._resending:  # a rank counts for one operation at a time
             members = self.membership().ranks
             for member in members:
-                await self._channel.tell_worker(member, sm.CountRequests(operation_id=operation_id, forget=forget))
+                await self._channel.tell_worker(
+                    member, to_worker.CountRequests(operation_id=operation_id, forget=forget)
+                )
             opened = await self._send_recover_route(operation_id, members)
             return await self._send_again(opened - await self._recovered(operation_id, members))
 
@@ -386,8 +372,8 @@ class Workers:
     async def _cancel_join(self, rank: int) -> None:
         try:
             if rank in self._pids:
-                self._channel.tell_imm(imm.KillWorker(rank=rank))
-                await self._channel.wait_for(imm.WorkerExited, rank=rank, exits=False)
+                self._channel.tell_imm(to_imm.KillWorker(rank=rank))
+                await self._channel.wait_for(to_coordinator.WorkerExited, rank=rank, exits=False)
         finally:
             self._joining.discard(rank)
 

@@ -17,13 +17,13 @@ from typing import ParamSpec, TypeVar
 from elasticmoe_sglang.errors import HmmError, HmmUnavailable, ProtocolError, VmmError
 from elasticmoe_sglang.hmm.client_link import HmmLink
 from elasticmoe_sglang.hmm.config import Endpoint
-from elasticmoe_sglang.hmm.fd_passing import MAX_FDS, close_all
 from elasticmoe_sglang.hmm.leases import LeaseBook
 from elasticmoe_sglang.hmm.vmm import VmmBackend, VmmHandle, get_backend
-from elasticmoe_sglang.wire import to_hmm as p
+from elasticmoe_sglang.wire import to_hmm
 from elasticmoe_sglang.wire.envelope import ErrorReply, error_from
+from elasticmoe_sglang.wire.seqpacket import MAX_FDS, close_all
 
-_AnswerT = TypeVar("_AnswerT", bound=p.Answer)
+_AnswerT = TypeVar("_AnswerT", bound=to_hmm.Answer)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -75,7 +75,7 @@ class HmmClient:
         self._lock = threading.Lock()
         self._link: HmmLink | None = None
         self._leases = LeaseBook()
-        self._model: p.ModelSpec | None = None
+        self._model: to_hmm.ModelSpec | None = None
 
     @property
     def endpoint(self) -> str:
@@ -88,7 +88,7 @@ class HmmClient:
             self._backend = get_backend(self._attached(self._deadline()).welcome.backend)
         return self._backend
 
-    def connect(self, wait_s: float = 0.0) -> p.Welcome:
+    def connect(self, wait_s: float = 0.0) -> to_hmm.Welcome:
         """Attaches now. For `wait_s` seconds it tries again while nobody answers."""
         until = time.monotonic() + wait_s
         while True:
@@ -147,17 +147,17 @@ class HmmClient:
 
     # State -------------------------------------------------------------------------------------------------------
 
-    def status(self) -> p.HmmStatus:
-        return self._call(p.StatusRequest(), p.HmmStatus)
+    def status(self) -> to_hmm.HmmStatus:
+        return self._call(to_hmm.StatusRequest(), to_hmm.HmmStatus)
 
-    def register_model(self, model: p.ModelSpec) -> p.ModelSpec:
+    def register_model(self, model: to_hmm.ModelSpec) -> to_hmm.ModelSpec:
         """Tells what the memory holds. Idempotent; raises ModelMismatch when it holds something else."""
-        self._model = self._call(p.RegisterModel(model=model), p.ModelReply).model
+        self._model = self._call(to_hmm.RegisterModel(model=model), to_hmm.ModelReply).model
         return self._model
 
     def region(self, name: str, nbytes: int) -> RegionHandle:
         """A zeroed host-shared region, made on the first call of any client. Raises RegionMismatch for another size."""
-        [block] = self._call(p.OpenRegion(name=name, nbytes=nbytes), p.BlocksReply).blocks
+        [block] = self._call(to_hmm.OpenRegion(name=name, nbytes=nbytes), to_hmm.BlocksReply).blocks
         [handle] = self.handles([block.block_id])
         self._leases.regions(block.block_id, nbytes)
         return RegionHandle(
@@ -173,29 +173,29 @@ class HmmClient:
 
     def begin(self, operation_id: str, *, timeout_s: float = 600.0) -> str:
         """Opens a transaction, or returns the open one of this operation. Rolled back by itself after `timeout_s`."""
-        return self._call(p.Begin(operation_id=operation_id, timeout_s=timeout_s), p.TxnOpened).txn
+        return self._call(to_hmm.Begin(operation_id=operation_id, timeout_s=timeout_s), to_hmm.TxnOpened).txn
 
-    def commit(self, txn: str) -> p.TxnReport:
+    def commit(self, txn: str) -> to_hmm.TxnReport:
         """Keeps what was allocated in it and releases what was promised. Raises TransactionError when it is over."""
-        return self._call(p.Commit(txn=txn), p.TxnReport)
+        return self._call(to_hmm.Commit(txn=txn), to_hmm.TxnReport)
 
-    def rollback(self, txn: str) -> p.TxnReport:
+    def rollback(self, txn: str) -> to_hmm.TxnReport:
         """Frees what was allocated in it. Raises UndoFailed when something is left over."""
-        return self._call(p.Rollback(txn=txn), p.TxnReport)
+        return self._call(to_hmm.Rollback(txn=txn), to_hmm.TxnReport)
 
     # Blocks ------------------------------------------------------------------------------------------------------
 
     def allocate(
         self,
         device: int,
-        kind: p.Kind,
+        kind: to_hmm.Kind,
         *,
         columns: Sequence[int] | None = None,
         rank: int | None = None,
         chunks: Sequence[int] | None = None,
         nbytes: int | None = None,
         txn: str | None = None,
-    ) -> list[p.Block]:
+    ) -> list[to_hmm.Block]:
         """One zeroed block a column or a chunk of a rank's KV cache, or a single block; all or none.
 
         nbytes: of each block, rounded up to the granularity; None takes the registered model's size. Any client may
@@ -203,29 +203,31 @@ class HmmClient:
         """
         wanted = list(columns) if columns is not None else None
         parts = list(chunks) if chunks is not None else None
-        command = p.Allocate(device=device, kind=kind, columns=wanted, rank=rank, chunks=parts, nbytes=nbytes, txn=txn)
-        return self._call(command, p.BlocksReply).blocks
+        command = to_hmm.Allocate(
+            device=device, kind=kind, columns=wanted, rank=rank, chunks=parts, nbytes=nbytes, txn=txn
+        )
+        return self._call(command, to_hmm.BlocksReply).blocks
 
     def seal(self, block_ids: Sequence[int]) -> None:
         """Declares that the blocks' contents are complete. Idempotent."""
-        self._call(p.Seal(block_ids=list(block_ids)), p.Done)
+        self._call(to_hmm.Seal(block_ids=list(block_ids)), to_hmm.Done)
         self._leases.sealed(block_ids)
 
     def lookup(
         self,
         *,
-        kind: p.Kind | None = None,
+        kind: to_hmm.Kind | None = None,
         device: int | None = None,
         columns: Sequence[int] | None = None,
         rank: int | None = None,
-    ) -> list[p.Block]:
+    ) -> list[to_hmm.Block]:
         """Live blocks that match all that is given, by id; those of open transactions carry their `txn`."""
         wanted = list(columns) if columns is not None else None
-        return self._call(p.Lookup(kind=kind, device=device, columns=wanted, rank=rank), p.BlocksReply).blocks
+        return self._call(to_hmm.Lookup(kind=kind, device=device, columns=wanted, rank=rank), to_hmm.BlocksReply).blocks
 
     def wait_sealed(self, block_ids: Sequence[int], timeout_s: float) -> None:
         """Returns when all are sealed. Raises SealTimeout, or BlockNotFound as soon as one is released."""
-        self._call(p.WaitSealed(block_ids=list(block_ids)), p.Done, wait_s=timeout_s)
+        self._call(to_hmm.WaitSealed(block_ids=list(block_ids)), to_hmm.Done, wait_s=timeout_s)
         self._leases.sealed(block_ids)
 
     def handles(self, block_ids: Sequence[int]) -> list[VmmHandle]:
@@ -248,11 +250,11 @@ class HmmClient:
 
     def release(self, block_ids: Sequence[int], *, txn: str | None = None) -> None:
         """Gives blocks up, now or when `txn` commits. Their memory goes when the last client has unmapped it."""
-        self._call(p.Release(block_ids=list(block_ids), txn=txn), p.Done)
+        self._call(to_hmm.Release(block_ids=list(block_ids), txn=txn), to_hmm.Done)
 
     # -------------------------------------------------------------------------------------------------------------
 
-    def _import(self, link: HmmLink, fetched: list[tuple[p.Block, int]]) -> list[VmmHandle]:
+    def _import(self, link: HmmLink, fetched: list[tuple[to_hmm.Block, int]]) -> list[VmmHandle]:
         handles: list[VmmHandle] = []
         backend = self.backend
         for index, (block, fd) in enumerate(fetched):
@@ -271,7 +273,7 @@ class HmmClient:
             handles.append(handle)
         return handles
 
-    def _call(self, command: p.Command, answer_type: type[_AnswerT], *, wait_s: float = 0.0) -> _AnswerT:
+    def _call(self, command: to_hmm.Command, answer_type: type[_AnswerT], *, wait_s: float = 0.0) -> _AnswerT:
         deadline = self._deadline() + wait_s
         link = self._attached(deadline)
         answer = link.command(command, deadline, epoch=self.epoch, wait_s=wait_s or self.timeout_s)
@@ -300,7 +302,7 @@ class HmmClient:
 
 
 class AsyncHmmClient:
-    """The coordinator's twin of HmmClient: the same calls as coroutines, carried out by a few threads.
+    """The coordinator's twin of HmmClient: the calls that it needs, as coroutines, carried out by a few threads.
 
     A cancelled call still runs to its end or deadline in its thread.
 
@@ -319,50 +321,33 @@ class AsyncHmmClient:
     def attached_to(self) -> str | None:
         return self._client.attached_to()
 
-    async def connect(self) -> p.Welcome:
+    async def connect(self) -> to_hmm.Welcome:
         return await self._run(self._client.connect)
 
     async def offer(self) -> int:
         return await self._run(self._client.offer)
 
-    async def status(self) -> p.HmmStatus:
+    async def status(self) -> to_hmm.HmmStatus:
         return await self._run(self._client.status)
-
-    async def register_model(self, model: p.ModelSpec) -> p.ModelSpec:
-        return await self._run(self._client.register_model, model)
 
     async def begin(self, operation_id: str, *, timeout_s: float = 600.0) -> str:
         return await self._run(self._client.begin, operation_id, timeout_s=timeout_s)
 
-    async def commit(self, txn: str) -> p.TxnReport:
+    async def commit(self, txn: str) -> to_hmm.TxnReport:
         return await self._run(self._client.commit, txn)
 
-    async def rollback(self, txn: str) -> p.TxnReport:
+    async def rollback(self, txn: str) -> to_hmm.TxnReport:
         return await self._run(self._client.rollback, txn)
-
-    async def allocate(
-        self,
-        device: int,
-        kind: p.Kind,
-        *,
-        columns: Sequence[int] | None = None,
-        nbytes: int | None = None,
-        txn: str | None = None,
-    ) -> list[p.Block]:
-        return await self._run(self._client.allocate, device, kind, columns=columns, nbytes=nbytes, txn=txn)
 
     async def lookup(
         self,
         *,
-        kind: p.Kind | None = None,
+        kind: to_hmm.Kind | None = None,
         device: int | None = None,
         columns: Sequence[int] | None = None,
         rank: int | None = None,
-    ) -> list[p.Block]:
+    ) -> list[to_hmm.Block]:
         return await self._run(self._client.lookup, kind=kind, device=device, columns=columns, rank=rank)
-
-    async def wait_sealed(self, block_ids: Sequence[int], timeout_s: float) -> None:
-        await self._run(self._client.wait_sealed, block_ids, timeout_s)
 
     async def release(self, block_ids: Sequence[int], *, txn: str | None = None) -> None:
         await self._run(self._client.release, block_ids, txn=txn)

@@ -16,9 +16,9 @@ import zmq
 
 from elasticmoe_sglang.errors import ElasticMoEError, HmmUnavailable, MalformedMessage, ProtocolError
 from elasticmoe_sglang.hmm.config import Endpoint
-from elasticmoe_sglang.hmm.fd_passing import MAX_PACKET_BYTES, close_all, new_socket, receive_packet, send_packet
-from elasticmoe_sglang.wire import to_hmm as p
-from elasticmoe_sglang.wire.envelope import MAX_MESSAGE_BYTES, Codec, Envelope, ErrorReply, error_from, new_request_id
+from elasticmoe_sglang.wire import to_hmm
+from elasticmoe_sglang.wire.envelope import NO_REQUEST, Envelope, ErrorReply, error_from, new_request_id
+from elasticmoe_sglang.wire.seqpacket import close_all, new_socket, receive_packet, send_packet
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +26,6 @@ _RESEND_S = 2.0
 """A command without an answer for so long is sent again; the HMM executes it once."""
 _IDS_A_PACKET = 4096
 _FLUSH_NAP_S = 0.01
-
-_requests: Codec[p.LinkRequest] = Codec(p.LinkRequest, max_bytes=MAX_PACKET_BYTES)
-_replies: Codec[p.LinkReply] = Codec(p.LinkReply, max_bytes=MAX_PACKET_BYTES)
-_commands: Codec[p.Command] = Codec(p.Command)
-_answers: Codec[p.Answer] = Codec(p.Answer, max_bytes=16 * MAX_MESSAGE_BYTES)
 
 
 class HmmLink:
@@ -47,12 +42,12 @@ class HmmLink:
         self.dead = False
         try:
             self._connect()
-            welcome = self._exchange(p.Hello(name=name), deadline)[0]
+            welcome = self._exchange(to_hmm.Attach(name=name), deadline)[0]
         except BaseException:
             self._sock.close()
             raise
-        if not isinstance(welcome, p.Welcome):
-            raise ProtocolError(f"the HMM answered Hello with {type(welcome).__name__}")
+        if not isinstance(welcome, to_hmm.Welcome):
+            raise ProtocolError(f"the HMM answered Attach with {type(welcome).__name__}")
         self.welcome = welcome
         self._context = zmq.Context()
         self._idle: zmq.Socket[bytes] | None = None
@@ -61,13 +56,13 @@ class HmmLink:
 
     # Commands ----------------------------------------------------------------------------------------------------
 
-    def command(self, body: p.Command, deadline: float, *, epoch: int | None, wait_s: float) -> p.Answer:
+    def command(self, body: to_hmm.Command, deadline: float, *, epoch: int | None, wait_s: float) -> to_hmm.Answer:
         """Sends a command and waits for its answer until `deadline` (time.monotonic).
 
         wait_s: how long the HMM may take to answer, told to it in the envelope.
         """
         request = Envelope(request_id=new_request_id(), epoch=epoch, deadline_s=wait_s, body=body)
-        frame = _commands.encode(request)
+        frame = to_hmm.COMMANDS.encode(request)
         self._flush(deadline)
         with self._socket() as sock:
             while True:
@@ -110,14 +105,14 @@ class HmmLink:
         self._opened += 1
         return sock
 
-    def _receive(self, sock: zmq.Socket[bytes], request_id: str, until: float) -> p.Answer | None:
+    def _receive(self, sock: zmq.Socket[bytes], request_id: str, until: float) -> to_hmm.Answer | None:
         poller = zmq.Poller()
         poller.register(sock, zmq.POLLIN)
         poller.register(self._sock.fileno(), zmq.POLLERR)  # readable means nothing here, hang-up does
         while (left := until - time.monotonic()) > 0:
             ready = dict(poller.poll(int(left * 1000) + 1))
             if sock in ready:
-                answer = _answers.decode(sock.recv())
+                answer = to_hmm.ANSWERS.decode(sock.recv())
                 if answer.request_id == request_id:
                     return answer.body
             elif ready:
@@ -126,20 +121,22 @@ class HmmLink:
 
     # Link --------------------------------------------------------------------------------------------------------
 
-    def fetch(self, block_ids: Sequence[int], deadline: float) -> list[tuple[p.Block, int]]:
+    def fetch(self, block_ids: Sequence[int], deadline: float) -> list[tuple[to_hmm.Block, int]]:
         """Blocks with a descriptor each, which the caller owns; at most 253. A lease is counted for each."""
         self._flush(deadline)
-        reply, fds = self._exchange(p.FetchHandles(block_ids=list(block_ids)), deadline)
-        if not isinstance(reply, p.Handles) or len(fds) != len(block_ids):
+        reply, fds = self._exchange(to_hmm.FetchHandles(block_ids=list(block_ids)), deadline)
+        if not isinstance(reply, to_hmm.Handles) or len(fds) != len(block_ids):
             close_all(fds)
             raise ProtocolError(f"the HMM answered with {type(reply).__name__} and {len(fds)} descriptors")
         return list(zip(reply.blocks, fds, strict=True))
 
-    def adopt(self, model: p.ModelSpec | None, offers: list[p.Offer], fds: Sequence[int], deadline: float) -> int:
+    def adopt(
+        self, model: to_hmm.ModelSpec | None, offers: list[to_hmm.Offer], fds: Sequence[int], deadline: float
+    ) -> int:
         """Offers blocks of an earlier HMM with a descriptor each, which stay the caller's. How many were new there."""
         self._flush(deadline)
-        reply, _ = self._exchange(p.Adopt(model=model, offers=offers), deadline, fds)
-        if not isinstance(reply, p.Adopted):
+        reply, _ = self._exchange(to_hmm.Adopt(model=model, offers=offers), deadline, fds)
+        if not isinstance(reply, to_hmm.Adopted):
             raise ProtocolError(f"the HMM answered Adopt with {type(reply).__name__}")
         return reply.blocks
 
@@ -156,9 +153,8 @@ class HmmLink:
         self._owed.extend(block_ids)
         while self._owed and not self.dead:
             batch = self._take_owed()
-            packet = _requests.encode(Envelope(request_id=new_request_id(), body=p.ReturnLeases(block_ids=batch)))
             try:
-                send_packet(self._sock, packet)
+                send_packet(self._sock, to_hmm.LINK_REQUESTS.pack(to_hmm.ReturnLeases(block_ids=batch)))
             except BlockingIOError:
                 self._owed.extend(batch)  # goes out before the next command
                 return
@@ -204,21 +200,25 @@ class HmmLink:
                 hint=f"Start one: elasticmoe hmm --endpoint {self._endpoint.url} --budget 2GiB",
             ) from error
 
-    def _exchange(self, body: p.LinkRequest, deadline: float, fds: Sequence[int] = ()) -> tuple[p.LinkReply, list[int]]:
+    def _exchange(
+        self, body: to_hmm.LinkRequest, deadline: float, fds: Sequence[int] = ()
+    ) -> tuple[to_hmm.LinkReply, list[int]]:
         request = Envelope(request_id=new_request_id(), body=body)
         if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise self._silent(type(body).__name__)
         try:
             if self.dead:
                 raise self._gone()
-            send_packet(self._sock, _requests.encode(request), fds)
+            send_packet(self._sock, to_hmm.LINK_REQUESTS.encode(request), fds)
             return self._await_reply(request, deadline)
         except OSError as error:
             raise self._gone() from error
         finally:
             self._lock.release()
 
-    def _await_reply(self, request: Envelope[p.LinkRequest], deadline: float) -> tuple[p.LinkReply, list[int]]:
+    def _await_reply(
+        self, request: Envelope[to_hmm.LinkRequest], deadline: float
+    ) -> tuple[to_hmm.LinkReply, list[int]]:
         poller = select.poll()
         poller.register(self._sock, select.POLLIN)
         while (left := deadline - time.monotonic()) > 0:
@@ -228,21 +228,21 @@ class HmmLink:
             if not packet:
                 raise self._gone()
             try:
-                reply = _replies.decode(packet)
+                reply = to_hmm.LINK_REPLIES.decode(packet)
             except MalformedMessage:
                 close_all(fds)
                 raise
-            if reply.request_id in (request.request_id, "?"):
+            if reply.request_id in (request.request_id, NO_REQUEST):
                 if isinstance(reply.body, ErrorReply):
                     raise error_from(reply.body)
                 return reply.body, fds
             self._discard(reply.body, fds)
         raise self._silent(type(request.body).__name__)
 
-    def _discard(self, reply: p.LinkReply, fds: list[int]) -> None:
+    def _discard(self, reply: to_hmm.LinkReply, fds: list[int]) -> None:
         """An answer that came after its deadline."""
         close_all(fds)
-        if isinstance(reply, p.Handles):
+        if isinstance(reply, to_hmm.Handles):
             self.return_leases([block.block_id for block in reply.blocks])
 
     def _gone(self) -> ElasticMoEError:

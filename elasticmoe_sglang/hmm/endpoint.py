@@ -12,8 +12,8 @@ import zmq
 
 from elasticmoe_sglang.errors import HmmError, UserInputError
 from elasticmoe_sglang.hmm.config import Endpoint
-from elasticmoe_sglang.hmm.fd_passing import new_socket
 from elasticmoe_sglang.wire.envelope import MAX_MESSAGE_BYTES
+from elasticmoe_sglang.wire.seqpacket import listen
 
 _HARD_LIMIT = 16 * MAX_MESSAGE_BYTES
 """libzmq drops a peer that sends more, unread. Between the two limits the peer gets a typed answer instead."""
@@ -54,12 +54,8 @@ class EndpointClaim:
         return router
 
     def _bind_listener(self) -> socket.socket:
-        listener = new_socket()
         _remove_stale(self.endpoint.handles)
-        listener.bind(str(self.endpoint.handles))
-        self.endpoint.handles.chmod(0o600)
-        listener.listen(128)
-        return listener
+        return listen(str(self.endpoint.handles))
 
 
 def _prepare_folder(folder: Path) -> None:

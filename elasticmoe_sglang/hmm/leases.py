@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import msgspec
 
 from elasticmoe_sglang.hmm.client_link import HmmLink
-from elasticmoe_sglang.hmm.fd_passing import MAX_FDS
-from elasticmoe_sglang.wire import to_hmm as p
+from elasticmoe_sglang.wire import to_hmm
+from elasticmoe_sglang.wire.seqpacket import MAX_FDS
 
 
 class Lease:
@@ -23,7 +23,7 @@ class Lease:
 
     __slots__ = ("block", "fd", "link", "region_bytes")
 
-    def __init__(self, block: p.Block, link: HmmLink, fd: int) -> None:
+    def __init__(self, block: to_hmm.Block, link: HmmLink, fd: int) -> None:
         self.block = block
         self.link = link
         self.fd = fd
@@ -41,7 +41,7 @@ class LeaseBook:
     def __len__(self) -> int:
         return len(self._leases)
 
-    def take(self, block: p.Block, link: HmmLink, fd: int) -> Lease:
+    def take(self, block: to_hmm.Block, link: HmmLink, fd: int) -> Lease:
         """Notes a lease; `fd` is duplicated."""
         lease = Lease(block, link, os.dup(fd))
         self._leases[lease.fd] = lease
@@ -65,14 +65,14 @@ class LeaseBook:
             if lease.block.block_id == block_id:
                 lease.region_bytes = nbytes
 
-    def offer(self, link: HmmLink, model: p.ModelSpec | None, deadline: float) -> int:
+    def offer(self, link: HmmLink, model: to_hmm.ModelSpec | None, deadline: float) -> int:
         """Gives the HMM behind `link` whatever another one has left here; how many blocks it did not have yet."""
         new = 0
         with self._busy:  # nothing is closed meanwhile
             stale = [lease for lease in list(self._leases.values()) if lease.link is not link]
             for start in range(0, len(stale), MAX_FDS):
                 batch = stale[start : start + MAX_FDS]
-                offers = [p.Offer(block=lease.block, region_bytes=lease.region_bytes) for lease in batch]
+                offers = [to_hmm.Offer(block=lease.block, region_bytes=lease.region_bytes) for lease in batch]
                 new += link.adopt(model, offers, [lease.fd for lease in batch], deadline)
                 for lease in batch:
                     lease.link = link

@@ -23,13 +23,11 @@ from elasticmoe_sglang.hmm.endpoint import EndpointClaim
 from elasticmoe_sglang.hmm.server_links import LinkTable
 from elasticmoe_sglang.hmm.service import HmmService
 from elasticmoe_sglang.hmm.vmm import get_backend
-from elasticmoe_sglang.wire import to_hmm as p
-from elasticmoe_sglang.wire.envelope import MAX_MESSAGE_BYTES, Codec, Envelope, error_reply
+from elasticmoe_sglang.wire import to_hmm
+from elasticmoe_sglang.wire.envelope import NO_REQUEST, Envelope, error_reply
 
 log = logging.getLogger(__name__)
 
-MAX_ANSWER_BYTES = 16 * MAX_MESSAGE_BYTES
-"""A lookup may list 65536 blocks."""
 CLIENT_ID_BYTES = 32
 _REMEMBERED_ANSWERS = 4096
 _BATCH = 64
@@ -42,7 +40,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class _Waiter:
     identity: bytes
     client_id: str
-    request: Envelope[p.Command]
+    request: Envelope[to_hmm.Command]
     block_ids: list[int]
     deadline: float
 
@@ -63,8 +61,6 @@ class HmmServer:
         self._wake_in.setblocking(False)
         self.service = HmmService(get_backend(config.backend), config.budgets, endpoint=self._claim.endpoint.url)
         self._links = LinkTable(self.service, self._claim.listener)
-        self._requests: Codec[p.Command] = Codec(p.Command)
-        self._answers: Codec[p.Answer] = Codec(p.Answer, max_bytes=MAX_ANSWER_BYTES)
         self._answered: OrderedDict[tuple[str, str], bytes] = OrderedDict()
         self._waiters: dict[tuple[str, str], _Waiter] = {}
         self._stopping = False
@@ -124,16 +120,16 @@ class HmmServer:
         try:
             if len(frames) != 1:
                 raise MalformedMessage(f"a command is one frame, {len(frames)} came")
-            request = self._requests.decode(frames[0])
+            request = to_hmm.COMMANDS.decode(frames[0])
         except MalformedMessage as error:
             self.service.counters.malformed += 1
             log.warning("malformed command: %s", error)
-            self._send(identity, self._encode(error.request_id or "?", None, error_reply(error)))
+            self._send(identity, self._encode(error.request_id or NO_REQUEST, None, error_reply(error)))
             return True
         self._serve_request(identity, request)
         return True
 
-    def _serve_request(self, identity: bytes, request: Envelope[p.Command]) -> None:
+    def _serve_request(self, identity: bytes, request: Envelope[to_hmm.Command]) -> None:
         client_id = identity[:CLIENT_ID_BYTES].decode("ascii", "replace")
         key = (client_id, request.request_id)
         self.service.counters.requests += 1
@@ -148,7 +144,7 @@ class HmmServer:
             refusal = HmmError("a command came from a process that is not attached", hint="Use HmmClient.")
             self._send(identity, self._encode(request.request_id, request.epoch, error_reply(refusal)))
             return
-        if isinstance(request.body, p.WaitSealed):
+        if isinstance(request.body, to_hmm.WaitSealed):
             deadline = time.monotonic() + request.deadline_s
             self._waiters[key] = _Waiter(
                 identity=identity,
@@ -160,7 +156,7 @@ class HmmServer:
             return
         self._answer(identity, client_id, request, self._execute(client_id, request))
 
-    def _execute(self, client_id: str, request: Envelope[p.Command]) -> p.Answer:
+    def _execute(self, client_id: str, request: Envelope[to_hmm.Command]) -> to_hmm.Answer:
         try:
             return self.service.execute(client_id, request.body)
         except ElasticMoEError as error:
@@ -172,7 +168,9 @@ class HmmServer:
             log.exception("command %s failed unexpectedly", type(request.body).__name__)
             return error_reply(HmmError(f"the HMM failed at {type(request.body).__name__}: {error!r}"))
 
-    def _answer(self, identity: bytes, client_id: str, request: Envelope[p.Command], answer: p.Answer) -> None:
+    def _answer(
+        self, identity: bytes, client_id: str, request: Envelope[to_hmm.Command], answer: to_hmm.Answer
+    ) -> None:
         frame = self._encode(request.request_id, request.epoch, answer)
         self._answered[client_id, request.request_id] = frame
         while len(self._answered) > _REMEMBERED_ANSWERS:
@@ -190,10 +188,10 @@ class HmmServer:
                 del self._waiters[key]
                 self._answer(waiter.identity, waiter.client_id, waiter.request, answer)
 
-    def _seal_answer(self, waiter: _Waiter, now: float) -> p.Answer | None:
+    def _seal_answer(self, waiter: _Waiter, now: float) -> to_hmm.Answer | None:
         try:
             if self.service.sealed(waiter.block_ids):
-                return p.Done()
+                return to_hmm.Done()
         except HmmError as error:
             return error_reply(error)
         if now < waiter.deadline:
@@ -207,11 +205,11 @@ class HmmServer:
             )
         )
 
-    def _encode(self, request_id: str, epoch: int | None, answer: p.Answer) -> bytes:
+    def _encode(self, request_id: str, epoch: int | None, answer: to_hmm.Answer) -> bytes:
         try:
-            return self._answers.encode(Envelope(request_id=request_id, epoch=epoch, body=answer))
+            return to_hmm.ANSWERS.encode(Envelope(request_id=request_id, epoch=epoch, body=answer))
         except HmmError as error:
-            return self._answers.encode(Envelope(request_id=request_id, epoch=epoch, body=error_reply(error)))
+            return to_hmm.ANSWERS.encode(Envelope(request_id=request_id, epoch=epoch, body=error_reply(error)))
 
     def _send(self, identity: bytes, frame: bytes) -> None:
         # A ROUTER drops what it cannot deliver at once, so a client that does not read never stops the HMM.

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from elasticmoe_sglang.errors import ElasticMoEError, HmmError, MalformedMessage, ProtocolError
-from elasticmoe_sglang.hmm.fd_passing import MAX_PACKET_BYTES, close_all, peer_credentials, receive_packet, send_packet
 from elasticmoe_sglang.hmm.service import HmmService
-from elasticmoe_sglang.wire import to_hmm as p
-from elasticmoe_sglang.wire.envelope import Codec, Envelope, error_reply
+from elasticmoe_sglang.wire import to_hmm
+from elasticmoe_sglang.wire.envelope import NO_REQUEST, Envelope, error_reply
+from elasticmoe_sglang.wire.seqpacket import close_all, peer_credentials, receive_packet, send_packet
 
 log = logging.getLogger(__name__)
 
-_HELLO_S = 5.0
+_ATTACH_S = 5.0
 """A connection that says nothing for so long is closed."""
 
 
@@ -25,7 +25,7 @@ _HELLO_S = 5.0
 class _Link:
     sock: socket.socket
     pid: int
-    hello_deadline: float
+    attach_deadline: float
     client_id: str | None = None
     refusal: HmmError | None = None
 
@@ -38,8 +38,6 @@ class LinkTable:
         self._listener = listener
         self._links: dict[int, _Link] = {}
         self._by_client: dict[str, _Link] = {}
-        self._requests: Codec[p.LinkRequest] = Codec(p.LinkRequest, max_bytes=MAX_PACKET_BYTES)
-        self._replies: Codec[p.LinkReply] = Codec(p.LinkReply, max_bytes=MAX_PACKET_BYTES)
 
     def descriptors(self) -> list[int]:
         """What to poll for reading."""
@@ -47,7 +45,7 @@ class LinkTable:
 
     def next_deadline(self) -> float | None:
         """When the next silent connection is dropped."""
-        return min((link.hello_deadline for link in self._links.values() if link.client_id is None), default=None)
+        return min((link.attach_deadline for link in self._links.values() if link.client_id is None), default=None)
 
     def serve(self, ready: Iterable[int]) -> None:
         """Handles one packet of every ready link, new connections, and silent ones."""
@@ -58,7 +56,7 @@ class LinkTable:
                 self._serve_packet(self._links[fd])
         now = time.monotonic()
         for link in list(self._links.values()):
-            if link.client_id is None and link.hello_deadline <= now:
+            if link.client_id is None and link.attach_deadline <= now:
                 self._drop(link, "it said nothing")
 
     def drain(self, client_id: str) -> None:
@@ -84,7 +82,7 @@ class LinkTable:
             return
         sock.setblocking(False)
         pid, uid = peer_credentials(sock)
-        link = _Link(sock=sock, pid=pid, hello_deadline=time.monotonic() + _HELLO_S)
+        link = _Link(sock=sock, pid=pid, attach_deadline=time.monotonic() + _ATTACH_S)
         if uid != os.getuid():
             self._service.counters.refused_peers += 1
             log.warning("refused process %d of user %d", pid, uid)
@@ -103,7 +101,7 @@ class LinkTable:
             self._drop(link, error.strerror or str(error))
             return False
         except ProtocolError as error:
-            self._malformed(link, error, "?")
+            self._malformed(link, error, NO_REQUEST)
             return True
         try:
             return self._serve(link, packet, fds)
@@ -115,14 +113,14 @@ class LinkTable:
             self._drop(link, "it closed its link")
             return False
         if link.refusal is not None:
-            # Only now: closing with its Hello unread would reset the connection before the answer is read.
-            self._reply(link, "?", error_reply(link.refusal))
+            # Only now: closing with its Attach unread would reset the connection before the answer is read.
+            self._reply(link, NO_REQUEST, error_reply(link.refusal))
             self._drop(link, "it was refused")
             return False
         try:
-            request = self._requests.decode(packet)
+            request = to_hmm.LINK_REQUESTS.decode(packet)
         except MalformedMessage as error:
-            self._malformed(link, error, error.request_id or "?")
+            self._malformed(link, error, error.request_id or NO_REQUEST)
             return True
         try:
             self._execute(link, request, fds)
@@ -135,30 +133,30 @@ class LinkTable:
             self._reply(link, request.request_id, error_reply(HmmError(f"the HMM failed: {error!r}")))
         return True
 
-    def _execute(self, link: _Link, request: Envelope[p.LinkRequest], fds: Sequence[int]) -> None:
+    def _execute(self, link: _Link, request: Envelope[to_hmm.LinkRequest], fds: Sequence[int]) -> None:
         match request.body:
-            case p.Hello(name=name):
+            case to_hmm.Attach(name=name):
                 if link.client_id is not None:
-                    raise ProtocolError("a second Hello on one link")
+                    raise ProtocolError("a second Attach on one link")
                 welcome = self._service.attach(name, link.pid)
                 link.client_id = welcome.client_id
                 self._by_client[welcome.client_id] = link
                 self._reply(link, request.request_id, welcome)
-            case p.FetchHandles(block_ids=block_ids):
+            case to_hmm.FetchHandles(block_ids=block_ids):
                 blocks, leased = self._service.lease(self._client_of(link), block_ids)
                 try:
-                    self._reply(link, request.request_id, p.Handles(blocks=blocks), leased)
+                    self._reply(link, request.request_id, to_hmm.Handles(blocks=blocks), leased)
                 finally:
                     close_all(leased)
-            case p.ReturnLeases(block_ids=block_ids):
+            case to_hmm.ReturnLeases(block_ids=block_ids):
                 self._service.unlease(self._client_of(link), block_ids)
-            case p.Adopt(model=model, offers=offers):
+            case to_hmm.Adopt(model=model, offers=offers):
                 new = self._service.adopt(self._client_of(link), model, offers, fds)
-                self._reply(link, request.request_id, p.Adopted(blocks=new))
+                self._reply(link, request.request_id, to_hmm.Adopted(blocks=new))
 
     def _client_of(self, link: _Link) -> str:
         if link.client_id is None:
-            raise ProtocolError("the first packet of a link must be Hello")
+            raise ProtocolError("the first packet of a link must be Attach")
         return link.client_id
 
     def _malformed(self, link: _Link, error: ProtocolError, request_id: str) -> None:
@@ -166,8 +164,8 @@ class LinkTable:
         log.warning("malformed packet from process %d: %s", link.pid, error)
         self._reply(link, request_id, error_reply(error))
 
-    def _reply(self, link: _Link, request_id: str, reply: p.LinkReply, fds: Iterable[int] = ()) -> None:
-        packet = self._replies.encode(Envelope(request_id=request_id, body=reply))
+    def _reply(self, link: _Link, request_id: str, reply: to_hmm.LinkReply, fds: Iterable[int] = ()) -> None:
+        packet = to_hmm.LINK_REPLIES.encode(Envelope(request_id=request_id, body=reply))
         try:
             send_packet(link.sock, packet, list(fds))
         except OSError as error:

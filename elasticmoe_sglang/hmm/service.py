@@ -20,7 +20,7 @@ from elasticmoe_sglang.hmm.ledger import Ledger
 from elasticmoe_sglang.hmm.transaction import Transaction, TransactionTable, UndoLog
 from elasticmoe_sglang.hmm.vmm.base import VmmBackend, round_up
 from elasticmoe_sglang.hmm.wanted import block_bytes, parts_of
-from elasticmoe_sglang.wire import to_hmm as p
+from elasticmoe_sglang.wire import to_hmm
 
 log = logging.getLogger(__name__)
 
@@ -53,24 +53,24 @@ class HmmService:
         self.backend = backend
         self.endpoint = endpoint
         self.instance = secrets.token_hex(8)
-        self.counters = p.Counters()
+        self.counters = to_hmm.Counters()
         self.ledger = Ledger(budgets)
         self.blocks = BlockTable(backend, self.ledger)
         self.txns = TransactionTable(self.ledger)
         self._clock = clock
         self._started = clock()
-        self._model: p.ModelSpec | None = None
-        self._regions: dict[str, p.RegionStatus] = {}
+        self._model: to_hmm.ModelSpec | None = None
+        self._regions: dict[str, to_hmm.RegionStatus] = {}
         self._clients: dict[str, _Client] = {}
 
     # Clients -----------------------------------------------------------------------------------------------------
 
-    def attach(self, name: str, pid: int) -> p.Welcome:
+    def attach(self, name: str, pid: int) -> to_hmm.Welcome:
         """A new client; the id in the answer is its key from now on."""
         client_id = secrets.token_hex(16)
         self._clients[client_id] = _Client(name=name, pid=pid)
         log.info("client %s (pid %d) attached", name, pid)
-        return p.Welcome(
+        return to_hmm.Welcome(
             client_id=client_id,
             instance=self.instance,
             backend=self.backend.name,
@@ -99,7 +99,7 @@ class HmmService:
     def is_attached(self, client_id: str) -> bool:
         return client_id in self._clients
 
-    def lease(self, client_id: str, block_ids: Sequence[int]) -> tuple[list[p.Block], list[int]]:
+    def lease(self, client_id: str, block_ids: Sequence[int]) -> tuple[list[to_hmm.Block], list[int]]:
         """Blocks and a descriptor of each, which the caller sends and closes. All or none."""
         client = self._clients[client_id]
         blocks = [self.blocks.get(i) for i in block_ids]
@@ -130,7 +130,9 @@ class HmmService:
                 del client.leases[block_id]
             self.blocks.unlease(block_id, count)
 
-    def adopt(self, client_id: str, model: p.ModelSpec | None, offers: Sequence[p.Offer], fds: Sequence[int]) -> int:
+    def adopt(
+        self, client_id: str, model: to_hmm.ModelSpec | None, offers: Sequence[to_hmm.Offer], fds: Sequence[int]
+    ) -> int:
         """Takes over what an HMM that is gone has left with this client; returns how many blocks were new.
 
         A budget that is too small for what is in use already is logged, and refuses the next allocation.
@@ -147,7 +149,7 @@ class HmmService:
             self.blocks.adopt(block, fd)
             client.leases[block.block_id] += 1
             if block.name is not None and offer.region_bytes is not None:
-                self._regions[block.name] = p.RegionStatus(
+                self._regions[block.name] = to_hmm.RegionStatus(
                     name=block.name, block_id=block.block_id, nbytes=offer.region_bytes
                 )
         self._report_excess()
@@ -166,34 +168,34 @@ class HmmService:
 
     # Commands ----------------------------------------------------------------------------------------------------
 
-    def execute(self, client_id: str, command: p.Command) -> p.Answer:
+    def execute(self, client_id: str, command: to_hmm.Command) -> to_hmm.Answer:
         """Does what an attached client asks; WaitSealed is answered by `sealed`, since it may have to wait."""
         match command:
-            case p.StatusRequest():
+            case to_hmm.StatusRequest():
                 return self.status()
-            case p.RegisterModel():
-                return p.ModelReply(model=self.register_model(command.model))
-            case p.OpenRegion():
-                return p.BlocksReply(blocks=[self.open_region(command.name, command.nbytes)])
-            case p.Begin():
-                return p.TxnOpened(txn=self.begin(client_id, command.operation_id, command.timeout_s))
-            case p.Commit():
+            case to_hmm.RegisterModel():
+                return to_hmm.ModelReply(model=self.register_model(command.model))
+            case to_hmm.OpenRegion():
+                return to_hmm.BlocksReply(blocks=[self.open_region(command.name, command.nbytes)])
+            case to_hmm.Begin():
+                return to_hmm.TxnOpened(txn=self.begin(client_id, command.operation_id, command.timeout_s))
+            case to_hmm.Commit():
                 return self.commit(client_id, command.txn)
-            case p.Rollback():
+            case to_hmm.Rollback():
                 return self.roll_back(client_id, command.txn)
-            case p.Allocate():
-                return p.BlocksReply(blocks=self.allocate(command))
-            case p.Seal():
+            case to_hmm.Allocate():
+                return to_hmm.BlocksReply(blocks=self.allocate(command))
+            case to_hmm.Seal():
                 self.blocks.seal(command.block_ids)
-                return p.Done()
-            case p.Lookup():
-                return p.BlocksReply(blocks=self.lookup(command))
-            case p.Release():
+                return to_hmm.Done()
+            case to_hmm.Lookup():
+                return to_hmm.BlocksReply(blocks=self.lookup(command))
+            case to_hmm.Release():
                 self.release(command.block_ids, command.txn)
-                return p.Done()
+                return to_hmm.Done()
         raise AssertionError(f"{type(command).__name__} has no handler")
 
-    def register_model(self, model: p.ModelSpec) -> p.ModelSpec:
+    def register_model(self, model: to_hmm.ModelSpec) -> to_hmm.ModelSpec:
         """The first registration counts. Raises ModelMismatch for a model that differs in more than `detail`."""
         held = self._model
         if held is None:
@@ -211,7 +213,7 @@ class HmmService:
             )
         return held
 
-    def open_region(self, name: str, nbytes: int) -> p.Block:
+    def open_region(self, name: str, nbytes: int) -> to_hmm.Block:
         """Creates the region on the first call. Raises RegionMismatch for another size later on."""
         region = self._regions.get(name)
         if region is not None and self.blocks.is_live(region.block_id):
@@ -222,17 +224,17 @@ class HmmService:
                 )
             return self.blocks.get(region.block_id)
         size = round_up(nbytes, self.backend.granularity)
-        block = self.blocks.create(p.HOST, "window", size, name=name)
-        self._regions[name] = p.RegionStatus(name=name, block_id=block.block_id, nbytes=nbytes)
+        block = self.blocks.create(to_hmm.HOST, "window", size, name=name)
+        self._regions[name] = to_hmm.RegionStatus(name=name, block_id=block.block_id, nbytes=nbytes)
         return block
 
-    def allocate(self, command: p.Allocate) -> list[p.Block]:
+    def allocate(self, command: to_hmm.Allocate) -> list[to_hmm.Block]:
         """One block a column or chunk, or a single one. All or none; a transaction's vanish when it is rolled back."""
         transaction = self.txns.get(command.txn) if command.txn is not None else None
         wanted = parts_of(command, self._model, held=self.lookup)
         size = round_up(block_bytes(command, self._model), self.backend.granularity)
         self.ledger.require(command.device, size * len(wanted))
-        blocks: list[p.Block] = []
+        blocks: list[to_hmm.Block] = []
         with UndoLog(transaction.operation_id if transaction else None) as steps:
             for column, chunk in wanted:
                 block = self.blocks.create(
@@ -252,7 +254,7 @@ class HmmService:
             transaction.allocated_bytes += size * len(blocks)
         return blocks
 
-    def lookup(self, command: p.Lookup) -> list[p.Block]:
+    def lookup(self, command: to_hmm.Lookup) -> list[to_hmm.Block]:
         """Live blocks that match every given field, those of open transactions included."""
         columns = None if command.columns is None else set(command.columns)
         return self.blocks.find(
@@ -286,7 +288,7 @@ class HmmService:
     def begin(self, client_id: str, operation_id: str, timeout_s: float) -> str:
         return self.txns.begin(operation_id, client_id, self._clock() + timeout_s).txn
 
-    def commit(self, client_id: str, txn: str) -> p.TxnReport:
+    def commit(self, client_id: str, txn: str) -> to_hmm.TxnReport:
         """Allocated blocks stay, promised releases happen. Committing again gives the same report."""
         ended = self.txns.ended_as(txn, "committed")
         if ended is not None:
@@ -298,7 +300,7 @@ class HmmService:
             self._retire_if_live(block_id)
         return self._end(transaction, "committed", "it was committed")
 
-    def roll_back(self, client_id: str, txn: str) -> p.TxnReport:
+    def roll_back(self, client_id: str, txn: str) -> to_hmm.TxnReport:
         """Undoes every step. Raises UndoFailed when one could not be; the transaction is over all the same."""
         ended = self.txns.ended_as(txn, "rolled_back")
         if ended is not None:
@@ -312,11 +314,11 @@ class HmmService:
 
     # -------------------------------------------------------------------------------------------------------------
 
-    def status(self) -> p.HmmStatus:
+    def status(self) -> to_hmm.HmmStatus:
         """Everything, for people and for the coordinator."""
         now = self._clock()
         live, retired = self.blocks.counts()
-        return p.HmmStatus(
+        return to_hmm.HmmStatus(
             pid=os.getpid(),
             endpoint=self.endpoint,
             instance=self.instance,
@@ -324,7 +326,7 @@ class HmmService:
             granularity=self.backend.granularity,
             uptime_s=round(now - self._started, 3),
             devices=self.ledger.usage(),
-            host_bytes=self.ledger.used(p.HOST),
+            host_bytes=self.ledger.used(to_hmm.HOST),
             regions=[r for r in self._regions.values() if self.blocks.is_live(r.block_id)],
             blocks=live,
             retired_blocks=retired,
@@ -332,7 +334,8 @@ class HmmService:
             model=self._model,
             txns=self.txns.status(now, {key: client.name for key, client in self._clients.items()}),
             clients=[
-                p.ClientStatus(name=c.name, pid=c.pid, leases=sum(c.leases.values())) for c in self._clients.values()
+                to_hmm.ClientStatus(name=c.name, pid=c.pid, leases=sum(c.leases.values()))
+                for c in self._clients.values()
             ],
             counters=msgspec.structs.replace(self.counters),
         )
@@ -345,7 +348,7 @@ class HmmService:
         if self.blocks.is_live(block_id):
             self.blocks.retire(block_id)
 
-    def _roll_back(self, transaction: Transaction, why: str) -> p.TxnReport:
+    def _roll_back(self, transaction: Transaction, why: str) -> to_hmm.TxnReport:
         try:
             transaction.undo.undo()
         except UndoFailed:
@@ -362,8 +365,10 @@ class HmmService:
         except UndoFailed as error:
             log.critical("%s", error)
 
-    def _end(self, transaction: Transaction, outcome: Literal["committed", "rolled_back"], why: str) -> p.TxnReport:
-        report = p.TxnReport(
+    def _end(
+        self, transaction: Transaction, outcome: Literal["committed", "rolled_back"], why: str
+    ) -> to_hmm.TxnReport:
+        report = to_hmm.TxnReport(
             txn=transaction.txn,
             operation_id=transaction.operation_id,
             outcome=outcome,

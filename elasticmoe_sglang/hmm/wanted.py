@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from elasticmoe_sglang.errors import HmmError, UserInputError
-from elasticmoe_sglang.wire import to_hmm as p
+from elasticmoe_sglang.wire import to_hmm
 
 Part = tuple[int | None, int | None]
 """(column, chunk) of one block."""
 
 
 def parts_of(
-    command: p.Allocate, model: p.ModelSpec | None, *, held: Callable[[p.Lookup], Sequence[p.Block]]
+    command: to_hmm.Allocate, model: to_hmm.ModelSpec | None, *, held: Callable[[to_hmm.Lookup], Sequence[to_hmm.Block]]
 ) -> list[Part]:
     """The blocks to make; `held` finds the live ones."""
     if (command.chunks is None) != (command.rank is None) or (command.rank is not None and command.kind != "kv"):
@@ -21,7 +21,7 @@ def parts_of(
         return [(column, None) for column in _columns_of(command, model)]
     if command.columns is not None or not command.chunks or len(set(command.chunks)) != len(command.chunks):
         raise UserInputError("the chunks to allocate are empty or not distinct, or columns are named with them")
-    here = {block.chunk for block in held(p.Lookup(kind="kv", rank=command.rank))}
+    here = {block.chunk for block in held(to_hmm.Lookup(kind="kv", rank=command.rank))}
     if taken := sorted(chunk for chunk in command.chunks if chunk in here):
         raise UserInputError(
             f"rank {command.rank} has chunks {taken} already", hint="Release what an earlier process left there."
@@ -29,7 +29,7 @@ def parts_of(
     return [(None, chunk) for chunk in command.chunks]
 
 
-def _columns_of(command: p.Allocate, model: p.ModelSpec | None) -> Sequence[int | None]:
+def _columns_of(command: to_hmm.Allocate, model: to_hmm.ModelSpec | None) -> Sequence[int | None]:
     if (command.columns is not None) != (command.kind == "column"):
         raise UserInputError(f"an allocation of kind {command.kind} names columns if and only if it is for columns")
     if command.columns is None:
@@ -41,7 +41,7 @@ def _columns_of(command: p.Allocate, model: p.ModelSpec | None) -> Sequence[int 
     return command.columns
 
 
-def block_bytes(command: p.Allocate, model: p.ModelSpec | None) -> int:
+def block_bytes(command: to_hmm.Allocate, model: to_hmm.ModelSpec | None) -> int:
     """Bytes of each block, before rounding up: as asked for, or the model's size of the kind."""
     if command.nbytes is not None:
         return command.nbytes

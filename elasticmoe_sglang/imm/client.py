@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from elasticmoe_sglang.errors import WorkerError
-from elasticmoe_sglang.wire import to_imm as m
+from elasticmoe_sglang.wire import to_imm
+from elasticmoe_sglang.wire.seqpacket import new_socket, receive_bytes, send_packet
+from elasticmoe_sglang.wire.to_coordinator import FROM_IMM, FromImm
 
 
 @dataclass
@@ -34,7 +36,7 @@ class ImmClient:
     def __post_init__(self) -> None:
         deadline = time.monotonic() + self.timeout_s
         while True:
-            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+            self.sock = new_socket(blocking=True)
             try:
                 self.sock.connect(self.path)
                 return
@@ -50,18 +52,18 @@ class ImmClient:
     def fileno(self) -> int:
         return self.sock.fileno()
 
-    def send(self, message: m.Message) -> None:
+    def send(self, request: to_imm.Request) -> None:
         """Send one request.
 
         Raises:
             WorkerError: the IMM has gone.
         """
         try:
-            self.sock.send(m.encode(message))
+            send_packet(self.sock, to_imm.REQUESTS.pack(request))
         except (BrokenPipeError, ConnectionResetError) as error:
             raise _gone() from error
 
-    def receive(self, timeout_s: float) -> m.Message | None:
+    def receive(self, timeout_s: float) -> FromImm | None:
         """The next message, or None when none came in time.
 
         Raises:
@@ -70,13 +72,10 @@ class ImmClient:
         ready, _, _ = select.select([self.sock], [], [], timeout_s)
         if not ready:
             return None
-        try:
-            frame = self.sock.recv(m.MAX_FRAME)
-        except ConnectionResetError:  # it died with a request of ours unread: Linux says so instead of end of file
-            frame = b""
+        frame = receive_bytes(self.sock)
         if not frame:
             raise _gone()
-        return m.decode(frame)
+        return FROM_IMM.unpack(frame)
 
     def close(self) -> None:
         self.sock.close()

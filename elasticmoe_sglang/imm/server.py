@@ -15,16 +15,18 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-import msgspec
-
-from elasticmoe_sglang.errors import WorkerError
-from elasticmoe_sglang.wire import to_imm as m
+from elasticmoe_sglang.errors import ProtocolError, WorkerError
+from elasticmoe_sglang.wire import to_imm
+from elasticmoe_sglang.wire.envelope import Codec
+from elasticmoe_sglang.wire.seqpacket import listen, peer_credentials, receive_bytes, send_packet
+from elasticmoe_sglang.wire.to_coordinator import FROM_IMM, FromImm, WorkerExited, WorkerNote
+from elasticmoe_sglang.wire.to_worker import ENTER, Enter
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,8 @@ _PR_SET_PDEATHSIG = 1
 # SGLang's scheduler sends this to its parent when it hits an exception.
 _CHILD_COMPLAINTS = (signal.SIGQUIT, signal.SIGUSR1)
 
-WorkerMain = Callable[["StandbyChannel", m.Enter], int]
+WorkerMain = Callable[["StandbyChannel", Enter], int]
+_FROM_CHILD: Codec[to_imm.StandbyReady | WorkerNote] = Codec(to_imm.StandbyReady | WorkerNote)
 
 
 def die_with_parent() -> None:
@@ -48,23 +51,24 @@ class StandbyChannel:
 
     def note(self, rank: int, note: bytes) -> None:
         """Tell every controller something about this rank."""
-        self.sock.send(m.encode(m.WorkerNote(rank=rank, pid=os.getpid(), note=note)))
+        send_packet(self.sock, _FROM_CHILD.pack(WorkerNote(rank=rank, note=note)))
 
-    def wait_to_enter(self) -> m.Enter | None:
-        """Block until a rank is assigned; None when the IMM has gone."""
-        frame = self.sock.recv(m.MAX_FRAME)
-        if not frame:
-            return None
-        message = m.decode(frame)
-        assert isinstance(message, m.Enter)
-        return message
+    def wait_to_enter(self) -> Enter | None:
+        """Say that this process is ready and block until a rank is assigned; None when the IMM has gone."""
+        with contextlib.suppress(BrokenPipeError):  # the end of file says so too
+            send_packet(self.sock, _FROM_CHILD.pack(to_imm.StandbyReady()))
+        frame = receive_bytes(self.sock)
+        return ENTER.unpack(frame) if frame else None
 
 
 @dataclass
 class _Child:
+    """ready: it has everything imported and waits for `Enter`, or has waited."""
+
     pid: int
     sock: socket.socket
     rank: int | None = None
+    ready: bool = False
 
 
 class ImmServer:
@@ -73,7 +77,7 @@ class ImmServer:
     Args:
         socket_path: where controllers connect (SEQPACKET, mode 0600; peers of another uid are refused).
         worker_main: runs in the forked child once it is assigned a rank; returns the exit status.
-        standbys: how many idle processes to keep ready, never more than there are inactive ranks.
+        standbys: how many idle processes to keep, never more than there are inactive ranks.
         capacity: number of ranks (max_ep_size).
         become: replaces a forked child by another program that waits at the channel itself (where what ranks import
             does not survive a fork: CUDA). None: the child waits.
@@ -93,24 +97,14 @@ class ImmServer:
         self._standbys = standbys
         self._capacity = capacity
         self._become = become
-        self._blobs: dict[int, bytes] = {}
+        self._arguments: dict[int, bytes] = {}
         self._children: dict[int, _Child] = {}
         self._controllers: dict[int, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
-        self._listener = self._listen()
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-
-    def _listen(self) -> socket.socket:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        old = os.umask(0o177)
-        try:
-            listener.bind(self._path)
-        finally:
-            os.umask(old)
-        listener.listen(16)
-        return listener
+            os.unlink(socket_path)
+        self._listener = listen(socket_path)
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def serve(self) -> None:
         """Runs until killed (its parent's end does that)."""
@@ -141,9 +135,13 @@ class ImmServer:
             self._fork()
         self._tell(self._population())
 
-    def _population(self) -> m.Population:
-        ranks = {child.rank: child.pid for child in self._children.values() if child.rank is not None}
-        return m.Population(ranks=ranks, standbys=[child.pid for child in self._idle()])
+    def _population(self) -> to_imm.Population:
+        idle = self._idle()
+        return to_imm.Population(
+            ranks={child.rank: child.pid for child in self._children.values() if child.rank is not None},
+            standbys=[child.pid for child in idle if child.ready],
+            starting=[child.pid for child in idle if not child.ready],
+        )
 
     def _fork(self) -> _Child:
         threads = len(os.listdir("/proc/self/task"))
@@ -161,7 +159,7 @@ class ImmServer:
         theirs.close()
         child = _Child(pid=pid, sock=ours)
         self._children[pid] = child
-        self._selector.register(ours, selectors.EVENT_READ, self._child_says)
+        self._selector.register(ours, selectors.EVENT_READ, partial(self._child_says, child))
         return child
 
     def _run_child(self, ours: socket.socket, theirs: socket.socket) -> None:
@@ -221,25 +219,26 @@ class ImmServer:
             logger.warning("a standby process (pid %d) ended with status %d; another takes its place", pid, status)
             return
         logger.info("the process in rank %d (pid %d) ended with status %d", child.rank, pid, status)
-        self._tell(m.WorkerExited(rank=child.rank, pid=pid, status=status))
+        self._tell(WorkerExited(rank=child.rank, pid=pid, status=status))
 
-    def _child_says(self, fileobj: object) -> None:
-        assert isinstance(fileobj, socket.socket)
-        try:
-            frame = fileobj.recv(m.MAX_FRAME)
-        except OSError:
-            frame = b""
+    def _child_says(self, child: _Child, _fileobj: object) -> None:
+        frame = receive_bytes(child.sock) if child.sock.fileno() >= 0 else b""
         if not frame:  # the child is ending; SIGCHLD follows, or was dealt with earlier in this round
             with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(fileobj)
+                self._selector.unregister(child.sock)
             return
-        self._tell(m.decode(frame))
+        message = _FROM_CHILD.unpack(frame)
+        if isinstance(message, WorkerNote):
+            self._tell(message)
+        else:
+            child.ready = True
+            self._tell(self._population())
 
     # -- controllers --------------------------------------------------------------------------------------------
 
     def _accept(self, _fileobj: object) -> None:
         sock, _ = self._listener.accept()
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        _, uid = peer_credentials(sock)
         if uid != os.getuid():
             logger.warning("refused a connection from uid %d", uid)
             sock.close()
@@ -250,52 +249,56 @@ class ImmServer:
     def _controller_says(self, fileobj: object) -> None:
         assert isinstance(fileobj, socket.socket)
         try:
-            frame = fileobj.recv(m.MAX_FRAME)
-        except OSError:
-            frame = b""
-        if not frame:
-            self._controllers.pop(fileobj.fileno(), None)
-            self._selector.unregister(fileobj)
-            fileobj.close()
+            frame = receive_bytes(fileobj)
+            if frame:
+                self._handle(fileobj, to_imm.REQUESTS.unpack(frame))
+                return
+        except ProtocolError as error:
+            _refuse(fileobj, -1, str(error))
             return
-        try:
-            message = m.decode(frame)
-        except msgspec.DecodeError as error:
-            fileobj.send(m.encode(m.Refused(rank=-1, reason=f"malformed message: {error}")))
-            return
-        self._handle(fileobj, message)
+        self._controllers.pop(fileobj.fileno(), None)
+        self._selector.unregister(fileobj)
+        fileobj.close()
 
-    def _handle(self, sock: socket.socket, message: m.Message) -> None:
-        if isinstance(message, m.Register):
-            self._blobs[message.rank] = message.blob
-        elif isinstance(message, m.Assign):
-            self._assign(sock, message)
-        elif isinstance(message, m.KillWorker):
+    def _handle(self, sock: socket.socket, request: to_imm.Request) -> None:
+        if isinstance(request, to_imm.Register):
+            self._arguments[request.rank] = request.arguments
+        elif isinstance(request, to_imm.Assign):
+            self._assign(sock, request)
+        elif isinstance(request, to_imm.KillWorker):
             for child in self._children.values():
-                if child.rank == message.rank:
+                if child.rank == request.rank:
                     os.kill(child.pid, signal.SIGKILL)
-        elif isinstance(message, m.Query):
-            sock.send(m.encode(self._population()))
         else:
-            sock.send(m.encode(m.Refused(rank=-1, reason=f"{type(message).__name__} is not a request")))
+            _send(sock, FROM_IMM.pack(self._population()))
 
-    def _assign(self, sock: socket.socket, message: m.Assign) -> None:
-        if any(child.rank == message.rank for child in self._children.values()):
-            sock.send(m.encode(m.Refused(rank=message.rank, reason=f"rank {message.rank} is taken")))
+    def _assign(self, sock: socket.socket, request: to_imm.Assign) -> None:
+        rank = request.join_spec.rank
+        if any(child.rank == rank for child in self._children.values()):
+            _refuse(sock, rank, f"rank {rank} is taken")
             return
-        blob = self._blobs.get(message.rank)
-        if blob is None:
-            sock.send(m.encode(m.Refused(rank=message.rank, reason=f"rank {message.rank} was never registered")))
+        arguments = self._arguments.get(rank)
+        if arguments is None:
+            _refuse(sock, rank, f"rank {rank} was never registered")
             return
-        idle = self._idle()
+        packet = ENTER.pack(Enter(arguments=arguments, join_spec=request.join_spec))
+        idle = sorted(self._idle(), key=lambda child: not child.ready)  # the ready ones first
         child = idle[0] if idle else self._fork()
-        child.rank = message.rank
-        child.sock.send(m.encode(m.Enter(rank=message.rank, blob=blob, join_spec=message.join_spec)))
-        self._tell(m.Assigned(rank=message.rank, pid=child.pid))
+        child.rank = rank
+        _send(child.sock, packet)
+        self._tell(to_imm.Assigned(rank=rank, pid=child.pid))
         self._refill()
 
-    def _tell(self, message: m.Message) -> None:
-        frame = m.encode(message)
-        for controller in list(self._controllers.values()):
-            with contextlib.suppress(OSError):  # its end of file is handled where it is read
-                controller.send(frame)
+    def _tell(self, message: FromImm) -> None:
+        packet = FROM_IMM.pack(message)
+        for controller in self._controllers.values():
+            _send(controller, packet)
+
+
+def _send(sock: socket.socket, packet: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end is noticed elsewhere
+        send_packet(sock, packet)
+
+
+def _refuse(sock: socket.socket, rank: int, reason: str) -> None:
+    _send(sock, FROM_IMM.pack(to_imm.Refused(rank=rank, reason=reason)))

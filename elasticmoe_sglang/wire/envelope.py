@@ -3,7 +3,8 @@
 One ZMQ frame (or one SEQPACKET packet) is one msgpack-encoded `Envelope`. Its body is one `Message` of a closed tagged
 union that the `Codec` was made for; each part of the system names its own. Nothing is ever pickled. Whatever arrives is
 either a valid envelope or a `MalformedMessage`, which carries the request id where that much could be read, so that the
-sender gets a typed error back.
+sender gets a typed error back. Only the HMM's answers are told apart by request ids; what workers, IMM and coordinator
+say to each other names rank and operation in its body, and travels by `pack` and `unpack`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 1 << 20
 """No frame is larger; bulk data goes through shared memory, never through messages."""
 MAX_DEADLINE_S = 24 * 3600.0
+NO_REQUEST = "?"
+"""The request id of what answers no request, or one whose id could not be read."""
 
 # Bounds that keep a hostile or broken peer from costing more than its message. Sizes stay below 2^53, epochs and
 # counters below 2^62, so arithmetic on them never leaves 64 bits.
@@ -100,6 +103,14 @@ class Codec(Generic[BodyT]):
         if envelope.version != PROTOCOL_VERSION:
             raise self._explain(frame, "")
         return envelope
+
+    def pack(self, body: BodyT) -> bytes:
+        """Encodes a message that is no answer to a request id. Raises as `encode`."""
+        return self.encode(Envelope(request_id=NO_REQUEST, body=body))
+
+    def unpack(self, frame: bytes | memoryview) -> BodyT:
+        """The body of a frame. Raises as `decode`."""
+        return self.decode(frame).body
 
     def _explain(self, frame: bytes | memoryview, why: str) -> MalformedMessage:
         try:

@@ -1,4 +1,4 @@
-"""What the HMM and its clients say to each other. Plain data; importing it costs nothing.
+"""What the HMM is told by its clients, and its replies.
 
 Commands go over ZMQ (`Command` in, `Answer` out), descriptors over the SEQPACKET socket beside it (`LinkRequest` in,
 `LinkReply` out). Every block is named by an integer that no HMM ever reuses: it survives the HMM with the block.
@@ -11,7 +11,18 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from elasticmoe_sglang.wire.envelope import ByteCount, ErrorReply, Index, Message, Name, Seconds, Text
+from elasticmoe_sglang.wire.envelope import (
+    MAX_MESSAGE_BYTES,
+    ByteCount,
+    Codec,
+    ErrorReply,
+    Index,
+    Message,
+    Name,
+    Seconds,
+    Text,
+)
+from elasticmoe_sglang.wire.seqpacket import MAX_FDS, MAX_PACKET_BYTES
 
 Kind = Literal["dense", "column", "window", "kv", "other"]
 KINDS: tuple[Kind, ...] = ("dense", "column", "window", "kv", "other")
@@ -262,14 +273,14 @@ Answer = HmmStatus | ModelReply | BlocksReply | TxnOpened | TxnReport | Done | E
 # Link (SEQPACKET) ------------------------------------------------------------------------------------------------
 
 
-class Hello(Message, frozen=True, kw_only=True):
+class Attach(Message, frozen=True, kw_only=True):
     """First packet of a client; the kernel vouches for its uid and pid."""
 
     name: Name
 
 
 class FetchHandles(Message, frozen=True, kw_only=True):
-    block_ids: Annotated[list[BlockId], Meta(min_length=1, max_length=253)]
+    block_ids: Annotated[list[BlockId], Meta(min_length=1, max_length=MAX_FDS)]
 
 
 class ReturnLeases(Message, frozen=True, kw_only=True):
@@ -292,10 +303,10 @@ class Adopt(Message, frozen=True, kw_only=True):
     """
 
     model: ModelSpec | None
-    offers: Annotated[list[Offer], Meta(min_length=1, max_length=253)]
+    offers: Annotated[list[Offer], Meta(min_length=1, max_length=MAX_FDS)]
 
 
-LinkRequest = Hello | FetchHandles | ReturnLeases | Adopt
+LinkRequest = Attach | FetchHandles | ReturnLeases | Adopt
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -321,3 +332,9 @@ class Adopted(Message, frozen=True, kw_only=True):
 
 
 LinkReply = Welcome | Handles | Adopted | ErrorReply
+
+COMMANDS: Codec[Command] = Codec(Command)
+ANSWERS: Codec[Answer] = Codec(Answer, max_bytes=16 * MAX_MESSAGE_BYTES)
+"""Larger than what is asked: a lookup may list 65536 blocks."""
+LINK_REQUESTS: Codec[LinkRequest] = Codec(LinkRequest, max_bytes=MAX_PACKET_BYTES)
+LINK_REPLIES: Codec[LinkReply] = Codec(LinkReply, max_bytes=MAX_PACKET_BYTES)

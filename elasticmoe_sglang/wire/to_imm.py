@@ -1,92 +1,66 @@
-"""What is said on the IMM's Unix SEQPACKET socket and on its channel to each standby (msgpack, one frame a message)."""
+"""What the IMM is told, and its replies: by the coordinator and SGLang's data-parallel controller on its SEQPACKET
+socket, by each standby on a channel of its own."""
 
 from __future__ import annotations
 
-import msgspec
-
-# A rank's launch arguments (SGLang's ServerArgs) are the largest thing sent; about 20 KiB were seen.
-MAX_FRAME = 1 << 20
+from elasticmoe_sglang.wire.envelope import Codec, Message
+from elasticmoe_sglang.wire.to_worker import JoinSpec
 
 
-class Register(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Keep the launch arguments of a rank; `blob` is opaque here (the rank's own code decodes it)."""
+class Register(Message, frozen=True, kw_only=True):
+    """Keep the launch arguments of a rank; opaque here (the rank's own code decodes them). Not answered."""
 
     rank: int
-    blob: bytes
+    arguments: bytes
 
 
-class Assign(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Put a standby into `rank`. `join_spec` tells it how to come in (see ranks/join_spec.py)."""
+class Assign(Message, frozen=True, kw_only=True):
+    """Put a standby into the rank of `join_spec`."""
+
+    join_spec: JoinSpec
+
+
+class Assigned(Message, frozen=True, kw_only=True):
+    """A standby was put into the rank. Sent to everybody who is connected."""
 
     rank: int
-    join_spec: bytes
+    pid: int
 
 
-class KillWorker(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """End the process in `rank` (SIGKILL): a joining rank whose change was rolled back."""
+class KillWorker(Message, frozen=True, kw_only=True):
+    """End the process in `rank` (SIGKILL), such as a joining rank whose change was rolled back. Its `WorkerExited`
+    follows."""
 
     rank: int
 
 
-class Query(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+class Query(Message, frozen=True, kw_only=True):
     """Ask for a `Population`."""
 
 
-class Enter(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """IMM -> standby: take the rank."""
+class Population(Message, frozen=True, kw_only=True):
+    """Who is there: pids. Also sent, to everybody who is connected, after every change.
 
-    rank: int
-    blob: bytes
-    join_spec: bytes
+    ranks: rank -> its process. standbys: ready to take a rank. starting: standbys that still import what a rank needs.
+    """
 
-
-class WorkerNote(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Rank -> IMM -> every controller: e.g. SGLang's "ready" message of a freshly booted scheduler (JSON)."""
-
-    rank: int
-    pid: int
-    note: bytes
+    ranks: dict[int, int]
+    standbys: list[int]
+    starting: list[int]
 
 
-class WorkerExited(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """A worker is gone. `status` is os.waitstatus_to_exitcode's: negative for a signal."""
-
-    rank: int
-    pid: int
-    status: int
-
-
-class Assigned(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """A standby was put into the rank."""
-
-    rank: int
-    pid: int
-
-
-class Refused(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+class Refused(Message, frozen=True, kw_only=True):
     """A request could not be carried out; `reason` is a sentence."""
 
     rank: int
     reason: str
 
 
-class Population(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Who is there, sent after every change. `ranks` maps rank -> pid."""
-
-    ranks: dict[int, int]
-    standbys: list[int]
+class StandbyReady(Message, frozen=True, kw_only=True):
+    """Standby, unasked: what a rank needs is imported, `Enter` is waited for."""
 
 
-Message = Register | Assign | KillWorker | Query | Enter | WorkerNote | WorkerExited | Assigned | Refused | Population
+Request = Register | Assign | KillWorker | Query
+Reply = Assigned | Population | Refused
 
-_encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
-
-
-def encode(message: Message) -> bytes:
-    return _encoder.encode(message)
-
-
-def decode(frame: bytes) -> Message:
-    """Raises msgspec.DecodeError on a malformed frame."""
-    return _decoder.decode(frame)
+REQUESTS: Codec[Request] = Codec(Request)

@@ -1,6 +1,6 @@
 """The rank's line to the coordinator: a thread that does the preparing and finishing work while decoding goes on.
 
-It receives `PullColumns`, `DropColumns` and `ReleaseAdopted` from the coordinator and sends what the rank reports.
+It receives the requests of `wire.to_worker` from the coordinator and sends replies and what the rank reports.
 ZMQ sockets belong to one thread, so other threads post through a queue and an eventfd. Commands run in workers, so that
 a `DropColumns` can stop the pull it undoes.
 """
@@ -17,18 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 import zmq
 
 from elasticmoe_sglang.errors import ElasticMoEError
-from elasticmoe_sglang.wire import to_worker as sm
+from elasticmoe_sglang.wire.to_coordinator import FROM_WORKER, FromWorker
+from elasticmoe_sglang.wire.to_worker import REQUESTS, Failed, Reply, Request
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[sm.Message], sm.Message | None]
+Handler = Callable[[Request], Reply | None]
 
 
 class WorkerAgent:
     """Args:
     endpoint: the coordinator's ROUTER socket.
     rank: our rank.
-    handlers: message type -> function, run in a worker thread; what it returns is sent back. An
+    handlers: request type -> function, run in a worker thread; what it returns is sent back. An
         `ElasticMoEError` becomes `Failed`; anything else is logged with its traceback and becomes `Failed` too.
     """
 
@@ -36,7 +37,7 @@ class WorkerAgent:
         self._endpoint = endpoint
         self._rank = rank
         self._handlers = handlers
-        self._outbox: deque[sm.Message] = deque()
+        self._outbox: deque[FromWorker] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = threading.Event()
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix=f"elasticmoe-work-{rank}")
@@ -45,7 +46,7 @@ class WorkerAgent:
     def start(self) -> None:
         self._thread.start()
 
-    def post(self, message: sm.Message) -> None:
+    def post(self, message: FromWorker) -> None:
         """Send a message to the coordinator, from any thread."""
         self._outbox.append(message)
         os.eventfd_write(self._wake, 1)
@@ -76,23 +77,24 @@ class WorkerAgent:
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
                 while self._outbox:
-                    socket.send(sm.encode(self._outbox.popleft()))
+                    socket.send(FROM_WORKER.pack(self._outbox.popleft()))
                 if self._stopping.is_set():
                     return
                 if socket in ready:
-                    self._workers.submit(self._serve, sm.decode(socket.recv()))
+                    self._workers.submit(self._serve, REQUESTS.unpack(socket.recv()))
         finally:
             socket.close()
             context.term()
 
-    def _serve(self, message: sm.Message) -> None:
-        operation = getattr(message, "operation_id", "")
+    def _serve(self, request: Request) -> None:
         try:
-            reply = self._handlers[type(message)](message)
+            reply = self._handlers[type(request)](request)
         except ElasticMoEError as error:
-            reply = sm.Failed(rank=self._rank, operation_id=operation, reason=str(error))
+            reply = Failed(rank=self._rank, operation_id=request.operation_id, reason=str(error))
         except Exception as error:
-            logger.exception("rank %d failed to carry out %s", self._rank, type(message).__name__)
-            reply = sm.Failed(rank=self._rank, operation_id=operation, reason=f"{type(error).__name__}: {error}")
+            logger.exception("rank %d failed to carry out %s", self._rank, type(request).__name__)
+            reply = Failed(
+                rank=self._rank, operation_id=request.operation_id, reason=f"{type(error).__name__}: {error}"
+            )
         if reply is not None:
             self.post(reply)

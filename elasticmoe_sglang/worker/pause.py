@@ -29,8 +29,8 @@ class PauseMeter:
         self._last = None
         self._operation = None
 
-    def result(self) -> tuple[str, float, float] | None:
-        """A batch's result was processed. Returns (operation, pause_ms, median_ms) for the first after a commit."""
+    def result(self) -> tuple[str, float] | None:
+        """A batch's result was processed. Returns (operation, pause_ms) for the first after a commit."""
         now = time.monotonic()
         last, self._last = self._last, now
         if last is None:
@@ -43,5 +43,4 @@ class PauseMeter:
             return None
         if not self._intervals:
             return None
-        median = statistics.median(self._intervals)
-        return operation, max(0.0, interval - median), median
+        return operation, max(0.0, interval - statistics.median(self._intervals))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,6 @@ from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
 from elasticmoe_sglang.hmm.space import ColumnSpace, DenseSpace
 from elasticmoe_sglang.wire.to_hmm import Block, ModelSpec
-from elasticmoe_sglang.wire.to_worker import ColumnPull
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +171,7 @@ class WorkerWeights:
         }
         self._map(list(here.values()))
         missing = [column for column in owned if column not in here]
-        pulls = [
-            ColumnPull(column=column, source=elsewhere[column].device) for column in missing if column in elsewhere
-        ]
-        self.pull(pulls, txn)
+        self.pull({column: elsewhere[column].device for column in missing if column in elsewhere}, txn)
         load = [column for column in missing if column not in elsewhere]
         blocks = self._client.allocate(self._device, "column", columns=load, txn=txn) if load else []
         self._map(blocks)
@@ -196,8 +192,8 @@ class WorkerWeights:
             assert block.column is not None
             self.columns.map_column(block.column, handle)
 
-    def pull(self, pulls: Sequence[ColumnPull], txn: str | None) -> PullResult:
-        """Map columns into their free slots and fill them from the devices that hold them now.
+    def pull(self, sources: Mapping[int, int], txn: str | None) -> PullResult:
+        """Map columns into their free slots and fill them from the devices that hold them now (column -> device).
 
         No table points at these slots yet, so serving goes on meanwhile. A column that lies on this device already
         (another rank of the device had it) is mapped without a copy.
@@ -207,21 +203,21 @@ class WorkerWeights:
         """
         with self._lock:
             self._stop.clear()
-            return self._pull(pulls, txn)
+            return self._pull(sources, txn)
 
-    def _pull(self, pulls: Sequence[ColumnPull], txn: str | None) -> PullResult:
+    def _pull(self, sources: Mapping[int, int], txn: str | None) -> PullResult:
         started = time.monotonic()
-        near = [pull.column for pull in pulls if pull.source == self._device]
-        far = [pull for pull in pulls if pull.source != self._device]
+        near = [column for column, source in sources.items() if source == self._device]
+        far = [column for column, source in sources.items() if source != self._device]
         if near:
             self._map(self._sealed(near, self._device))
         if not far:
             return PullResult(columns=len(near), bytes=0, seconds=time.monotonic() - started)
-        new = self._client.allocate(self._device, "column", columns=[pull.column for pull in far], txn=txn or None)
-        copied = sum(self._fetch(pull, block) for pull, block in zip(far, new, strict=True))
+        new = self._client.allocate(self._device, "column", columns=far, txn=txn or None)
+        copied = sum(self._fetch(column, sources[column], block) for column, block in zip(far, new, strict=True))
         self._client.seal([block.block_id for block in new])
         self.pulled_bytes += copied
-        return PullResult(columns=len(pulls), bytes=copied, seconds=time.monotonic() - started)
+        return PullResult(columns=len(sources), bytes=copied, seconds=time.monotonic() - started)
 
     def _sealed(self, columns: Sequence[int], device: int) -> list[Block]:
         found = {
@@ -234,12 +230,12 @@ class WorkerWeights:
             raise WorkerError(f"columns {gone} are not on device {device} any more", rank=self._rank)
         return [found[column] for column in columns]
 
-    def _fetch(self, pull: ColumnPull, block: Block) -> int:
-        assert block.column == pull.column
+    def _fetch(self, column: int, source_device: int, block: Block) -> int:
+        assert block.column == column
         self._map([block])
-        [source] = self._sealed([pull.column], pull.source)
+        [source] = self._sealed([column], source_device)
         [handle] = self._client.handles([source.block_id])
-        stats = self.columns.pull(pull.column, handle, bytes_per_second=self._limit, should_stop=self._stop.is_set)
+        stats = self.columns.pull(column, handle, bytes_per_second=self._limit, should_stop=self._stop.is_set)
         if not stats.complete:
             raise WorkerError("the copy was stopped because the change is rolled back", rank=self._rank)
         return stats.nbytes

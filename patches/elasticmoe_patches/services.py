@@ -35,7 +35,7 @@ from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.imm.client import ImmClient, start_imm
 from elasticmoe_sglang.planner import initial_placement
 from elasticmoe_sglang.runtime import Runtime, current_runtime
-from elasticmoe_sglang.wire import to_worker as sm
+from elasticmoe_sglang.wire.to_coordinator import Hello
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Services:
     async def _make_coordinator(self) -> Coordinator:
         config = self.runtime.config
         membership = self.control.read_membership()
-        hellos = await asyncio.gather(*(self._channel.wait_for(sm.Hello, rank=rank) for rank in membership.ranks))
+        hellos = await asyncio.gather(*(self._channel.wait_for(Hello, rank=rank) for rank in membership.ranks))
         placement = initial_placement(hellos[0].columns, membership.ranks)
         hmm = AsyncHmmClient(self.runtime.hmm_endpoint, name="coordinator", client=self._client)
         await release_leftovers(hmm, placement, membership.ranks, config)

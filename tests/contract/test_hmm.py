@@ -39,19 +39,19 @@ from elasticmoe_sglang.errors import (
 )
 from elasticmoe_sglang.hmm.client import AsyncHmmClient, HmmClient
 from elasticmoe_sglang.hmm.config import Endpoint, HmmConfig
-from elasticmoe_sglang.hmm.fd_passing import new_socket, receive_packet, send_packet
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.hmm.server import HmmServer
 from elasticmoe_sglang.hmm.space import ColumnSpace
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
-from elasticmoe_sglang.wire import to_hmm as p
-from elasticmoe_sglang.wire.envelope import Codec, Envelope, ErrorReply, error_from
+from elasticmoe_sglang.wire import to_hmm
+from elasticmoe_sglang.wire.envelope import Envelope, ErrorReply, error_from
+from elasticmoe_sglang.wire.seqpacket import new_socket, receive_packet, send_packet
 from tests.helpers.leaks import holdings
 
 PAGE = CpuBackend().granularity
 MIB = 1 << 20
 BUDGETS = (4 * MIB, 2 * MIB)
-MODEL = p.ModelSpec(fingerprint="m", num_columns=16, column_bytes=3 * PAGE - 7, dense_bytes=PAGE)
+MODEL = to_hmm.ModelSpec(fingerprint="m", num_columns=16, column_bytes=3 * PAGE - 7, dense_bytes=PAGE)
 
 
 def descriptors(pid: int | None = None) -> Counter[str]:
@@ -132,7 +132,7 @@ def used(client: HmmClient) -> list[int]:
     return [device.used for device in client.status().devices]
 
 
-def mapped_write(client: HmmClient, block: p.Block, data: bytes) -> None:
+def mapped_write(client: HmmClient, block: to_hmm.Block, data: bytes) -> None:
     import ctypes
 
     [handle] = client.handles([block.block_id])
@@ -205,7 +205,7 @@ def test_a_rank_pulls_columns_from_another_device(client: HmmClient) -> None:
 
 
 def test_more_blocks_than_descriptors_fit_a_packet(client: HmmClient) -> None:
-    client.register_model(p.ModelSpec(fingerprint="many", num_columns=600, column_bytes=8, dense_bytes=8))
+    client.register_model(to_hmm.ModelSpec(fingerprint="many", num_columns=600, column_bytes=8, dense_bytes=8))
     blocks = client.allocate(0, "column", columns=range(600))
     handles = client.handles([block.block_id for block in blocks])
     assert len(handles) == 600 == client.status().clients[0].leases
@@ -475,15 +475,13 @@ def test_waiting_for_a_seal(client: HmmClient) -> None:
 
 def test_a_repeated_command_is_executed_once(client: HmmClient) -> None:
     link = client._attached(time.monotonic() + 5)
-    commands: Codec[p.Command] = Codec(p.Command)
-    answers: Codec[p.Answer] = Codec(p.Answer)
-    frame = commands.encode(Envelope(request_id="again", body=p.Allocate(device=0, kind="kv", nbytes=PAGE)))
+    frame = to_hmm.COMMANDS.encode(Envelope(request_id="again", body=to_hmm.Allocate(device=0, kind="kv", nbytes=PAGE)))
     with link._socket() as sock:
         replies = []
         for _ in range(3):
             sock.send(frame)
             assert sock.poll(5000)
-            replies.append(answers.decode(sock.recv()).body)
+            replies.append(to_hmm.ANSWERS.decode(sock.recv()).body)
     assert replies[0] == replies[1] == replies[2]
     status = client.status()
     assert (status.blocks, status.counters.replayed) == (1, 2)
@@ -512,10 +510,11 @@ def test_one_client_serves_many_threads(client: HmmClient) -> None:
 
 def test_the_async_twin(hmm: HmmProcess) -> None:
     async def drive() -> None:
-        client = AsyncHmmClient(hmm.endpoint, name="coordinator")
+        blocking = HmmClient(hmm.endpoint, name="coordinator")
+        client = AsyncHmmClient(hmm.endpoint, name="coordinator", client=blocking)
         txn = await client.begin("op")
-        [block] = await client.allocate(0, "kv", nbytes=PAGE, txn=txn)
-        waiting = asyncio.create_task(client.wait_sealed([block.block_id], 0.3))
+        [block] = blocking.allocate(0, "kv", nbytes=PAGE, txn=txn)
+        waiting = asyncio.create_task(asyncio.to_thread(blocking.wait_sealed, [block.block_id], 0.3))
         found, status = await asyncio.gather(client.lookup(kind="kv"), client.status())
         assert found == [block] and status.blocks == 1
         with pytest.raises(SealTimeout):
@@ -532,13 +531,11 @@ def test_the_async_twin(hmm: HmmProcess) -> None:
 
 
 def test_malformed_commands_get_typed_errors_and_are_counted(hmm: HmmProcess, client: HmmClient) -> None:
-    answers: Codec[p.Answer] = Codec(p.Answer)
-    good: Codec[p.Command] = Codec(p.Command)
 
     def ask(*frames: bytes) -> tuple[str, ElasticMoEError]:
         sock.send_multipart(frames)
         assert sock.poll(5000), "no answer"
-        answer = answers.decode(sock.recv())
+        answer = to_hmm.ANSWERS.decode(sock.recv())
         assert isinstance(answer.body, ErrorReply)
         return answer.request_id, error_from(answer.body)
 
@@ -552,7 +549,7 @@ def test_malformed_commands_get_typed_errors_and_are_counted(hmm: HmmProcess, cl
             (b"\x91" * 10_000,),
             (bytes(2 << 20),),
             (b"two", b"frames"),
-            (b"", good.encode(Envelope(request_id="r", body=p.StatusRequest()))),
+            (b"", to_hmm.COMMANDS.encode(Envelope(request_id="r", body=to_hmm.StatusRequest()))),
             (b"a",) * 50,
         ]
         for frames in nonsense:
@@ -561,7 +558,7 @@ def test_malformed_commands_get_typed_errors_and_are_counted(hmm: HmmProcess, cl
         bad_body = msgspec.msgpack.encode({"version": 1, "request_id": "r9", "body": {"type": "Nope"}})
         request_id, error = ask(bad_body)
         assert request_id == "r9" and isinstance(error, MalformedMessage)
-        request_id, error = ask(good.encode(Envelope(request_id="r10", body=p.StatusRequest())))
+        request_id, error = ask(to_hmm.COMMANDS.encode(Envelope(request_id="r10", body=to_hmm.StatusRequest())))
         assert request_id == "r10" and "not attached" in str(error)
         sock.send(bytes(20 << 20))  # libzmq drops who sends this much
         assert not sock.poll(200)
@@ -569,29 +566,27 @@ def test_malformed_commands_get_typed_errors_and_are_counted(hmm: HmmProcess, cl
 
 
 def test_malformed_packets_get_typed_errors_and_are_counted(hmm: HmmProcess, client: HmmClient) -> None:
-    replies: Codec[p.LinkReply] = Codec(p.LinkReply)
-    requests: Codec[p.LinkRequest] = Codec(p.LinkRequest)
 
     def ask(packet: bytes, *fds: int) -> ElasticMoEError | None:
         send_packet(sock, packet, fds)
         eventually(lambda: select_readable(sock))
         reply, _ = receive_packet(sock)
-        body = replies.decode(reply).body
+        body = to_hmm.LINK_REPLIES.decode(reply).body
         return error_from(body) if isinstance(body, ErrorReply) else None
 
-    def request(body: p.LinkRequest) -> bytes:
-        return requests.encode(Envelope(request_id="r", body=body))
+    def request(body: to_hmm.LinkRequest) -> bytes:
+        return to_hmm.LINK_REQUESTS.encode(Envelope(request_id="r", body=body))
 
     client.status()
     before = len(os.listdir(f"/proc/{hmm.pid}/fd"))
     sock = new_socket()
     sock.connect(str(Endpoint.parse(hmm.endpoint).handles))
     assert isinstance(ask(b"\xc1 nonsense"), MalformedMessage)
-    assert "must be Hello" in str(ask(request(p.FetchHandles(block_ids=[1]))))
-    assert ask(request(p.Hello(name="odd"))) is None
-    assert "second Hello" in str(ask(request(p.Hello(name="odd"))))
-    assert isinstance(ask(request(p.ReturnLeases(block_ids=[1]))), ProtocolError)
-    assert isinstance(ask(request(p.FetchHandles(block_ids=[404]))), BlockNotFound)
+    assert "must be Attach" in str(ask(request(to_hmm.FetchHandles(block_ids=[1]))))
+    assert ask(request(to_hmm.Attach(name="odd"))) is None
+    assert "second Attach" in str(ask(request(to_hmm.Attach(name="odd"))))
+    assert isinstance(ask(request(to_hmm.ReturnLeases(block_ids=[1]))), ProtocolError)
+    assert isinstance(ask(request(to_hmm.FetchHandles(block_ids=[404]))), BlockNotFound)
     # Descriptors that nobody asked for are closed.
     gift = os.open(os.devnull, os.O_RDONLY)
     assert isinstance(ask(b"\xc1", *[gift] * 253), MalformedMessage)
@@ -609,12 +604,11 @@ def select_readable(sock: socket.socket) -> bool:
 
 
 def test_a_client_that_never_reads_its_handles_is_dropped(hmm: HmmProcess, client: HmmClient) -> None:
-    requests: Codec[p.LinkRequest] = Codec(p.LinkRequest)
     [block] = client.allocate(0, "kv", nbytes=PAGE)
     sock = new_socket()
     sock.connect(str(Endpoint.parse(hmm.endpoint).handles))
-    send_packet(sock, requests.encode(Envelope(request_id="r", body=p.Hello(name="deaf"))))
-    frame = requests.encode(Envelope(request_id="r", body=p.FetchHandles(block_ids=[block.block_id])))
+    send_packet(sock, to_hmm.LINK_REQUESTS.encode(Envelope(request_id="r", body=to_hmm.Attach(name="deaf"))))
+    frame = to_hmm.LINK_REQUESTS.encode(Envelope(request_id="r", body=to_hmm.FetchHandles(block_ids=[block.block_id])))
     dropped = False
     for _ in range(5000):
         try:
@@ -631,7 +625,7 @@ def test_a_client_that_never_reads_its_handles_is_dropped(hmm: HmmProcess, clien
 
 
 def test_a_link_that_says_nothing_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elasticmoe_sglang.hmm.server_links._HELLO_S", 0.2)
+    monkeypatch.setattr("elasticmoe_sglang.hmm.server_links._ATTACH_S", 0.2)
     with in_thread(tmp_path) as server:
         sock = new_socket()
         sock.connect(str(Endpoint.parse(server.service.endpoint).handles))

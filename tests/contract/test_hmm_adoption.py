@@ -16,12 +16,12 @@ from elasticmoe_sglang.errors import BudgetExceeded, HmmUnavailable, ProtocolErr
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
-from elasticmoe_sglang.wire import to_hmm as p
+from elasticmoe_sglang.wire import to_hmm
 from tests.helpers.leaks import no_leaks
 
 PAGE = CpuBackend().granularity
 BUDGETS = (64 * PAGE, 64 * PAGE)
-MODEL = p.ModelSpec(fingerprint="m", num_columns=16, column_bytes=2 * PAGE - 5, dense_bytes=PAGE)
+MODEL = to_hmm.ModelSpec(fingerprint="m", num_columns=16, column_bytes=2 * PAGE - 5, dense_bytes=PAGE)
 REGION_BYTES = 1000
 
 # A rank: takes its device's dense block and columns, or maps those of another rank there, and does what it is told.
@@ -138,7 +138,7 @@ def usage(client: HmmClient) -> list[tuple[int, dict[str, int]]]:
     return [(device.used, device.by_kind) for device in client.status().devices]
 
 
-def content(client: HmmClient, block: p.Block) -> bytes:
+def content(client: HmmClient, block: to_hmm.Block) -> bytes:
     [handle] = client.handles([block.block_id])
     va = client.backend.reserve(block.nbytes)
     try:
@@ -244,7 +244,9 @@ def test_another_model_and_too_small_a_budget(endpoint: str) -> None:
         kill(first)
         with start(endpoint) as other:
             with HmmClient(endpoint, name="check") as client:
-                client.register_model(p.ModelSpec(fingerprint="o", num_columns=16, column_bytes=PAGE, dense_bytes=PAGE))
+                client.register_model(
+                    to_hmm.ModelSpec(fingerprint="o", num_columns=16, column_bytes=PAGE, dense_bytes=PAGE)
+                )
                 assert rank.does("client.offer()").startswith("ModelMismatch: the HMM holds another model")
                 assert usage(client)[0] == (0, {})
             kill(other)
@@ -264,7 +266,11 @@ def test_offers_that_are_not_what_they_say_are_refused(endpoint: str) -> None:
         def offer(fds: Sequence[int], **changes: object) -> None:
             link.adopt(
                 None,
-                [p.Offer(block=p.Block(**({"block_id": 7, "device": 0, "kind": "kv", "nbytes": PAGE} | changes)))],
+                [
+                    to_hmm.Offer(
+                        block=to_hmm.Block(**({"block_id": 7, "device": 0, "kind": "kv", "nbytes": PAGE} | changes))
+                    )
+                ],
                 fds,
                 client._deadline(),
             )

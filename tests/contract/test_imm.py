@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,20 +18,31 @@ import pytest
 
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.client import ImmClient
-from elasticmoe_sglang.wire import to_imm as m
+from elasticmoe_sglang.wire.seqpacket import send_packet
+from elasticmoe_sglang.wire.to_coordinator import FROM_IMM, WorkerExited, WorkerNote
+from elasticmoe_sglang.wire.to_imm import Assign, Assigned, KillWorker, Population, Query, Refused, Register
+from elasticmoe_sglang.wire.to_worker import JoinSpec
 
 STANDBYS = 2
 
 
+@contextlib.contextmanager
+def running_imm(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], ImmClient]]:
+    path = str(folder / "imm.sock")
+    process = subprocess.Popen([sys.executable, "-m", "tests.helpers.imm_main", path, str(STANDBYS), *arguments])
+    client = ImmClient(path, timeout_s=20)
+    try:
+        yield process, client
+    finally:
+        client.close()
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture
 def imm(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], ImmClient]]:
-    path = str(tmp_path / "imm.sock")
-    process = subprocess.Popen([sys.executable, "-m", "tests.helpers.imm_main", path, str(STANDBYS)])
-    client = ImmClient(path, timeout_s=20)
-    yield process, client
-    client.close()
-    process.kill()
-    process.wait()
+    with running_imm(tmp_path) as running:
+        yield running
 
 
 def expect(client: ImmClient, kind: type, timeout_s: float = 10.0):
@@ -42,31 +54,42 @@ def expect(client: ImmClient, kind: type, timeout_s: float = 10.0):
     raise AssertionError(f"no {kind.__name__} within {timeout_s} s")
 
 
-def population(client: ImmClient, until=lambda p: True) -> m.Population:
+def population(client: ImmClient, until=lambda p: True) -> Population:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        client.send(m.Query())
-        found = expect(client, m.Population)
+        client.send(Query())
+        found = expect(client, Population)
         if until(found):
             return found
         time.sleep(0.02)
     raise AssertionError("the expected population was not reached")
 
 
+def told(client: ImmClient, until) -> Population:
+    """The next that is sent unasked."""
+    while not until(found := expect(client, Population)):
+        pass
+    return found
+
+
 def assign(client: ImmClient, rank: int, order: str) -> None:
-    client.send(m.Register(rank=rank, blob=b"arguments"))
-    client.send(m.Assign(rank=rank, join_spec=order.encode()))
+    client.send(Register(rank=rank, arguments=order.encode()))
+    client.send(Assign(join_spec=join_spec(rank)))
+
+
+def join_spec(rank: int) -> JoinSpec:
+    return JoinSpec(rank=rank, members=(0, rank), epoch=1, joining_rank=True, operation_id=f"to-{rank}")
 
 
 def test_standbys_wait_and_one_takes_a_rank(imm) -> None:
     process, client = imm
     before = population(client, lambda p: len(p.standbys) == STANDBYS)
     assign(client, 1, "hang")
-    assigned = expect(client, m.Assigned)
+    assigned = expect(client, Assigned)
     assert assigned.rank == 1 and assigned.pid in before.standbys
-    note = expect(client, m.WorkerNote)
+    note = expect(client, WorkerNote)
     facts = json.loads(note.note)
-    assert (facts["blob"], facts["ppid"]) == ("arguments", process.pid)
+    assert (facts["order"], facts["change"], facts["ppid"]) == ("hang", "to-1", process.pid)
     after = population(client, lambda p: len(p.standbys) == STANDBYS)
     assert after.ranks == {1: assigned.pid}
     assert assigned.pid not in after.standbys
@@ -76,7 +99,7 @@ def test_a_collection_in_a_rank_leaves_out_what_the_imm_imported(imm) -> None:
     _, client = imm
     assign(client, 1, "hang")
     # Python itself and the IMM's imports are some ten thousand objects.
-    assert json.loads(expect(client, m.WorkerNote).note)["collectable"] < 1000
+    assert json.loads(expect(client, WorkerNote).note)["collectable"] < 1000
 
 
 def test_never_more_processes_than_ranks(imm) -> None:
@@ -90,7 +113,7 @@ def test_never_more_processes_than_ranks(imm) -> None:
 def test_the_end_of_a_rank_is_reported_and_the_imm_goes_on(imm, order: str, status: int) -> None:
     _, client = imm
     assign(client, 2, order)
-    exited = expect(client, m.WorkerExited)
+    exited = expect(client, WorkerExited)
     assert (exited.rank, exited.status) == (2, status)
     assign(client, 2, "hang")
     assert population(client, lambda p: 2 in p.ranks)
@@ -99,9 +122,9 @@ def test_the_end_of_a_rank_is_reported_and_the_imm_goes_on(imm, order: str, stat
 def test_a_killed_rank_reports_its_signal(imm) -> None:
     _, client = imm
     assign(client, 3, "hang")
-    pid = expect(client, m.Assigned).pid
+    pid = expect(client, Assigned).pid
     os.kill(pid, signal.SIGKILL)
-    exited = expect(client, m.WorkerExited)
+    exited = expect(client, WorkerExited)
     assert (exited.pid, exited.status) == (pid, -signal.SIGKILL)
 
 
@@ -121,9 +144,9 @@ def test_many_ends_at_once_do_not_harm_the_imm(imm) -> None:
 def test_kill_rank_ends_a_joining_rank(imm) -> None:
     _, client = imm
     assign(client, 3, "hang")
-    expect(client, m.WorkerNote)
-    client.send(m.KillWorker(rank=3))
-    assert expect(client, m.WorkerExited).status == -signal.SIGKILL
+    expect(client, WorkerNote)
+    client.send(KillWorker(rank=3))
+    assert expect(client, WorkerExited).status == -signal.SIGKILL
 
 
 def test_a_killed_standby_is_replaced(imm) -> None:
@@ -134,18 +157,41 @@ def test_a_killed_standby_is_replaced(imm) -> None:
     assert victim not in after.standbys
 
 
+def test_a_standby_counts_when_it_is_ready_and_a_ready_one_is_taken_first(tmp_path: Path) -> None:
+    """As on a GPU, where standbys are programs that import for themselves."""
+    ready = tmp_path / "ready"
+    ready.mkdir()
+    with running_imm(tmp_path, str(ready)) as (_, client):
+        first, second = population(client, lambda p: len(p.starting) == STANDBYS).starting
+        assert population(client).standbys == []
+        (ready / str(second)).touch()
+        assert told(client, lambda p: p.standbys == [second]).starting == [first]
+        assign(client, 1, "hang")
+        assert expect(client, Assigned).pid == second
+        # It is replaced by one that has to start too, and nobody is ready for the next rank.
+        assert len(population(client, lambda p: second not in p.standbys).starting) == STANDBYS
+        assign(client, 2, "hang")
+        assert expect(client, Assigned).pid == first
+        with pytest.raises(AssertionError, match="no WorkerNote"):
+            while expect(client, WorkerNote, 0.3).rank != 2:
+                pass
+        (ready / str(first)).touch()
+        assert json.loads(expect(client, WorkerNote).note)["change"] == "to-2"
+        assert first not in population(client, lambda p: p.ranks == {1: second, 2: first}).standbys
+
+
 def test_what_cannot_be_done_is_refused(imm) -> None:
     _, client = imm
-    client.send(m.Assign(rank=0, join_spec=b"hang"))
-    assert "never registered" in expect(client, m.Refused).reason
+    client.send(Assign(join_spec=join_spec(0)))
+    assert "never registered" in expect(client, Refused).reason
     assign(client, 0, "hang")
-    expect(client, m.Assigned)
-    client.send(m.Assign(rank=0, join_spec=b"hang"))
-    assert "taken" in expect(client, m.Refused).reason
-    client.sock.send(b"\xc1 not msgpack")
-    assert "malformed" in expect(client, m.Refused).reason
-    client.send(m.WorkerExited(rank=0, pid=1, status=0))
-    assert "not a request" in expect(client, m.Refused).reason
+    expect(client, Assigned)
+    client.send(Assign(join_spec=join_spec(0)))
+    assert "taken" in expect(client, Refused).reason
+    send_packet(client.sock, b"\xc1 not msgpack")
+    assert "is no message" in expect(client, Refused).reason
+    send_packet(client.sock, FROM_IMM.pack(WorkerExited(rank=0, pid=1, status=0)))
+    assert "not a valid message" in expect(client, Refused).reason
 
 
 def test_ranks_and_standbys_end_with_the_imm(imm) -> None:
@@ -169,7 +215,7 @@ def test_an_imm_that_dies_with_a_request_unread_is_gone_too(imm) -> None:
     process, client = imm
     population(client, lambda p: len(p.standbys) == STANDBYS)
     process.send_signal(signal.SIGSTOP)
-    client.send(m.Query())
+    client.send(Query())
     process.kill()
     process.wait()
     with pytest.raises(WorkerError, match="has gone"):

@@ -18,7 +18,6 @@ from elasticmoe_sglang.coordinator import (
     CommitReport,
     Coordinator,
     DeviceMemory,
-    JoinPlan,
     MemoryStatus,
     PullReport,
     RankInfo,
@@ -26,6 +25,7 @@ from elasticmoe_sglang.coordinator import (
 )
 from elasticmoe_sglang.errors import HmmUnavailable, WorkerError
 from elasticmoe_sglang.planner import ColumnMove, ScalePlan, initial_placement
+from elasticmoe_sglang.wire.to_worker import JoinSpec
 
 COLUMN = 1000
 DENSE = 5000
@@ -145,12 +145,17 @@ class FakeCluster:
     def membership(self) -> Membership:
         return self.members
 
-    async def boot(self, rank: int, join_spec: JoinPlan) -> PullReport:
+    async def boot(self, join_spec: JoinSpec) -> PullReport:
+        rank = join_spec.rank
         call = f"boot {rank}"
         how = await self._enter(call)
         assert self.states[rank] is RankState.STANDBY
         self.states[rank] = RankState.JOINING
-        return await self._take(call, how, rank, join_spec.txn, join_spec.moves)
+        assert rank in join_spec.members and join_spec.joining_rank
+        holders = {column: holder for holder, column in sorted(self.held)}
+        columns = [column for column, owner in enumerate(join_spec.placement) if owner == rank]
+        moves = [ColumnMove(column=column, source=holders[column], target=rank) for column in columns]
+        return await self._take(call, how, rank, join_spec.txn, moves)
 
     async def pull(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
         call = f"pull {rank}"

@@ -1,4 +1,8 @@
-"""An IMM whose ranks are small programs, for tests of the IMM itself: same zygote, no SGLang."""
+"""An IMM whose ranks are small programs, for tests of the IMM itself: same zygote, no SGLang.
+
+Arguments: the socket, the number of standbys and, for standbys that become ready late, a folder: each waits there for a
+file with its pid as name.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,15 @@ import sys
 import time
 
 from elasticmoe_sglang.imm.server import ImmServer, StandbyChannel, die_with_parent
-from elasticmoe_sglang.wire.to_imm import Enter
+from elasticmoe_sglang.wire.to_worker import Enter
 
 
 def worker_main(channel: StandbyChannel, enter: Enter) -> int:
-    """`join_spec` is the program: exit:N, hang, raise, quit (SIGQUIT to the parent, as SGLang does)."""
-    order = enter.join_spec.decode()
-    facts = {"blob": enter.blob.decode(), "ppid": os.getppid(), "collectable": len(gc.get_objects())}
-    channel.note(enter.rank, json.dumps(facts).encode())
+    """The launch arguments are the program: exit:N, hang, raise, quit (SIGQUIT to the parent, as SGLang does)."""
+    order = enter.arguments.decode()
+    change = enter.join_spec.operation_id
+    facts = {"order": order, "change": change, "ppid": os.getppid(), "collectable": len(gc.get_objects())}
+    channel.note(enter.join_spec.rank, json.dumps(facts).encode())
     if order.startswith("exit:"):
         return int(order.removeprefix("exit:"))
     if order == "raise":
@@ -28,6 +33,12 @@ def worker_main(channel: StandbyChannel, enter: Enter) -> int:
     return 0
 
 
+def become_late(_channel: StandbyChannel) -> None:
+    while not os.path.exists(os.path.join(sys.argv[3], str(os.getpid()))):
+        time.sleep(0.01)
+
+
 if __name__ == "__main__":
     die_with_parent()
-    ImmServer(sys.argv[1], worker_main, standbys=int(sys.argv[2]), capacity=4).serve()
+    late = become_late if len(sys.argv) > 3 else None
+    ImmServer(sys.argv[1], worker_main, standbys=int(sys.argv[2]), capacity=4, become=late).serve()

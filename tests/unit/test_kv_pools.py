@@ -16,8 +16,9 @@ from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.kv_pools import KvPools
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.planner import Placement, ScalePlan, ScaleTo, initial_placement, plan_scale
-from elasticmoe_sglang.wire import to_worker as sm
+from elasticmoe_sglang.wire.to_coordinator import KvState
 from elasticmoe_sglang.wire.to_hmm import DeviceUsage, ModelSpec
+from elasticmoe_sglang.wire.to_worker import ResizeKv
 
 CHUNK = 1 << 20
 COLUMN = 3 * CHUNK
@@ -45,7 +46,7 @@ class World:
 
     def boots(self, rank: int, chunks: int) -> None:
         self.kv[rank] = chunks
-        state = sm.KvState(token_bytes=1024, page_tokens=1, chunk_bytes=CHUNK, cap_tokens=None, chunks=chunks)
+        state = KvState(token_bytes=1024, page_tokens=1, chunk_bytes=CHUNK, cap_tokens=None, chunks=chunks)
         self.pools.learn(rank, state)
 
     def headroom(self, chunks: int) -> None:
@@ -76,7 +77,7 @@ class World:
         devices = [self.usage(device) for device in range(self.config.num_devices)]
         return SimpleNamespace(devices=devices, model=MODEL, granularity=4096)
 
-    async def tell_worker(self, rank: int, message: sm.ResizeKv) -> None:
+    async def tell_worker(self, rank: int, message: ResizeKv) -> None:
         self.asked.append((rank, message.chunks))
         if rank not in self.broken:
             self.kv[rank] = message.chunks

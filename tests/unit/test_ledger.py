@@ -24,7 +24,7 @@ from elasticmoe_sglang.hmm.ledger import Ledger
 from elasticmoe_sglang.hmm.service import HmmService
 from elasticmoe_sglang.hmm.transaction import UndoLog
 from elasticmoe_sglang.hmm.vmm.base import VaRange, VmmBackend, VmmHandle
-from elasticmoe_sglang.wire import to_hmm as p
+from elasticmoe_sglang.wire import to_hmm
 
 PAGE = 64
 BUDGETS = (10 * PAGE, 7 * PAGE)
@@ -182,7 +182,7 @@ class HmmMachine(RuleBasedStateMachine):
         return multiple(*self.allocate_in(txn, device, columns, nbytes))
 
     def allocate_in(self, txn: str | None, device: int, columns: list[int], nbytes: int) -> list[int]:
-        command = p.Allocate(device=device, kind="column", columns=columns, nbytes=nbytes, txn=txn)
+        command = to_hmm.Allocate(device=device, kind="column", columns=columns, nbytes=nbytes, txn=txn)
         size = -(-nbytes // PAGE) * PAGE
         if txn is not None and txn not in self.open:
             with pytest.raises(TransactionError):
@@ -303,7 +303,7 @@ class HmmMachine(RuleBasedStateMachine):
             sum(held.values()) for held in self.leases.values()
         )
         assert {txn.txn for txn in status.txns} == set(self.open)
-        assert {block.block_id for block in self.service.lookup(p.Lookup())} == self.live
+        assert {block.block_id for block in self.service.lookup(to_hmm.Lookup())} == self.live
 
     def teardown(self) -> None:
         for client in list(self.leases):
@@ -349,7 +349,7 @@ def test_a_watch_records_the_peak_while_it_lasts() -> None:
 
 def test_host_memory_has_no_budget(service: HmmService) -> None:
     block = service.open_region("collective region", 1000 * PAGE - 1)
-    assert (block.device, block.nbytes, block.name) == (p.HOST, 1000 * PAGE, "collective region")
+    assert (block.device, block.nbytes, block.name) == (to_hmm.HOST, 1000 * PAGE, "collective region")
     assert service.status().host_bytes == 1000 * PAGE
     assert service.open_region("collective region", 1000 * PAGE - 1) == block
     with pytest.raises(RegionMismatch, match="has 63999 bytes, 64000 were asked for"):
@@ -360,17 +360,17 @@ def test_host_memory_has_no_budget(service: HmmService) -> None:
 
 
 def test_the_model_is_registered_once(service: HmmService) -> None:
-    model = p.ModelSpec(fingerprint="a", num_columns=4, column_bytes=100, dense_bytes=50, detail={"from": "here"})
+    model = to_hmm.ModelSpec(fingerprint="a", num_columns=4, column_bytes=100, dense_bytes=50, detail={"from": "here"})
     assert service.register_model(model) == model
-    again = p.ModelSpec(fingerprint="a", num_columns=4, column_bytes=100, dense_bytes=50)
+    again = to_hmm.ModelSpec(fingerprint="a", num_columns=4, column_bytes=100, dense_bytes=50)
     assert service.register_model(again) == model
-    other = p.ModelSpec(fingerprint="b", num_columns=4, column_bytes=200, dense_bytes=50)
+    other = to_hmm.ModelSpec(fingerprint="b", num_columns=4, column_bytes=200, dense_bytes=50)
     with pytest.raises(ModelMismatch, match=r"fingerprint a \(asked for b\), column_bytes 100 \(asked for 200\)"):
         service.register_model(other)
-    [block] = service.allocate(p.Allocate(device=0, kind="dense"))
+    [block] = service.allocate(to_hmm.Allocate(device=0, kind="dense"))
     assert block.nbytes == PAGE
     with pytest.raises(UserInputError, match="column 4 does not exist"):
-        service.allocate(p.Allocate(device=0, kind="column", columns=[1, 4]))
+        service.allocate(to_hmm.Allocate(device=0, kind="column", columns=[1, 4]))
 
 
 def test_undoing_runs_backwards_past_failures_and_says_so() -> None:
@@ -392,7 +392,7 @@ def test_undoing_runs_backwards_past_failures_and_says_so() -> None:
 def test_an_undo_that_fails_is_counted_and_ends_the_transaction(service: HmmService) -> None:
     client = service.attach("c", 1).client_id
     txn = service.begin(client, "op", 60.0)
-    [block] = service.allocate(p.Allocate(device=0, kind="kv", nbytes=PAGE, txn=txn))
+    [block] = service.allocate(to_hmm.Allocate(device=0, kind="kv", nbytes=PAGE, txn=txn))
 
     def fail() -> None:
         raise OSError("no")

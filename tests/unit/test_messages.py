@@ -17,40 +17,51 @@ from elasticmoe_sglang.errors import (
     PeerTimeout,
     ProtocolError,
 )
-from elasticmoe_sglang.wire import to_hmm as p
+from elasticmoe_sglang.wire import to_coordinator, to_hmm, to_imm, to_worker
 from elasticmoe_sglang.wire.envelope import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     Codec,
     Envelope,
     ErrorReply,
+    Message,
     error_from,
     error_reply,
 )
+from elasticmoe_sglang.wire.to_hmm import ANSWERS, COMMANDS, LINK_REPLIES, LINK_REQUESTS
 
-COMMANDS: Codec[p.Command] = Codec(p.Command)
-ANSWERS: Codec[p.Answer] = Codec(p.Answer)
-LINK: Codec[p.LinkRequest] = Codec(p.LinkRequest)
+CODECS: tuple[Codec[Any], ...] = (
+    COMMANDS,
+    ANSWERS,
+    LINK_REQUESTS,
+    LINK_REPLIES,
+    to_imm.REQUESTS,
+    to_worker.REQUESTS,
+    to_worker.ENTER,
+    to_worker.COMMIT,
+    to_coordinator.FROM_WORKER,
+    to_coordinator.FROM_IMM,
+)
 
 names = st.text(min_size=1, max_size=30)
 ids = st.lists(st.integers(0, 2**53 - 1), max_size=5)
 commands = st.one_of(
-    st.just(p.StatusRequest()),
+    st.just(to_hmm.StatusRequest()),
     st.builds(
-        p.Allocate,
+        to_hmm.Allocate,
         device=st.integers(0, 7),
-        kind=st.sampled_from(p.KINDS),
+        kind=st.sampled_from(to_hmm.KINDS),
         columns=st.none() | st.lists(st.integers(0, 255), max_size=4),
         nbytes=st.none() | st.integers(1, 2**50),
         txn=st.none() | names,
     ),
-    st.builds(p.OpenRegion, name=names, nbytes=st.integers(1, 2**50)),
-    st.builds(p.Begin, operation_id=names, timeout_s=st.floats(0, 3600)),
-    st.builds(p.Commit, txn=names),
-    st.builds(p.Rollback, txn=names),
-    st.builds(p.Seal, block_ids=ids),
-    st.builds(p.WaitSealed, block_ids=ids),
-    st.builds(p.Release, block_ids=ids, txn=st.none() | names),
+    st.builds(to_hmm.OpenRegion, name=names, nbytes=st.integers(1, 2**50)),
+    st.builds(to_hmm.Begin, operation_id=names, timeout_s=st.floats(0, 3600)),
+    st.builds(to_hmm.Commit, txn=names),
+    st.builds(to_hmm.Rollback, txn=names),
+    st.builds(to_hmm.Seal, block_ids=ids),
+    st.builds(to_hmm.WaitSealed, block_ids=ids),
+    st.builds(to_hmm.Release, block_ids=ids, txn=st.none() | names),
 )
 envelopes = st.builds(
     Envelope,
@@ -67,12 +78,12 @@ plain = st.recursive(
 
 
 @given(envelopes)
-def test_what_is_encoded_comes_back_equal(envelope: Envelope[p.Command]) -> None:
+def test_what_is_encoded_comes_back_equal(envelope: Envelope[to_hmm.Command]) -> None:
     assert COMMANDS.decode(COMMANDS.encode(envelope)) == envelope
 
 
 def decode_or_refuse(frame: bytes) -> None:
-    for codec in (COMMANDS, ANSWERS, LINK):
+    for codec in CODECS:
         try:
             envelope = codec.decode(frame)
         except MalformedMessage as error:
@@ -94,7 +105,7 @@ def test_msgpack_of_any_shape_is_refused(value: Any) -> None:
 
 
 @given(envelopes, st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=6))
-def test_damaged_messages_are_read_or_refused(envelope: Envelope[p.Command], flips: list[tuple[int, int]]) -> None:
+def test_damaged_messages_are_read_or_refused(envelope: Envelope[to_hmm.Command], flips: list[tuple[int, int]]) -> None:
     frame = bytearray(COMMANDS.encode(envelope))
     for place, value in flips:
         frame[place % len(frame)] = value
@@ -124,8 +135,8 @@ def test_unknown_fields_bad_numbers_and_foreign_bodies_are_refused() -> None:
         {"body": {"type": "Seal", "block_ids": [1], "also": 2}},
         {"body": {"type": "Seal", "block_ids": [-1]}},
         {"body": {"type": "Seal", "block_ids": [2**60]}},
-        {"body": {"type": "Seal", "block_ids": [0] * (p.MAX_IDS + 1)}},
-        {"body": {"type": "Hello", "name": "x"}},
+        {"body": {"type": "Seal", "block_ids": [0] * (to_hmm.MAX_IDS + 1)}},
+        {"body": {"type": "Attach", "name": "x"}},
         {"body": {"type": "OpenRegion", "name": "x", "nbytes": 0}},
         {"request_id": ""},
         {"request_id": "x" * 65},
@@ -142,9 +153,9 @@ def test_unknown_fields_bad_numbers_and_foreign_bodies_are_refused() -> None:
 def test_sizes_are_bounded_both_ways() -> None:
     with pytest.raises(MalformedMessage, match="exceeds the limit"):
         COMMANDS.decode(bytes(MAX_MESSAGE_BYTES + 1))
-    small: Codec[p.Command] = Codec(p.Command, max_bytes=200)
+    small: Codec[to_hmm.Command] = Codec(to_hmm.Command, max_bytes=200)
     with pytest.raises(ProtocolError, match="exceeds the limit of 200"):
-        small.encode(Envelope(request_id="r", body=p.Seal(block_ids=list(range(1000)))))
+        small.encode(Envelope(request_id="r", body=to_hmm.Seal(block_ids=list(range(1000)))))
 
 
 def test_nesting_without_end_is_refused() -> None:
@@ -174,3 +185,42 @@ def test_an_error_of_a_newer_release_is_still_an_error() -> None:
 def test_any_error_text_can_be_sent(what: str, hint: str | None) -> None:
     reply = error_reply(ElasticMoEError(what, hint=hint, operation=hint))
     assert ANSWERS.decode(ANSWERS.encode(Envelope(request_id="r", body=reply))).body == reply
+
+
+JOIN = to_worker.JoinSpec(rank=2, members=(0, 2), epoch=3, joining_rank=True, placement=(0, 2))
+UNNUMBERED: list[tuple[Codec[Any], Message]] = [
+    (to_imm.REQUESTS, to_imm.Register(rank=1, arguments=b"\x00\xff")),
+    (to_imm.REQUESTS, to_imm.Assign(join_spec=JOIN)),
+    (to_worker.ENTER, to_worker.Enter(arguments=b"", join_spec=JOIN)),
+    (
+        to_worker.REQUESTS,
+        to_worker.PullColumns(operation_id="o", txn="t", sources={5: 0}),
+    ),
+    (
+        to_worker.COMMIT,
+        to_worker.CommitCommand(
+            operation_id="o", before=(0, 1), members=(0, 2), epoch=3, attempt=1, placement=(0, 2), expires=1.5
+        ),
+    ),
+    (
+        to_coordinator.FROM_WORKER,
+        to_coordinator.Retired(rank=1, operation_id="o", migrated={0: 2}, kv_chunks={0: (3, 4)}, kv_tokens=9),
+    ),
+    (to_coordinator.FROM_WORKER, to_worker.Failed(rank=1, operation_id="o", reason="no room")),
+    (to_coordinator.FROM_IMM, to_imm.Population(ranks={0: 11}, standbys=[12], starting=[13])),
+]
+
+
+@pytest.mark.parametrize(("codec", "body"), UNNUMBERED, ids=lambda value: type(value).__name__)
+def test_what_is_packed_comes_back_equal_and_only_for_its_receiver(codec: Codec[Any], body: Message) -> None:
+    frame = codec.pack(body)
+    assert codec.unpack(frame) == body
+    for other in CODECS:
+        if other is not codec:
+            with pytest.raises(MalformedMessage):
+                other.unpack(frame)
+
+
+def test_every_message_has_a_name_of_its_own() -> None:
+    tags = [cls.__name__ for cls in Message.__subclasses__() if cls.__module__.startswith("elasticmoe_sglang.")]
+    assert len(tags) > 40 and len(set(tags)) == len(tags)

@@ -12,18 +12,20 @@ import pytest
 
 from elasticmoe_sglang.coordinator.worker_channel import WorkerChannel
 from elasticmoe_sglang.errors import WorkerError
-from elasticmoe_sglang.wire import to_imm as imm
-from elasticmoe_sglang.wire import to_worker as sm
+from elasticmoe_sglang.wire import to_imm
+from elasticmoe_sglang.wire.seqpacket import receive_bytes, send_packet
+from elasticmoe_sglang.wire.to_coordinator import FROM_IMM, WorkerExited
+from elasticmoe_sglang.wire.to_worker import Failed, Pulled, Resumed
 
-EXIT = imm.WorkerExited(rank=1, pid=7, status=-9)
+EXIT = WorkerExited(rank=1, pid=7, status=-9)
 
 
 def lines() -> WorkerChannel:
     return WorkerChannel("ipc:///unused", "/unused", lambda _: None, lambda _: None)
 
 
-def resumed(retiring_rank: int) -> sm.Resumed:
-    return sm.Resumed(rank=1, operation_id="o", retiring_rank=retiring_rank, requests=1, with_kv=0)
+def resumed(retiring_rank: int) -> Resumed:
+    return Resumed(rank=1, operation_id="o", retiring_rank=retiring_rank, requests=1, with_kv=0)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -36,25 +38,25 @@ def test_an_exit_reaches_everybody_who_waits_and_whoever_asks_later() -> None:
         waiting = [
             asyncio.ensure_future(
                 hub.wait_for(
-                    sm.Resumed,
+                    Resumed,
                     rank=1,
                     about=lambda message, retiring_rank=retiring_rank: message.retiring_rank == retiring_rank,
                 )  # type: ignore[misc]
             )
             for retiring_rank in (2, 3)
         ]
-        other = asyncio.ensure_future(hub.wait_for(sm.Resumed, rank=0))
+        other = asyncio.ensure_future(hub.wait_for(Resumed, rank=0))
         await asyncio.sleep(0)
         hub._deliver(EXIT)
         for task in waiting:
             with pytest.raises(WorkerError, match="the process of rank 1"):
                 await task
         with pytest.raises(WorkerError, match="the process of rank 1"):
-            await hub.wait_for(sm.Pulled, rank=1, operation_id="late")
-        assert await hub.wait_for(imm.WorkerExited, rank=1, exits=False) == EXIT
+            await hub.wait_for(Pulled, rank=1, operation_id="late")
+        assert await hub.wait_for(WorkerExited, rank=1, exits=False) == EXIT
         hub.forget(lambda message: getattr(message, "rank", None) == 1)  # another process takes the rank
         hub._deliver(resumed(2))
-        assert await hub.wait_for(sm.Resumed, rank=1) == resumed(2)
+        assert await hub.wait_for(Resumed, rank=1) == resumed(2)
         assert not other.done()
         other.cancel()
 
@@ -66,7 +68,7 @@ def test_what_was_said_before_the_exit_still_counts() -> None:
         hub = lines()
         hub._deliver(resumed(2))
         hub._deliver(EXIT)
-        assert await hub.wait_for(sm.Resumed, rank=1) == resumed(2)
+        assert await hub.wait_for(Resumed, rank=1) == resumed(2)
 
     run(main())
 
@@ -74,18 +76,18 @@ def test_what_was_said_before_the_exit_still_counts() -> None:
 def test_a_failure_belongs_to_its_operation() -> None:
     async def main() -> None:
         hub = lines()
-        hub._deliver(sm.Failed(rank=1, operation_id="old", reason="no room"))
+        hub._deliver(Failed(rank=1, operation_id="old", reason="no room"))
         hub._deliver(resumed(2))
-        assert await hub.wait_for(sm.Resumed, rank=1) == resumed(2)
+        assert await hub.wait_for(Resumed, rank=1) == resumed(2)
         with pytest.raises(WorkerError, match="no room"):
-            await hub.wait_for(sm.Pulled, rank=1, operation_id="old")
+            await hub.wait_for(Pulled, rank=1, operation_id="old")
 
     run(main())
 
 
 def test_a_line_opened_late_learns_who_sits_where(tmp_path: Path) -> None:
     """The controller may have filled ranks before the coordinator connected: what the IMM said then was not for it."""
-    population = imm.Population(ranks={0: 11, 1: 12}, standbys=[13])
+    population = to_imm.Population(ranks={0: 11, 1: 12}, standbys=[13], starting=[])
 
     async def main() -> None:
         message: asyncio.Queue[Any] = asyncio.Queue()
@@ -95,8 +97,8 @@ def test_a_line_opened_late_learns_who_sits_where(tmp_path: Path) -> None:
             hub = WorkerChannel(f"ipc://{tmp_path}/ranks", str(tmp_path / "imm"), message.put_nowait, lambda _: None)
             hub.open()
             with listener.accept()[0] as line:
-                assert imm.decode(line.recv(imm.MAX_FRAME)) == imm.Query()
-                line.send(imm.encode(population))
+                assert to_imm.REQUESTS.unpack(receive_bytes(line)) == to_imm.Query()
+                send_packet(line, FROM_IMM.pack(population))
                 assert await message.get() == population
                 hub.close()
 

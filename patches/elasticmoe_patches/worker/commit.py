@@ -26,7 +26,8 @@ from elasticmoe_patches.worker.migration import (
 )
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.hmm.kv_space import KvWindow
-from elasticmoe_sglang.wire import to_worker as sm
+from elasticmoe_sglang.wire.to_coordinator import Retired
+from elasticmoe_sglang.wire.to_worker import CommitCommand, Resumed
 from elasticmoe_sglang.worker.kv import chunks_of
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def open_peer_socket(worker: Any) -> None:
     worker.idle.watch(worker.peer)
 
 
-def apply_commit(scheduler: Any, worker: Any, command: sm.CommitCommand) -> None:
+def apply_commit(scheduler: Any, worker: Any, command: CommitCommand) -> None:
     """Pass the commit barrier; a retiring rank that passed it hands over and does not come back.
 
     Raises:
@@ -58,11 +59,10 @@ def apply_commit(scheduler: Any, worker: Any, command: sm.CommitCommand) -> None
         leave(scheduler, worker, command)
 
 
-def leave(scheduler: Any, worker: Any, command: sm.CommitCommand) -> None:
+def leave(scheduler: Any, worker: Any, command: CommitCommand) -> None:
     """Hand every request to a survivor, put the fence behind the last output, and end."""
     from elasticmoe_patches.worker.worker import RankRetired
 
-    started = time.monotonic()
     drain_results(scheduler)
     _read_until_fence(scheduler, worker, command.operation_id)
     survivors = _takers(worker, command)
@@ -74,20 +74,19 @@ def leave(scheduler: Any, worker: Any, command: sm.CommitCommand) -> None:
     _flush(scheduler)
     worker.fault_point("leave.sent")
     worker.agent.post(
-        sm.Retired(
+        Retired(
             rank=worker.rank,
             operation_id=command.operation_id,
             migrated={survivor: len(part) for survivor, part in dealt.items()},
             kv_chunks={survivor: _chunks(worker, part) for survivor, part in dealt.items()},
             kv_tokens=sum(migrated.kv_tokens for migrated in load),
-            seconds=time.monotonic() - started,
         )
     )
     worker.left = True
     raise RankRetired
 
 
-def _takers(worker: Any, command: sm.CommitCommand) -> list[int]:
+def _takers(worker: Any, command: CommitCommand) -> list[int]:
     """Survivors that take requests over: the living ones. What goes to a dead one is sent again without its KV."""
     survivors = [member for member in command.members if member not in command.joining] or [0]
     return [survivor for survivor in survivors if worker.region.control.alive(survivor)] or survivors
@@ -210,7 +209,7 @@ def resume_ready(scheduler: Any, worker: Any) -> None:
         for message, header, buffers in items:
             operation_id = message.operation_id
             with_kv += _resume(scheduler, worker, message, header, buffers, window)
-        resumed = sm.Resumed(
+        resumed = Resumed(
             rank=worker.rank,
             operation_id=operation_id,
             retiring_rank=retiring_rank,
@@ -224,7 +223,7 @@ def resume_ready(scheduler: Any, worker: Any) -> None:
             worker.agent.run(partial(_close_window, worker, window, resumed))
 
 
-def _close_window(worker: Any, window: KvWindow, resumed: sm.Resumed) -> None:
+def _close_window(worker: Any, window: KvWindow, resumed: Resumed) -> None:
     """Only then may the retiring rank's memory be given back."""
     window.close()
     worker.agent.post(resumed)
@@ -262,7 +261,7 @@ def _resume(
     return placed
 
 
-def check_command(worker: Any, command: sm.CommitCommand) -> None:
+def check_command(worker: Any, command: CommitCommand) -> None:
     """Raises WorkerError when a commit arrives while another one is pending: the coordinator sends one at a time."""
     if worker.pending is not None:
         raise WorkerError(

@@ -166,7 +166,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             dense,
             owned=owned,
             txn=worker.join_spec.txn or None,
-            dense_source=worker.join_spec.dense_source,
+            dense_source=worker.runtime.config.device_of(0),
             fill_dense=worker.rank == 0,
             table_device=target,
         )

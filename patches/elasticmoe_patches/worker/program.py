@@ -15,8 +15,8 @@ from typing import NoReturn
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.server import StandbyChannel
 from elasticmoe_sglang.runtime import current_runtime
-from elasticmoe_sglang.wire import to_imm as m
-from elasticmoe_sglang.wire.join_spec import decode_join_spec
+from elasticmoe_sglang.wire.seqpacket import MAX_PACKET_BYTES
+from elasticmoe_sglang.wire.to_worker import ENTER, Enter
 from elasticmoe_sglang.worker.idle import ENV_DOORBELLS
 
 
@@ -25,19 +25,19 @@ def become_standby(channel: StandbyChannel) -> NoReturn:
     _become(channel, [])
 
 
-def never_here(channel: StandbyChannel, enter: m.Enter) -> int:
+def never_here(channel: StandbyChannel, enter: Enter) -> int:
     """For an IMM whose children are all programs of their own."""
-    raise WorkerError("a forked child was put into a rank", rank=enter.rank)
+    raise WorkerError("a forked child was put into a rank", rank=enter.join_spec.rank)
 
 
-def fresh_worker_main(channel: StandbyChannel, enter: m.Enter) -> int:
+def fresh_worker_main(channel: StandbyChannel, enter: Enter) -> int:
     """In the forked child: the server's first ranks run as ever, a joining rank becomes a program of its own."""
     from elasticmoe_patches.worker.worker import worker_main
 
-    if not decode_join_spec(enter.join_spec).joining_rank:
+    if not enter.join_spec.joining_rank:
         return worker_main(channel, enter)
     frame_fd = os.memfd_create("enter", 0)
-    os.write(frame_fd, m.encode(enter))
+    os.write(frame_fd, ENTER.pack(enter))
     os.lseek(frame_fd, 0, os.SEEK_SET)
     _become(channel, [frame_fd])
 
@@ -52,10 +52,10 @@ def _become(channel: StandbyChannel, frames: list[int]) -> NoReturn:
 
 def main() -> None:
     channel = StandbyChannel(socket.socket(fileno=int(sys.argv[1])))
-    enter: m.Message | None = None
+    enter: Enter | None = None
     if len(sys.argv) > 2:
         frame_fd = int(sys.argv[2])
-        enter = m.decode(os.read(frame_fd, m.MAX_FRAME))
+        enter = ENTER.unpack(os.read(frame_fd, MAX_PACKET_BYTES))
         os.close(frame_fd)
     from elasticmoe_patches.imm import preload
 
@@ -67,7 +67,6 @@ def main() -> None:
         enter = channel.wait_to_enter()
     if enter is None:
         return
-    assert isinstance(enter, m.Enter)
     status = worker_main(channel, enter)
     sys.stdout.flush()
     sys.stderr.flush()

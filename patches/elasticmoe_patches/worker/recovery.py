@@ -18,7 +18,8 @@ from elasticmoe_patches.worker.commit import put_fence, receive_migrated, resume
 from elasticmoe_patches.worker.kv_jobs import run_kv_jobs
 from elasticmoe_patches.worker.migration import live_requests
 from elasticmoe_sglang.errors import CollectiveError, CommitError
-from elasticmoe_sglang.wire import to_worker as sm
+from elasticmoe_sglang.wire.to_coordinator import Broken
+from elasticmoe_sglang.wire.to_worker import Recovered
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def recover(scheduler: Any, worker: Any, error: CollectiveError | CommitError) -
         worker.pending = None
     kept = set_aside(scheduler, worker)
     culprit = -1 if error.rank is None else error.rank
-    worker.agent.post(sm.Broken(rank=worker.rank, epoch=worker.region.epoch, culprit=culprit, reason=str(error)))
+    worker.agent.post(Broken(rank=worker.rank, culprit=culprit))
     worker.recovering = True
     deadline = time.monotonic() + _RECOVER_DEADLINE_S
     while time.monotonic() < deadline:
@@ -167,5 +168,5 @@ def report(scheduler: Any, worker: Any, operation_id: str) -> None:
     for migrated_requests in worker.inbox.held.values():
         rids |= {message.request.rid for message, _, _ in migrated_requests}
     put_fence(scheduler, operation_id, worker.rank)
-    worker.agent.post(sm.Recovered(rank=worker.rank, operation_id=operation_id, committed=True, rids=sorted(rids)))
+    worker.agent.post(Recovered(rank=worker.rank, operation_id=operation_id, committed=True, rids=sorted(rids)))
     worker.recovering = False

@@ -6,7 +6,6 @@ Started by the IMM in a forked standby. One rank a process; `current_worker` is 
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import queue
 import time
@@ -28,10 +27,9 @@ from elasticmoe_sglang.errors import CommitError, ElasticMoEError, WorkerError
 from elasticmoe_sglang.faults import point
 from elasticmoe_sglang.imm.server import StandbyChannel
 from elasticmoe_sglang.runtime import Runtime, current_runtime
-from elasticmoe_sglang.wire import to_worker as sm
-from elasticmoe_sglang.wire.join_spec import JoinSpec, decode_join_spec
+from elasticmoe_sglang.wire import to_coordinator, to_worker
 from elasticmoe_sglang.wire.to_hmm import ModelSpec
-from elasticmoe_sglang.wire.to_imm import Enter
+from elasticmoe_sglang.wire.to_worker import Enter, JoinSpec
 from elasticmoe_sglang.worker.ablation import connect
 from elasticmoe_sglang.worker.agent import WorkerAgent
 from elasticmoe_sglang.worker.idle import IdleWait
@@ -102,11 +100,11 @@ class Worker:
         self.resuming: dict[str, Any] = {}
         self.aborted = RecentAborts()
         self.building: Any = None
-        self.pending: sm.CommitCommand | None = None
+        self.pending: to_worker.CommitCommand | None = None
         self.fences: deque[str] = deque(maxlen=_FENCES)
-        self.recoveries: queue.SimpleQueue[sm.Recover] = queue.SimpleQueue()
+        self.recoveries: queue.SimpleQueue[to_worker.Recover] = queue.SimpleQueue()
         self.recovering = False
-        self.counts: list[sm.CountRequests] = []
+        self.counts: list[to_worker.CountRequests] = []
         self.pulled: list[Any] = []
         self.replay: list[Any] = []
         self.sent_again: list[Any] = []
@@ -122,13 +120,13 @@ class Worker:
             runtime.paths.coordinator_endpoint,
             self.rank,
             {
-                sm.PullColumns: self._pull,
-                sm.DropColumns: self._drop,
-                sm.OfferMemory: self._offer,
-                sm.ResizeKv: self._resize_kv,
-                sm.ReleaseMigrated: self._release_migrated,
-                sm.Recover: self._recover,
-                sm.CountRequests: self._count,
+                to_worker.PullColumns: self._pull,
+                to_worker.DropColumns: self._drop,
+                to_worker.OfferMemory: self._offer,
+                to_worker.ResizeKv: self._resize_kv,
+                to_worker.ReleaseMigrated: self._release_migrated,
+                to_worker.Recover: self._recover,
+                to_worker.CountRequests: self._count,
             },
         )
         self.agent.start()
@@ -148,12 +146,12 @@ class Worker:
 
     # -- the agent's thread -------------------------------------------------------------------------------------
 
-    def _pull(self, message: sm.Message) -> sm.Message:
-        assert isinstance(message, sm.PullColumns)
+    def _pull(self, message: to_worker.Request) -> to_worker.Reply:
+        assert isinstance(message, to_worker.PullColumns)
         self.fault_point("pull.started")
-        result = self.memory.pull(message.columns, message.txn)
+        result = self.memory.pull(message.sources, message.txn)
         self.fault_point("pull.done")
-        return sm.Pulled(
+        return to_worker.Pulled(
             rank=self.rank,
             operation_id=message.operation_id,
             columns=result.columns,
@@ -161,16 +159,17 @@ class Worker:
             seconds=result.seconds,
         )
 
-    def _drop(self, message: sm.Message) -> sm.Message:
-        assert isinstance(message, sm.DropColumns)
-        return sm.Dropped(rank=self.rank, operation_id=message.operation_id, columns=self.memory.unmap(message.columns))
+    def _drop(self, message: to_worker.Request) -> to_worker.Reply:
+        assert isinstance(message, to_worker.DropColumns)
+        self.memory.unmap(message.columns)
+        return to_worker.Dropped(rank=self.rank, operation_id=message.operation_id)
 
-    def _offer(self, message: sm.Message) -> sm.Message:
-        assert isinstance(message, sm.OfferMemory)
-        return sm.Offered(rank=self.rank, operation_id=message.operation_id, blocks=self.client.offer())
+    def _offer(self, message: to_worker.Request) -> to_worker.Reply:
+        assert isinstance(message, to_worker.OfferMemory)
+        return to_worker.Offered(rank=self.rank, operation_id=message.operation_id, blocks=self.client.offer())
 
-    def _release_migrated(self, message: sm.Message) -> None:
-        assert isinstance(message, sm.ReleaseMigrated)
+    def _release_migrated(self, message: to_worker.Request) -> None:
+        assert isinstance(message, to_worker.ReleaseMigrated)
         if message.kv_chunks and self.kv is not None:
             try:
                 self.inbox.windows[message.retiring_rank] = self.kv.window(message.retiring_rank, message.kv_chunks)
@@ -181,44 +180,32 @@ class Worker:
         self.inbox.released.add(message.retiring_rank)
         self.idle.wake_all()
 
-    def _resize_kv(self, message: sm.Message) -> sm.Message:
-        assert isinstance(message, sm.ResizeKv)
+    def _resize_kv(self, message: to_worker.Request) -> to_worker.Reply:
+        assert isinstance(message, to_worker.ResizeKv)
         if self.kv is None:
             raise WorkerError("this rank's KV cache is not in HMM memory", rank=self.rank)
-        done = self.kv.resize(message.chunks, message.timeout_s, self.idle.wake_all)
-        return sm.KvResized(
-            rank=self.rank,
-            operation_id=message.operation_id,
-            chunks=self.kv.chunks,
-            tokens=done.tokens,
-            evicted=done.evicted,
-            moved=done.moved,
-            retracted=done.retracted,
-        )
+        self.kv.resize(message.chunks, message.timeout_s, self.idle.wake_all)
+        return to_worker.KvResized(rank=self.rank, operation_id=message.operation_id, chunks=self.kv.chunks)
 
-    def _recover(self, message: sm.Message) -> None:
-        assert isinstance(message, sm.Recover)
+    def _recover(self, message: to_worker.Request) -> None:
+        assert isinstance(message, to_worker.Recover)
         self.recoveries.put(message)
         self.idle.wake_all()
 
-    def _count(self, message: sm.Message) -> None:
-        assert isinstance(message, sm.CountRequests)
+    def _count(self, message: to_worker.Request) -> None:
+        assert isinstance(message, to_worker.CountRequests)
         self.counts.append(message)
         self.idle.wake_all()
 
     # -- coming in ----------------------------------------------------------------------------------------------
 
-    def say_hello(self, stage: str) -> None:
+    def say_hello(self) -> None:
         """Tell the coordinator what this rank is and what it took to boot."""
         assert self.spec is not None
         self.agent.post(
-            sm.Hello(
+            to_coordinator.Hello(
                 rank=self.rank,
-                pid=os.getpid(),
-                stage=stage,
                 columns=self.spec.num_columns,
-                column_bytes=self.spec.column_bytes,
-                dense_bytes=self.spec.dense_bytes,
                 checkpoint_bytes=self.checkpoint_bytes,
                 pulled_bytes=self.memory.pulled_bytes,
                 boot_s=time.monotonic() - self.started,
@@ -227,11 +214,11 @@ class Worker:
             )
         )
 
-    def _kv_state(self) -> sm.KvState | None:
+    def _kv_state(self) -> to_coordinator.KvState | None:
         if self.kv is None:
             return None
         shape = self.kv.shape
-        return sm.KvState(
+        return to_coordinator.KvState(
             token_bytes=shape.token_bytes,
             page_tokens=shape.page_tokens,
             chunk_bytes=shape.chunk_bytes,
@@ -246,7 +233,7 @@ class Worker:
             CommitError: the change was given up.
         """
         self.region.control.set_worker_state(self.rank, WorkerState.JOINING)
-        self.say_hello("barrier")
+        self.say_hello()
         self.fault_point("boot.barrier")
         members = self.join_spec.members
         prepare_to_join(self)
@@ -272,7 +259,7 @@ class Worker:
             await_first_members(self)
             self._enter(self.join_spec.members, self.join_spec.epoch)
         self.region.control.set_worker_state(self.rank, WorkerState.ACTIVE)
-        self.say_hello("serving")
+        self.say_hello()
 
     def _enter(self, members: tuple[int, ...], epoch: int) -> None:
         self.region.set_membership(self._membership(members, epoch))
@@ -281,7 +268,7 @@ class Worker:
 
     # -- changing -----------------------------------------------------------------------------------------------
 
-    def pass_barrier(self, command: sm.CommitCommand) -> bool:
+    def pass_barrier(self, command: to_worker.CommitCommand) -> bool:
         """Meet the others; when all have come, switch membership and placement. True when committed.
 
         Raises:
@@ -307,10 +294,9 @@ class Worker:
             self.region.solo()
             self.region.control.set_worker_state(self.rank, WorkerState.RETIRING)
         self.agent.post(
-            sm.Committed(
+            to_coordinator.Committed(
                 rank=self.rank,
                 operation_id=command.operation_id,
-                epoch=command.epoch,
                 committed=committed,
                 barrier_ms=(time.monotonic() - started) * 1e3,
                 reason="" if committed else self.barrier.reason,
@@ -321,20 +307,19 @@ class Worker:
             self.fault_point("barrier.after")
         return committed
 
-    def refuse(self, command: sm.CommitCommand, reason: str) -> None:
+    def refuse(self, command: to_worker.CommitCommand, reason: str) -> None:
         """Tell the coordinator that a commit was not carried out."""
         self.agent.post(
-            sm.Committed(
+            to_coordinator.Committed(
                 rank=self.rank,
                 operation_id=command.operation_id,
-                epoch=command.epoch,
                 committed=False,
                 barrier_ms=0.0,
                 reason=reason,
             )
         )
 
-    def pass_recovery_barrier(self, command: sm.Recover) -> bool:
+    def pass_recovery_barrier(self, command: to_worker.Recover) -> bool:
         """Meet the other survivors; True when this rank is a member of the next epoch."""
         try:
             decision = self.barrier.arrive(
@@ -352,7 +337,9 @@ class Worker:
             self.memory.switch([c for c, owner in enumerate(command.placement) if owner == self.rank])
             self.aborted.clear()  # the tokenizer knows of every earlier one when it sends a request again
         else:
-            self.agent.post(sm.Recovered(rank=self.rank, operation_id=command.operation_id, committed=False, rids=[]))
+            self.agent.post(
+                to_worker.Recovered(rank=self.rank, operation_id=command.operation_id, committed=False, rids=[])
+            )
         return decision is Decision.COMMIT
 
     def close(self) -> None:
@@ -385,8 +372,8 @@ def worker_main(channel: StandbyChannel, enter: Enter) -> int:
     register_types()
     runtime = current_runtime()
     assert runtime is not None
-    server_args, port_args, gpu_id = pickle.loads(enter.blob)
-    join_spec = decode_join_spec(enter.join_spec)
+    server_args, port_args, gpu_id = pickle.loads(enter.arguments)
+    join_spec = enter.join_spec
     _rank = Worker(runtime, join_spec)
     ranks = {
         "display_tp_rank": join_spec.rank,

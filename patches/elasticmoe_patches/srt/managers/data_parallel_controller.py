@@ -18,9 +18,9 @@ from elasticmoe_patches.spec import HookSpec, Process
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.client import ImmClient
 from elasticmoe_sglang.runtime import current_runtime
-from elasticmoe_sglang.wire import to_imm as imm
-from elasticmoe_sglang.wire.join_spec import JoinSpec, encode_join_spec
-from elasticmoe_sglang.wire.to_worker import decode_command
+from elasticmoe_sglang.wire.to_coordinator import WorkerExited, WorkerNote
+from elasticmoe_sglang.wire.to_imm import Assign, Refused, Register
+from elasticmoe_sglang.wire.to_worker import COMMIT, JoinSpec
 
 _DPC: frozenset[Process] = frozenset(("dpc",))
 _BOOT_DEADLINE_S = 900.0
@@ -75,12 +75,12 @@ def launch_workers(
         rank_ports = PortArgs.init_new(server_args, rank, worker_ports)
         rank_ports.nccl_port = port_args.nccl_port
         rank_ports.instance_id = port_args.instance_id
-        client.send(imm.Register(rank=rank, blob=pickle.dumps((server_args, rank_ports, config.device_of(rank)))))
+        arguments = pickle.dumps((server_args, rank_ports, config.device_of(rank)))
+        client.send(Register(rank=rank, arguments=arguments))
     self.workers = [WorkerLine(worker) for worker in self.workers]
     members = tuple(range(config.ep_size))
     for rank in members:
-        join_spec = JoinSpec(rank=rank, members=members, epoch=0, joining_rank=False)
-        client.send(imm.Assign(rank=rank, join_spec=encode_join_spec(join_spec)))
+        client.send(Assign(join_spec=JoinSpec(rank=rank, members=members, epoch=0, joining_rank=False)))
     infos = _wait_until_ready(client, members)
     client.close()
     self._active_workers = list(members)
@@ -100,15 +100,15 @@ def _wait_until_ready(client: ImmClient, members: tuple[int, ...]) -> list[dict[
         if message is None:
             missing = [rank for rank in members if rank not in ready]
             raise WorkerError(f"ranks {missing} did not start within {_BOOT_DEADLINE_S:.0f} s")
-        if isinstance(message, imm.WorkerNote):
+        if isinstance(message, WorkerNote):
             ready[message.rank] = json.loads(message.note)
-        elif isinstance(message, imm.WorkerExited):
+        elif isinstance(message, WorkerExited):
             raise WorkerError(
                 f"the process of rank {message.rank} ended with status {message.status} while starting",
                 rank=message.rank,
                 hint="Its log above says why",
             )
-        elif isinstance(message, imm.Refused):
+        elif isinstance(message, Refused):
             raise WorkerError(f"the IMM refused: {message.reason}", rank=message.rank)
     return [ready[rank] for rank in members]
 
@@ -127,7 +127,7 @@ def _on_command(self: Any, request: Any) -> None:
 
     from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
 
-    command = decode_command(request.command)
+    command = COMMIT.unpack(request.command)
     route_to(self, [rank for rank in command.before if rank in command.members])
     for rank in command.retiring:
         sock_send(self.workers[rank], ElasticFenceReq(operation_id=command.operation_id, rank=rank))

@@ -19,7 +19,7 @@ from sglang.srt.managers.io_struct import (
 
 
 class ElasticCommandReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Coordinator -> controller -> all ranks: `command` is an encoded ranks.messages.CommitCommand."""
+    """Coordinator -> controller -> all ranks: `command` is a packed wire.to_worker.CommitCommand."""
 
     command: bytes
 
@@ -50,7 +50,7 @@ class ElasticResumeReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
 
     Attributes:
         request: as the client sent it, tokenised.
-        progress: what was generated and sent so far (see handover.Progress), SGLang's own wrapper.
+        progress: what was generated and sent so far (see worker.migration.Progress), SGLang's own wrapper.
         kv_tokens: how many leading tokens' KV the retiring rank has for it; 0 for none.
         kv_pages: where it lies in the retiring rank's HMM memory, in order. Empty: it follows in the next frames.
     """

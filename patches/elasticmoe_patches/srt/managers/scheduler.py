@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from elasticmoe_patches.spec import HookSpec, Process
-from elasticmoe_sglang.wire import to_worker as sm
+from elasticmoe_sglang.wire.to_coordinator import Paused
+from elasticmoe_sglang.wire.to_worker import COMMIT
 
 
 def after_init_request_dispatcher(_result: None, self: Any) -> None:
@@ -22,7 +23,7 @@ def _on_command(request: Any) -> None:
     from elasticmoe_patches.worker.worker import current_worker
 
     worker = current_worker()
-    command = sm.decode_command(request.command)
+    command = COMMIT.unpack(request.command)
     check_command(worker, command)
     worker.fault_point("commit.received")
     worker.pending = command
@@ -177,10 +178,8 @@ def around_process_batch_result(original: Any, self: Any, batch: Any, result: An
     worker.idle.busy()
     measured = worker.pause.result()
     if measured is not None:
-        operation_id, pause_ms, median_ms = measured
-        worker.agent.post(
-            sm.Paused(rank=worker.rank, operation_id=operation_id, pause_ms=pause_ms, median_ms=median_ms)
-        )
+        operation_id, pause_ms = measured
+        worker.agent.post(Paused(rank=worker.rank, operation_id=operation_id, pause_ms=pause_ms))
 
 
 def around_on_idle(original: Any, self: Any) -> None:
