@@ -25,7 +25,7 @@ class PullColumns(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class DropColumns(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Coordinator -> rank: unmap these columns. `release` also gives their memory back to the HMM."""
+    """Coordinator -> rank: unmap these columns. The coordinator releases their memory afterwards, not the rank."""
 
     operation_id: str
     columns: tuple[int, ...]

@@ -1,6 +1,6 @@
-"""The rank's line to the coordinator: a thread that does the preparing and finishing work while decoding goes on.
+"""The rank's connection to the coordinator: a thread that does the preparing and finishing work while decoding goes on.
 
-It receives `PullColumns`, `DropColumns` and `ReleaseAdopted` from the coordinator and sends what the rank reports.
+It receives the messages of `wire.to_worker` that say "Coordinator -> rank" and sends what the rank reports.
 ZMQ sockets belong to one thread, so other threads post through a queue and an eventfd. Commands run in workers, so that
 a `DropColumns` can stop the pull it undoes.
 """
