@@ -56,10 +56,6 @@ class EpochGroup:
     membership: Membership
     group: Group
 
-    def rank_of(self, rank: int) -> int:
-        """The group rank of a global rank: its position among the active ones."""
-        return self.membership.ranks.index(rank)
-
 
 class EpochGroups:
     """The groups of one rank. `prepare`, `discard` and `retire` belong to its agent's thread, `adopt` and `current` to

@@ -54,7 +54,7 @@ class RegionHandle:
 class HmmClient:
     """A synchronous client. Connects on the first call, and again after the HMM was replaced.
 
-    Every method raises HmmUnavailable when nobody answers within its deadline, and the HMM's own typed errors.
+    Every method raises HmmUnavailable when no HMM answers within its deadline, and the HMM's own typed errors.
     A forked child makes its own client.
 
     Args:
@@ -89,7 +89,7 @@ class HmmClient:
         return self._backend
 
     def connect(self, wait_s: float = 0.0) -> p.Welcome:
-        """Attaches now. For `wait_s` seconds it tries again while nobody answers."""
+        """Attaches now. For `wait_s` seconds it tries again while no HMM answers."""
         until = time.monotonic() + wait_s
         while True:
             try:
@@ -119,7 +119,7 @@ class HmmClient:
     # Another HMM ---------------------------------------------------------------------------------------------------
 
     def attached_to(self) -> str | None:
-        """The HMM's instance, as it was told; None when it is gone or was never asked for. Does not wait."""
+        """The instance of the HMM this client is attached to; None when it has none or that is gone. Does not wait."""
         link = self._link
         return None if link is None or link.hung_up() else link.welcome.instance
 
@@ -198,8 +198,8 @@ class HmmClient:
     ) -> list[p.Block]:
         """One zeroed block a column or a chunk of a rank's KV cache, or a single block; all or none.
 
-        nbytes: of each block, rounded up to the granularity; None takes the registered model's size. Any client may
-        allocate in a transaction, whoever began it. Raises BudgetExceeded with the numbers.
+        nbytes: of each block, rounded up to the granularity; None takes the registered model's size. The
+        transaction may be another client's. Raises BudgetExceeded with the numbers.
         """
         wanted = list(columns) if columns is not None else None
         parts = list(chunks) if chunks is not None else None

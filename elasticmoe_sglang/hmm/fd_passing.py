@@ -1,7 +1,7 @@
 """Packets with descriptors over a Unix SEQPACKET socket: the part of the protocol that ZMQ cannot carry.
 
-A packet is one encoded envelope and up to 253 descriptors (the kernel's SCM_MAX_FD). Sockets are non-blocking; whoever
-waits polls first.
+A packet is one encoded envelope and up to 253 descriptors (the kernel's SCM_MAX_FD). Sockets are non-blocking; a
+caller that waits polls first.
 """
 
 from __future__ import annotations

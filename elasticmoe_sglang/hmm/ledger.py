@@ -1,4 +1,4 @@
-"""Who may have how many bytes: a budget a device, charges by kind, and the peak. Pure bookkeeping, no memory."""
+"""The ledger: a budget of bytes a device, charges by kind, and the peak. Pure bookkeeping, no memory."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from elasticmoe_sglang.hmm.space import ColumnSpace, DenseSpace
 from elasticmoe_sglang.hmm.vmm import VmmHandle, VmmUsage, backend_names, get_backend, register_backend, round_up
 from elasticmoe_sglang.hmm.vmm import cpu as cpu_module
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
-from elasticmoe_sglang.hmm.vmm.tensors import tensor_from_handle
 from tests.helpers.leaks import no_leaks
+from tests.helpers.tensors import tensor_from_handle
 from tests.helpers.vmm_rigs import RIGS, Rig
 
 NOTHING = VmmUsage(reserved_bytes=0, mapped_bytes=0, mappings=0, open_handles=0)

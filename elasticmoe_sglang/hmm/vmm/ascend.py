@@ -51,7 +51,7 @@ _ALL_SEALS = 0x1 | 0x2 | 0x4 | 0x8  # seal, shrink, grow, write
 
 @dataclass(kw_only=True)
 class _Physical:
-    """One driver handle: how many of our handles and mappings stand on it."""
+    """One driver handle: how many of our handles and mappings refer to it."""
 
     nbytes: int
     device: int
@@ -294,7 +294,7 @@ class AscendBackend(VmmBackend):
             if not can.value:
                 raise VmmError(
                     f"NPU {device} cannot reach NPU {peer} directly",
-                    hint="Ranks must sit on NPUs that HCCS links (see `npu-smi info -t topo`).",
+                    hint="Ranks must run on NPUs that HCCS links (see `npu-smi info -t topo`).",
                 )
             self._acl("aclrtDeviceEnablePeerAccess", peer, 0)
             self._peers.add((device, peer))

@@ -1,7 +1,7 @@
 """The virtual-memory interface that every device backend fills in, and the bookkeeping they share.
 
 A backend is one short file: it implements the underscored methods with its driver's calls. The public methods here
-check the arguments, keep the books (what is reserved, mapped, open) and turn misuse into a `VmmError`, so that a wrong
+check the arguments, record what is reserved, mapped and open, and turn misuse into a `VmmError`, so that a wrong
 address is an exception and not a fault in the driver. Sizes and addresses are bytes throughout.
 
 The life of memory: `create` makes physical memory, `export` a descriptor of it that another process turns back into a
@@ -180,7 +180,7 @@ class VmmBackend(ABC):
         )
         return storage
 
-    # What everybody calls --------------------------------------------------------------------------------------
+    # What callers use --------------------------------------------------------------------------------------
 
     def reserve(self, nbytes: int) -> VaRange:
         """Takes address space for `nbytes`, rounded up to the granularity, with nothing behind it."""

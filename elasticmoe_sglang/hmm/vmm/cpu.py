@@ -1,7 +1,7 @@
 """Devices without an accelerator: memory is memfd, mapping is mmap over a reservation that nothing may touch.
 
 Memory of a device is allocated when it is created, so that running out is an error of that call. Memory of no device
-(HOST, the shared regions) is sparse: a page is allocated when somebody first writes it. A region is made for the
+(HOST, the shared regions) is sparse: a page is allocated when a process first writes it. A region is made for the
 largest messages that the largest server could send, and most of it is never touched. The price: when the machine is out
 of memory at such a write, the writing process gets SIGBUS, or under a memory limit of its control group the kernel
 kills a process of the group. That is the death of a rank, which the survivors handle like any other.

@@ -142,7 +142,7 @@ class CudaBackend(VmmBackend):
                 raise DriverUnsupported(
                     f"GPU {user} cannot reach the memory of GPU {home}",
                     code=0,
-                    hint="Ranks must sit on GPUs that NVLink or PCIe peer access joins (`nvidia-smi topo -p2p rw`).",
+                    hint="Ranks must run on GPUs that NVLink or PCIe peer access joins (`nvidia-smi topo -p2p rw`).",
                 )
         api = self._driver.api
         access = api.CUmemAccessDesc()
