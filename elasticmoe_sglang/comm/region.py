@@ -89,7 +89,7 @@ class CollectiveRegion:
         shared = SharedMemory(fd)
         needed = CollectiveRegion.region_bytes(capacity, channels, window_bytes)
         if shared.nbytes < needed:
-            raise UserInputError(f"the shared region has {shared.nbytes} bytes, {needed} are needed")
+            raise UserInputError(f"the collective region has {shared.nbytes} bytes, {needed} are needed")
         for index in range(channels):
             start = CONTROL_BYTES + index * channel_bytes(capacity, window_bytes)
             shared.view[start : start + lines_bytes(capacity)] = bytes(lines_bytes(capacity))

@@ -156,7 +156,10 @@ class HmmClient:
         return self._model
 
     def region(self, name: str, nbytes: int) -> RegionHandle:
-        """A zeroed host-shared region, made on the first call of any client. Raises RegionMismatch for another size."""
+        """A zeroed host-shared region, made on the first call of any client. It takes memory as pages are written.
+
+        Raises RegionMismatch for another size.
+        """
         [block] = self._call(p.OpenRegion(name=name, nbytes=nbytes), p.BlocksReply).blocks
         [handle] = self.handles([block.block_id])
         self._leases.regions(block.block_id, nbytes)

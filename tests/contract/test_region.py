@@ -1,4 +1,4 @@
-"""The shared region of a server in an HMM that outlives it."""
+"""The collective region of a server in an HMM that outlives it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shared region, the control page, the membership and the futex calls."""
+"""The collective region, the control page, the membership and the futex calls."""
 
 from __future__ import annotations
 
