@@ -22,7 +22,6 @@ from elasticmoe_sglang.hmm.client import HmmClient, RegionHandle
 
 CHANNELS = 16
 """Process groups of more than one rank that a server can have."""
-DEFAULT_WINDOW_BYTES = 1 << 20
 _MAX_EPOCH = 1 << 22
 _NAME_PREFIX = "collective region-"
 
@@ -67,14 +66,12 @@ class CollectiveRegion:
         it is not set, groups carry CPU tensors only."""
 
     @staticmethod
-    def region_bytes(capacity: int, channels: int = CHANNELS, window_bytes: int = DEFAULT_WINDOW_BYTES) -> int:
+    def region_bytes(capacity: int, channels: int, window_bytes: int) -> int:
         """Size of a region for `capacity` ranks and `channels` process groups of more than one rank."""
         return CONTROL_BYTES + channels * channel_bytes(capacity, window_bytes)
 
     @staticmethod
-    def format(
-        fd: int, *, capacity: int, channels: int = CHANNELS, window_bytes: int = DEFAULT_WINDOW_BYTES
-    ) -> ControlPage:
+    def format(fd: int, *, capacity: int, channels: int, window_bytes: int) -> ControlPage:
         """Make a region ready for a new server: no worker registered, no membership. Before any rank starts.
 
         Raises:
@@ -196,7 +193,7 @@ def _name(run_id: str) -> str:
 
 def open_region(client: HmmClient, config: ElasticConfig, run_id: str) -> RegionHandle:
     """The region of the server with this id; made by the first call."""
-    nbytes = CollectiveRegion.region_bytes(config.max_ep_size, window_bytes=config.window_bytes)
+    nbytes = CollectiveRegion.region_bytes(config.max_ep_size, CHANNELS, config.window_bytes)
     return client.region(_name(run_id), nbytes)
 
 
@@ -217,6 +214,8 @@ def release_stale_regions(client: HmmClient, run_id: str) -> int:
 
 def format_region(region: RegionHandle, config: ElasticConfig) -> ControlPage:
     """Before the first rank starts: no worker registered, and the first membership in epoch 0."""
-    control = CollectiveRegion.format(region.fd, capacity=config.max_ep_size, window_bytes=config.window_bytes)
+    control = CollectiveRegion.format(
+        region.fd, capacity=config.max_ep_size, channels=CHANNELS, window_bytes=config.window_bytes
+    )
     control.publish_membership(Membership(ranks=tuple(range(config.ep_size)), epoch=0, capacity=config.max_ep_size))
     return control
