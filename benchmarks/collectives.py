@@ -52,7 +52,6 @@ CASES: tuple[tuple[str, int], ...] = (
     ("all_reduce", 8192 * KIB),
     ("reduce_scatter", 4 * KIB),
     ("reduce_scatter", 256 * KIB),
-    ("all_to_all", 64 * KIB),
 )
 
 
@@ -74,11 +73,8 @@ def _call(name: str, nbytes: int, group: Any) -> Callable[[], object]:
     if name == "all_reduce":
         return lambda: dist.all_reduce(mine, op=dist.ReduceOp.SUM, group=group)
     everything, part = torch.ones(count * size), torch.empty(count)
-    if name == "reduce_scatter":
-        return lambda: dist.reduce_scatter_single(part, everything, group=group)
-    assert name == "all_to_all"
-    received = torch.empty_like(everything)
-    return lambda: dist.all_to_all_single(received, everything, group=group)
+    assert name == "reduce_scatter"
+    return lambda: dist.reduce_scatter_single(part, everything, group=group)
 
 
 def _gloo(context: WorkerContext, size: int) -> Any:
@@ -115,7 +111,7 @@ def measure(
 
 def commits(context: WorkerContext, first_epoch: int, count: int, ranks: tuple[int, ...]) -> list[float]:
     """Seconds from arrival at the commit barrier to the new membership, with all participants ready."""
-    barrier = CommitBarrier(context.region)
+    barrier = CommitBarrier(context.region.control, context.rank)
     times = []
     for epoch in range(first_epoch, first_epoch + count):
         time.sleep(2e-3)

@@ -1,1 +1,1 @@
-"""Ranks: membership, process group, commit barrier."""
+"""How ranks exchange data: the collective region, the process groups over it, the commit barrier."""

@@ -1,34 +1,32 @@
-"""One channel: the shared windows through which the ranks of one process group meet.
+"""One channel: the shared windows through which the ranks of one process group exchange data.
 
 Each rank owns a line of words (arrival token, two headers) and two data windows. A step of a collective is: copy into
 my window, write the header, write the arrival token, wait until every member arrived, read the members' windows. The
-windows alternate, so one meeting a step is enough: who writes window p again at step n+2 has passed step n+1, at which
-every member had finished reading step n.
+windows alternate, so one wait a step is enough: a rank that writes window p again at step n+2 has passed step n+1, at
+which every member had finished reading step n.
 
 Tokens are `epoch << 40 | step`; steps restart at every epoch, so a joining rank has nothing to catch up with.
 
-Waiting: look for a few microseconds, then sleep on the channel's release word, which the member that finds everybody
-arrived sets before it wakes the sleepers. Sleepers look up every 50 ms for dead peers, the deadline and the poison
-word, by which a rank that gave up tells the others why.
+Waiting: poll for a few microseconds, then sleep on the channel's release word. The member that finds all arrived sets
+that word and wakes the sleepers. Sleepers check every 50 ms for dead peers, the deadline and the poison word, by which
+a rank that gave up tells the others why.
+
+In the region a channel is its words (`lines_bytes`), then two windows for each rank.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
 
 from elasticmoe_sglang.comm import futex
-from elasticmoe_sglang.comm.control_page import PAGE_BYTES, process_start_time
+from elasticmoe_sglang.comm.control_page import PAGE_BYTES, ControlPage, process_start_time
 from elasticmoe_sglang.comm.header import describe_header
-from elasticmoe_sglang.errors import CollectiveError, CollectiveMismatch, PeerDied, PeerTimeout, UserInputError
-
-if TYPE_CHECKING:
-    from elasticmoe_sglang.comm.region import CollectiveRegion
+from elasticmoe_sglang.errors import CollectiveError, CollectiveMismatch, PeerDied, PeerTimeout
 
 EPOCH_SHIFT = 40
 POLL_S = 0.05
-"""How often a sleeper looks for dead peers and its deadline."""
+"""How often a sleeper checks for dead peers and its deadline."""
 
 _LINE_WORDS = 8
 _ARRIVAL, _HEADER = 0, 2
@@ -39,7 +37,8 @@ _POISON_ERRORS: dict[int, tuple[type[CollectiveError], str]] = {
     _TIMED_OUT: (PeerTimeout, "the others gave up waiting for a rank"),
     _MISMATCHED: (CollectiveMismatch, "ranks called different collectives"),
 }
-# With more members than cores, looking longer only keeps a peer from running.
+_HINT = "The group works again after the next membership."
+# With more members than cores, polling longer only keeps a peer from running.
 _SPIN_S = 30e-6
 _SPIN_CROWDED_S = 4e-6
 
@@ -50,28 +49,34 @@ def lines_bytes(capacity: int) -> int:
     return -(-words * 8 // PAGE_BYTES) * PAGE_BYTES
 
 
+def channel_bytes(capacity: int, window_bytes: int) -> int:
+    """Bytes of a whole channel: its words and its windows."""
+    return lines_bytes(capacity) + 2 * capacity * window_bytes
+
+
 class Channel:
     """A rank's end of one channel.
 
     Args:
-        collective region: whose region and membership it uses.
-        index: which channel of the region.
-        offset: byte offset of the channel's words in the region; the windows follow them.
+        control: the control page of the region that the channel lies in.
+        rank: this process's rank.
+        index: number of the channel, for messages.
+        offset: byte offset of the channel in the region.
     """
 
-    def __init__(self, region: CollectiveRegion, index: int, offset: int) -> None:
-        shared = region.shared
+    def __init__(self, control: ControlPage, rank: int, index: int, offset: int) -> None:
+        shared, capacity = control.shared, control.capacity
         self.index = index
-        self.window_bytes = region.window_bytes
+        self.window_bytes = control.window_bytes
         self.step = 0
         """Steps since the epoch began; its lowest bit says which windows the last step used."""
-        self._region = region
-        self._rank = region.rank
-        self._words = shared.words(offset, lines_bytes(region.capacity))
+        self._control = control
+        self._rank = rank
+        self._words = shared.words(offset, lines_bytes(capacity))
         self._release_address = shared.address + offset + 8 * _RELEASE_WORD
-        self._windows_offset = offset + lines_bytes(region.capacity)
+        self._windows_offset = offset + lines_bytes(capacity)
         self._region_address = shared.address
-        self._line = _LINES_WORD + _LINE_WORDS * region.rank
+        self._line = _LINES_WORD + _LINE_WORDS * rank
         self._peers: tuple[int, ...] = ()
         self._identities: dict[int, tuple[int, int]] = {}
         self._arrivals: tuple[int, ...] = ()
@@ -130,7 +135,7 @@ class Channel:
         words[line + _HEADER + (step & 1)] = header
         futex.order_stores()
         words[line + _ARRIVAL] = token
-        if self._everybody(token, header):
+        if self._all_arrived(token, header):
             self._release(token)
         else:
             self._wait(token, header, timeout_s)
@@ -140,14 +145,14 @@ class Channel:
             if words[arrival + wanted] != header:
                 self._mismatch(arrival, words[arrival + wanted], header)
 
-    def _everybody(self, token: int, header: int) -> bool:
+    def _all_arrived(self, token: int, header: int) -> bool:
         words = self._words
         for arrival in self._arrivals:
             ahead = words[arrival] - token
             if ahead < 0:
                 return False
             if ahead > 1:
-                # A member can be one step further at most, as it needs our next arrival.
+                # A member can be one step ahead at most, as it needs our next arrival.
                 self._left_behind(arrival, header)
         return True
 
@@ -165,28 +170,28 @@ class Channel:
         while clock() < until:
             if crowded:
                 os.sched_yield()
-            if self._everybody(token, header):
+            if self._all_arrived(token, header):
                 self._release(token)
                 return
         started = next_check = time.monotonic()
         next_check += POLL_S
         while True:
             seen = self._words[_RELEASE_WORD]
-            # Our arrival must be visible before we look once more: of two members that sleep, one would have seen
-            # the other, so the last to arrive never sleeps and wakes the rest.
+            # Our arrival must be visible before we read the others' once more: of any two members one then sees the
+            # other's arrival, so the last to arrive never sleeps and wakes the rest.
             futex.full_fence()
-            if self._everybody(token, header):
+            if self._all_arrived(token, header):
                 self._release(token)
                 return
             futex.wait(self._release_address, seen & 0xFFFFFFFF, POLL_S)
             now = time.monotonic()
             if now >= next_check:
                 next_check = now + POLL_S
-                self._look_up(token, header, now - started, timeout_s)
+                self._check_peers(token, header, now - started, timeout_s)
 
     # What goes wrong. Everything below is off the fast path.
 
-    def _look_up(self, token: int, header: int, waited_s: float, timeout_s: float) -> None:
+    def _check_peers(self, token: int, header: int, waited_s: float, timeout_s: float) -> None:
         poison = self._words[_POISON_WORD]
         if poison:
             self._refuse(poison, header)
@@ -195,8 +200,8 @@ class Channel:
         for rank in missing:
             known = self._identities.get(rank)
             if known is None:
-                continue  # nobody sat there yet: a rank that starts late
-            # The process that sat there when the epoch began; a fresh one in the rank is not it.
+                continue  # no process has registered yet: a rank that starts late
+            # The process that served the rank when the epoch began; a new one that serves it now is not that.
             gone = process_start_time(known[0]) != known[1]
             # It may have arrived and then died, while we slept.
             if gone and self._words[_LINES_WORD + _LINE_WORDS * rank + _ARRIVAL] < token:
@@ -207,7 +212,7 @@ class Channel:
     def _note_identities(self) -> None:
         for rank in self._peers:
             if rank not in self._identities:
-                identity = self._region.control.identity(rank)
+                identity = self._control.identity(rank)
                 if identity[0]:
                     self._identities[rank] = identity
 
@@ -226,7 +231,7 @@ class Channel:
         self._fail(_MISMATCHED, rank, header, text)
 
     def _fail(self, code: int, rank: int, header: int, text: str) -> None:
-        # Only the members of this epoch take it for theirs: the epoch is part of the word.
+        # The epoch is part of the word, so that members of another epoch ignore it.
         self._words[_POISON_WORD] = (self._epoch + 1) << 16 | code << 8 | rank
         futex.wake(self._release_address)
         self._failure = _POISON_ERRORS[code][0](
@@ -255,11 +260,3 @@ class Channel:
 
     def _operation(self, header: int) -> str:
         return f"{describe_header(header)} on channel {self.index}"
-
-    def check_fits(self, nbytes: int) -> None:
-        """Raises UserInputError when one piece is larger than a window."""
-        if nbytes > self.window_bytes:
-            raise UserInputError(f"{nbytes} bytes do not fit a window of {self.window_bytes}")
-
-
-_HINT = "The group works again after the next membership."

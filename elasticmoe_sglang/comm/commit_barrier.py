@@ -1,13 +1,13 @@
-"""The commit barrier: everybody who takes part in a change meets, and one decision holds for all.
+"""The commit barrier: the participants of a change meet, and one decision holds for all of them.
 
 Phase one: the old members and the joining ranks arrive, each by writing the change's proposal (epoch, attempt) into its
 own word. Phase two: the leader (rank 0) decides, COMMIT once all have arrived, ABORT when the deadline passes or a
-participant dies, and the others wait for its word. Who learns of a COMMIT first publishes the new membership.
+participant dies, and the others wait for its decision. With a COMMIT the new membership is published.
 
-One decision: one word, written under a file lock on the shared region (the kernel frees it when its holder dies) and
-only when none is there for this proposal. So when the leader is gone or stuck, the first follower that notices decides
-ABORT, and a leader that wakes up late finds that and obeys. A proposal is used once: a change that is tried again for
-the same epoch takes the next attempt number.
+There is one decision because it is one word, written under a file lock on the region (the kernel frees it when its
+holder dies) and only when there is none for this proposal yet. So when the leader is gone or stuck, the first follower
+that notices decides ABORT, and a leader that wakes up late finds that and obeys. A proposal is used once: a change that
+is tried again for the same epoch takes the next attempt number.
 
 Joining ranks wait here, asleep, for as long as preparing takes; the leader's proposal wakes them.
 """
@@ -16,25 +16,19 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 from elasticmoe_sglang.comm import futex
-from elasticmoe_sglang.comm.control_page import BARRIER_ARRIVAL, BARRIER_WORD
+from elasticmoe_sglang.comm.control_page import BARRIER_ARRIVAL, BARRIER_WORD, ControlPage
 from elasticmoe_sglang.comm.membership import LEADER, Membership, mask_to_ranks, ranks_to_mask
 from elasticmoe_sglang.errors import CommitError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from elasticmoe_sglang.comm.region import CollectiveRegion
-
 POLL_S = 0.02
 FOLLOWER_GRACE_S = 2.0
-"""How much longer than the leader's deadline the others wait for its word."""
+"""How much longer than the leader's deadline the others wait for its decision."""
 
 _ATTEMPT_BITS = 16
 _LOCK_S = 1.0
@@ -45,7 +39,7 @@ _PROPOSAL, _PARTICIPANTS, _PROPOSAL_BELL = (BARRIER_WORD + 16 + i for i in range
 
 
 class Decision(IntEnum):
-    """What the commit barrier says."""
+    """What the commit barrier decided."""
 
     COMMIT = 1
     ABORT = 2
@@ -65,7 +59,7 @@ _REASONS = {
 
 
 def _proposal(epoch: int, attempt: int) -> int:
-    # Never 0, which is the word of a barrier that nobody used.
+    # Never 0, which is what the words of an unused barrier hold.
     return (epoch << _ATTEMPT_BITS | attempt) + 1
 
 
@@ -99,19 +93,19 @@ class CommitBarrier:
     """A rank's end of the commit barrier.
 
     Args:
-        collective region: whose control page it uses; its rank must be registered (`CollectiveRegion.register`).
-        alive: tells whether a worker runs; the control page's own check by default.
+        control: the control page of the server. Its descriptor must stay open: the lock is taken on it.
+        rank: this process's rank, registered (`ControlPage.register_worker`).
+        alive: tells whether a rank's worker runs; the control page's own check by default.
 
     Attributes:
         reason: why the last change was aborted, in words.
     """
 
-    def __init__(self, region: CollectiveRegion, alive: Callable[[int], bool] | None = None) -> None:
-        self._region = region
-        self._control = region.control
-        self._words = region.control.words
-        self._rank = region.rank
-        self._alive = region.control.alive if alive is None else alive
+    def __init__(self, control: ControlPage, rank: int, alive: Callable[[int], bool] | None = None) -> None:
+        self._control = control
+        self._words = control.words
+        self._rank = rank
+        self._alive = control.alive if alive is None else alive
         self.reason = ""
 
     def arrive(
@@ -124,7 +118,7 @@ class CommitBarrier:
         attempt: int = 0,
         grace_s: float = FOLLOWER_GRACE_S,
     ) -> Decision:
-        """Meet the participants and return what was decided. Every old member calls it between two batches.
+        """Meet the other participants and return the decision. Every old member calls it between two batches.
 
         Args:
             epoch, attempt: the change; the same on all, and never used before.
@@ -138,8 +132,7 @@ class CommitBarrier:
 
         Raises:
             CommitError: the leader died or did not decide in time (then ABORT holds for all), or the commit barrier has
-            gone on
-                to a later change without this rank.
+                gone on to a later change without this rank.
         """
         assert LEADER in participants and self._rank in participants
         assert membership.epoch == epoch
@@ -147,11 +140,11 @@ class CommitBarrier:
         self.reason = ""
         if self._rank == LEADER:
             return self._lead(proposal, participants, membership, timeout_s)
-        self._say_arrived(proposal)
+        self._announce_arrival(proposal)
         return self._follow(proposal, time.monotonic() + timeout_s + grace_s)
 
     def join(self, epoch: int, *, timeout_s: float, grace_s: float = FOLLOWER_GRACE_S) -> Decision:
-        """A joining rank's way: sleep until the leader proposes a change to `epoch` that names this rank, then meet.
+        """For a joining rank: sleep until the leader proposes a change to `epoch` that names this rank, then arrive.
 
         Returns ABORT when that change was aborted; the caller may call again and wait for the next attempt. After
         COMMIT the membership is `control.read_membership()`.
@@ -171,7 +164,7 @@ class CommitBarrier:
             futex.full_fence()
             proposal = words[_PROPOSAL]
             if lowest <= proposal and _epoch_of(proposal) == epoch and words[_PARTICIPANTS] & mine:
-                self._say_arrived(proposal)
+                self._announce_arrival(proposal)
                 return self._follow(proposal, deadline + grace_s)
             if _epoch_of(proposal) > epoch:
                 raise self._error(f"the commit barrier went on to epoch {_epoch_of(proposal)}", epoch)
@@ -208,7 +201,7 @@ class CommitBarrier:
             if now >= deadline:
                 return self._decide(proposal, Decision.ABORT, _Reason.LATE, missing[0], membership)
             if self._decided() >= proposal:
-                return self._obey(proposal)  # a follower gave this leader up
+                return self._obey(proposal)  # a follower decided without this leader
             self._sleep(_ARRIVALS_BELL, bell, POLL_S)
 
     def _follow(self, proposal: int, deadline: float) -> Decision:
@@ -228,7 +221,7 @@ class CommitBarrier:
                 return self._decide(proposal, Decision.ABORT, _Reason.LATE, LEADER, None)
             self._sleep(_DECISION_BELL, bell, POLL_S)
 
-    def _say_arrived(self, proposal: int) -> None:
+    def _announce_arrival(self, proposal: int) -> None:
         futex.order_stores()
         self._words[self._control.rank_word(self._rank, BARRIER_ARRIVAL)] = proposal
         futex.add_one_and_wake(self._address(_ARRIVALS_BELL))
@@ -242,7 +235,7 @@ class CommitBarrier:
                 words[_VERDICT_MASK] = membership.mask if membership is not None else 0
                 futex.order_stores()
                 verdict = _Verdict(proposal=proposal, decision=decision, reason=reason, culprit=culprit)
-                words[_VERDICT] = verdict.pack()  # from here on it holds
+                words[_VERDICT] = verdict.pack()  # decided from here on
                 self._publish(verdict)
         futex.add_one_and_wake(self._address(_DECISION_BELL))
         return self._obey(proposal)
@@ -262,13 +255,13 @@ class CommitBarrier:
         verdict = _Verdict.unpack(self._words[_VERDICT])
         futex.order_stores()
         if verdict.proposal != proposal:
-            # The same epoch again: the attempt was aborted, or else there would be no other. A later epoch: lost.
+            # The same epoch: this attempt was aborted, or there would be no next. A later epoch: we missed a commit.
             if _epoch_of(verdict.proposal) == epoch:
                 self.reason = "the commit barrier went on to the next attempt"
                 return Decision.ABORT
             raise self._error("the commit barrier went on to a later change without this rank", epoch)
         if verdict.decision is Decision.COMMIT:
-            if not self._published(epoch):  # whoever decided died before it could publish
+            if not self._published(epoch):  # the rank that decided died before it could publish
                 with self._lock(epoch):
                     self._publish(verdict)
             return verdict.decision
@@ -279,9 +272,9 @@ class CommitBarrier:
 
     @contextmanager
     def _lock(self, epoch: int) -> Iterator[None]:
-        # A record lock belongs to the process and goes when that dies. One that was stopped while it held the lock,
-        # for some microseconds, must not hang the rest.
-        descriptor = self._region.shared.fd
+        # A record lock belongs to the process and goes when that dies. It is held for microseconds; a process that was
+        # stopped within them must not hang the others.
+        descriptor = self._control.shared.fd
         deadline = time.monotonic() + _LOCK_S
         while True:
             try:
@@ -297,7 +290,7 @@ class CommitBarrier:
             fcntl.lockf(descriptor, fcntl.LOCK_UN, 8, 8 * _VERDICT)
 
     def _address(self, word: int) -> int:
-        return self._region.shared.address + 8 * word
+        return self._control.shared.address + 8 * word
 
     def _sleep(self, word: int, seen: int, limit_s: float) -> None:
         futex.wait(self._address(word), seen & 0xFFFFFFFF, limit_s)

@@ -1,8 +1,8 @@
-"""The control page: the words of the shared region that any process may read.
+"""The control page: the words at the start of the collective region that every process of the server may read.
 
-It says which membership is committed, which ranks get requests, and who sits in each rank. The ranks write it, the
-coordinator and the router read it. One shared region (a memfd owned by the HMM) holds this page at its start and the
-channels of the process groups behind it (`collective region.py`).
+It names the committed membership, the state of the commit barrier, and for each rank the worker that serves it: its
+process, what it says about itself, its KV tokens, its window of device memory. The launcher writes the first membership
+and the leader of the commit barrier the later ones; a worker writes its own line; the coordinator only reads.
 
 All words are 64-bit, aligned, written whole; each has one writer at a time.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import time
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -27,11 +26,10 @@ _MAGIC = 0x454C4153_4D4F4531
 # Word offsets in the page. Words that different processes write often live in cache lines (8 words) of their own.
 _W_MAGIC, _W_CAPACITY, _W_CHANNELS, _W_WINDOW = 0, 1, 2, 3
 _W_VERSION, _W_SLOTS = 8, 9
-_W_ROUTING = 16
 BARRIER_WORD = 24
 """First of the 32 words that belong to the commit barrier."""
 _W_RANKS, _RANK_WORDS = 64, 8
-_PID, _START, _HEARTBEAT, _STATE = 0, 1, 2, 3
+_PID, _START, _STATE = 0, 1, 3
 BARRIER_ARRIVAL = 4
 """Word of a rank's line in which it arrives at the commit barrier."""
 _KV_CAPACITY, _KV_USE = 6, 7
@@ -52,12 +50,11 @@ class WorkerState(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInfo:
-    """One rank's line. `heartbeat_ns` is CLOCK_MONOTONIC; `start_time` is the process's start in clock ticks."""
+    """The worker of one rank; pid 0 when none registered. `start_time`: of its process, in clock ticks since boot."""
 
     rank: int
     pid: int
     start_time: int
-    heartbeat_ns: int
     state: WorkerState
 
 
@@ -102,7 +99,7 @@ class ControlPage:
     """Read and write the control page.
 
     Args:
-        region: the shared region, formatted (`ControlPage.format`).
+        shared: the region, formatted (`ControlPage.format`).
 
     Raises:
         UserInputError: the region was not formatted.
@@ -113,7 +110,7 @@ class ControlPage:
         self.words = shared.words(0, CONTROL_BYTES)
         if self.words[_W_MAGIC] != _MAGIC:
             raise UserInputError(
-                "the shared region has no control page", hint="Call CollectiveRegion.format on it first."
+                "the collective region has no control page", hint="Call CollectiveRegion.format on it first."
             )
         self.capacity = self.words[_W_CAPACITY]
         self.channels = self.words[_W_CHANNELS]
@@ -121,18 +118,17 @@ class ControlPage:
 
     @staticmethod
     def format(shared: SharedMemory, *, capacity: int, channels: int, window_bytes: int) -> None:
-        """Forget everything in the page and write the geometry. Before any rank starts."""
+        """Clear the page and write the geometry. Before any rank starts."""
         assert _W_RANKS + _RANK_WORDS * MAX_CAPACITY <= CONTROL_BYTES // 8
         shared.view[:CONTROL_BYTES] = bytes(CONTROL_BYTES)
         words = shared.words(0, CONTROL_BYTES)
         words[_W_CAPACITY], words[_W_CHANNELS], words[_W_WINDOW] = capacity, channels, window_bytes
         words[_W_MAGIC] = _MAGIC
 
-    # Membership. Two slots: the writer fills the one that nobody reads, then the version word names it.
+    # Membership. Two slots: the writer fills the one that is not current, then the version word makes it so.
 
     def publish_membership(self, membership: Membership) -> None:
-        """Make `membership` the committed one. The launcher at the start, then only the leader at the commit
-        barrier."""
+        """Make `membership` the committed one. At launch, from then on only in the commit barrier, under its lock."""
         version = self.words[_W_VERSION] + 1
         slot = _W_SLOTS + 2 * (version % 2)
         self.words[slot], self.words[slot + 1] = membership.epoch, membership.mask
@@ -160,16 +156,7 @@ class ControlPage:
             if self.words[_W_VERSION] == version:
                 return Membership(ranks=mask_to_ranks(mask), epoch=epoch, capacity=self.capacity)
 
-    @property
-    def routing_mask(self) -> int:
-        """Bit i set: new requests may be sent to rank i."""
-        return self.words[_W_ROUTING]
-
-    @routing_mask.setter
-    def routing_mask(self, mask: int) -> None:
-        self.words[_W_ROUTING] = mask
-
-    # Ranks
+    # Workers
 
     def rank_word(self, rank: int, which: int) -> int:
         """Index of a word of a rank's line."""
@@ -177,13 +164,12 @@ class ControlPage:
         return _W_RANKS + _RANK_WORDS * rank + which
 
     def register_worker(self, rank: int, state: WorkerState = WorkerState.STARTING) -> None:
-        """Say that this process sits in `rank`."""
+        """Say that this process is the worker of `rank`."""
         line = self.rank_word(rank, 0)
         pid = os.getpid()
         self.words[line + _PID] = 0
         self.words[line + _START] = process_start_time(pid)
         self.words[line + _STATE] = state
-        self.words[line + _HEARTBEAT] = time.monotonic_ns()
         self.words[line + BARRIER_ARRIVAL] = 0
         self.words[line + _KV_CAPACITY] = self.words[line + _KV_USE] = 0
         futex.order_stores()
@@ -193,18 +179,14 @@ class ControlPage:
         self.words[self.rank_word(rank, _STATE)] = state
 
     def set_kv(self, rank: int, *, capacity: int, used: int, cached: int) -> None:
-        """The rank's KV tokens: how many it has, how many are in use, how many are kept for a next request."""
+        """Publish the rank's KV tokens: how many there are, are in use, are cached for later requests."""
         self.words[self.rank_word(rank, _KV_CAPACITY)] = capacity
         self.words[self.rank_word(rank, _KV_USE)] = used | cached << 32
 
     def kv(self, rank: int) -> tuple[int, int, int]:
-        """(capacity, used, cached) in tokens; zeros when the rank has not said so."""
+        """(capacity, used, cached) in tokens; zeros until the rank has published them."""
         use = self.words[self.rank_word(rank, _KV_USE)]
         return self.words[self.rank_word(rank, _KV_CAPACITY)], use & 0xFFFFFFFF, use >> 32
-
-    def heartbeat(self, rank: int) -> None:
-        """Note that the worker does something now."""
-        self.words[self.rank_word(rank, _HEARTBEAT)] = time.monotonic_ns()
 
     def worker(self, rank: int) -> WorkerInfo:
         line = self.rank_word(rank, 0)
@@ -213,16 +195,15 @@ class ControlPage:
             rank=rank,
             pid=words[line + _PID],
             start_time=words[line + _START],
-            heartbeat_ns=words[line + _HEARTBEAT],
             state=WorkerState(words[line + _STATE]),
         )
 
     def identity(self, rank: int) -> tuple[int, int]:
-        """(pid, start time) of the process in a rank; pid 0 when nobody registered."""
+        """(pid, start time) of the rank's worker; pid 0 when none registered."""
         line = self.rank_word(rank, 0)
         return self.words[line + _PID], self.words[line + _START]
 
     def alive(self, rank: int) -> bool:
-        """Whether the rank's registered process runs. A rank in which nobody registered is not alive."""
+        """Whether the rank's worker is registered and runs."""
         pid, start = self.identity(rank)
         return pid != 0 and process_start_time(pid) == start

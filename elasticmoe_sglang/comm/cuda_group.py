@@ -1,11 +1,11 @@
-"""The elastic process group for CUDA tensors: the CPU group's contract (`group.py`), carried out by kernels.
+"""The elastic process group for CUDA tensors: the same contract as `process_group.py`, carried out by kernels.
 
-CPU tensors go the CPU group's way, CUDA tensors through the windows of `cuda_fabric.py`. A collective on CUDA tensors
-is queued on the current stream and may be captured in a graph; nothing waits for the device. What a kernel reports
-later (a rank that did not come) is raised by the next eager collective, and by `CudaFabric.check`.
+CPU tensors are left to the base class, CUDA tensors go through the windows of `cuda_region.py`. A collective on CUDA
+tensors is queued on the current stream and may be captured in a graph; nothing waits for the device. What a kernel
+reports later (a rank that did not come) is raised by the next eager collective, and by `CudaRegion.check`.
 
-Carried: all_gather and broadcast of any dtype; all_reduce, reduce and reduce_scatter (SUM, AVG of floats, MIN, MAX) of
-bfloat16, float16, float32, float64, int32, int64; gather. The rest is refused by the CPU group.
+Carried: all_gather, broadcast and gather of any dtype; all_reduce, reduce and reduce_scatter_single (SUM, AVG of
+floats, MIN, MAX) of bfloat16, float16, float32, float64, int32, int64.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from torch import Tensor
 
 from elasticmoe_kernels.triton import collectives
 from elasticmoe_sglang.comm.cuda_region import CudaRegion
-from elasticmoe_sglang.comm.group import ElasticProcessGroup
 from elasticmoe_sglang.comm.header import Op, Reduction
-from elasticmoe_sglang.comm.options import reduction_of, work_of
+from elasticmoe_sglang.comm.process_group import ElasticProcessGroup, FinishedWork, reduction_of, work_of
 from elasticmoe_sglang.comm.region import CollectiveRegion
-from elasticmoe_sglang.comm.work import FinishedWork
 from elasticmoe_sglang.errors import UserInputError
 
 _REDUCTIONS = {
@@ -33,8 +31,7 @@ _REDUCTIONS = {
 
 
 def install_cuda_groups(region: CollectiveRegion, device: CudaRegion) -> None:
-    """Let every process group over `collective region` carry CUDA tensors too. Before `install_backend` and the first
-    group."""
+    """Let every process group over `region` carry CUDA tensors too. Before `install_backend` and the first group."""
 
     def make(
         region: CollectiveRegion, ranks: tuple[int, ...], channel: int | None, timeout_s: float
@@ -90,7 +87,7 @@ class CudaProcessGroup(ElasticProcessGroup):
             return
         target, source = out.contiguous(), inp.contiguous()
         collectives.all_reduce(self._device.windows, self._group, target, source, reduction=reduction)
-        _migrate(target, out)
+        _copy_back(target, out)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> FinishedWork:
         """output [n] = the combined row "my rank" of the inputs [size * n]."""
@@ -104,17 +101,10 @@ class CudaProcessGroup(ElasticProcessGroup):
         elif output.nbytes:
             target, source = output.contiguous(), input.contiguous()
             collectives.reduce_scatter(self._device.windows, self._group, target, source, reduction=reduction)
-            _migrate(target, output)
+            _copy_back(target, output)
         return work_of(opts, [output])
 
     _reduce_scatter_base = reduce_scatter_single
-
-    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> FinishedWork:
-        if not outputs[0].is_cuda:
-            return super().reduce_scatter(outputs, inputs, opts)
-        for output, input in zip(outputs, inputs, strict=True):
-            self.reduce_scatter_single(output, torch.cat([tensor.reshape(-1) for tensor in input]), opts)
-        return work_of(opts, outputs)
 
     # Copies
 
@@ -127,7 +117,7 @@ class CudaProcessGroup(ElasticProcessGroup):
             if self._group is not None and tensor.nbytes:
                 target = tensor.contiguous()
                 collectives.broadcast(self._device.windows, self._group, target, root=opts.rootRank)
-                _migrate(target, tensor)
+                _copy_back(target, tensor)
         return work_of(opts, tensors)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> FinishedWork:
@@ -142,7 +132,7 @@ class CudaProcessGroup(ElasticProcessGroup):
             target, source = output.contiguous(), input.contiguous()
             zero = output.dtype.is_floating_point
             collectives.all_gather(self._device.windows, self._group, target, source, zero_absent=zero)
-            _migrate(target, output)
+            _copy_back(target, output)
         return work_of(opts, [output])
 
     _allgather_base = all_gather_single
@@ -192,6 +182,6 @@ def _reduction(opts: Any, tensor: Tensor) -> int:
     return _REDUCTIONS[reduction]
 
 
-def _migrate(made: Tensor, wanted: Tensor) -> None:
+def _copy_back(made: Tensor, wanted: Tensor) -> None:
     if made is not wanted:
         wanted.copy_(made)

@@ -1,15 +1,15 @@
-"""The windows through which the ranks' kernels meet, and what tells the kernels who is there.
+"""The windows of device memory through which the ranks' kernels exchange data, and the kernels' view of the membership.
 
-Every rank has one window of device memory. The HMM owns it, its rank fills it, the peers map it at an address that was
-reserved for this rank from the start; so no kernel and no captured graph ever sees another address. Which ranks take
-part stands in a control block on the device, written here between two launches (`elasticmoe_kernels.triton.windows`).
+Every rank has one window. The HMM owns it, its rank fills it, the peers map it at an address that was reserved for this
+rank from the start; so no kernel and no captured graph ever sees another address. A control block on the device,
+written here between two launches, tells the kernels which ranks take part (`elasticmoe_kernels.triton.windows`).
 
-A rank names its window in the control page of the shared region. A process that takes over a rank brings a new window;
-whoever had the old one mapped exchanges them when it adopts the membership in which the rank comes back.
+A rank names its window in the control page. The next worker of a rank brings a new window; peers that had the old one
+mapped exchange them when they adopt the membership in which the rank comes back.
 
-The collective region's view drives all of it: `CollectiveRegion.set_membership` and `CollectiveRegion.solo` write the
-control block before they return. Nothing of an earlier epoch may still run on any member's device then: each calls
-`drain` before it goes to the commit barrier.
+`CollectiveRegion.set_membership` and `CollectiveRegion.solo` call `adopt`, which writes the control block before they
+return. Nothing of an earlier epoch may still run on any member's device then: each calls `drain` before it goes to the
+commit barrier.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class CudaRegion:
 
     Args:
         client: where device memory comes from; its backend maps it.
-        collective region: says who is there. From here on its changes reach the device.
+        region: says which ranks take part. From here on its changes reach the device.
         device: number of the device this rank computes on.
-        layout: the same on all ranks; None for the default with the collective region's capacity.
+        layout: the same on all ranks; None for the default with the region's capacity.
         attach_s: how long a peer may take to name its window.
 
     Raises:
@@ -108,15 +108,15 @@ class CudaRegion:
         self.drain()
         words[word] = block.block_id + 1
         if former:
-            # The rank's last process left it. Peers that still map it keep it until they exchange it.
+            # The window of the rank's previous worker. Peers that still map it keep it until they exchange it.
             held = {b.block_id for b in self._client.lookup(kind="window")}
             if former - 1 in held:
                 self._client.release([former - 1])
 
     def prefetch(self, members: tuple[int, ...]) -> None:
-        """Map the windows of these ranks that never were, ahead of the commit. From any thread, while kernels run.
+        """Map the windows of joining ranks ahead of the commit. From any thread, while kernels run.
 
-        What is mapped already stays as it is: only `adopt` exchanges windows.
+        Windows that are mapped already stay as they are: only `adopt` exchanges them.
         """
         for rank in members:
             if rank not in self._mapped:
@@ -157,7 +157,7 @@ class CudaRegion:
     # The view ----------------------------------------------------------------------------------------------------
 
     def adopt(self) -> None:
-        """Make the device see the collective region's view: members, epoch, steps from zero, no failure."""
+        """Write the region's view to the device: members, epoch, steps from zero, no failure."""
         region = self.region
         self.drain()
         for rank in region.members:
@@ -180,7 +180,7 @@ class CudaRegion:
     # Groups ------------------------------------------------------------------------------------------------------
 
     def channel_of(self, ranks: tuple[int, ...]) -> int:
-        """The windows' channel of all groups of these ranks. Every rank asks for every group, in the same order.
+        """The windows' channel that all groups of these ranks share. Every rank asks for every group, in one order.
 
         Raises:
             UserInputError: there are groups of more different sets of ranks than channels.
@@ -208,9 +208,9 @@ class CudaRegion:
     # Failures ----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise what a kernel reported in this epoch. A look at host memory: call it wherever results are used.
+        """Raise what a kernel reported in this epoch. Reads one word of host memory: call it wherever results are used.
 
-        A kernel that gave up has left meaningless results; nothing that was launched with it may be used.
+        A kernel that gave up has left meaningless results, and so has everything that was launched after it.
 
         Raises:
             PeerDied, PeerTimeout, CollectiveMismatch: also at every later call until the next membership.

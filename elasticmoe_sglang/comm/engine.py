@@ -1,10 +1,9 @@
-"""The collectives themselves, on contiguous memory, among the members of one group.
+"""The collectives themselves, on contiguous memory, among the members of one process group.
 
-Ranks are group ranks, ranks are `ranks[rank]`. "Present" ranks are those whose rank is a member of the collective
-region's view. When only this rank is present everything is local and nothing shared is touched.
+`rank` is a group rank here, and `ranks[rank]` its global rank. A group rank is present when its global rank is among
+the region's members. When only this rank is present everything is local and nothing shared is touched.
 
-Absent ranks: nothing is copied for them. What happens to their rows of an output is the caller's matter
-(`process_group.py`).
+Nothing is copied for absent ranks. The caller decides what their rows of an output become (`process_group.py`).
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from torch import Tensor
 
 from elasticmoe_sglang.comm.channel import Channel
 from elasticmoe_sglang.comm.copying import copy_bytes
-from elasticmoe_sglang.comm.header import DTYPE_FIELD, Op, Reduction, describe_header, pack_header
+from elasticmoe_sglang.comm.header import Op, Reduction, pack_header
 from elasticmoe_sglang.comm.reduce import reduce_into
 from elasticmoe_sglang.comm.region import CollectiveRegion
-from elasticmoe_sglang.errors import CollectiveMismatch, RankInactive
+from elasticmoe_sglang.errors import RankInactive
 
 _LINE = 64
-# From this size on, three or more members each combine a slice and hand it round, instead of each combining all.
+# From this size on, three or more members combine one slice each and exchange the results, instead of each all.
 _SLICED_BYTES = 64 << 10
 _MAX_VIEWS = 4096
 
 
 class GroupEngine:
     """Args:
-    collective region: the view that says who is present.
-    ranks: rank of each group rank.
+    region: whose members take part.
+    ranks: global rank of each group rank.
     channel: channel number, or None for a group of one, which is always local.
     timeout_s: how long a member may be late.
     """
@@ -56,7 +55,7 @@ class GroupEngine:
         self._views: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def refresh(self) -> None:
-        """Look at the collective region's view again if it has changed. Every collective begins with this."""
+        """Take over the region's members if they have changed. Every collective begins with this."""
         region = self.region
         if self._version == region.version:
             return
@@ -91,10 +90,10 @@ class GroupEngine:
         return self._channel
 
     def require_present(self, rank: int, op: Op) -> None:
-        """Raises RankInactive when `rank`'s rank is not a member."""
+        """Raises RankInactive when the group rank `rank` is absent."""
         if rank not in self.present:
             raise RankInactive(
-                f"rank {rank} (rank {self.ranks[rank]}) is not among the active ranks {self.region.members}",
+                f"rank {self.ranks[rank]} (group rank {rank}) is not among the active ranks {self.region.members}",
                 rank=self.ranks[rank],
                 epoch=self.region.epoch,
                 operation=op.name.lower(),
@@ -179,27 +178,6 @@ class GroupEngine:
         if root == self.rank and targets[root] != source:
             copy_bytes(targets[root], source, nbytes)
 
-    def scatter(self, target: int, nbytes: int, sources: Sequence[int], root: int, header: int) -> None:
-        """target = the root's sources[my rank]. `sources` is empty except on the root."""
-        if not self.local:
-            channel, pitch = self.channel, self._pitch()
-            done = 0
-            while True:
-                piece = min(pitch, nbytes - done)
-                parity = channel.next_parity
-                if root == self.rank:
-                    for slot, rank in enumerate(self.present):
-                        copy_bytes(self._my_windows[parity] + slot * pitch, sources[rank] + done, piece)
-                channel.meet(header, self.timeout_s)
-                if root != self.rank:
-                    theirs = channel.window_address(self.ranks[root], parity)
-                    copy_bytes(target + done, theirs + self.present.index(self.rank) * pitch, piece)
-                done += piece
-                if done >= nbytes:
-                    break
-        if root == self.rank and target != sources[root]:
-            copy_bytes(target, sources[root], nbytes)
-
     def all_reduce(self, values: Tensor, reduction: Reduction, header: int, root: int | None = None) -> None:
         """values = all present ranks' values combined, in rank order, the same bits everywhere.
 
@@ -250,17 +228,16 @@ class GroupEngine:
             begin, nbytes = first * width, (last - first) * width
             copy_bytes(address + begin, channel.window_address(self.ranks[rank], after) + begin, nbytes)
 
-    def reduce_scatter(self, out: Tensor, sources: Sequence[int], reduction: Reduction, header: int) -> bool:
+    def reduce_scatter(self, out: Tensor, sources: Sequence[int], reduction: Reduction, header: int) -> None:
         """out = the present ranks' sources[my rank] combined, in rank order.
 
         Args:
             out: [n], contiguous.
             sources: address of n values for each rank; those for absent ranks are not read.
-
-        Returns False when the group is local: the caller copies its own values.
         """
         if self.local:
-            return False
+            copy_bytes(out.data_ptr(), sources[self.rank], out.nbytes)
+            return
         channel, dtype, width = self.channel, out.dtype, out.element_size()
         pitch = self._pitch()
         room, count = pitch // width, out.numel()
@@ -276,75 +253,7 @@ class GroupEngine:
             reduce_into(out[done : done + piece] if piece < count else out, parts, reduction)
             done += piece
             if done >= count:
-                return True
-
-    def all_to_all(
-        self,
-        sources: Sequence[tuple[int, int]],
-        targets: Sequence[tuple[int, int]],
-        header: int,
-        *,
-        uneven: bool,
-    ) -> None:
-        """targets[r] = what rank r sends me, for every present rank.
-
-        Args:
-            sources, targets: (address, bytes) for each rank.
-            uneven: the sizes differ, so they are exchanged first.
-
-        Raises:
-            CollectiveMismatch: a rank sends another number of bytes than this one expects from it.
-        """
-        mine = self.rank
-        if not self.local:
-            largest = self._exchange_sizes(sources, targets, header) if uneven else sources[mine][1]
-            channel, pitch, slot_of_me = self.channel, self._pitch(), self.present.index(self.rank)
-            done = 0
-            while True:
-                parity = channel.next_parity
-                for slot, rank in enumerate(self.present):
-                    address, nbytes = sources[rank]
-                    if rank != mine and done < nbytes:
-                        piece = min(pitch, nbytes - done)
-                        copy_bytes(self._my_windows[parity] + slot * pitch, address + done, piece)
-                channel.meet(header, self.timeout_s)
-                for rank, windows in self._peers:
-                    address, nbytes = targets[rank]
-                    if done < nbytes:
-                        copy_bytes(address + done, windows[parity] + slot_of_me * pitch, min(pitch, nbytes - done))
-                done += pitch
-                if done >= largest:
-                    break
-        if sources[mine][0] != targets[mine][0]:
-            copy_bytes(targets[mine][0], sources[mine][0], sources[mine][1])
-
-    def _exchange_sizes(
-        self, sources: Sequence[tuple[int, int]], targets: Sequence[tuple[int, int]], header: int
-    ) -> int:
-        sizes = torch.tensor([nbytes for _, nbytes in sources], dtype=torch.int64)
-        table = torch.zeros(self.size, self.size, dtype=torch.int64)
-        row = self.size * 8
-        splits = pack_header(Op.SPLITS, dtype_field=DTYPE_FIELD[torch.int64], nbytes=row)
-        begin = table.data_ptr()
-        self.all_gather(sizes.data_ptr(), row, range(begin, begin + self.size * row, row), splits)
-        rows = table.tolist()
-        # Every rank checks every pair, so that all raise when one pair disagrees; what a pair's target expects is
-        # known to itself only, so it tells the others in a second, small exchange.
-        agreed = all(rows[rank][self.rank] == targets[rank][1] for rank in self.present)
-        votes = torch.zeros(self.size, dtype=torch.uint8)
-        vote = torch.tensor([0 if agreed else 1], dtype=torch.uint8)
-        begin = votes.data_ptr()
-        self.all_gather(vote.data_ptr(), 1, range(begin, begin + self.size), pack_header(Op.SPLITS, nbytes=1))
-        wrong = [rank for rank in self.present if votes[rank]]
-        if wrong:
-            raise CollectiveMismatch(
-                f"rank {wrong[0]} is sent other sizes than it expects",
-                rank=self.ranks[wrong[0]],
-                epoch=self.region.epoch,
-                operation=describe_header(header),
-            )
-        pairs = [(source, target) for source in self.present for target in self.present if source != target]
-        return max(int(rows[source][target]) for source, target in pairs)
+                break
 
     def _pitch(self) -> int:
         """Bytes of a window for each present rank, a multiple of a cache line."""

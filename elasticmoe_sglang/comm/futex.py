@@ -20,8 +20,8 @@ _FUTEX = _SYSCALL_NUMBERS.get(_MACHINE, 0)
 _FUTEX_WAIT = 0
 _FUTEX_WAKE = 1
 _FUTEX_WAKE_OP = 5
-_EVERYBODY = 0x7FFFFFFF
-# FUTEX_OP_ADD of 1 to the second word; the comparison (old value < -2048, never) wakes nobody there.
+_ALL = 0x7FFFFFFF
+# FUTEX_OP_ADD of 1 to the second word; the comparison (old value < -2048, never) wakes none who sleep on that.
 _ADD_ONE = (1 << 28) | (2 << 24) | (1 << 12) | 0x800
 
 
@@ -75,13 +75,13 @@ def wait(address: int, expected: int, timeout_s: float) -> bool:
 
 
 def wake(address: int) -> None:
-    """Wake everybody who sleeps on the word at `address`."""
-    _wake_call(_FUTEX, address, _FUTEX_WAKE, _EVERYBODY, None, None, 0)
+    """Wake all who sleep on the word at `address`."""
+    _wake_call(_FUTEX, address, _FUTEX_WAKE, _ALL, None, None, 0)
 
 
 def add_one_and_wake(address: int) -> None:
-    """Add one to the word in one atomic step (done by the kernel, FUTEX_WAKE_OP), then wake everybody there."""
-    _wake_call(_FUTEX, address, _FUTEX_WAKE_OP, _EVERYBODY, None, address, _ADD_ONE)
+    """Add one to the word in one atomic step (done by the kernel, FUTEX_WAKE_OP), then wake all who sleep on it."""
+    _wake_call(_FUTEX, address, _FUTEX_WAKE_OP, _ALL, None, address, _ADD_ONE)
 
 
 def full_fence() -> None:

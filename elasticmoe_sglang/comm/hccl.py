@@ -1,11 +1,10 @@
 """One communicator an epoch, where shared-memory windows cannot reach: HCCL groups of NPU ranks.
 
-An HCCL communicator is fixed at its birth: members, ranks, buffers. So a change of membership is a new communicator,
-and since making one takes all members and seconds, it is made before the commit, while the old one serves:
+An HCCL communicator cannot change its members, ranks or buffers. So a change of membership needs a new communicator.
+Making one takes all members and seconds, so it is made before the commit, while the old one serves:
 
-1. `prepare(membership)` in the background, on every member, joining ranks included: the group is created over a store
-key
-   of that epoch and proven by one all-reduce, which also makes HCCL connect its links and take its buffers.
+1. `prepare(membership)` in the background, on every member, joining ranks included: the group is created over store
+   keys of that epoch and tested by one all-reduce, which also makes HCCL connect its links and take its buffers.
 2. `adopt(epoch)` at the commit: a pointer changes. Nothing is created, nothing waits.
 3. `retire()` once no launched kernel uses an older epoch's group: those are shut down.
 `discard(epoch)` instead of 2 and 3 when the change is rolled back.
@@ -52,14 +51,10 @@ def build_hccl(store: Store, rank: int, size: int, timeout: timedelta) -> Group:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochGroup:
-    """A proven group and who is in it."""
+    """A tested group and its members."""
 
     membership: Membership
     group: Group
-
-    def rank_of(self, rank: int) -> int:
-        """Ranks are dense, ranks are not: the rank's place among the active ones."""
-        return self.membership.ranks.index(rank)
 
 
 class EpochGroups:
@@ -90,7 +85,7 @@ class EpochGroups:
         return self._current
 
     def prepare(self, membership: Membership, *, timeout_s: float, attempt: str = "") -> None:
-        """Creates and proves the group of `membership`; returns when all its members have. Does nothing when it stands.
+        """Creates and tests the group of `membership`; returns when all its members have. Does nothing when it exists.
 
         Args:
             timeout_s: for all members to come.
@@ -103,9 +98,9 @@ class EpochGroups:
         if self._rank not in membership.ranks:
             raise CommitError("this rank is no member of the epoch to prepare", rank=rank, epoch=epoch)
         with self._lock:
-            standing = self._groups.get(epoch)
-        if standing is not None:
-            if standing.membership != membership:
+            existing = self._groups.get(epoch)
+        if existing is not None:
+            if existing.membership != membership:
                 raise CommitError("the epoch was prepared with other members", rank=rank, epoch=epoch)
             return
         timeout = timedelta(seconds=timeout_s)

@@ -1,4 +1,4 @@
-"""The one word that describes a collective, so that members can tell that they called the same.
+"""The header of a collective: one word that describes it, by which members find out whether they called the same.
 
 Bits: operation 5 | reduction 4 | root 7 | dtype 6 | bytes 42, from the highest down.
 """
@@ -13,19 +13,15 @@ from elasticmoe_sglang.errors import UserInputError
 
 
 class Op(IntEnum):
-    """The collectives."""
+    """The collectives. The kernels of `elasticmoe_kernels.triton.collectives` use the same numbers for 1 to 4."""
 
     ALLREDUCE = 1
     BROADCAST = 2
     ALLGATHER = 3
     REDUCE_SCATTER = 4
-    ALL_TO_ALL = 5
-    GATHER = 6
-    SCATTER = 7
-    REDUCE = 8
-    BARRIER = 9
-    SPLITS = 10
-    SEND = 11
+    GATHER = 5
+    REDUCE = 6
+    BARRIER = 7
 
 
 class Reduction(IntEnum):
@@ -87,7 +83,7 @@ def dtype_field(tensor: torch.Tensor) -> int:
 def pack_header(op: Op, *, dtype_field: int = 0, nbytes: int = 0, root: int = 0, reduction: int = 0) -> int:
     """Args:
     dtype_field: from `DTYPE_FIELD`.
-    nbytes: size of the whole message of one rank, below 4 TiB.
+    nbytes: size of one rank's whole message, below 4 TiB.
     root: group rank of the root or source.
     reduction: a `Reduction`.
     """
@@ -102,7 +98,7 @@ def describe_header(header: int) -> str:
     reduction = header >> _REDUCTION_SHIFT & ((1 << _REDUCTION_BITS) - 1)
     if reduction:
         parts.append(Reduction(reduction).name.lower())
-    if op in (Op.BROADCAST, Op.GATHER, Op.SCATTER, Op.REDUCE):
+    if op in (Op.BROADCAST, Op.GATHER, Op.REDUCE):
         parts.append(f"root={header >> _ROOT_SHIFT & ((1 << _ROOT_BITS) - 1)}")
     dtype = header >> _DTYPE_SHIFT & ((1 << _DTYPE_BITS) - 1)
     if dtype:

@@ -1,4 +1,4 @@
-"""Who is there: the set of active ranks and the epoch that names it."""
+"""The membership: the set of active ranks and the epoch that names it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from elasticmoe_sglang.errors import UserInputError
 
 MAX_CAPACITY = 64
-"""Ranks one host's control page can name: a membership is one 64-bit mask word."""
+"""The most ranks: the control page holds a membership as one 64-bit mask."""
 
 LEADER = 0
-"""Rank 0 is always active: SGLang's controls enter there, and it decides at the commit barrier."""
+"""Rank 0 is always active: SGLang's control messages enter there, and it leads the commit barrier."""
 
 
 def ranks_to_mask(ranks: Iterable[int]) -> int:

@@ -40,7 +40,7 @@ _ROUNDING = (Reduction.SUM, Reduction.AVG, Reduction.PRODUCT)
 
 
 def check_reduction(reduction: Reduction, dtype: torch.dtype) -> None:
-    """Raises UserInputError when values of `dtype` cannot be combined so. Called before anybody waits."""
+    """Raises UserInputError when values of `dtype` cannot be combined so. Called before any rank waits."""
     bitwise = reduction in (Reduction.BAND, Reduction.BOR, Reduction.BXOR)
     if (
         dtype.is_complex

@@ -1,8 +1,9 @@
-"""The shared region of the ranks and a process's view of it.
+"""The collective region: shared memory in which the ranks of one server meet, and one process's view of it.
 
-Layout: the control page, then one part per channel: its words, its windows (two a rank), its point-to-point boxes. The
-region is a memfd that lives outside the ranks, so no rank's death takes it along. Pages that nobody touches cost
-nothing.
+Layout: the control page, then the channels of the process groups, each with its words and its windows (two a rank).
+
+The region lies in a memfd that the HMM owns, so it outlives every rank. Its size is that of the largest messages of the
+largest server; memory is taken for the pages that were written only (`hmm/vmm/cpu.py`).
 """
 
 from __future__ import annotations
@@ -12,30 +13,28 @@ from collections.abc import Callable
 from typing import Any
 
 from elasticmoe_sglang.comm import futex
-from elasticmoe_sglang.comm.channel import Channel, lines_bytes
+from elasticmoe_sglang.comm.channel import Channel, channel_bytes, lines_bytes
 from elasticmoe_sglang.comm.control_page import CONTROL_BYTES, PAGE_BYTES, ControlPage, SharedMemory, WorkerState
-from elasticmoe_sglang.comm.mailbox import Mailbox, boxes_bytes
 from elasticmoe_sglang.comm.membership import MAX_CAPACITY, Membership
+from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.hmm.client import HmmClient, RegionHandle
 
-DEFAULT_CHANNELS = 16
-DEFAULT_WINDOW_BYTES = 1 << 20
+CHANNELS = 16
+"""Process groups of more than one rank that a server can have."""
 _MAX_EPOCH = 1 << 22
-
-
-def _channel_bytes(capacity: int, window_bytes: int) -> int:
-    return lines_bytes(capacity) + 2 * capacity * window_bytes + boxes_bytes(capacity)
+_NAME_PREFIX = "collective region-"
 
 
 class CollectiveRegion:
-    """One rank's view of the shared region: who takes part, and the channels to meet them.
+    """One process's view of the region: which ranks take part, and the channels between them.
 
-    The view (`members`, `epoch`) changes only by `set_membership` and `solo`, never by what other processes do. A
-    new CollectiveRegion is solo.
+    The view (`members`, `epoch`) changes only by `set_membership` and `solo`, never by what other processes do. It
+    begins solo.
 
     Args:
         fd: descriptor of the region (duplicated). It must have been formatted: `CollectiveRegion.format(fd, ...)`.
-        me: my rank.
+        rank: the rank that this process serves.
         timeout_s: how long a member may be late in any collective; None leaves it to each group's own timeout.
 
     Raises:
@@ -54,7 +53,6 @@ class CollectiveRegion:
         self.rank = rank
         self.timeout_s = math.inf if timeout_s is None else timeout_s
         self._channels: dict[int, Channel] = {}
-        self._mailboxes: dict[int, Mailbox] = {}
         self._free_channels = list(range(self.control.channels))
         self._members: tuple[int, ...] = (rank,)
         self._epoch = 0
@@ -64,18 +62,17 @@ class CollectiveRegion:
         self.listeners: list[Callable[[], None]] = []
         """Called after every change of the view, in the thread that changed it."""
         self.group_type: Any = None
-        """Makes the process groups, None on ranks outside; None itself for groups that carry CPU tensors only."""
+        """Called with (region, ranks, channel, timeout_s) to make a process group, None on ranks outside of it. While
+        it is not set, groups carry CPU tensors only."""
 
     @staticmethod
-    def region_bytes(capacity: int, channels: int = DEFAULT_CHANNELS, window_bytes: int = DEFAULT_WINDOW_BYTES) -> int:
+    def region_bytes(capacity: int, channels: int, window_bytes: int) -> int:
         """Size of a region for `capacity` ranks and `channels` process groups of more than one rank."""
-        return CONTROL_BYTES + channels * _channel_bytes(capacity, window_bytes)
+        return CONTROL_BYTES + channels * channel_bytes(capacity, window_bytes)
 
     @staticmethod
-    def format(
-        fd: int, *, capacity: int, channels: int = DEFAULT_CHANNELS, window_bytes: int = DEFAULT_WINDOW_BYTES
-    ) -> ControlPage:
-        """Make a region ready for a new server: nobody sits anywhere, no membership. Before any rank starts.
+    def format(fd: int, *, capacity: int, channels: int, window_bytes: int) -> ControlPage:
+        """Make a region ready for a new server: no worker registered, no membership. Before any rank starts.
 
         Raises:
             UserInputError: impossible geometry, or the region is smaller than `region_bytes(...)`.
@@ -89,12 +86,10 @@ class CollectiveRegion:
         shared = SharedMemory(fd)
         needed = CollectiveRegion.region_bytes(capacity, channels, window_bytes)
         if shared.nbytes < needed:
-            raise UserInputError(f"the shared region has {shared.nbytes} bytes, {needed} are needed")
+            raise UserInputError(f"the collective region has {shared.nbytes} bytes, {needed} are needed")
         for index in range(channels):
-            start = CONTROL_BYTES + index * _channel_bytes(capacity, window_bytes)
+            start = CONTROL_BYTES + index * channel_bytes(capacity, window_bytes)
             shared.view[start : start + lines_bytes(capacity)] = bytes(lines_bytes(capacity))
-            boxes = start + lines_bytes(capacity) + 2 * capacity * window_bytes
-            Mailbox.format(shared, boxes, capacity)
         ControlPage.format(shared, capacity=capacity, channels=channels, window_bytes=window_bytes)
         control = ControlPage(shared)
         shared.close_fd()
@@ -141,7 +136,7 @@ class CollectiveRegion:
         self._changed()
 
     def solo(self) -> None:
-        """Take part alone: a joining rank while it boots and warms up, a rank that has left."""
+        """Collectives become local: for a joining rank while it boots and warms up, and for a rank that has left."""
         self._members = (self.rank,)
         self._changed()
 
@@ -173,26 +168,54 @@ class CollectiveRegion:
 
     def channel(self, index: int) -> Channel:
         if index not in self._channels:
-            self._channels[index] = Channel(self, index, self._channel_offset(index))
+            offset = CONTROL_BYTES + index * channel_bytes(self.capacity, self.window_bytes)
+            self._channels[index] = Channel(self.control, self.rank, index, offset)
         return self._channels[index]
 
-    def mailbox(self, index: int) -> Mailbox:
-        """The point-to-point boxes of a channel."""
-        if index not in self._mailboxes:
-            offset = self._channel_offset(index) + lines_bytes(self.capacity) + 2 * self.capacity * self.window_bytes
-            self._mailboxes[index] = Mailbox(self, index, offset)
-        return self._mailboxes[index]
-
-    def _channel_offset(self, index: int) -> int:
-        return CONTROL_BYTES + index * _channel_bytes(self.capacity, self.window_bytes)
-
-    # My rank
+    # The worker of this rank
 
     def register(self, state: WorkerState = WorkerState.STARTING) -> None:
-        """Say in the control page that this process sits in my rank."""
+        """Say in the control page that this process serves the rank."""
         self.control.register_worker(self.rank, state)
 
     def close(self) -> None:
-        """Say that this rank is gone and close the descriptor. The mapping goes with the last tensor over it."""
+        """Say that this worker is gone and close the descriptor. The mapping goes with the last tensor over it."""
         self.control.set_worker_state(self.rank, WorkerState.GONE)
         self.shared.close_fd()
+
+
+# The region of a server: named in the HMM, formatted by the launcher, opened by every worker
+
+
+def _name(run_id: str) -> str:
+    return f"{_NAME_PREFIX}{run_id}"
+
+
+def open_region(client: HmmClient, config: ElasticConfig, run_id: str) -> RegionHandle:
+    """The region of the server with this id; made by the first call."""
+    nbytes = CollectiveRegion.region_bytes(config.max_ep_size, CHANNELS, config.window_bytes)
+    return client.region(_name(run_id), nbytes)
+
+
+def release_stale_regions(client: HmmClient, run_id: str) -> int:
+    """Give back the regions of servers that ended without doing so; an HMM that outlives its server keeps them.
+
+    The memory goes when the last process that maps a region has ended. Returns how many there were.
+    """
+    stale = [
+        block.block_id
+        for block in client.lookup(kind="window")
+        if block.name is not None and block.name.startswith(_NAME_PREFIX) and block.name != _name(run_id)
+    ]
+    if stale:
+        client.release(stale)
+    return len(stale)
+
+
+def format_region(region: RegionHandle, config: ElasticConfig) -> ControlPage:
+    """Before the first rank starts: no worker registered, and the first membership in epoch 0."""
+    control = CollectiveRegion.format(
+        region.fd, capacity=config.max_ep_size, channels=CHANNELS, window_bytes=config.window_bytes
+    )
+    control.publish_membership(Membership(ranks=tuple(range(config.ep_size)), epoch=0, capacity=config.max_ep_size))
+    return control

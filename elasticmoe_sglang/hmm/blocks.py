@@ -13,7 +13,7 @@ import msgspec
 from elasticmoe_sglang.errors import BlockNotFound, ProtocolError
 from elasticmoe_sglang.hmm.ledger import Ledger
 from elasticmoe_sglang.hmm.vmm.base import VmmBackend, VmmHandle
-from elasticmoe_sglang.wire.to_hmm import Block, Kind
+from elasticmoe_sglang.wire.to_hmm import HOST, Block, Kind
 
 
 @dataclass(kw_only=True)
@@ -28,7 +28,8 @@ class BlockTable:
     """Creates, finds and retires blocks.
 
     A retired block is found no more, but its memory lives as long as some client has it mapped; so it stays charged
-    until the last lease came back. The ledger therefore always shows what is really taken.
+    until the last lease came back. The ledger therefore always shows what is really taken. HOST memory is not in it: it
+    counts against no device's budget, and how much is taken grows as pages are written (`host_bytes`).
     """
 
     def __init__(self, backend: VmmBackend, ledger: Ledger) -> None:
@@ -52,11 +53,13 @@ class BlockTable:
         txn: str | None = None,
     ) -> Block:
         """Charges and creates; `nbytes` is a multiple of the granularity. Raises BudgetExceeded or VmmError."""
-        self._ledger.charge(device, kind, nbytes)
+        if device != HOST:
+            self._ledger.charge(device, kind, nbytes)
         try:
             handle = self._backend.create(nbytes, device)
         except BaseException:
-            self._ledger.refund(device, kind, nbytes)
+            if device != HOST:
+                self._ledger.refund(device, kind, nbytes)
             raise
         block = Block(
             block_id=next(self._ids),
@@ -85,7 +88,8 @@ class BlockTable:
             return False
         handle = self._backend.import_(os.dup(fd), block.nbytes, block.device)
         try:
-            self._ledger.count(block.device, block.kind, block.nbytes)
+            if block.device != HOST:
+                self._ledger.count(block.device, block.kind, block.nbytes)
         except BaseException:
             self._backend.close(handle)
             raise
@@ -141,6 +145,11 @@ class BlockTable:
         retired = sum(e.retired for e in self._entries.values())
         return len(self._entries) - retired, retired
 
+    def host_bytes(self) -> int:
+        """Bytes of HOST memory in use, of retired blocks too."""
+        host = [entry.handle for entry in self._entries.values() if entry.block.device == HOST]
+        return sum(self._backend.resident_bytes(handle) for handle in host)
+
     def close(self) -> None:
         """Closes every handle; what clients have mapped lives on with them."""
         for entry in self._entries.values():
@@ -152,7 +161,8 @@ class BlockTable:
             return
         del self._entries[entry.block.block_id]
         self._backend.close(entry.handle)
-        self._ledger.refund(entry.block.device, entry.block.kind, entry.block.nbytes)
+        if entry.block.device != HOST:
+            self._ledger.refund(entry.block.device, entry.block.kind, entry.block.nbytes)
 
     def _replace(self, block_ids: Iterable[int], **changes: object) -> None:
         for entry in [self._live(i) for i in block_ids]:

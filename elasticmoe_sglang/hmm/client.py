@@ -54,7 +54,7 @@ class RegionHandle:
 class HmmClient:
     """A synchronous client. Connects on the first call, and again after the HMM was replaced.
 
-    Every method raises HmmUnavailable when nobody answers within its deadline, and the HMM's own typed errors.
+    Every method raises HmmUnavailable when no HMM answers within its deadline, and the HMM's own typed errors.
     A forked child makes its own client.
 
     Args:
@@ -89,7 +89,7 @@ class HmmClient:
         return self._backend
 
     def connect(self, wait_s: float = 0.0) -> to_hmm.Welcome:
-        """Attaches now. For `wait_s` seconds it tries again while nobody answers."""
+        """Attaches now. For `wait_s` seconds it tries again while no HMM answers."""
         until = time.monotonic() + wait_s
         while True:
             try:
@@ -119,7 +119,7 @@ class HmmClient:
     # Another HMM ---------------------------------------------------------------------------------------------------
 
     def attached_to(self) -> str | None:
-        """The HMM's instance, as it was told; None when it is gone or was never asked for. Does not wait."""
+        """The instance of the HMM this client is attached to; None when it has none or that is gone. Does not wait."""
         link = self._link
         return None if link is None or link.hung_up() else link.welcome.instance
 
@@ -156,7 +156,10 @@ class HmmClient:
         return self._model
 
     def region(self, name: str, nbytes: int) -> RegionHandle:
-        """A zeroed host-shared region, made on the first call of any client. Raises RegionMismatch for another size."""
+        """A zeroed host-shared region, made on the first call of any client. It takes memory as pages are written.
+
+        Raises RegionMismatch for another size.
+        """
         [block] = self._call(to_hmm.OpenRegion(name=name, nbytes=nbytes), to_hmm.BlocksReply).blocks
         [handle] = self.handles([block.block_id])
         self._leases.regions(block.block_id, nbytes)
@@ -198,8 +201,8 @@ class HmmClient:
     ) -> list[to_hmm.Block]:
         """One zeroed block a column or a chunk of a rank's KV cache, or a single block; all or none.
 
-        nbytes: of each block, rounded up to the granularity; None takes the registered model's size. Any client may
-        allocate in a transaction, whoever began it. Raises BudgetExceeded with the numbers.
+        nbytes: of each block, rounded up to the granularity; None takes the registered model's size. The
+        transaction may be another client's. Raises BudgetExceeded with the numbers.
         """
         wanted = list(columns) if columns is not None else None
         parts = list(chunks) if chunks is not None else None

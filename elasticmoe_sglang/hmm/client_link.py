@@ -59,7 +59,7 @@ class HmmLink:
     def command(self, body: to_hmm.Command, deadline: float, *, epoch: int | None, wait_s: float) -> to_hmm.Answer:
         """Sends a command and waits for its answer until `deadline` (time.monotonic).
 
-        wait_s: how long the HMM may take to answer, told to it in the envelope.
+        wait_s: how long the HMM may take to answer, sent along in the envelope.
         """
         request = Envelope(request_id=new_request_id(), epoch=epoch, deadline_s=wait_s, body=body)
         frame = to_hmm.COMMANDS.encode(request)
@@ -255,7 +255,7 @@ class HmmLink:
     def _silent(self, what: str) -> ElasticMoEError:
         return HmmUnavailable(
             f"the HMM at {self._endpoint.url} did not answer {what} in time",
-            hint="It is alive but busy or stopped; its log tells.",
+            hint="It is alive but busy or stopped: see its log.",
         )
 
 

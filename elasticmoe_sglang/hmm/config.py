@@ -29,7 +29,7 @@ class Endpoint:
         if scheme != "ipc" or not name or name.startswith("@") or "\0" in name:
             raise UserInputError(
                 f"{endpoint!r} is no endpoint of an HMM",
-                hint="Write it as ipc:///folder/hmm.sock; abstract sockets are not used, since anybody may open them.",
+                hint="Write it as ipc:///folder/hmm.sock; abstract sockets are not used, since any user may open them.",
             )
         path = Path(name).absolute()
         beside = [path.with_name(path.name + suffix) for suffix in (".fds", ".lock")]

@@ -80,7 +80,7 @@ class KvSpace:
         return _rows(self._range, self.max_tokens, self.layout.token_bytes, self.device)
 
     def close(self) -> None:
-        """Unmaps all of it once no tensor looks at it any more. Idempotent."""
+        """Unmaps all of it once no tensor over it is left. Idempotent."""
         self._range.close()
 
 
@@ -122,7 +122,7 @@ class KvWindow:
         return _rows(self._range, self._tokens, self._token_bytes, self._device)
 
     def close(self) -> None:
-        """Unmaps all of it once no tensor looks at it any more. Idempotent."""
+        """Unmaps all of it once no tensor over it is left. Idempotent."""
         self._range.close()
 
 

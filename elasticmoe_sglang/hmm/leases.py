@@ -1,7 +1,7 @@
 """What a client holds of the HMM's memory, kept so that it can be offered to another HMM when this one has ended.
 
-A lease lasts until its handle is closed and unmapped. So long the descriptor that it came with is kept as well: one
-descriptor a block, and the only thing from which the memory can be shared anew, since a mapping alone cannot be.
+A lease lasts until its handle is closed and unmapped. Until then the descriptor that it came with is kept as well, one
+a handle: memory can be shared again from a descriptor only, not from a mapping.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ class LeaseBook:
         return new
 
     def close(self) -> None:
-        """Closes every kept descriptor; what is mapped stays mapped and can be offered to nobody any more."""
+        """Closes every kept descriptor; what is mapped stays mapped, and can no longer be offered to another HMM."""
         for lease in list(self._leases.values()):
             self.release_blocks(lease)
 
     def _settle(self) -> None:
-        # Whoever finds the book busy leaves its lease to the one that has it, who looks again after letting go.
+        # A thread that finds the book busy leaves its lease to the one that has it, which checks again after release.
         while self._returned and self._busy.acquire(blocking=False):
             try:
                 while self._returned:

@@ -1,4 +1,4 @@
-"""Who may have how many bytes: a budget a device, charges by kind, and the peak. Pure bookkeeping, no memory."""
+"""The ledger: a budget of bytes a device, charges by kind, and the peak. Pure bookkeeping, no memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from elasticmoe_sglang.errors import BudgetExceeded, UserInputError
-from elasticmoe_sglang.wire.to_hmm import HOST, KINDS, DeviceUsage, Kind
+from elasticmoe_sglang.wire.to_hmm import KINDS, DeviceUsage, Kind
 
 
 @dataclass(kw_only=True)
 class _Account:
-    budget: int | None
+    budget: int
     used: int = 0
     peak: int = 0
     by_kind: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
@@ -21,13 +21,12 @@ class Ledger:
     """Charges and refunds bytes; refuses a charge that exceeds the device's budget by as little as one byte.
 
     Args:
-        budgets: bytes of each device, device number = index. HOST exists besides and has no budget.
+        budgets: bytes of each device, device number = index.
     """
 
     def __init__(self, budgets: Sequence[int]) -> None:
         self._devices = len(budgets)
         self._accounts = {device: _Account(budget=budget) for device, budget in enumerate(budgets)}
-        self._accounts[HOST] = _Account(budget=None)
         self._watches: dict[str, list[int]] = {}
 
     @property
@@ -37,7 +36,7 @@ class Ledger:
     def require(self, device: int, nbytes: int) -> None:
         """Raises BudgetExceeded when `nbytes` more do not fit on `device` now, UserInputError for no such device."""
         account = self._account(device)
-        if account.budget is None or account.used + nbytes <= account.budget:
+        if account.used + nbytes <= account.budget:
             return
         free = account.budget - account.used
         raise BudgetExceeded(
@@ -60,9 +59,8 @@ class Ledger:
         account.used += nbytes
         account.by_kind[kind] += nbytes
         account.peak = max(account.peak, account.used)
-        if device != HOST:
-            for peaks in self._watches.values():
-                peaks[device] = max(peaks[device], account.used)
+        for peaks in self._watches.values():
+            peaks[device] = max(peaks[device], account.used)
 
     def refund(self, device: int, kind: Kind, nbytes: int) -> None:
         """Takes a charge back."""
@@ -72,11 +70,11 @@ class Ledger:
         account.by_kind[kind] -= nbytes
 
     def used(self, device: int) -> int:
-        """Bytes in use on one device, or on HOST."""
+        """Bytes in use on one device."""
         return self._account(device).used
 
     def usage(self) -> list[DeviceUsage]:
-        """All devices, without HOST; kinds that use nothing are left out."""
+        """All devices; kinds that use nothing are left out."""
         return [self._usage(device) for device in range(self._devices)]
 
     def watch(self, key: str) -> None:
@@ -89,7 +87,6 @@ class Ledger:
 
     def _usage(self, device: int) -> DeviceUsage:
         account = self._accounts[device]
-        assert account.budget is not None
         return DeviceUsage(
             device=device,
             budget=account.budget,

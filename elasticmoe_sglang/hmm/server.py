@@ -201,7 +201,7 @@ class HmmServer:
             SealTimeout(
                 f"{len(missing)} of {len(waiter.block_ids)} blocks were not sealed in time, such as block {missing[0]}",
                 epoch=waiter.request.epoch,
-                hint="Whoever fills them is slow or gone; its client in the status tells.",
+                hint="The rank that fills them is slow or gone: see the clients in the status.",
             )
         )
 

@@ -326,7 +326,7 @@ class HmmService:
             granularity=self.backend.granularity,
             uptime_s=round(now - self._started, 3),
             devices=self.ledger.usage(),
-            host_bytes=self.ledger.used(to_hmm.HOST),
+            host_bytes=self.blocks.host_bytes(),
             regions=[r for r in self._regions.values() if self.blocks.is_live(r.block_id)],
             blocks=live,
             retired_blocks=retired,

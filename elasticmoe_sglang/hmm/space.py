@@ -157,9 +157,6 @@ class DenseSpace:
                 raise VmmError(f"a block of {handle.nbytes} bytes does not fit a dense layout of {self.nbytes} bytes")
             self._range.map(0, handle)
 
-    def is_mapped(self) -> bool:
-        return bool(self._range.offsets())
-
     def pull(
         self,
         source: VmmHandle,

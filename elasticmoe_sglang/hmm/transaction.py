@@ -1,7 +1,7 @@
 """All or nothing: steps with an undo each, and the table of transactions that clients keep open.
 
 An undo is recorded only after its step succeeded, so undoing never touches what never happened. Undoing goes on past a
-failing undo, and then says loudly what is left over.
+failing undo and then raises with what is left over.
 """
 
 from __future__ import annotations

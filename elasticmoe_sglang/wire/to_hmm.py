@@ -216,7 +216,7 @@ class HmmStatus(Message, frozen=True, kw_only=True):
     granularity: bytes; sizes are rounded up to multiples of it.
     adopted_blocks: taken over from clients since it started.
     blocks: live ones; retired_blocks: released but still mapped by a client, so still charged.
-    host_bytes: shared regions, outside every budget.
+    host_bytes: memory in use by shared regions, outside every budget.
     """
 
     pid: int

@@ -71,7 +71,7 @@ class Pulled(Message, frozen=True, kw_only=True):
 
 
 class DropColumns(Message, frozen=True, kw_only=True):
-    """Unmap these columns; their memory is given back to the HMM by whoever asks for this."""
+    """Unmap these columns. The coordinator releases their memory afterwards, not the worker."""
 
     operation_id: str
     columns: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""The rank's line to the coordinator: a thread that does the preparing and finishing work while decoding goes on.
+"""The rank's connection to the coordinator: a thread that does the preparing and finishing work while decoding goes on.
 
 It receives the requests of `wire.to_worker` from the coordinator and sends replies and what the rank reports.
 ZMQ sockets belong to one thread, so other threads post through a queue and an eventfd. Commands run in workers, so that

@@ -13,7 +13,7 @@ class PauseMeter:
     """Fed with every batch result; measures the pause around a commit.
 
     The pause is the time from the last result before the commit to the first after it, less the median of the
-    intervals between results before it (DESIGN's definition, in milliseconds).
+    last 64 intervals between results without a commit or an idle time between them. In milliseconds, at least 0.
     """
 
     def __init__(self) -> None:

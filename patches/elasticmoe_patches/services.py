@@ -20,7 +20,7 @@ from elasticmoe_patches import device
 from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE, Answers
 from elasticmoe_sglang import run_dir_reaper
 from elasticmoe_sglang.comm.control_page import ControlPage
-from elasticmoe_sglang.comm.server_region import format_region, open_region, release_stale_regions
+from elasticmoe_sglang.comm.region import format_region, open_region, release_stale_regions
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.failover import FailoverController
 from elasticmoe_sglang.coordinator.handle import CoordinatorHandle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
@@ -17,8 +18,9 @@ from elasticmoe_sglang.hmm.space import ColumnSpace, DenseSpace
 from elasticmoe_sglang.hmm.vmm import VmmHandle, VmmUsage, backend_names, get_backend, register_backend, round_up
 from elasticmoe_sglang.hmm.vmm import cpu as cpu_module
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
-from elasticmoe_sglang.hmm.vmm.tensors import tensor_from_handle
+from elasticmoe_sglang.wire.to_hmm import HOST
 from tests.helpers.leaks import no_leaks
+from tests.helpers.tensors import tensor_from_handle
 from tests.helpers.vmm_rigs import RIGS, Rig
 
 NOTHING = VmmUsage(reserved_bytes=0, mapped_bytes=0, mappings=0, open_handles=0)
@@ -297,6 +299,22 @@ def test_the_machine_running_out_is_an_exception(cpu: CpuBackend, monkeypatch: p
         cpu.create(cpu.granularity, 0)
 
 
+def test_memory_of_a_device_is_allocated_at_once_and_host_memory_when_it_is_written(cpu: CpuBackend) -> None:
+    nbytes = 64 * cpu.granularity
+    device, host = cpu.create(nbytes, 0), cpu.create(nbytes, HOST)
+    va = cpu.reserve(nbytes)
+    cpu.map(va.base, host)
+    assert (cpu.resident_bytes(device), cpu.resident_bytes(host)) == (nbytes, 0)
+    ctypes.memset(va.base, 1, 1)
+    assert cpu.resident_bytes(host) == cpu.granularity
+    with pytest.raises(PermissionError):
+        os.ftruncate(host.native, 0)
+    cpu.unmap(va.base, nbytes)
+    cpu.release_va(va)
+    cpu.close(device)
+    cpu.close(host)
+
+
 def test_a_copy_lets_other_threads_run(cpu: CpuBackend) -> None:
     size = 64 << 20
     va, handles = cpu.reserve(2 * size), [cpu.create(size, 0) for _ in range(2)]
@@ -437,7 +455,8 @@ def test_the_dense_block(cpu: CpuBackend) -> None:
 
     layout = DenseLayout.of([("embed", (10, 7), torch.float32), ("norm", (7,), torch.bfloat16)])
     space = DenseSpace(cpu, layout)
-    assert not space.is_mapped()
+    with pytest.raises(VmmError, match="not mapped throughout"):
+        space.pull(cpu.create(space.nbytes, 1))
     with pytest.raises(VmmError, match="does not fit a dense layout of 4096"):
         space.map(cpu.create(8192, 0))
     source = cpu.create(space.nbytes, 1)

@@ -24,7 +24,7 @@ def arrive(
 ) -> tuple[Decision, str, Membership]:
     """(decision, reason, the membership that is committed as this process sees it then)."""
     time.sleep(delay_s)
-    barrier = CommitBarrier(context.region)
+    barrier = CommitBarrier(context.region.control, context.rank)
     decision = barrier.arrive(
         epoch=epoch,
         attempt=attempt,
@@ -37,7 +37,7 @@ def arrive(
 
 
 def join(context: WorkerContext, epoch: int, timeout_s: float) -> tuple[Decision, str, Membership]:
-    barrier = CommitBarrier(context.region)
+    barrier = CommitBarrier(context.region.control, context.rank)
     decision = barrier.join(epoch, timeout_s=timeout_s, grace_s=GRACE_S)
     return decision, barrier.reason, context.region.control.read_membership()
 
@@ -45,7 +45,7 @@ def join(context: WorkerContext, epoch: int, timeout_s: float) -> tuple[Decision
 def cpu_of_waiting(context: WorkerContext, seconds: float) -> float:
     started = time.process_time()
     try:
-        CommitBarrier(context.region).join(1, timeout_s=seconds)
+        CommitBarrier(context.region.control, context.rank).join(1, timeout_s=seconds)
     except CommitError:
         return time.process_time() - started
     raise AssertionError("nobody proposed anything, and yet the commit barrier opened")

@@ -24,7 +24,7 @@ def endless(context: WorkerContext, ranks: tuple[int, ...], epoch: int, name: st
     context.adopt(ranks, epoch)
     group = context.memo["group"]
     values = torch.ones(40_000)
-    rows = torch.empty(4 * values.numel())
+    rows = torch.zeros(4 * values.numel())
     while True:
         if name == "all_reduce":
             dist.all_reduce(values, group=group)
@@ -32,8 +32,8 @@ def endless(context: WorkerContext, ranks: tuple[int, ...], epoch: int, name: st
             dist.all_gather_single(rows, values, group=group)
         elif name == "broadcast":
             dist.broadcast(values, src=0, group=group)
-        elif name == "all_to_all":
-            dist.all_to_all_single(torch.empty(40_000), values, group=group)
+        elif name == "reduce_scatter":
+            dist.reduce_scatter_single(torch.empty(40_000), rows, group=group)
         elif name == "small":
             dist.all_reduce(values[:2], group=group)
         else:
@@ -63,16 +63,6 @@ def cpu_seconds_while_waiting(context: WorkerContext, epoch: int) -> float:
     started = time.process_time()
     add_up(context, (0, 1), epoch)
     return time.process_time() - started
-
-
-def receive_from(context: WorkerContext, ranks: tuple[int, ...], epoch: int, source: int, count: int) -> None:
-    context.adopt(ranks, epoch)
-    dist.recv(torch.empty(count), source, group=context.memo["group"])
-
-
-def send_to(context: WorkerContext, ranks: tuple[int, ...], epoch: int, target: int, count: int) -> None:
-    context.adopt(ranks, epoch)
-    dist.send(torch.zeros(count), target, group=context.memo["group"])
 
 
 def late_rank_barriers(context: WorkerContext, ranks: tuple[int, ...], epoch: int, steps: int) -> None:

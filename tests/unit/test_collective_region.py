@@ -1,4 +1,4 @@
-"""The shared region, the control page, the membership and the futex calls."""
+"""The collective region, the control page, the membership and the futex calls."""
 
 from __future__ import annotations
 
@@ -94,8 +94,6 @@ def test_control_page_in_any_process(region: int) -> None:
         assert os.read(read, 100).decode() == f"{epoch} {ranks_to_mask(ranks)}"
         os.close(read)
         os.close(write)
-    control.routing_mask = 0b1001
-    assert ControlPage(SharedMemory(region)).routing_mask == 0b1001
 
 
 def test_a_reader_never_sees_half_a_membership(region: int) -> None:
@@ -116,7 +114,7 @@ def test_a_reader_never_sees_half_a_membership(region: int) -> None:
     os.waitpid(child, 0)
 
 
-def test_ranks_tell_who_sits_there_and_whether_it_lives(region: int) -> None:
+def test_the_page_names_each_ranks_worker_and_whether_it_lives(region: int) -> None:
     control = CollectiveRegion.format(region, capacity=4, **GEOMETRY)
     assert not control.alive(2) and control.worker(2).pid == 0
     read, write = os.pipe()
@@ -130,7 +128,6 @@ def test_ranks_tell_who_sits_there_and_whether_it_lives(region: int) -> None:
     os.read(read, 1)
     info = control.worker(2)
     assert (info.pid, info.state) == (child, WorkerState.JOINING)
-    assert 0 <= time.monotonic_ns() - info.heartbeat_ns < 30e9
     assert control.alive(2)
     os.kill(child, 9)
     time.sleep(0.05)

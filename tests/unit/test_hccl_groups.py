@@ -79,7 +79,7 @@ def test_a_rank_joins_while_the_old_group_serves() -> None:
     assert sums == [2.0] * 100
 
     for rank in three.ranks:
-        assert groups[rank].adopt(2).rank_of(rank) == three.ranks.index(rank)
+        assert groups[rank].adopt(2).membership == three
     assert together([lambda rank=rank: total(groups[rank].current, rank) for rank in three.ranks]) == [5.0] * 3
     assert [groups[rank].retire() for rank in three.ranks] == [[1], [1], []]
     assert len(shut_down) == 2

@@ -56,6 +56,9 @@ class CountingBackend(VmmBackend):
         self.live[device] += nbytes
         return self._serial
 
+    def resident_bytes(self, handle: VmmHandle) -> int:
+        return handle.nbytes
+
     def _export(self, handle: VmmHandle) -> int:
         return os.open(os.devnull, os.O_RDONLY)
 
@@ -351,6 +354,7 @@ def test_host_memory_has_no_budget(service: HmmService) -> None:
     block = service.open_region("collective region", 1000 * PAGE - 1)
     assert (block.device, block.nbytes, block.name) == (to_hmm.HOST, 1000 * PAGE, "collective region")
     assert service.status().host_bytes == 1000 * PAGE
+    assert [usage.used for usage in service.ledger.usage()] == [0, 0]
     assert service.open_region("collective region", 1000 * PAGE - 1) == block
     with pytest.raises(RegionMismatch, match="has 63999 bytes, 64000 were asked for"):
         service.open_region("collective region", 1000 * PAGE)

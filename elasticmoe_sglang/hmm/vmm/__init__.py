@@ -43,7 +43,7 @@ def backend_names() -> list[str]:
 
 
 def get_backend(name: str) -> VmmBackend:
-    """The process's instance of the named backend. Raises VmmError for a name that nobody registered."""
+    """The process's instance of the named backend. Raises VmmError for a name that is not registered."""
     with _lock:
         if name not in _instances:
             if name not in _classes:

@@ -19,7 +19,7 @@ processes: who gets one is decided by that socket, which checks the peer's user.
 
 ACL does not survive a fork: a process that forks others must not have made this backend.
 
-Device -1 is host memory: plain memfd, as the CPU backend makes it. It is mapped with mmap, not here: ACL's address
+Device HOST is memory of no device, a memfd as the CPU backend makes it. It is mapped with mmap, not here: ACL's address
 ranges hold device pages.
 """
 
@@ -38,6 +38,7 @@ from elasticmoe_sglang.errors import VmmError
 from elasticmoe_sglang.hmm.vmm import acl as _acl
 from elasticmoe_sglang.hmm.vmm.base import VaRange, VmmBackend, VmmHandle
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
+from elasticmoe_sglang.wire.to_hmm import HOST
 
 if TYPE_CHECKING:
     import torch
@@ -45,13 +46,12 @@ if TYPE_CHECKING:
 _TOKEN = struct.Struct("<8sQQiI")  # magic, shareable number, bytes, device, exporting process
 _MAGIC = b"EMoEnpu1"
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034  # <linux/fcntl.h>; Python 3.10 does not name them
-_HOST = -1
 _ALL_SEALS = 0x1 | 0x2 | 0x4 | 0x8  # seal, shrink, grow, write
 
 
 @dataclass(kw_only=True)
 class _Physical:
-    """One driver handle: how many of our handles and mappings stand on it."""
+    """One driver handle: how many of our handles and mappings refer to it."""
 
     nbytes: int
     device: int
@@ -132,7 +132,7 @@ class AscendBackend(VmmBackend):
     # Physical memory -------------------------------------------------------------------------------------------
 
     def _create(self, nbytes: int, device: int) -> int:
-        if device == _HOST:
+        if device == HOST:
             return self._host._create(nbytes, device)
         handle = ctypes.c_void_p()
         with self._on(device):
@@ -160,7 +160,7 @@ class AscendBackend(VmmBackend):
             self._acl("aclrtReleaseMemAddress", base)
 
     def _close(self, handle: VmmHandle) -> None:
-        if handle.device == _HOST:
+        if handle.device == HOST:
             return self._host._close(handle)
         with self._books():
             self._physical[handle.native].handles -= 1
@@ -180,7 +180,7 @@ class AscendBackend(VmmBackend):
     # Mappings --------------------------------------------------------------------------------------------------
 
     def _map(self, va: int, handle: VmmHandle) -> None:
-        if handle.device == _HOST:
+        if handle.device == HOST:
             raise VmmError("host memory cannot lie in an NPU's address range", hint="Map its descriptor with mmap.")
         physical = self._physical[handle.native]
         imported = physical.imported_as is not None
@@ -220,7 +220,7 @@ class AscendBackend(VmmBackend):
     # Between processes -----------------------------------------------------------------------------------------
 
     def _export(self, handle: VmmHandle) -> int:
-        if handle.device == _HOST:
+        if handle.device == HOST:
             return self._host._export(handle)
         with self._books():
             physical = self._physical[handle.native]
@@ -243,7 +243,7 @@ class AscendBackend(VmmBackend):
             return os.dup(physical.token)
 
     def _import(self, fd: int, nbytes: int, device: int) -> int:
-        if device == _HOST:
+        if device == HOST:
             return self._host._import(fd, nbytes, device)
         number, held, home, exporter = _read_token(fd)
         if held != nbytes or home != device:
@@ -294,7 +294,7 @@ class AscendBackend(VmmBackend):
             if not can.value:
                 raise VmmError(
                     f"NPU {device} cannot reach NPU {peer} directly",
-                    hint="Ranks must sit on NPUs that HCCS links (see `npu-smi info -t topo`).",
+                    hint="Ranks must run on NPUs that HCCS links (see `npu-smi info -t topo`).",
                 )
             self._acl("aclrtDeviceEnablePeerAccess", peer, 0)
             self._peers.add((device, peer))

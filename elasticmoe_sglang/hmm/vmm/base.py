@@ -1,7 +1,7 @@
 """The virtual-memory interface that every device backend fills in, and the bookkeeping they share.
 
 A backend is one short file: it implements the underscored methods with its driver's calls. The public methods here
-check the arguments, keep the books (what is reserved, mapped, open) and turn misuse into a `VmmError`, so that a wrong
+check the arguments, record what is reserved, mapped and open, and turn misuse into a `VmmError`, so that a wrong
 address is an exception and not a fault in the driver. Sizes and addresses are bytes throughout.
 
 The life of memory: `create` makes physical memory, `export` a descriptor of it that another process turns back into a
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -50,7 +51,7 @@ class VmmHandle:
 
     native: what the driver calls it (CPU: a file descriptor); meaningless once closed.
     nbytes: its size, a multiple of the backend's granularity.
-    device: number of the device (CPU: of the HMM arena) it lies on; -1 is host memory of no device.
+    device: number of the device (CPU: of the HMM arena) it lies on; HOST for memory of no device.
     imported: made by another process.
     on_free: called once, when the handle is closed and no longer mapped.
     """
@@ -179,7 +180,7 @@ class VmmBackend(ABC):
         )
         return storage
 
-    # What everybody calls --------------------------------------------------------------------------------------
+    # What callers use --------------------------------------------------------------------------------------
 
     def reserve(self, nbytes: int) -> VaRange:
         """Takes address space for `nbytes`, rounded up to the granularity, with nothing behind it."""
@@ -208,7 +209,10 @@ class VmmBackend(ABC):
         self._release_va(va)
 
     def create(self, nbytes: int, device: int) -> VmmHandle:
-        """Makes zeroed physical memory on `device`; `nbytes` must be a multiple of the granularity."""
+        """Makes zeroed physical memory on `device`; `nbytes` must be a multiple of the granularity.
+
+        All of it is allocated when this returns, except on HOST, where a page is allocated when it is first written.
+        """
         self._require_size(nbytes)
         return self._opened(self._create(nbytes, device), nbytes, device, imported=False)
 
@@ -216,6 +220,10 @@ class VmmBackend(ABC):
         """Turns a descriptor from `export`, of this or another process, into a handle. Owns `fd` from here on."""
         self._require_size(nbytes)
         return self._opened(self._import(fd, nbytes, device), nbytes, device, imported=True)
+
+    def resident_bytes(self, handle: VmmHandle) -> int:
+        """How much of an open handle of HOST memory is allocated so far."""
+        return os.fstat(handle.native).st_blocks * 512
 
     def export(self, handle: VmmHandle) -> int:
         """A descriptor of the memory; the caller closes it."""

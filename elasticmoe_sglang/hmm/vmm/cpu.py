@@ -1,4 +1,11 @@
-"""Devices without an accelerator: memory is memfd, mapping is mmap over a reservation that nothing may touch."""
+"""Devices without an accelerator: memory is memfd, mapping is mmap over a reservation that nothing may touch.
+
+Memory of a device is allocated when it is created, so that running out is an error of that call. Memory of no device
+(HOST, the shared regions) is sparse: a page is allocated when a process first writes it. A region is made for the
+largest messages that the largest server could send, and most of it is never touched. The price: when the machine is out
+of memory at such a write, the writing process gets SIGBUS, or under a memory limit of its control group the kernel
+kills a process of the group. That is the death of a rank, which the survivors handle like any other.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +18,7 @@ from typing import ClassVar
 
 from elasticmoe_sglang.errors import VmmError
 from elasticmoe_sglang.hmm.vmm.base import VaRange, VmmBackend, VmmHandle
+from elasticmoe_sglang.wire.to_hmm import HOST
 
 # Constants that Python's mmap and fcntl modules do not name in 3.10; values of <linux/mman.h> and <linux/fcntl.h>.
 _PROT_NONE = 0x0
@@ -66,17 +74,20 @@ class CpuBackend(VmmBackend):
         except OSError as error:
             raise _failed("memfd_create", error) from error
         try:
-            # Pages are taken now: running out of memory is an error here and not a SIGBUS in a client later.
-            os.posix_fallocate(fd, 0, nbytes)
+            if device == HOST:
+                os.ftruncate(fd, nbytes)
+            else:
+                os.posix_fallocate(fd, 0, nbytes)
             fcntl.fcntl(fd, _F_ADD_SEALS, _FIXED_SIZE)
         except OSError as error:
             os.close(fd)
-            raise _failed(f"posix_fallocate of {nbytes} bytes", error) from error
+            raise _failed(f"allocation of {nbytes} bytes", error) from error
         return fd
 
     def _map(self, va: int, handle: VmmHandle) -> None:
-        # Populated at once, so that no page fault waits for the first decode step that reads the memory.
-        flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        if handle.device != HOST:
+            flags |= _MAP_POPULATE  # so that the first decode step that reads the memory has no page faults
         self._mmap(va, handle.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, handle.native)
 
     def _unmap(self, va: int, nbytes: int) -> None:

@@ -11,7 +11,7 @@ Copies run on streams of the lowest priority in the process that pulls, beside i
 
 CUDA does not survive a fork: a process that forks others must not have made this backend.
 
-Device -1 is host memory: plain memfd, as the CPU backend makes it. It is mapped with mmap, not here.
+Device HOST is memory of no device, a memfd as the CPU backend makes it. It is mapped with mmap, not here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from elasticmoe_sglang.errors import DriverUnsupported, VmmError
 from elasticmoe_sglang.hmm.vmm import cuda_driver
 from elasticmoe_sglang.hmm.vmm.base import VaRange, VmmBackend, VmmHandle
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
-
-_HOST = -1
+from elasticmoe_sglang.wire.to_hmm import HOST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +99,12 @@ class CudaBackend(VmmBackend):
         self._driver("cuMemAddressFree", va.base, va.nbytes)
 
     def _create(self, nbytes: int, device: int) -> int:
-        if device == _HOST:
+        if device == HOST:
             return self._host._create(nbytes, device)
         return int(self._driver("cuMemCreate", nbytes, self._properties(device), 0))
 
     def _close(self, handle: VmmHandle) -> None:
-        if handle.device == _HOST:
+        if handle.device == HOST:
             return self._host._close(handle)
         self._driver("cuMemRelease", handle.native)
 
@@ -125,7 +124,7 @@ class CudaBackend(VmmBackend):
     # Mappings ----------------------------------------------------------------------------------------------------
 
     def _map(self, va: int, handle: VmmHandle) -> None:
-        if handle.device == _HOST:
+        if handle.device == HOST:
             raise VmmError("host memory cannot lie in a GPU's address range", hint="Map its descriptor with mmap.")
         access = [self._access(user, handle.device) for user in self.active_devices() or [handle.device]]
         self._driver("cuMemMap", va, handle.nbytes, 0, handle.native, 0)
@@ -143,7 +142,7 @@ class CudaBackend(VmmBackend):
                 raise DriverUnsupported(
                     f"GPU {user} cannot reach the memory of GPU {home}",
                     code=0,
-                    hint="Ranks must sit on GPUs that NVLink or PCIe peer access joins (`nvidia-smi topo -p2p rw`).",
+                    hint="Ranks must run on GPUs that NVLink or PCIe peer access joins (`nvidia-smi topo -p2p rw`).",
                 )
         api = self._driver.api
         access = api.CUmemAccessDesc()
@@ -158,12 +157,12 @@ class CudaBackend(VmmBackend):
     # Between processes -------------------------------------------------------------------------------------------
 
     def _export(self, handle: VmmHandle) -> int:
-        if handle.device == _HOST:
+        if handle.device == HOST:
             return self._host._export(handle)
         return int(self._driver("cuMemExportToShareableHandle", handle.native, self._shareable, 0))
 
     def _import(self, fd: int, nbytes: int, device: int) -> int:
-        if device == _HOST:
+        if device == HOST:
             return self._host._import(fd, nbytes, device)
         try:
             native = int(self._driver("cuMemImportFromShareableHandle", fd, self._shareable))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class MappedRange:
-    """Address space, what is mapped in it, and the torch storages that look into it.
+    """Address space, what is mapped in it, and the torch storages over it.
 
     `close` gives all of it back, but not before the last storage is gone: a tensor never outlives its memory. Storages
     that live until the process ends are left to the kernel.
@@ -58,7 +58,7 @@ class MappedRange:
         return storage
 
     def close(self) -> None:
-        """Unmaps everything and releases the addresses, once no tensor looks at them any more. Idempotent."""
+        """Unmaps everything and releases the addresses, once no tensor over them is left. Idempotent."""
         self._closing = True
         self._backend.when_idle(self._finish)
 
@@ -86,19 +86,6 @@ def tensor_in(
     assert offset % item == 0, f"offset {offset} is not a multiple of {dtype}'s {item} bytes"
     view = torch.empty(0, dtype=kind, device=storage.device)
     return view.set_(storage, offset // item, tuple(shape), tuple(stride or contiguous_strides(shape)))
-
-
-def tensor_from_handle(backend: VmmBackend, handle: VmmHandle, shape: Sequence[int], dtype: str) -> torch.Tensor:
-    """A contiguous tensor over the handle's memory, which is unmapped when it and all its views are gone.
-
-    The caller closes the handle.
-    """
-    mapped = MappedRange(backend, handle.nbytes)
-    try:
-        mapped.map(0, handle)
-        return tensor_in(mapped.storage(handle.device), 0, shape, dtype)
-    finally:
-        mapped.close()
 
 
 def contiguous_strides(shape: Sequence[int]) -> list[int]:

@@ -2,8 +2,9 @@
 """The kernels behind `collectives`. They work on contiguous memory given by address.
 
 Sizes and strides are counted in units of FACTOR elements (16 bytes where addresses and sizes allow), so that the
-compiler knows how wide accesses may be. Every program takes one part of the message and meets its namesakes; a program
-without a part only counts the step, except the first, which always meets: that keeps the ranks in step.
+compiler knows how wide accesses may be. Every program takes one part of the message and waits for the programs of the
+same number on the other ranks; a program without a part only counts the step, except the first, which always waits, so
+that no rank runs ahead.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def pointer(address, T: tl.constexpr, FACTOR: tl.constexpr):
 def source_of(members, global_ranks, rank, me, mine, base, pitch, channel: tl.constexpr, step, offset,
               DATA_OFFSET: tl.constexpr, DATA_BYTES: tl.constexpr):  # fmt: skip
     """-> where a rank's values lie (my own: at `mine`; a peer's: `offset` bytes into its window), and whether it is
-    there."""
+    present."""
     global_rank = tl.load(global_ranks.to(tl.pointer_type(tl.int32)) + rank)
     far = data_at(base, pitch, global_rank, channel, step, DATA_OFFSET, DATA_BYTES) + offset
     return tl.where(global_rank == me, mine, far), has(members, global_rank)
@@ -165,7 +166,7 @@ def all_reduce_kernel(out, inp, count, stride, header, rank, group, control, bas
                       ACC: tl.constexpr, FACTOR: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr,
                       CAPACITY: tl.constexpr, RANKS: tl.constexpr, BLOCKS: tl.constexpr, HEADERS: tl.constexpr,
                       DATA_OFFSET: tl.constexpr, DATA_BYTES: tl.constexpr):  # fmt: skip
-    """out = all present ranks' inputs combined, each rank reading everybody's values. out may be inp."""
+    """out = all present ranks' inputs combined, each rank reading the values of all. out may be inp."""
     block = tl.program_id(0)
     step = my_step(control, channel, block, BLOCKS)
     members = members_of(control, group)

@@ -1,6 +1,6 @@
-"""All-gather, reduce-scatter, all-reduce and broadcast among the ranks that are there: one launch each, capturable.
+"""All-gather, reduce-scatter, all-reduce and broadcast among the present ranks of a group: one launch each, capturable.
 
-Ranks are positions in a group, ranks are who sits there (`windows.py`, `meet.py`). Nothing is read for absent ranks.
+Rows and roots are numbered by group rank, windows by global rank (`windows.py`). Nothing is read for absent ranks.
 Reductions go in rank order, in float32 (float64 for float64, the type itself for integers), rounded once, so that every
 rank gets the same bits. A message larger than a window goes in several launches.
 
@@ -31,7 +31,7 @@ _WARPS = 16
 _TILE_BYTES = 32 * 32 * _WARPS
 """Two 16-byte accesses a thread are under way at once."""
 _LEAST_BYTES = 4096
-"""A program takes no smaller part: its meeting costs more than copying that."""
+"""A program takes no smaller part: waiting for its peers costs more than copying that."""
 _SLICED_BYTES = 512 << 10
 """From this size on, an all-reduce among more than two ranks goes in two steps."""
 
@@ -44,7 +44,7 @@ _TYPES: dict[torch.dtype, tuple[Any, Any]] = {
     torch.int64: (tl.int64, tl.int64),
 }
 REDUCED_DTYPES = tuple(_TYPES)
-"""What can be reduced; any dtype can be gathered or broadcast."""
+"""Dtypes that can be reduced; any dtype can be gathered or broadcast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,8 @@ class Group:
     """The ranks of a group, for kernels.
 
     channel: of the windows; all groups that share one have the same ranks and are used on one stream.
-    rank: mine; size: ranks; ranks: bit i set for rank i; global_ranks: int32 [size] on the device.
+    rank: my group rank; size: number of ranks; mask: bit i set for global rank i; global_ranks: int32 [size], of each
+    group rank, on the device.
     """
 
     channel: int
@@ -64,7 +65,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shape:
-    """How one launch looks at its memory: `factor` elements of `item` bytes are a unit."""
+    """How one launch accesses its memory: `factor` elements of `item` bytes are a unit."""
 
     kind: Any
     accumulator: Any
@@ -77,7 +78,7 @@ class _Shape:
 
 
 def _bytes_shape(nbytes: int, *addresses: int) -> _Shape:
-    """Plain copies do not care for the dtype."""
+    """For plain copies, which ignore the dtype."""
     if any(value % _WIDE for value in (nbytes, *addresses)):
         return _Shape(kind=tl.uint8, accumulator=None, item=1, factor=1)
     return _Shape(kind=tl.int64, accumulator=None, item=8, factor=2)
@@ -95,7 +96,7 @@ def _values_shape(dtype: torch.dtype, nbytes: int, *addresses: int) -> _Shape:
 
 
 def _header(operation: int, dtype: torch.dtype | None, reduction: int, root: int, nbytes: int) -> int:
-    """What a collective is, in one word: two ranks that disagree about it are out of step."""
+    """One word that describes a collective: ranks compare it to find out whether they launched the same."""
     code = 0 if dtype is None else 1 + REDUCED_DTYPES.index(dtype)
     return operation << 58 | code << 54 | reduction << 50 | root << 44 | nbytes
 

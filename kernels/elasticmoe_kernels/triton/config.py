@@ -1,4 +1,4 @@
-"""Launch configurations: what a tuning run found best, and rules for shapes that nobody tuned.
+"""Launch configurations: what a tuning run found best, and rules for shapes without one.
 
 `configs/<shape>.json` holds one file for each expert shape and dtype, written by `benchmarks/moe_kernels.py`. An entry
 says for how many tokens and for which share of the experts it was tuned; a call takes the nearest entry.

@@ -1,19 +1,19 @@
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator, no-untyped-call"
-"""How the ranks' kernels meet: flags in the peers' windows, with system scope, and a deadline.
+"""How the ranks' kernels wait for each other: flags in the peers' windows, with system scope, and a deadline.
 
 Every program of a launch meets the programs of the same number on the other ranks. A step is: write my part of the
 window, raise my flag in each peer's window (release), wait until each peer's flag in mine is up (acquire), read the
-peers' parts. Windows alternate, so one meeting a step is enough: who writes window p again at step n+2 has seen every
-peer at step n+1, hence after its step n had ended (launches of one stream follow each other).
+peers' parts. Windows alternate, so one wait a step is enough: a rank that writes window p again at step n+2 has seen
+every peer at step n+1, hence after its step n had ended (launches of one stream follow each other).
 
 Which peers take part is read from the control block at every launch. A rank that is alone touches no window at all.
 
-Times and flags enter a branch only through scalar atomics: one thread does them and all get its answer, so all threads
-of a program take the same branch.
+Times and flags enter a branch only through scalar atomics: one thread executes them and all get its result, so all
+threads of a program take the same branch.
 
 A wait that outlasts the deadline writes the error word, marks this rank as failed for the rest of the epoch and raises
-poisoned flags at its peers. Nobody waits after that: a replayed graph runs to its end with meaningless results, and the
-host raises the error when it looks at the word.
+poisoned flags at its peers. No kernel waits after that: a replayed graph runs to its end with meaningless results, and
+the host raises the error when it reads the word.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _give_up(control, flags, live, epoch, kind, rank, channel: tl.constexpr, ope
     packed = packed | (channel << 44) | (operation << 40) | step
     tl.atomic_xchg(word_at(tl.load(word_at(control) + ERROR_ADDRESS)), packed, sem="release", scope="sys")
     tl.atomic_xchg(word_at(control) + FAILED, epoch + 1, sem="release", scope="gpu")
-    # A rank that comes later meets only this flag: it says why, or a mismatch would look like a rank that is late.
+    # A rank that comes later sees only this flag. It tells a mismatch from a timeout.
     poison = ((epoch << EPOCH_SHIFT) | POISON_STEP) + tl.where(kind >= MISMATCHED, 1, 0)
     tl.atomic_max(flags, tl.zeros_like(live.to(tl.int64)) + poison, mask=live, sem="release", scope="sys")
 

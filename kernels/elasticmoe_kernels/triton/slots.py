@@ -37,12 +37,12 @@ def _slots_kernel(ids_ptr, table_ptr, members, out_ptr, pairs, rows, TOP_K: tl.c
 def slots_of_rows(
     topk_ids: torch.Tensor, table: torch.Tensor, *, control: int, rows_per_rank: int | None
 ) -> torch.Tensor:
-    """Slots [T, K] int32 of the experts `topk_ids` [T, K] (int32 or int64); -1: not on this rank, or nobody's row.
+    """Slots [T, K] int32 of the experts `topk_ids` [T, K] (int32 or int64); -1: not on this rank, or an absent row.
 
     Args:
         table: int32 [experts or more], expert id -> slot, -1 for not here.
         control: address of the windows' control block (`Windows.control`).
-        rows_per_rank: row r belongs to rank r // rows_per_rank; None: all rows are somebody's.
+        rows_per_rank: row r belongs to rank r // rows_per_rank; None: no row is an absent rank's.
 
     Raises:
         ShapeError: T is no multiple of rows_per_rank, or ids that are not contiguous.

@@ -1,10 +1,10 @@
-"""How the ranks' windows are laid out, and what a rank's kernels are told about them.
+"""The layout of the ranks' windows, and what a rank's kernels know about them.
 
 Every rank owns one window of device memory, mapped by all its peers. In each rank's address space window r lies at
 `base + r * pitch`, reserved for all ranks from the start, so no address changes when ranks come and go:
 
-    flags     [channels][blocks][capacity] int64   who has arrived: written by the peers, read by the owner
-    headers   [channels][2][capacity] int64        what each peer thinks is going on, by parity of the step
+    flags     [channels][blocks][capacity] int64   each peer's last step: written by the peers, read by the owner
+    headers   [channels][2][capacity] int64        the collective that each peer called, by parity of the step
     data      [channels][2][data_bytes]            written by the owner, read by the peers, by parity of the step
 
 Beside it a rank has a control block of its own (`int64` words in device memory): epoch, members, deadline, step
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 EPOCH_SHIFT = 40
 """A flag is `epoch << 40 | step`; steps start again with every epoch."""
 POISON_STEP = (1 << EPOCH_SHIFT) - 2
-"""The step that a rank announces once it has given up: later than any real one. The next says: over a mismatch."""
+"""The step that a rank announces once it has given up: later than any real one. One more: because of a mismatch."""
 
 # Words of the control block. MEMBERS has bit i set for a present rank i; a clock a block; then the step counters.
 EPOCH, MEMBERS, DEADLINE_NS, FAILED, ERROR_ADDRESS, CLOCKS, COUNTERS = 0, 1, 2, 3, 4, 8, 72
@@ -73,7 +73,7 @@ class Windows:
     """What one rank's launches need.
 
     layout: of all windows; base, pitch: window r is at base + r * pitch; control: address of the control block;
-    me: my rank.
+    rank: my global rank.
     """
 
     layout: WindowLayout
@@ -87,9 +87,9 @@ class Windows:
 class Failure:
     """An error word, read.
 
-    kind: TIMED_OUT (nobody came from `rank` in time), MISMATCHED (`rank` is in another collective), TOLD or
-    TOLD_OF_MISMATCH (`rank` has given up over the one or the other, as it found or was told); step: of the channel, in
-    the epoch that was current.
+    kind: TIMED_OUT (`rank` did not come in time), MISMATCHED (`rank` is in another collective), TOLD or
+    TOLD_OF_MISMATCH (`rank` has given up because of the one or the other, which it found itself or learned from a third
+    rank); step: of the channel, in the epoch that was current.
     """
 
     kind: int

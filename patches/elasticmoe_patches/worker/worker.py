@@ -21,8 +21,7 @@ from elasticmoe_sglang.comm.commit_barrier import CommitBarrier, Decision
 from elasticmoe_sglang.comm.control_page import WorkerState
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.comm.process_group import init_elastic, install_backend
-from elasticmoe_sglang.comm.region import CollectiveRegion
-from elasticmoe_sglang.comm.server_region import open_region
+from elasticmoe_sglang.comm.region import CollectiveRegion, open_region
 from elasticmoe_sglang.errors import CommitError, ElasticMoEError, WorkerError
 from elasticmoe_sglang.faults import point
 from elasticmoe_sglang.imm.server import StandbyChannel
@@ -85,7 +84,7 @@ class Worker:
         else:
             self.region.set_membership(self._membership(join_spec.members, join_spec.epoch))
         self.cuda: CudaRegion | None = None
-        self.barrier = CommitBarrier(self.region)
+        self.barrier = CommitBarrier(self.region.control, self.rank)
         self.memory = WorkerWeights(
             self.client,
             rank=self.rank,

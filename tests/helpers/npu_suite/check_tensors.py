@@ -9,7 +9,7 @@ import torch
 from elasticmoe_sglang.hmm.layout import ColumnLayout
 from elasticmoe_sglang.hmm.space import ColumnSpace
 from elasticmoe_sglang.hmm.vmm import get_backend
-from elasticmoe_sglang.hmm.vmm.tensors import tensor_from_handle
+from tests.helpers.tensors import tensor_from_handle
 
 M = 2 << 20
 SHAPE = (1024, 1024)  # bfloat16: one granule
