@@ -1,14 +1,17 @@
 """What one hook into SGLang is, as data.
 
-A hook is declared once, next to the code it runs, in a module under `elasticmoe_patches/srt/` which mirrors the path of
-the SGLang file it reaches into. `catalogue` collects the declarations, `preflight` checks and installs them, `hookdocs`
-prints them. Modules that declare hooks import sglang inside functions only: the declarations are read without it.
+A hook is declared once, as a decorator of the function it runs (`Hooks`), in the module under `elasticmoe_patches/srt/`
+that has the path of the SGLang module it reaches into. `catalogue` collects the declarations, `preflight` checks and
+installs them, `hookdocs` prints them. Modules that declare hooks import sglang inside functions only: the declarations
+are read without it.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from elasticmoe_sglang import SUPPORTED_SGLANG
 
@@ -19,6 +22,12 @@ Scope = Literal["flags", "platform", "elastic", "both"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PROCESSES: tuple[Process, ...] = get_args(Process)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+MAIN: frozenset[Process] = frozenset(("main",))
+DPC: frozenset[Process] = frozenset(("dpc",))
+RANKS: frozenset[Process] = frozenset(("rank", "standby"))
+
+_FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +91,49 @@ class HookSpec:
     def runs_in(self, process: Process) -> bool:
         """Whether a process of this name needs the hook; the name `any` means every hook."""
         return process == "any" or process in self.processes or "any" in self.processes
+
+
+class Hooks:
+    """The hooks of one module, declared by decorating their functions.
+
+    Args:
+        module: the declaring module's `__name__`: `elasticmoe_patches.srt.x` declares hooks into `sglang.srt.x`.
+        processes, scope: of all its hooks.
+    """
+
+    def __init__(self, module: str, processes: frozenset[Process], *, scope: Scope = "elastic") -> None:
+        self._module = f"sglang.{module.partition('.')[2]}"
+        self._processes = processes
+        self._scope = scope
+        self._specs: list[HookSpec] = []
+
+    def __iter__(self) -> Iterator[HookSpec]:
+        return iter(self._specs)
+
+    def __call__(
+        self, kind: Kind, target: str, *, expires: str, scope: Scope | None = None
+    ) -> Callable[[_FunctionT], _FunctionT]:
+        """Declare the decorated function as a hook. The first paragraph of its docstring is the hook's reason.
+
+        Args:
+            target: name and signature in SGLang's module, `Class.method(self, x=1)`; `name: type` for what cannot be
+                called.
+        """
+        name = target.partition("(")[0].partition(":")[0]
+
+        def declare(function: _FunctionT) -> _FunctionT:
+            reason = (inspect.getdoc(function) or "").partition("\n\n")[0]
+            spec = HookSpec(
+                target=f"{self._module}.{name}",
+                kind=kind,
+                hook=f"{function.__module__}:{function.__qualname__}",
+                signature=target[len(name) :].removeprefix(": "),
+                reason=" ".join(reason.split()),
+                expires=expires,
+                scope=scope or self._scope,
+                processes=self._processes,
+            )
+            self._specs.append(spec)
+            return function
+
+        return declare
