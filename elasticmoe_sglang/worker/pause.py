@@ -13,7 +13,7 @@ class PauseMeter:
     """Fed with every batch result; measures the pause around a commit.
 
     The pause is the time from the last result before the commit to the first after it, less the median of the
-    intervals between results before it (DESIGN's definition, in milliseconds).
+    intervals between results before it (the definition of docs/architecture.md, in milliseconds).
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """The IMM's program, `python -m elasticmoe_patches.imm BACKEND`: import everything a rank needs, then fork standbys.
 
-With the backend "cuda" it imports nothing, and what it forks become programs of their own
+With the backend "cuda" it imports nothing, and its children become programs of their own
 (docs/adr/0009-standbys-on-a-gpu.md).
 """
 
@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 
+from elasticmoe_patches.worker.preload import preload
 from elasticmoe_patches.worker.program import become_standby, fresh_worker_main, never_forked, worker_main
 from elasticmoe_sglang.imm.server import ImmServer, die_with_parent
 from elasticmoe_sglang.runtime import current_runtime
@@ -30,8 +31,6 @@ def main() -> None:
     if sys.argv[1:] == ["cuda"]:
         standbys = 0 if cold else config.standbys
         ImmServer(path, never_forked, standbys=standbys, capacity=capacity, become=become_standby).serve()
-    from elasticmoe_patches.worker.preload import preload
-
     preload()
     ImmServer(path, fresh_worker_main if cold else worker_main, standbys=config.standbys, capacity=capacity).serve()
 

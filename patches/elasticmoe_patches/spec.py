@@ -32,7 +32,7 @@ _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 
 @dataclass(frozen=True, kw_only=True)
 class HookSpec:
-    """One hook: where it goes, what it does there, and for how long it is needed.
+    """One hook: its target, what it does there, and for how long it is needed.
 
     Raises:
         ValueError: a field is not what its description below says.
@@ -46,8 +46,8 @@ class HookSpec:
     - before: `hook(*args, **kwargs)`, returns None or a new `(args, kwargs)`
     - after: `hook(result, *args, **kwargs)`, returns None or a new result
     - around: `hook(original, *args, **kwargs)`, returns the result
-    - replace: `hook(*args, **kwargs)`, or a class that takes the place of a class
-    - attribute: `hook(current_value)`, once, at installing; returns the value to put there (properties too)
+    - replace: `hook(*args, **kwargs)`, or a class that replaces a class
+    - attribute: `hook(current_value)`, once, at installing; returns the value to set (properties too)
 
     The first four are SGLang's own hook types (`sglang/srt/plugins/hook_registry.py`).
     """
@@ -59,7 +59,7 @@ class HookSpec:
     reason: str
     """Why the hook is needed: one or two sentences."""
     expires: str
-    """What has to happen upstream before the hook can go."""
+    """What has to happen upstream before the hook can be removed."""
     scope: Scope = "elastic"
     """flags: our command-line flags, always. platform: on our CPU platform, with or without our flags. elastic: with
     our flags only. both: on our CPU platform in any case, elsewhere with our flags."""
@@ -69,7 +69,7 @@ class HookSpec:
     """The SGLang versions whose source was read for it."""
     rebind: tuple[str, ...] = ()
     """Further names under which SGLang holds the target and which would miss the hook: `module.name` of a by-name
-    import or `module.Class.name` of an alias. Checked again once the server stands."""
+    import or `module.Class.name` of an alias. Checked again once the server is up."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -23,7 +23,7 @@ from elasticmoe_sglang.runtime import current_runtime
 DISPATCH_KEY = "elasticmoe_cpu"
 ATTENTION_BACKEND = "torch_native"
 KV_TOKENS = 65536
-"""KV rows of a rank where nothing says how much there shall be: no --max-total-tokens, no --mem-fraction-static, and
+"""KV rows of a rank where nothing configures how many: no --max-total-tokens, no --mem-fraction-static, and
 for an elastic server no budget and no --elasticmoe-kv-tokens. SGLang's own rule would take
 most of the machine's memory in every rank and write zeros to all of it: 14 s of a launch for 4.3 GiB."""
 
@@ -97,7 +97,7 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
 
 def kv_is_chosen() -> bool:
-    """Whether an elastic server was told how much memory it has: then KV takes what the weights leave."""
+    """Whether an elastic server was told how much memory it has: then KV uses what the weights do not."""
     runtime = current_runtime()
     if runtime is None:
         return False

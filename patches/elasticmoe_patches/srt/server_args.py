@@ -7,9 +7,13 @@ import os
 import sys
 from typing import Any
 
+from elasticmoe_patches.device import check_devices
+from elasticmoe_patches.launch import shape_arguments
+from elasticmoe_patches.plugin import install_for_process
 from elasticmoe_patches.spec import MAIN, Hooks
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
 from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.runtime import new_runtime
 
 HOOKS = hook = Hooks(__name__, MAIN, scope="flags")
 
@@ -24,13 +28,8 @@ def after_add_cli_args(_result: Any, parser: argparse.ArgumentParser) -> None:
 def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
     """Reads the flags, and sets tp = dp = ep = the number of ranks before SGLang resolves its arguments.
 
-    The runtime goes into the environment, where every process of the server finds it.
+    The runtime is exported to the environment, from which every process of the server reads it.
     """
-    from elasticmoe_patches.device import check_devices
-    from elasticmoe_patches.launch import shape_arguments
-    from elasticmoe_patches.plugin import install_for_process
-    from elasticmoe_sglang.runtime import new_runtime
-
     try:
         config = ElasticConfig.from_namespace(args)
         if config is None:

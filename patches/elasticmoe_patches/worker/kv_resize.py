@@ -121,7 +121,7 @@ def _require_fit(scheduler: Any, tokens: int) -> None:
         needed = len(req.origin_input_ids) + (req.sampling_params.max_new_tokens or 0) + page
         if needed > tokens:
             raise WorkerError(
-                f"request {req.rid} may need {needed} KV tokens, {tokens} would be left",
+                f"request {req.rid} may need {needed} KV tokens, a capacity of {tokens} is too small",
                 hint="Retry when it has finished, or ask for more ranks",
             )
 

@@ -3,7 +3,7 @@
 The program, `python -m elasticmoe_patches.worker.program`, replaces a forked child and keeps its pid, so that neither
 the IMM nor anybody else sees a difference but the time. Two uses: standbys on NVIDIA GPUs, because SGLang's kernels
 initialise CUDA when they are imported and CUDA does not survive a fork; and a joining rank without a standby, for the
-ablation of that name. Imports are made inside functions, because an IMM for GPUs imports this module and nothing else.
+ablation of that name. SGLang is imported inside functions only: an IMM for GPUs imports this module and not SGLang.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import socket
 import sys
 from typing import Any, NoReturn
 
+from elasticmoe_patches.device import on_cuda
+from elasticmoe_patches.plugin import install_for_process
+from elasticmoe_patches.worker.preload import preload
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.server import StandbyChannel
 from elasticmoe_sglang.runtime import current_runtime
@@ -43,7 +46,6 @@ def worker_main(channel: StandbyChannel, enter: m.Enter) -> int:
     Raises:
         WorkerError: the scheduler ended in another way.
     """
-    from elasticmoe_patches.plugin import install_for_process
     from elasticmoe_patches.worker.worker import RankRetired, start_worker
 
     install_for_process("rank")
@@ -114,8 +116,6 @@ def main() -> None:
         frame_fd = int(sys.argv[2])
         enter = m.decode(os.read(frame_fd, m.MAX_FRAME))
         os.close(frame_fd)
-    from elasticmoe_patches.worker.preload import preload
-
     preload()
     _warm_device()
     if enter is None:
@@ -131,8 +131,6 @@ def main() -> None:
 
 def _warm_device() -> None:
     """Create the GPU's context, where this standby can be needed on one GPU only."""
-    from elasticmoe_patches.device import on_cuda
-
     runtime = current_runtime()
     assert runtime is not None
     if on_cuda() and runtime.config.num_devices == 1:

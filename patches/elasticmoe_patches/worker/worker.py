@@ -72,7 +72,7 @@ class RecoveryInbox:
     """What arrives after a rank's death, until the scheduler's thread gets to it.
 
     Attributes:
-        commands: how to go on, from the coordinator.
+        commands: the membership to continue in, from the coordinator.
         counts: operations for which this rank reports which requests it has.
         sent_again: requests of the dead rank (ElasticResumeReq) that resume here.
     """
@@ -85,7 +85,7 @@ class RecoveryInbox:
 class Worker:
     """Attributes:
     rank, device: what this process serves, and where.
-    join_spec: the change with which it came.
+    join_spec: the change that started this worker.
     region, barrier: this rank's view of the collective region; its end of the commit barrier.
     cuda: the windows of a rank on a GPU, from `init_world` on; None on the CPU.
     memory: the weights, in HMM memory.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from elasticmoe_patches.plugin import install_for_process
 from elasticmoe_patches.spec import MAIN, Hooks
 
 HOOKS = hook = Hooks(__name__, MAIN)
@@ -40,8 +41,6 @@ def around_launch_detokenizers(
 
 def controller_process(*args: Any, **kwargs: Any) -> None:
     """SGLang's data-parallel controller with our hooks installed; runs in a spawned process."""
-    from elasticmoe_patches.plugin import install_for_process
-
     install_for_process("dpc")
     from sglang.srt.managers.data_parallel_controller import run_data_parallel_controller_process
 

@@ -18,7 +18,7 @@ def memcpy_func(current: Callable[..., None]) -> Callable[..., None]:
     """Rows are copied into and out of the gathered buffer by a Triton kernel unless SGLANG_USE_CPU_ENGINE is set, which
     needs sgl_kernel.
 
-    SGLang's own PyTorch copy takes its place.
+    Replaced by SGLang's own PyTorch copy.
     """
     from sglang.srt.layers.dp_attention import memcpy_cpu
 

@@ -28,7 +28,7 @@ _POLL_S = 0.005
 
 
 class Answers:
-    """How many answers to wait for. Lives in the tokenizer's event loop.
+    """How many answers to wait for. Used in the tokenizer's event loop only.
 
     Args:
         ranks: how many are active at the start.

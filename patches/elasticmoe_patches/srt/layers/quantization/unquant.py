@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from elasticmoe_patches.spec import RANKS, Hooks
+from elasticmoe_patches.srt.layers.moe.moe_runner import ascend
 from elasticmoe_sglang.errors import UnsupportedFeature
 
 HOOKS = hook = Hooks(__name__, RANKS)
@@ -66,8 +67,6 @@ def around_create_weights(original: Any, self: Any, *args: Any, **kwargs: Any) -
 def before_create_moe_runner(self: Any, layer: Any, moe_runner_config: Any) -> None:
     """On an NPU the layer's runner core must read expert columns; SGLang's reads one contiguous weight."""
     from sglang.srt.utils import is_npu
-
-    from elasticmoe_patches.srt.layers.moe.moe_runner import ascend
 
     if is_npu():
         ascend.register()

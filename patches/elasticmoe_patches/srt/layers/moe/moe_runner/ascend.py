@@ -39,7 +39,7 @@ def chosen_gemm() -> str:
 
 
 def register() -> None:
-    """Register our core, once a process; SGLang looks there before it takes its own."""
+    """Register our core, once a process; SGLang prefers it to its own."""
     global _registered
     if _registered:
         return
@@ -67,7 +67,7 @@ def make_core(config: Any) -> Any:
     if not get_moe_a2a_backend().is_none():
         raise UnsupportedFeature(
             "on NPUs expert columns work with --moe-a2a-backend none only",
-            hint="DeepEP numbers experts by rank, which an elastic placement has not.",
+            hint="DeepEP numbers experts by rank, which an elastic placement does not.",
         )
     gemm = chosen_gemm()
 
@@ -85,7 +85,7 @@ def make_core(config: Any) -> Any:
             rows, counts = runner_input.hidden_states, runner_input.expert_tokens
             if runner_input.hidden_states_scale is not None or runner_input.group_list_type != 1:
                 raise UnsupportedFeature("the NPU path takes unquantised rows with counts by expert")
-            # The loader put the rank's table there: the slot of each expert, -1 for those on other ranks.
+            # Set by the loader: the slot of each expert, -1 for those on other ranks.
             slots = self.config.layer.dispatcher.local_expert_mapping[: counts.shape[0]]
             if gemm == "triton":
                 out = expert_rows_triton(rows, quant_info.w13_weight, quant_info.w2_weight, counts, slots)
