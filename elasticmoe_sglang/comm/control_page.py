@@ -38,14 +38,26 @@ WINDOW_BLOCK = 5
 
 
 class WorkerState(IntEnum):
-    """What a rank says about itself."""
+    """The lifecycle of the worker that serves a rank; each writes its own state to the control page.
 
-    INACTIVE = 0
+    STANDBY    no worker serves the rank; an idle process of the IMM waits
+       | assigned
+    STARTING   boots: builds the model, maps its memory
+       | booted; the first ranks of a server on CPUs boot together and go on to ACTIVE
+    JOINING    booted by itself, waits for the others
+       | COMMIT
+    ACTIVE     takes part in every batch, also after a commit that was aborted and after a recovery
+       | COMMIT of a membership without it
+    RETIRING   migrates its requests to the survivors
+       | the process ends, here or in any other state
+    STANDBY    (a worker that is killed leaves its last state behind: `ControlPage.alive` tells)
+    """
+
+    STANDBY = 0
     STARTING = 1
     JOINING = 2
     ACTIVE = 3
     RETIRING = 4
-    GONE = 5
 
 
 @dataclass(frozen=True, kw_only=True)

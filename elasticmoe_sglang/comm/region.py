@@ -179,8 +179,9 @@ class CollectiveRegion:
         self.control.register_worker(self.rank, state)
 
     def close(self) -> None:
-        """Say that this worker is gone and close the descriptor. The mapping goes with the last tensor over it."""
-        self.control.set_worker_state(self.rank, WorkerState.GONE)
+        """Say that no worker serves this rank any more and close the descriptor. The mapping goes with the last tensor
+        over it."""
+        self.control.set_worker_state(self.rank, WorkerState.STANDBY)
         self.shared.close_fd()
 
 

@@ -1,7 +1,6 @@
-"""Memory backends that do without one mechanism each, so that its worth can be measured (paper: Table 1).
+"""Memory backends without one mechanism each, so that its benefit can be measured (paper: Table 1).
 
-They copy the same bytes to the same places, only in a dearer way. On the CPU alone: elsewhere addresses are not the
-host's to read.
+They copy the same bytes to the same addresses, at a higher cost. CPU only: other devices' memory has no host addresses.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _FRAME = 256 << 10
 
 
 class StagedCopies(CpuBackend):
-    """Without zero-copy: bytes go into memory of the process first, and from there to where they belong."""
+    """Without zero-copy: bytes are copied to a staging buffer first, and from there to their destination."""
 
     def _copy(self, dst: int, src: int, nbytes: int) -> None:
         staging = ctypes.create_string_buffer(nbytes)
@@ -28,9 +27,9 @@ class StagedCopies(CpuBackend):
 
 
 class StreamedCopies(CpuBackend):
-    """Without memory handles: bytes come through a Unix socket, as from a process whose memory cannot be mapped.
+    """Without memory handles: bytes are sent through a Unix socket, as from a process whose memory cannot be mapped.
 
-    The sender is a thread of this process, since only the way of the bytes is measured.
+    The sender is a thread of this process, since only the transfer is measured.
     """
 
     def _copy(self, dst: int, src: int, nbytes: int) -> None:
@@ -57,18 +56,18 @@ def _memory(address: int, nbytes: int) -> memoryview:
 
 
 def connect(endpoint: str, *, name: str, ablations: Set[str]) -> HmmClient:
-    """A rank's client of the HMM, with the copies that the ablations leave it.
+    """A rank's client of the HMM, with the backend that the ablations select.
 
     Raises:
-        UserInputError: an ablation of copies on an HMM that is not the CPU's.
+        UserInputError: an ablation of copies, but the HMM's backend is not the CPU.
     """
-    dearer = {"zero-copy": StagedCopies, "handles": StreamedCopies}
-    chosen = next((backend for ablation, backend in dearer.items() if ablation in ablations), None)
+    slower = {"zero-copy": StagedCopies, "handles": StreamedCopies}
+    chosen = next((backend for ablation, backend in slower.items() if ablation in ablations), None)
     client = HmmClient(endpoint, name=name, backend=chosen() if chosen is not None else None)
     if chosen is not None and (backend := client.connect().backend) != "cpu":
         client.close()
         raise UserInputError(
-            f"--elasticmoe-ablate {','.join(sorted(ablations))} is for the CPU's memory, not for {backend}",
+            f"--elasticmoe-ablate {','.join(sorted(ablations))} works with the CPU backend only, not with {backend}",
             hint="Leave it out: it is for measurements",
         )
     return client

@@ -1,8 +1,8 @@
 """Sleeping while the whole server is idle.
 
-SGLang's schedulers under DP attention go round their loop in lock-step even with nothing to do. Instead, each sleeps
-until one of its sockets has something, or another rank rings: whoever is woken by its own sockets, or by time, rings
-all others, so that the lock-step goes on without delay.
+SGLang's schedulers under DP attention run their loop in lock-step even with nothing to do. Instead, each sleeps until
+one of its sockets is readable or another rank rings its doorbell. A rank that is woken by its own sockets, or by the
+timeout, rings all others, so that all run the next iteration without delay.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def create_doorbells(capacity: int) -> None:
 
 class IdleWait:
     """Args:
-    collective region: tells who the other members are.
+    region: tells which ranks are members.
     """
 
     def __init__(self, region: CollectiveRegion) -> None:
@@ -40,7 +40,7 @@ class IdleWait:
             self._poller.register(self._bells[region.rank], zmq.POLLIN)
 
     def watch(self, socket: Any) -> None:
-        """Also wake up when this socket has something."""
+        """Also wake up when this socket is readable."""
         self._poller.register(socket, zmq.POLLIN)
 
     def busy(self) -> None:
@@ -48,7 +48,7 @@ class IdleWait:
         self._rounds = 0
 
     def wait(self) -> None:
-        """Sleep until something arrives, another rank rings, or a short time is over (longer when long idle)."""
+        """Sleep until a message arrives, another rank rings, or a timeout (longer once idle for a while)."""
         self._rounds += 1
         ready = self._poller.poll(_SHORT_MS if self._rounds <= _SHORT_ROUNDS else _LONG_MS)
         mine = self._bells[self._region.rank] if self._bells else -1

@@ -1,7 +1,7 @@
 """A rank's KV cache: chunks of HMM memory at the end of its address space, and windows into those of retiring ranks.
 
-The rank maps, the HMM owns. Everything here runs in the agent's thread (or before the rank serves); the scheduler is
-told what it may use, and asked to let go of what goes, by jobs at the top of its iterations.
+The rank maps, the HMM owns. Everything here runs in the agent's thread (or before the rank serves); jobs at the top of
+the scheduler's iterations tell it which capacity it may use, and have it give up what will be unmapped.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _PART_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Resized:
-    """What a change of capacity took, in tokens.
+    """What a change of capacity cost, in tokens.
 
-    evicted: cached prefixes that went; moved: tokens whose place changed; retracted: requests that wait again.
+    evicted: from the prefix cache; moved: to other rows; retracted: requests put back into the waiting queue.
     """
 
     tokens: int
@@ -52,9 +52,9 @@ class _Job:
 
 
 class ResizeJobs:
-    """Capacities that the scheduler shall take over, handed from the agent's thread to the scheduler's.
+    """New capacities for the scheduler, passed from the agent's thread to the scheduler's.
 
-    A job that was not begun before its deadline never happens.
+    A job that was not started before its deadline is cancelled.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class ResizeJobs:
         self._lock = threading.Lock()
 
     def ask(self, tokens: int, timeout_s: float, wake: Callable[[], None]) -> Resized:
-        """Waits until the scheduler has `tokens` tokens. Raises WorkerError at the deadline, or what prevented it."""
+        """Wait until the scheduler's capacity is `tokens`. Raises WorkerError at the deadline, or the job's error."""
         job = _Job(tokens)
         with self._lock:
             self._jobs.append(job)
@@ -72,10 +72,10 @@ class ResizeJobs:
             if job in self._jobs:
                 self._jobs.remove(job)
                 raise WorkerError(
-                    f"the scheduler did not take over a KV capacity of {tokens} tokens within {timeout_s:.0f} s",
-                    hint="Its event loop stands still; its log says why",
+                    f"the scheduler did not change its KV capacity to {tokens} tokens within {timeout_s:.0f} s",
+                    hint="Its event loop does not run; its log says why",
                 )
-        job.done.wait()  # begun, so it ends
+        job.done.wait()  # it has started, so it ends
         if job.error is not None:
             raise job.error
         assert job.result is not None
@@ -129,18 +129,18 @@ class WorkerKv:
 
     @property
     def rows(self) -> torch.Tensor:
-        """All tokens as they lie, see `KvSpace.rows`."""
+        """All tokens in their order in memory, see `KvSpace.rows`."""
         if self._rows is None:
             self._rows = self.space.rows()
         return self._rows
 
     def open(self, chunks: int, txn: str | None, deadline_s: float) -> None:
-        """Map the first chunks, before the rank serves. What an earlier process left in this rank is dropped.
+        """Map the first chunks, before the rank serves. Blocks of an earlier worker of this rank are released.
 
-        Where there is no room for all of them, as many as there is room for; the coordinator asks for the rest later.
+        If the budget does not allow all of them, as many as it does; the coordinator asks for the rest later.
 
         Raises:
-            BudgetExceeded: there is no room for the fewest that a rank needs.
+            BudgetExceeded: it does not allow the fewest that a rank needs.
         """
         old = self._client.lookup(kind="kv", rank=self._rank)
         if old:
@@ -151,22 +151,22 @@ class WorkerKv:
             try:
                 return self._add(wanted, txn)
             except BudgetExceeded as error:
-                # Memory of a process that is just ending comes back within moments.
+                # Memory of a process that is just ending is freed within moments.
                 fits = (error.free or 0) // self.shape.chunk_bytes
                 if time.monotonic() < deadline:
                     time.sleep(_RETRY_S)
                 elif fits >= self.shape.least_chunks:
-                    logger.warning("rank %d: room for %d of %d chunks of KV", self._rank, fits, wanted)
+                    logger.warning("rank %d: memory for %d of %d chunks of KV", self._rank, fits, wanted)
                     wanted = fits
                 else:
                     raise
 
     def resize(self, chunks: int, timeout_s: float, wake: Callable[[], None]) -> Resized:
-        """Have so many chunks. New ones are mapped before the scheduler hears of them; what it gave up is unmapped
+        """Change the number of chunks. New ones are mapped before the scheduler uses them; what it gave up is unmapped
         after.
 
         Raises:
-            BudgetExceeded: no room. WorkerError: the scheduler cannot let go, or does not answer.
+            BudgetExceeded: no memory. WorkerError: the scheduler cannot give up so much, or does not answer.
         """
         with self._lock:
             if chunks > self.chunks:
@@ -176,7 +176,7 @@ class WorkerKv:
             return result
 
     def _add_soon(self, count: int, timeout_s: float) -> None:
-        """What another process gives back at this moment comes back with the HMM's next round."""
+        """What another process is releasing at this moment is free after the HMM's next round."""
         deadline = time.monotonic() + min(timeout_s, _GIVEN_BACK_S)
         while True:
             try:
@@ -246,7 +246,7 @@ class WorkerKv:
 
 
 def chunks_of(pages: Sequence[int], shape: KvShape) -> list[int]:
-    """The chunks in which these pages lie, ascending."""
+    """The chunks that contain these pages, ascending."""
     found: set[int] = set()
     for page in set(pages):
         start = page * shape.page_bytes
@@ -255,5 +255,5 @@ def chunks_of(pages: Sequence[int], shape: KvShape) -> list[int]:
 
 
 def copy_tokens(target: Any, target_rows: torch.Tensor, source: Any, source_rows: torch.Tensor) -> None:
-    """target[target_rows] = source[source_rows], for `rows` of one or two KV caches; places are distinct."""
+    """target[target_rows] = source[source_rows], for `rows` of one or two KV caches; target rows are distinct."""
     target.index_copy_(0, target_rows, source.index_select(0, source_rows))

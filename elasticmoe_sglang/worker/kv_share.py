@@ -1,4 +1,4 @@
-"""What a device has for KV caches while no column moves, for a rank that starts and for the coordinator alike."""
+"""What a device has for KV caches while no column moves; computed by a rank that starts and by the coordinator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elasticmoe_sglang.wire.to_hmm import DeviceUsage, ModelSpec
 
 
 def weights_of(usage: DeviceUsage) -> int:
-    """Bytes of dense and column blocks that lie there now."""
+    """Bytes of the device's dense and column blocks now."""
     return usage.by_kind.get("dense", 0) + usage.by_kind.get("column", 0)
 
 
@@ -29,10 +29,10 @@ def device_at_rest(
     ranks: Sequence[int],
     owners: Iterable[int],
 ) -> KvDevice:
-    """The device with the weights that the placement says, whatever lies there at the moment.
+    """The device with the weights of this placement, whatever is allocated there at the moment.
 
     Args:
-        ranks: those of the device that share what is left.
+        ranks: those of the device, which share the rest.
         owners: each column's rank, of all devices.
     """
     columns = sum(config.device_of(owner) == usage.device for owner in owners)

@@ -1,7 +1,7 @@
-"""A rank's weights: leases on HMM memory, mapped where the model's tensors look.
+"""A rank's weights: leases on HMM memory, mapped at the addresses of the model's tensors.
 
-The rank maps, the HMM owns. Columns of this rank are mapped in their slots; every other slot of the reservation has
-nothing behind it, and the slot table keeps every kernel away from there.
+The rank maps, the HMM owns. Columns of this rank are mapped in their slots; every other slot of the reservation is
+unmapped, and the slot table keeps kernels from accessing it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from elasticmoe_sglang.wire.to_hmm import Block, ModelSpec
 class Attached:
     """What `WorkerWeights.attach` found.
 
-    load_columns: columns whose bytes are nowhere yet; the caller fills them from the checkpoint and calls `filled`.
+    load_columns: columns that no device holds yet; the caller fills them from the checkpoint and calls `filled`.
     load_dense: the dense block has to be filled by the caller too.
     """
 
@@ -46,7 +46,7 @@ class WorkerWeights:
     client: this process's HMM client.
     rank, device: whose memory this is.
     bytes_per_second: limit for copies during a change; None for no limit.
-    peers: take from other devices what they hold; without (an ablation), a joining rank reads the checkpoint instead.
+    peers: copy from other devices what they hold; without (an ablation), a joining rank reads the checkpoint instead.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class WorkerWeights:
         fill_dense: bool,
         table_device: torch.device,
     ) -> Attached:
-        """Reserve address space for all columns, map ours, and fetch from other devices what lies there already.
+        """Reserve address space for all columns, map ours, and copy from other devices what they hold already.
 
         Args:
             owned: this rank's columns.
@@ -96,7 +96,7 @@ class WorkerWeights:
             fill_dense: this rank fills the dense block itself when no device holds one yet.
 
         Raises:
-            ModelMismatch: the HMM holds another model. BudgetExceeded: no room. WorkerError: a source never came.
+            ModelMismatch: the HMM holds another model. BudgetExceeded: no memory. WorkerError: no source in time.
         """
         self._client.register_model(spec)
         backend = self._client.backend
@@ -111,7 +111,7 @@ class WorkerWeights:
 
     def _attach_dense(self, txn: str | None, source_device: int, fill: bool, peers: bool) -> bool:
         if txn is None and not fill and source_device == self._device:
-            self._await_block()  # at a server's start: the rank that fills it makes it
+            self._await_block()  # at a server's start the rank that fills it allocates it
         [block, new] = self._dense_block(txn)
         [handle] = self._client.handles([block.block_id])
         self.dense.map(handle)
@@ -139,7 +139,7 @@ class WorkerWeights:
             time.sleep(0.01)
 
     def _dense_block(self, txn: str | None) -> tuple[Block, bool]:
-        """Our device's dense block, and whether this rank has just made it (ranks of one device share it)."""
+        """Our device's dense block, and whether this rank has just allocated it (ranks of one device share it)."""
         found = self._client.lookup(kind="dense", device=self._device)
         if found:
             return found[0], False
@@ -158,7 +158,7 @@ class WorkerWeights:
                     return block
             time.sleep(0.01)
         raise WorkerError(
-            f"no device got the dense weights within {self._deadline_s:.0f} s",
+            f"no device had the dense weights within {self._deadline_s:.0f} s",
             rank=self._rank,
             hint="The rank that loads them has failed; its log says why",
         )
@@ -195,11 +195,11 @@ class WorkerWeights:
     def pull(self, sources: Mapping[int, int], txn: str | None) -> PullResult:
         """Map columns into their free slots and fill them from the devices that hold them now (column -> device).
 
-        No table points at these slots yet, so serving goes on meanwhile. A column that lies on this device already
+        No table points at these slots yet, so serving continues meanwhile. A column that is on this device already
         (another rank of the device had it) is mapped without a copy.
 
         Raises:
-            BudgetExceeded: no room. WorkerError: a source is gone, or `stop_pulling` was called.
+            BudgetExceeded: no memory. WorkerError: a source is gone, or `unmap` stopped the copy.
         """
         with self._lock:
             self._stop.clear()
@@ -241,7 +241,7 @@ class WorkerWeights:
         return stats.nbytes
 
     def unmap(self, columns: Iterable[int]) -> int:
-        """Unmap columns no table points at; how many were mapped. The HMM frees them when it is told to.
+        """Unmap columns that no table points at; how many were mapped. The HMM frees them when it is told to.
 
         A `pull` that runs in another thread ends at its next chunk and fails.
         """
@@ -260,6 +260,6 @@ class WorkerWeights:
         mapped = self.columns.mapped()
         absent = [column for column in here if column not in mapped]
         if absent:
-            raise WorkerError(f"columns {absent} are to be served but not mapped", rank=self._rank)
+            raise WorkerError(f"columns {absent} cannot be served: they are not mapped", rank=self._rank)
         table[here] = torch.tensor(here, dtype=torch.int32)
         self.slot_table.copy_(table)

@@ -1,8 +1,8 @@
 """All hooks, collected from the modules that declare them.
 
-A module declares hooks by a top-level `HOOKS: tuple[HookSpec, ...]`. Only modules whose source has one are imported:
-others under `srt/` (an attention backend, a loader) may import sglang at their top and must not be pulled in here,
-because the catalogue is read by processes which never import sglang (documentation, tests, `doctor`).
+A module declares hooks by a top-level `HOOKS = Hooks(...)` (spec.py). Only modules whose source has one are imported:
+others under `srt/` (our messages, a runner core) may import sglang at their top, and the catalogue is also read by
+processes that never import sglang (documentation, tests, `doctor`).
 """
 
 from __future__ import annotations

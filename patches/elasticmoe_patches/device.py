@@ -1,4 +1,4 @@
-"""What the server computes on: the HMM's kind of memory, how much there is, and whether ranks can share a device."""
+"""The server's devices: the HMM's memory backend, how much memory there is, whether ranks can share a device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _START_MPS = (
 
 
 def on_cuda() -> bool:
-    """Whether SGLang computes on NVIDIA GPUs. Looks through NVML: makes no context."""
+    """Whether SGLang computes on NVIDIA GPUs. Asks NVML: creates no context."""
     import torch
 
     return torch.version.cuda is not None and torch.cuda.device_count() > 0
@@ -59,8 +59,8 @@ def check_devices(config: ElasticConfig) -> None:
         )
     if config.ranks_per_device > 1 and not mps_runs():
         raise UserInputError(
-            f"{config.ranks_per_device} ranks a GPU need NVIDIA's MPS, and it does not run: the ranks' kernels would "
-            "take turns, and each would wait for the others' time slices",
+            f"{config.ranks_per_device} ranks a GPU need NVIDIA's MPS, which is not running: the ranks' kernels would "
+            "run in turns, each waiting for the others' time slices",
             hint=_START_MPS,
         )
 

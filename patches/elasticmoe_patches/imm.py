@@ -1,6 +1,6 @@
 """The IMM's program, `python -m elasticmoe_patches.imm BACKEND`: import everything a rank needs, then fork standbys.
 
-With the backend "cuda" it imports nothing, and what it forks become programs of their own
+With the backend "cuda" it imports nothing, and its children become programs of their own
 (docs/adr/0009-standbys-on-a-gpu.md).
 """
 
@@ -10,26 +10,11 @@ import logging
 import os
 import sys
 
-from elasticmoe_patches.worker.program import become_standby, fresh_worker_main, never_here
+from elasticmoe_patches.worker.preload import preload
+from elasticmoe_patches.worker.program import become_standby, fresh_worker_main, never_forked, worker_main
 from elasticmoe_sglang.imm.server import ImmServer, die_with_parent
 from elasticmoe_sglang.runtime import current_runtime
 from elasticmoe_sglang.worker.idle import create_doorbells
-
-
-def preload() -> None:
-    """Import what a scheduler imports, also what it imports only when it starts; nothing here may start a thread or
-    touch a device."""
-    from elasticmoe_patches.plugin import install_for_process
-
-    install_for_process("standby")
-    import sglang.srt.constrained.xgrammar_backend
-    import sglang.srt.distributed.device_communicators.custom_all_reduce
-    import sglang.srt.dllm.algorithm
-    import sglang.srt.layers.moe.fused_moe_triton.layer
-    import sglang.srt.managers.scheduler
-    import sglang.srt.mem_cache.rust_tree_core.adapter
-    import sglang.srt.model_loader.loader
-    import sglang.srt.models.registry  # noqa: F401  (imports every model: seconds that a joining rank need not wait for)
 
 
 def main() -> None:
@@ -45,11 +30,8 @@ def main() -> None:
     cold = "standby" in config.ablations
     if sys.argv[1:] == ["cuda"]:
         standbys = 0 if cold else config.standbys
-        ImmServer(path, never_here, standbys=standbys, capacity=capacity, become=become_standby).serve()
+        ImmServer(path, never_forked, standbys=standbys, capacity=capacity, become=become_standby).serve()
     preload()
-    # SGLang configures logging itself in each process; leave it a clean root logger.
-    from elasticmoe_patches.worker.worker import worker_main
-
     ImmServer(path, fresh_worker_main if cold else worker_main, standbys=config.standbys, capacity=capacity).serve()
 
 

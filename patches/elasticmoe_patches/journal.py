@@ -1,7 +1,7 @@
-"""What the main process knows of every running request, so that one can be continued when its rank has died.
+"""What the main process knows of every running request, so that another rank can continue it when its rank has died.
 
-The tokenizer sees each request on its way out and each token on its way back; together they are what another rank needs
-to go on where the client's stream stands. Nothing is written anywhere: the journal lives and dies with the server.
+The tokenizer sends each request and receives each of its tokens; together they are what another rank needs to continue
+where the client's stream stopped. The journal is in memory only and ends with the server.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ JOURNAL = "elasticmoe_request"
 
 
 def remember(tokenizer_manager: Any, tokenized: Any) -> None:
-    """Keep a tokenised request with its state; it goes when SGLang drops the state."""
+    """Keep a tokenised request with its state, for as long as SGLang keeps that."""
     state = tokenizer_manager.rid_to_state.get(tokenized.rid)
     if state is not None:
         setattr(state, JOURNAL, tokenized)
@@ -30,8 +30,8 @@ def open_requests(tokenizer_manager: Any) -> set[str]:
     }
 
 
-def migrated(tokenizer_manager: Any, rid: str) -> tuple[Any, Progress] | None:
-    """The request and how far its client's stream has come; None when it has ended meanwhile."""
+def _continuation(tokenizer_manager: Any, rid: str) -> tuple[Any, Progress] | None:
+    """The request and what its client has received; None when it has ended meanwhile."""
     state = tokenizer_manager.rid_to_state.get(rid)
     if state is None or state.finished:
         return None
@@ -62,7 +62,7 @@ def send_again(tokenizer_manager: Any, rids: set[str]) -> int:
 
     sent = 0
     for rid in sorted(rids):
-        found = migrated(tokenizer_manager, rid)
+        found = _continuation(tokenizer_manager, rid)
         if found is None:
             continue
         request, progress = found

@@ -1,7 +1,8 @@
-"""From our flags to the SGLang arguments that a capacity-shaped server needs, and what is refused.
+"""From our flags to the SGLang arguments of an elastic server, and what is refused.
 
 SGLang is told tp = dp = ep = max_ep_size with DP attention, so that every rank is one attention replica and holds a
-share of the experts. What would make ranks depend on each other in other ways is refused here, before anything starts.
+share of the experts. Features that would make ranks depend on each other in other ways are refused here, before
+anything starts.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ What it does depends on how SGLang was started.
 
 - Without our flags: only the hooks of scope `flags` (they add the command-line flags and read them) and, where our CPU
   platform is active, those of scope `platform`. With an SGLang version or signature that does not fit, one warning, and
-  SGLang goes on untouched; only the CPU platform itself refuses to build a model then (`install_for_platform`).
+  SGLang runs unmodified; only the CPU platform itself refuses to build a model then (`install_for_platform`).
 - With `--elasticmoe-*` on the command line: all hooks of all processes are checked here, before any process is started;
   a mismatch ends the launch. Reading the flags then calls `install_for_process("main")`.
 - In a child process of such a launch (ELASTICMOE_CONFIG is set): `install_for_process` with the name of that process.
@@ -47,7 +47,7 @@ def register() -> None:
     except HookError as error:
         if elastic:
             preflight.fail_closed(error)
-        logger.warning("elasticmoe is inactive, SGLang goes on without it: %s", error)
+        logger.warning("elasticmoe is inactive, SGLang runs without it: %s", error)
 
 
 def install_for_platform(process: Process) -> tuple[HookSpec, ...]:
@@ -78,7 +78,7 @@ def install_for_process(process: Process) -> tuple[HookSpec, ...]:
 
 
 def verify_for_process(process: Process) -> None:
-    """Check once the server stands that every hook is in place; ends the process and its children where one is not."""
+    """Check once the server is up that every hook is in place; ends the process and its children where one is not."""
     try:
         preflight.verify_installed(select(process, elastic_scopes()), process)
     except HookError as error:

@@ -1,8 +1,8 @@
-"""Check that SGLang is what the hooks were written for, install them, and check again that they are in place.
+"""Check that SGLang is what the hooks were written for, install them, and verify later that they are still installed.
 
 SGLang logs and swallows whatever a plugin or a hook raises while it is loaded, and would then serve half-hooked. So the
-registry's applying of hooks is called here directly, every mismatch is collected into one HookError, and who meets that
-error ends its process: see `fail_closed` (before anything runs) and `end_process` (once the server stands).
+registry's applying of hooks is called here directly, every mismatch is collected into one HookError, and the
+process that gets it ends: see `fail_closed` (before anything runs) and `end_process` (once the server is up).
 
     python -m elasticmoe_patches.preflight                     the table of all hooks; exit status 1 with a mismatch
     python -m elasticmoe_patches.preflight --json              the same for programs (`elasticmoe doctor` reads it)
@@ -39,7 +39,7 @@ _REGISTRY_SIGNATURE = "(cls, target, hooks)"
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """One reason why a hook cannot be, or is no longer, in place."""
+    """One reason why a hook cannot be installed, or no longer is."""
 
     spec: HookSpec
     problem: str
@@ -105,7 +105,7 @@ def check(specs: Iterable[HookSpec]) -> None:
 
 
 def install(specs: Iterable[HookSpec], process: Process) -> tuple[HookSpec, ...]:
-    """Put the hooks which a process of this name needs in place; those in place already are left alone.
+    """Install the hooks which a process of this name needs; those that are installed already are not touched.
 
     Returns the hooks that this call installed. A forked child inherits its parent's hooks and the record of them.
 
@@ -114,7 +114,7 @@ def install(specs: Iterable[HookSpec], process: Process) -> tuple[HookSpec, ...]
     """
     wanted = [spec for spec in specs if spec.runs_in(process) and spec not in _installed]
     check(wanted)
-    # What replaces goes first, so that everything else wraps the replacement (as SGLang's registry orders them too).
+    # Replacements first, so that everything else wraps them (SGLang's registry uses this order too).
     wanted.sort(key=lambda spec: spec.kind not in ("replace", "attribute"))
     for spec in wanted:
         if spec.kind == "replace":
@@ -130,11 +130,11 @@ def install(specs: Iterable[HookSpec], process: Process) -> tuple[HookSpec, ...]
 def verify_installed(specs: Iterable[HookSpec], process: Process) -> None:
     """Check that every hook which a process of this name needs is really reached through SGLang's modules.
 
-    To be called once more when the server stands: by then a module may have been imported again, another plugin may
-    have overwritten a target, or a by-name import made before may have come to light.
+    To be called once more when the server is up: by then a module may have been imported again, another plugin may
+    have overwritten a target, or a by-name import made before may be found.
 
     Raises:
-        HookError: one error that lists all hooks which are not in place.
+        HookError: one error that lists all hooks which are not installed.
     """
     wanted = [spec for spec in specs if spec.runs_in(process)]
     mismatches = [Mismatch(spec=spec, problem=problem) for spec in wanted if (problem := _placement_problem(spec))]
@@ -158,7 +158,7 @@ def fail_closed(error: HookError) -> NoReturn:
 def end_process(error: HookError) -> NoReturn:
     """Print the error, kill this process's children and end it at once, with exit status 78.
 
-    For a server that stands: an event loop or a web framework may catch `SystemExit` and go on serving.
+    For a server that is up: an event loop or a web framework may catch `SystemExit` and continue to serve.
     """
     import psutil
 
@@ -328,7 +328,7 @@ def _stale_imports(specs: Sequence[HookSpec]) -> list[Mismatch]:
     """Modules of SGLang which still hold an original by name and so bypass its hook."""
     originals = {id(_installed[spec].original): spec for spec in specs}
     if not originals:
-        return []  # in a fork everything is in place already, and looking at all modules takes 40 ms
+        return []  # in a fork everything is installed already, and scanning all modules takes 40 ms
     return [
         Mismatch(spec=originals[id(value)], problem=f"is held unhooked by {module.__name__}.{name}")
         for module in list(sys.modules.values())

@@ -1,14 +1,17 @@
 """What one hook into SGLang is, as data.
 
-A hook is declared once, next to the code it runs, in a module under `elasticmoe_patches/srt/` which mirrors the path of
-the SGLang file it reaches into. `catalogue` collects the declarations, `preflight` checks and installs them, `hookdocs`
-prints them. Modules that declare hooks import sglang inside functions only: the declarations are read without it.
+A hook is declared once, as a decorator of the function it runs (`Hooks`), in the module under `elasticmoe_patches/srt/`
+that has the path of the SGLang module it reaches into. `catalogue` collects the declarations, `preflight` checks and
+installs them, `hookdocs` prints them. Modules that declare hooks import sglang inside functions only: the declarations
+are read without it.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from elasticmoe_sglang import SUPPORTED_SGLANG
 
@@ -20,10 +23,16 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 PROCESSES: tuple[Process, ...] = get_args(Process)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
+MAIN: frozenset[Process] = frozenset(("main",))
+DPC: frozenset[Process] = frozenset(("dpc",))
+RANKS: frozenset[Process] = frozenset(("rank", "standby"))
+
+_FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
+
 
 @dataclass(frozen=True, kw_only=True)
 class HookSpec:
-    """One hook: where it goes, what it does there, and for how long it is needed.
+    """One hook: its target, what it does there, and for how long it is needed.
 
     Raises:
         ValueError: a field is not what its description below says.
@@ -37,8 +46,8 @@ class HookSpec:
     - before: `hook(*args, **kwargs)`, returns None or a new `(args, kwargs)`
     - after: `hook(result, *args, **kwargs)`, returns None or a new result
     - around: `hook(original, *args, **kwargs)`, returns the result
-    - replace: `hook(*args, **kwargs)`, or a class that takes the place of a class
-    - attribute: `hook(current_value)`, once, at installing; returns the value to put there (properties too)
+    - replace: `hook(*args, **kwargs)`, or a class that replaces a class
+    - attribute: `hook(current_value)`, once, at installing; returns the value to set (properties too)
 
     The first four are SGLang's own hook types (`sglang/srt/plugins/hook_registry.py`).
     """
@@ -50,7 +59,7 @@ class HookSpec:
     reason: str
     """Why the hook is needed: one or two sentences."""
     expires: str
-    """What has to happen upstream before the hook can go."""
+    """What has to happen upstream before the hook can be removed."""
     scope: Scope = "elastic"
     """flags: our command-line flags, always. platform: on our CPU platform, with or without our flags. elastic: with
     our flags only. both: on our CPU platform in any case, elsewhere with our flags."""
@@ -60,7 +69,7 @@ class HookSpec:
     """The SGLang versions whose source was read for it."""
     rebind: tuple[str, ...] = ()
     """Further names under which SGLang holds the target and which would miss the hook: `module.name` of a by-name
-    import or `module.Class.name` of an alias. Checked again once the server stands."""
+    import or `module.Class.name` of an alias. Checked again once the server is up."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -82,3 +91,49 @@ class HookSpec:
     def runs_in(self, process: Process) -> bool:
         """Whether a process of this name needs the hook; the name `any` means every hook."""
         return process == "any" or process in self.processes or "any" in self.processes
+
+
+class Hooks:
+    """The hooks of one module, declared by decorating their functions.
+
+    Args:
+        module: the declaring module's `__name__`: `elasticmoe_patches.srt.x` declares hooks into `sglang.srt.x`.
+        processes, scope: of all its hooks.
+    """
+
+    def __init__(self, module: str, processes: frozenset[Process], *, scope: Scope = "elastic") -> None:
+        self._module = f"sglang.{module.partition('.')[2]}"
+        self._processes = processes
+        self._scope = scope
+        self._specs: list[HookSpec] = []
+
+    def __iter__(self) -> Iterator[HookSpec]:
+        return iter(self._specs)
+
+    def __call__(
+        self, kind: Kind, target: str, *, expires: str, scope: Scope | None = None
+    ) -> Callable[[_FunctionT], _FunctionT]:
+        """Declare the decorated function as a hook. The first paragraph of its docstring is the hook's reason.
+
+        Args:
+            target: name and signature in SGLang's module, `Class.method(self, x=1)`; `name: type` for what cannot be
+                called.
+        """
+        name = target.partition("(")[0].partition(":")[0]
+
+        def declare(function: _FunctionT) -> _FunctionT:
+            reason = (inspect.getdoc(function) or "").partition("\n\n")[0]
+            spec = HookSpec(
+                target=f"{self._module}.{name}",
+                kind=kind,
+                hook=f"{function.__module__}:{function.__qualname__}",
+                signature=target[len(name) :].removeprefix(": "),
+                reason=" ".join(reason.split()),
+                expires=expires,
+                scope=scope or self._scope,
+                processes=self._processes,
+            )
+            self._specs.append(spec)
+            return function
+
+        return declare

@@ -37,13 +37,15 @@ def sglang_moe() -> Iterator[SimpleNamespace]:
     from sglang.srt.layers.moe.topk import StandardTopKOutput
     from sglang.srt.layers.moe.utils import MoeRunnerBackend
 
-    from elasticmoe_patches.srt.layers.moe import ascend
+    from elasticmoe_patches.srt.layers.moe.moe_runner import ascend
+    from elasticmoe_patches.srt.layers.moe.token_dispatcher import ascend_tp
+    from elasticmoe_patches.srt.layers.quantization.unquant import before_create_moe_runner
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ascend.ND_ENV, "0")  # register() sets it; put back at the end
         patch.setattr(ascend, "_registered", False)
         patch.setattr(runner, "_CUSTOM_RUNNER_CORE_FACTORIES", {})
-        ascend.before_create_moe_runner(None, None, None)
+        before_create_moe_runner(None, None, None)
         assert not runner._CUSTOM_RUNNER_CORE_FACTORIES, "this machine has no NPU"
         ascend.register()
         ascend.register()  # once a process is enough, twice is no error
@@ -54,6 +56,7 @@ def sglang_moe() -> Iterator[SimpleNamespace]:
             TopK=StandardTopKOutput,
             ASCEND=MoeRunnerBackend.ASCEND,
             ours=ascend,
+            hooks=ascend_tp,
         )
 
 
@@ -85,7 +88,7 @@ def make_layer(sglang_moe: SimpleNamespace, slots: list[int], **changes: object)
     fields = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "activation": "silu", "layer": layer}
     config = sglang_moe.Config(**{**fields, **changes})
     layer.dispatcher = sglang_moe.Dispatcher(config)
-    sglang_moe.ours.after_dispatcher_init(None, layer.dispatcher, config)
+    sglang_moe.hooks.after_init(None, layer.dispatcher, config)
     layer.dispatcher.local_expert_mapping = torch.tensor([*slots, -1], dtype=torch.int32)
     return layer, config
 
@@ -98,7 +101,7 @@ def forward(sglang_moe: SimpleNamespace, layer: torch.nn.Module, config: object,
 def dispatch(sglang_moe: SimpleNamespace, layer: torch.nn.Module, x, ids, weights):
     """SGLang's dispatch behind our hook, as the hook registry would call it."""
     topk = sglang_moe.TopK(weights, ids, torch.empty(0))
-    args, kwargs = sglang_moe.ours.before_dispatch(layer.dispatcher, x, topk)
+    args, kwargs = sglang_moe.hooks.before_dispatch(layer.dispatcher, x, topk)
     return type(layer.dispatcher).dispatch(*args, **kwargs)
 
 

@@ -6,6 +6,7 @@ wrong signature, an overwritten function or a stale import can be produced at wi
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from elasticmoe_patches import catalogue, hookdocs, plugin, preflight, targets
-from elasticmoe_patches.spec import HookSpec
+from elasticmoe_patches.spec import RANKS, Hooks, HookSpec
 from elasticmoe_sglang.errors import HookError
 from elasticmoe_sglang.runtime import ENV_CONFIG
 
@@ -141,6 +142,38 @@ def test_the_processes_say_where_a_hook_runs() -> None:
     assert real_spec().runs_in("main")
 
 
+def test_a_hook_is_declared_by_decorating_its_function() -> None:
+    hook = Hooks("elasticmoe_patches.srt.managers.scheduler", RANKS, scope="platform")
+
+    @hook("after", "Scheduler.f(self, x='a(b)', *, y=1)", expires="never")
+    @hook("attribute", "_is_cpu: bool", scope="both", expires="soon")
+    def function() -> None:
+        """Why it is
+        needed.
+
+        How it works.
+        """
+
+    attribute, method = hook
+    assert method == HookSpec(
+        target="sglang.srt.managers.scheduler.Scheduler.f",
+        kind="after",
+        hook=f"{__name__}:{function.__qualname__}",
+        signature="(self, x='a(b)', *, y=1)",
+        reason="Why it is needed.",
+        expires="never",
+        scope="platform",
+        processes=RANKS,
+    )
+    assert (attribute.target, attribute.signature) == ("sglang.srt.managers.scheduler._is_cpu", "bool")
+    assert (attribute.kind, attribute.scope, attribute.expires) == ("attribute", "both", "soon")
+
+
+def test_a_hook_without_a_reason_is_refused() -> None:
+    with pytest.raises(ValueError, match="reason must not be empty"):
+        Hooks("elasticmoe_patches.srt.server_args", RANKS)("after", "f()", expires="never")(lambda result: None)
+
+
 def test_signature_text_has_no_annotations_and_no_addresses(fake: Fake) -> None:
     marker = object()
     fake.module.odd = lambda a, /, b=marker, *rest, c, **more: None
@@ -169,6 +202,16 @@ def test_reading_the_catalogue_does_not_import_sglang() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_module_with_hooks_has_the_path_of_one_of_sglangs() -> None:
+    import elasticmoe_patches
+
+    root = Path(elasticmoe_patches.__file__).parent
+    paths = [path.relative_to(root) for path in (root / "srt").rglob("*.py") if path.name != "__init__.py"]
+    [upstream] = importlib.util.find_spec("sglang").submodule_search_locations
+    assert [str(path) for path in paths if not (Path(upstream) / path).is_file()] == []
+    assert len(paths) >= len(catalogue.hook_modules()) > 10
 
 
 def test_every_declared_hook_fits_the_installed_sglang() -> None:

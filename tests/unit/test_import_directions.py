@@ -1,4 +1,4 @@
-"""Who may import whom: the three packages, and the layers inside elasticmoe_sglang.
+"""Who may import whom: the three packages, the layers inside elasticmoe_sglang, and no module itself in a circle.
 
 Read from the source (every import statement, inside functions too), so that an import on a path no test runs counts.
 """
@@ -6,7 +6,8 @@ Read from the source (every import statement, inside functions too), so that an 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,20 @@ def modules(package: str) -> Iterator[tuple[str, Path]]:
         yield ".".join((package, *(parts[:-1] if parts[-1] == "__init__" else parts))), path
 
 
-def imported_names(path: Path) -> Iterator[tuple[int, str]]:
+def nodes(node: ast.AST, *, at_run_time: bool) -> Iterator[ast.AST]:
+    """The node and all below it; with `at_run_time` without the bodies of `if TYPE_CHECKING:`."""
+    if at_run_time and isinstance(node, ast.If) and ast.unparse(node.test).split(".")[-1] == "TYPE_CHECKING":
+        for child in node.orelse:
+            yield from nodes(child, at_run_time=at_run_time)
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from nodes(child, at_run_time=at_run_time)
+
+
+def imported_names(path: Path, *, at_run_time: bool = False) -> Iterator[tuple[int, str]]:
     """Line and dotted name of everything a file imports, by statement or by a literal given to import_module."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(ast.parse(path.read_text(encoding="utf-8")), at_run_time=at_run_time):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -82,6 +94,51 @@ def layer_entry(module: str) -> tuple[int, str]:
         _, number, entry = max(found)
         return number, entry
     return 0, ""
+
+
+def imported_modules(files: Mapping[str, Path]) -> dict[str, set[str]]:
+    """Each module's imports among `files` (module -> path): of a module, or of a name in it."""
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        graph[module] = set()
+        for _, name in imported_names(path, at_run_time=True):
+            while name and name not in files:
+                name = name.rpartition(".")[0]
+            if name and name != module:
+                graph[module].add(name)
+    return graph
+
+
+def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """One circle of imports, its first module also last; empty where there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found[::-1]
+    return []
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    files = dict(found for package in PACKAGES for found in modules(package))
+    assert circle(imported_modules(files)) == []
+
+
+def test_the_check_sees_circles_in_functions_and_none_for_type_checkers(tmp_path: Path) -> None:
+    sources = {
+        "package": "",
+        "package.a": "import os\nfrom package.b import name\n",
+        "package.b": "def f():\n    from package import c\n",
+        "package.c": "import typing\nif typing.TYPE_CHECKING:\n    import package.a\n",
+    }
+    files = {module: tmp_path / module for module in sources}
+    for module, source in sources.items():
+        files[module].write_text(source)
+    graph = imported_modules(files)
+    assert graph == {"package": set(), "package.a": {"package.b"}, "package.b": {"package.c"}, "package.c": set()}
+    assert circle(graph) == []
+    files["package.c"].write_text("import package.a.name\n")
+    assert sorted(set(circle(imported_modules(files)))) == ["package.a", "package.b", "package.c"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import zmq
 
-from elasticmoe_patches.worker import commit as change
+from elasticmoe_patches.worker import commit
 from elasticmoe_patches.worker.migration import MigrationInbox
 from elasticmoe_sglang.coordinator.migration import Departure, OutputFences, migrations_done
 
@@ -31,7 +31,7 @@ def test_requests_go_on_when_all_have_arrived_and_were_released() -> None:
     assert inbox.ready() == []
     inbox.arrived(2, ("b", None, []))
     assert inbox.ready() == [2]
-    assert [migrated[0] for migrated in inbox.take(2)] == ["a", "b"]
+    assert [migrated[0] for migrated in inbox.pop(2)[0]] == ["a", "b"]
     assert inbox.ready() == []
 
 
@@ -45,7 +45,7 @@ def test_what_a_dead_retiring_rank_had_sent_is_dropped_also_when_it_comes_late()
     inbox.released.add(2)
     assert inbox.held == {} and inbox.ready() == []
     inbox.released.clear()
-    inbox.expect([2, 3])  # another process leaves that rank
+    inbox.expect([2, 3])  # another worker retires from that rank
     inbox.arrived(2, ("c", None, []))
     inbox.all_sent(2, 1)
     inbox.released.add(2)
@@ -112,8 +112,8 @@ def _leaver(folder: Path, living: bool) -> Any:
 
 def test_a_retiring_rank_does_not_wait_for_a_dead_survivor(tmp_path: Path) -> None:
     started = time.monotonic()
-    change._send(_leaver(tmp_path, living=False), "op", {0: [], 1: []})
-    assert time.monotonic() - started < change._LINGER_MS / 2000
+    commit._send(_leaver(tmp_path, living=False), "op", {0: [], 1: []})
+    assert time.monotonic() - started < commit._LINGER_MS / 2000
 
 
 def test_a_retiring_rank_waits_until_a_living_survivor_has_what_it_was_sent(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_retiring_rank_waits_until_a_living_survivor_has_what_it_was_sent(tmp_
         binding = threading.Timer(0.3, late.bind, (f"ipc://{tmp_path}/0",))
         binding.start()
         started = time.monotonic()
-        change._send(_leaver(tmp_path, living=True), "op", {0: []})
+        commit._send(_leaver(tmp_path, living=True), "op", {0: []})
         assert time.monotonic() - started >= 0.3
         binding.join()
         assert late.recv_multipart() == [b"", b"3", b"0"]

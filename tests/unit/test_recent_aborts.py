@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elasticmoe_patches.worker.aborts import REMEMBERED_S, RecentAborts
+from elasticmoe_patches.worker.requests import REMEMBERED_S, RecentAborts
 
 
 def test_an_abort_reaches_what_arrives_after_it() -> None:

@@ -1,7 +1,7 @@
 """Entry point of the out-of-tree CPU platform (group ``sglang.srt.platforms``).
 
 SGLang calls :func:`activate` in every process before it decides what hardware it runs on. Where an accelerator is
-present the answer is None and SGLang goes on as if this package were not installed.
+present the answer is None and SGLang runs as if this package were not installed.
 """
 
 from __future__ import annotations

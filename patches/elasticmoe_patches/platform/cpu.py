@@ -1,7 +1,7 @@
 """The CPU platform: SGLang serves text on a machine with no accelerator and no ``sgl_kernel``.
 
 Everything SGLang lets a platform supply is supplied here (attention backend, pools, allocator, operators); what it
-decides by a module-level flag instead is corrected by the few hooks in ``elasticmoe_patches.srt``.
+decides by a module-level flag instead is corrected by the hooks of scope `platform`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from elasticmoe_patches.platform import environment
+from elasticmoe_patches.plugin import install_for_platform
+from elasticmoe_patches.srt.layers.quantization import unquant
 from elasticmoe_sglang.runtime import current_runtime
 
 DISPATCH_KEY = "elasticmoe_cpu"
 ATTENTION_BACKEND = "torch_native"
 KV_TOKENS = 65536
-"""KV rows of a rank where nothing says how much there shall be: no --max-total-tokens, no --mem-fraction-static, and
+"""KV rows of a rank where nothing configures how many: no --max-total-tokens, no --mem-fraction-static, and
 for an elastic server no budget and no --elasticmoe-kv-tokens. SGLang's own rule would take
 most of the machine's memory in every rank and write zeros to all of it: 14 s of a launch for 4.3 GiB."""
 
@@ -59,17 +61,17 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-        from elasticmoe_patches.srt.mem_cache.memory_pool import ElasticMHATokenToKVPool
+        from elasticmoe_patches.platform.kv_pools import ElasticMHATokenToKVPool
 
         return ElasticMHATokenToKVPool if self.elastic_kv else MHATokenToKVPool
 
     def get_mla_kv_pool_cls(self) -> type:
-        from elasticmoe_patches.srt.mem_cache import memory_pool
+        from elasticmoe_patches.platform import kv_pools
 
-        return memory_pool.ElasticMLATokenToKVPool if self.elastic_kv else memory_pool.CpuMLATokenToKVPool
+        return kv_pools.ElasticMLATokenToKVPool if self.elastic_kv else kv_pools.CpuMLATokenToKVPool
 
     def get_paged_allocator_cls(self) -> type:
-        from elasticmoe_patches.srt.mem_cache.allocator import allocator_class
+        from elasticmoe_patches.platform.kv_pools import allocator_class
 
         return allocator_class()
 
@@ -83,14 +85,19 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         return torch.profiler.ProfilerActivity.CPU
 
     def init_backend(self) -> None:
-        """Called once in every scheduler process, before the model is built."""
-        from elasticmoe_patches.platform.install import install
+        """Called once in every scheduler process, before the model is built; a hook that does not fit ends it."""
+        from sglang.kernels.fused_op import BaseFusedOp
+        from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
-        install()
+        from elasticmoe_patches.platform import sdpa_backend
+
+        sdpa_backend.register()
+        BaseFusedOp.register_oot_forward(UnquantizedFusedMoEMethod, unquant.forward, DISPATCH_KEY)
+        install_for_platform("rank")
 
 
 def kv_is_chosen() -> bool:
-    """Whether an elastic server was told how much memory it has: then KV takes what the weights leave."""
+    """Whether an elastic server was told how much memory it has: then KV uses what the weights do not."""
     runtime = current_runtime()
     if runtime is None:
         return False

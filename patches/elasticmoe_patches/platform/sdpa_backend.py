@@ -1,6 +1,6 @@
 """Attention for the CPU platform: batched ``scaled_dot_product_attention`` over SGLang's KV pools.
 
-It takes the place of SGLang's ``torch_native`` backend, which loops over requests and cannot serve MLA from a latent
+It replaces SGLang's ``torch_native`` backend, which loops over requests and cannot serve MLA from a latent
 cache. Keeping that name is on purpose: SGLang asks by name whether Triton kernels and graphs may be used
 (``utils/common.py: support_triton``, ``mem_cache/allocation.py``, ``arg_groups/attention_hook.py``), and the answers
 for ``torch_native`` are the right ones here.

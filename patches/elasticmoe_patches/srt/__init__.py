@@ -1,1 +1,0 @@
-"""Mirrors the SGLang package of the same name."""

@@ -1,4 +1,4 @@
-"""Our command-line flags on SGLang's own launcher (mirrors sglang/srt/server_args.py)."""
+"""Our command-line flags on SGLang's own launcher."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ import os
 import sys
 from typing import Any
 
-from elasticmoe_patches.spec import HookSpec
+from elasticmoe_patches.device import check_devices
+from elasticmoe_patches.launch import shape_arguments
+from elasticmoe_patches.plugin import install_for_process
+from elasticmoe_patches.spec import MAIN, Hooks
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
 from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.runtime import new_runtime
+
+HOOKS = hook = Hooks(__name__, MAIN, scope="flags")
 
 
+@hook("after", "ServerArgs.add_cli_args(parser)", expires="SGLang lets plugins declare arguments.")
 def after_add_cli_args(_result: Any, parser: argparse.ArgumentParser) -> None:
+    """Adds the --elasticmoe-* flags to SGLang's launcher."""
     add_arguments(parser)
 
 
+@hook("before", "ServerArgs.from_cli_args(cls, args)", expires="SGLang lets plugins declare arguments.")
 def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
-    """Shape the arguments and put the runtime into the environment, where every process of the server finds it."""
-    from elasticmoe_patches.device import check_devices
-    from elasticmoe_patches.launch import shape_arguments
-    from elasticmoe_patches.plugin import install_for_process
-    from elasticmoe_sglang.runtime import new_runtime
+    """Reads the flags, and sets tp = dp = ep = the number of ranks before SGLang resolves its arguments.
 
+    The runtime is exported to the environment, from which every process of the server reads it.
+    """
     try:
         config = ElasticConfig.from_namespace(args)
         if config is None:
@@ -36,38 +43,14 @@ def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
     runtime.export()
     # Read by SGLang's DeepSeek model: a shared expert that every rank holds whole.
     os.environ.setdefault("SGLANG_SHARED_EXPERT_TP1", "1")
-    # A rank that gives up KV capacity moves cached prefixes to other rows; only this core's nodes can be reached.
+    # A rank that gives up KV capacity moves cached prefixes to other rows; only the Python core's nodes are accessible.
     os.environ["SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND"] = "python"
     # The shared-memory broadcaster waits for all ranks, inactive ranks included.
     os.environ["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
-    # Columns hold the commit barrier's rows and then the up projection's, as checkpoints do; SGLang may mix them for
-    # its own MoE.
+    # Columns hold the gate projection's rows and then the up projection's, as checkpoints do; SGLang may interleave
+    # them for its own MoE.
     os.environ["SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"] = "false"
     if config.ranks_per_device > 1:
         # Free memory of a device that ranks share differs while they boot.
         os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "false"
     install_for_process("main")
-
-
-HOOKS = (
-    HookSpec(
-        target="sglang.srt.server_args.ServerArgs.add_cli_args",
-        kind="after",
-        hook=f"{__name__}:after_add_cli_args",
-        signature="(parser)",
-        reason="Adds the --elasticmoe-* flags to SGLang's launcher.",
-        expires="SGLang lets plugins declare arguments.",
-        scope="flags",
-        processes=frozenset(("main",)),
-    ),
-    HookSpec(
-        target="sglang.srt.server_args.ServerArgs.from_cli_args",
-        kind="before",
-        hook=f"{__name__}:before_from_cli_args",
-        signature="(cls, args)",
-        reason="Reads the flags, and sets tp = dp = ep = the number of ranks before SGLang resolves its arguments.",
-        expires="SGLang lets plugins declare arguments.",
-        scope="flags",
-        processes=frozenset(("main",)),
-    ),
-)

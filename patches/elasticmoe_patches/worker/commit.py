@@ -1,8 +1,7 @@
-"""A change as one rank's scheduler lives it: the commit barrier, leaving with all requests, taking over a retiring
-rank's requests.
+"""A change in one rank's scheduler: the commit, retiring with all requests, resuming a retiring rank's requests.
 
-Called from the hooks in `scheduler.py`, always at the top of an iteration of the event loop: all members stand there
-together, and a joining rank enters there.
+Called from the hooks in `scheduler.py`, always at the top of an iteration of the event loop: all members reach it
+together, and a joining rank begins there.
 """
 
 from __future__ import annotations
@@ -15,15 +14,17 @@ from typing import Any
 
 import zmq
 
-from elasticmoe_patches.worker.kv_jobs import fetch
 from elasticmoe_patches.worker.migration import (
+    MigratedFrames,
     MigratedRequest,
     Progress,
-    drain_results,
     fill_from_frames,
+    fill_from_window,
     migrated_requests,
     place_kv,
 )
+from elasticmoe_patches.worker.requests import drain_results
+from elasticmoe_patches.worker.worker import RankRetired, Worker
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.hmm.kv_space import KvWindow
 from elasticmoe_sglang.wire.to_coordinator import Retired
@@ -37,40 +38,44 @@ _LINGER_MS = 5000
 _LOOK_S = 0.01
 
 
-def open_peer_socket(worker: Any) -> None:
-    """Where retiring ranks send their requests."""
-    worker.peer_context = zmq.Context(io_threads=1)
-    worker.peer = worker.peer_context.socket(zmq.PULL)
-    worker.peer.setsockopt(zmq.RCVHWM, 0)
-    worker.peer.bind(worker.runtime.paths.peer_endpoint(worker.rank))
-    worker.idle.watch(worker.peer)
-
-
-def apply_commit(scheduler: Any, worker: Any, command: CommitCommand) -> None:
-    """Pass the commit barrier; a retiring rank that passed it hands over and does not come back.
+def accept_command(worker: Worker, command: CommitCommand) -> None:
+    """Keep a commit for the top of the next iteration.
 
     Raises:
-        RankRetired: this rank has left.
+        WorkerError: another one is pending: the coordinator sends one at a time.
     """
-    scheduler.device_module.synchronize()  # launched kernels read the old table and mask
-    if not worker.pass_barrier(command):
+    if worker.pending is not None:
+        raise WorkerError(
+            f"operation {command.operation_id} arrived while {worker.pending.operation_id} is pending", rank=worker.rank
+        )
+    worker.fault_point("commit.received")
+    worker.pending = command
+
+
+def apply_commit(scheduler: Any, worker: Worker) -> None:
+    """Carry out the pending commit; a retiring rank migrates its requests and does not return.
+
+    Raises:
+        RankRetired: this rank has retired.
+    """
+    command, worker.pending = worker.pending, None
+    if command is None:
         return
-    if worker.rank in command.retiring:
-        leave(scheduler, worker, command)
+    scheduler.device_module.synchronize()  # launched kernels read the old table and mask
+    if worker.commit(command) and worker.rank in command.retiring:
+        _retire(scheduler, worker, command)
 
 
-def leave(scheduler: Any, worker: Any, command: CommitCommand) -> None:
-    """Hand every request to a survivor, put the fence behind the last output, and end."""
-    from elasticmoe_patches.worker.worker import RankRetired
-
+def _retire(scheduler: Any, worker: Worker, command: CommitCommand) -> None:
+    """Send every request to a survivor and the fence behind the last output, and end."""
     drain_results(scheduler)
     _read_until_fence(scheduler, worker, command.operation_id)
-    survivors = _takers(worker, command)
+    survivors = _receivers(worker, command)
     load = migrated_requests(scheduler, in_hmm=worker.kv is not None)
     worker.fault_point("leave.sending")
     dealt = {survivor: load[index :: len(survivors)] for index, survivor in enumerate(survivors)}
     _send(worker, command.operation_id, dealt)
-    put_fence(scheduler, command.operation_id, worker.rank)
+    send_fence(scheduler, command.operation_id, worker.rank)
     _flush(scheduler)
     worker.fault_point("leave.sent")
     worker.agent.post(
@@ -82,27 +87,24 @@ def leave(scheduler: Any, worker: Any, command: CommitCommand) -> None:
             kv_tokens=sum(migrated.kv_tokens for migrated in load),
         )
     )
-    worker.left = True
     raise RankRetired
 
 
-def _takers(worker: Any, command: CommitCommand) -> list[int]:
-    """Survivors that take requests over: the living ones. What goes to a dead one is sent again without its KV."""
+def _receivers(worker: Worker, command: CommitCommand) -> list[int]:
+    """Survivors that get requests: the living ones. What a dead one gets is sent again without its KV."""
     survivors = [member for member in command.members if member not in command.joining] or [0]
     return [survivor for survivor in survivors if worker.region.control.alive(survivor)] or survivors
 
 
-def put_fence(scheduler: Any, operation_id: str, worker: int) -> None:
-    """Behind all output so far; the tokenizer tells the coordinator when it comes."""
+def send_fence(scheduler: Any, operation_id: str, rank: int) -> None:
+    """Behind all output so far; the tokenizer tells the coordinator when it arrives."""
     from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
 
-    scheduler.ipc_channels.send_to_detokenizer.send_output(
-        ElasticFenceReq(operation_id=operation_id, rank=worker), None
-    )
+    scheduler.ipc_channels.send_to_detokenizer.send_output(ElasticFenceReq(operation_id=operation_id, rank=rank), None)
 
 
-def _read_until_fence(scheduler: Any, worker: Any, operation_id: str) -> None:
-    """The controller routes nothing here any more; what it had routed before is still on its way."""
+def _read_until_fence(scheduler: Any, worker: Worker, operation_id: str) -> None:
+    """The controller routes nothing here any more; what it routed before is still in the socket."""
     deadline = time.monotonic() + _FENCE_DEADLINE_S
     while operation_id not in worker.fences:
         receiver = scheduler.request_receiver
@@ -111,19 +113,23 @@ def _read_until_fence(scheduler: Any, worker: Any, operation_id: str) -> None:
         work, _ = receiver._split_work_and_control_reqs(requests)
         scheduler.process_input_requests(work)
         if time.monotonic() > deadline:
-            logger.error("rank %d: no fence from the controller within %.0f s; leaving", worker.rank, _FENCE_DEADLINE_S)
+            logger.error(
+                "rank %d: no fence from the controller within %.0f s; retiring without it",
+                worker.rank,
+                _FENCE_DEADLINE_S,
+            )
             return
         if not requests:
             time.sleep(0.0005)
 
 
-def _chunks(worker: Any, load: list[MigratedRequest]) -> tuple[int, ...]:
+def _chunks(worker: Worker, load: list[MigratedRequest]) -> tuple[int, ...]:
     pages = [page for migrated in load for page in migrated.pages]
-    return tuple(chunks_of(pages, worker.kv.shape)) if pages else ()
+    return tuple(chunks_of(pages, worker.kv.shape)) if pages and worker.kv is not None else ()
 
 
-def _send(worker: Any, operation_id: str, dealt: dict[int, list[MigratedRequest]]) -> None:
-    """Send each survivor its requests, and how many they are; returns when they are there, or the survivor is dead."""
+def _send(worker: Worker, operation_id: str, dealt: dict[int, list[MigratedRequest]]) -> None:
+    """Send each survivor its requests and their number; returns once they are delivered, or the survivor is dead."""
     from elasticmoe_patches.srt.managers.io_struct import to_wire
 
     delivering = []
@@ -139,7 +145,7 @@ def _send(worker: Any, operation_id: str, dealt: dict[int, list[MigratedRequest]
             socket.send_multipart(frames, copy=False)
         socket.send_multipart([b"", str(worker.rank).encode(), str(len(load)).encode()])
         socket.close()
-        # The context's end waits until all has been delivered, for as long as the socket lingers.
+        # Terminating the context waits until all has been delivered, for as long as the socket lingers.
         delivery = threading.Thread(target=context.term, name=f"to rank {survivor}", daemon=True)
         delivery.start()
         delivering.append((survivor, delivery))
@@ -148,7 +154,7 @@ def _send(worker: Any, operation_id: str, dealt: dict[int, list[MigratedRequest]
             delivery.join(_LOOK_S)
 
 
-def _resume_request(worker: Any, operation_id: str, migrated: MigratedRequest) -> Any:
+def _resume_request(worker: Worker, operation_id: str, migrated: MigratedRequest) -> Any:
     from sglang.srt.managers.io_struct import wrap_as_pickle
 
     from elasticmoe_patches.srt.managers.io_struct import ElasticResumeReq
@@ -165,7 +171,7 @@ def _resume_request(worker: Any, operation_id: str, migrated: MigratedRequest) -
 
 
 def _flush(scheduler: Any) -> None:
-    """Wait until everything this scheduler has sent is with its receivers: the process ends right after."""
+    """Wait until everything this scheduler has sent is delivered: the process ends right after."""
     channels = scheduler.ipc_channels
     contexts = set()
     senders = (channels.send_to_detokenizer.socket, channels.send_to_tokenizer.socket)
@@ -182,8 +188,8 @@ def _flush(scheduler: Any) -> None:
         context.term()
 
 
-def receive_migrated(worker: Any) -> None:
-    """Read what retiring ranks have sent, without waiting."""
+def receive_migrated(worker: Worker) -> None:
+    """Read what retiring ranks have sent, without blocking."""
     from elasticmoe_patches.srt.managers.io_struct import from_wire
 
     while worker.peer.poll(0):
@@ -195,25 +201,21 @@ def receive_migrated(worker: Any) -> None:
         worker.inbox.arrived(message.retiring_rank, (message, frames[1] or None, frames[2:]))
 
 
-def resume_ready(scheduler: Any, worker: Any) -> None:
-    """Go on with the requests of retiring ranks that have arrived completely and whose last tokens have been delivered,
-    and with those of a dead rank that the tokenizer has sent again."""
-    sent_again, worker.sent_again = worker.sent_again, []
+def resume_ready(scheduler: Any, worker: Worker) -> None:
+    """Resume the requests of retiring ranks that have all arrived and whose last tokens have been delivered, and those
+    of a dead rank that the tokenizer has sent again."""
+    sent_again, worker.recovery.sent_again = worker.recovery.sent_again, []
     for message in sent_again:
-        _resume(scheduler, worker, message, None, [])
+        _resume(scheduler, worker, (message, None, []))
     for retiring_rank in worker.inbox.ready():
         worker.fault_point("adopt.before")
-        with_kv, operation_id = 0, ""
-        items = worker.inbox.take(retiring_rank)
-        window = worker.inbox.windows.pop(retiring_rank, None)
-        for message, header, buffers in items:
-            operation_id = message.operation_id
-            with_kv += _resume(scheduler, worker, message, header, buffers, window)
+        migrated, window = worker.inbox.pop(retiring_rank)
+        with_kv = sum(_resume(scheduler, worker, frames, window) for frames in migrated)
         resumed = Resumed(
             rank=worker.rank,
-            operation_id=operation_id,
+            operation_id=migrated[0][0].operation_id if migrated else "",
             retiring_rank=retiring_rank,
-            requests=len(items),
+            requests=len(migrated),
             with_kv=with_kv,
         )
         if window is None:
@@ -223,22 +225,17 @@ def resume_ready(scheduler: Any, worker: Any) -> None:
             worker.agent.run(partial(_close_window, worker, window, resumed))
 
 
-def _close_window(worker: Any, window: KvWindow, resumed: Resumed) -> None:
-    """Only then may the retiring rank's memory be given back."""
+def _close_window(worker: Worker, window: KvWindow, resumed: Resumed) -> None:
+    """The retiring rank's memory may be given back once `resumed` is sent."""
     window.close()
     worker.agent.post(resumed)
 
 
-def _resume(
-    scheduler: Any,
-    worker: Any,
-    message: Any,
-    header: bytes | None,
-    buffers: list[bytes],
-    window: KvWindow | None = None,
-) -> bool:
+def _resume(scheduler: Any, worker: Worker, migrated: MigratedFrames, window: KvWindow | None = None) -> bool:
+    """Give the request to SGLang; whether its KV could be placed."""
     from sglang.srt.managers.io_struct import AbortReq, unwrap_from_pickle
 
+    message, header, buffers = migrated
     request = message.request
     request.unwrap_pickle_fields()
     progress: Progress = unwrap_from_pickle(message.progress)
@@ -246,24 +243,16 @@ def _resume(
     fill = None
     if header is not None:
         fill = fill_from_frames(scheduler, header, buffers)
-    elif window is not None and message.kv_pages:
-        fill = partial(fetch, worker, scheduler, window.rows(), message.kv_pages)
+    elif window is not None and worker.kv is not None and message.kv_pages:
+        fill = fill_from_window(scheduler, worker.kv.rows, window.rows(), message.kv_pages)
     if fill is not None:
         try:
             placed = place_kv(scheduler, request, progress.output_ids, message.kv_tokens, fill)
         except Exception:
             # Recomputing is always possible; losing the request is not.
             logger.exception("rank %d could not place the KV of %s; it is recomputed", worker.rank, request.rid)
-    worker.resuming[request.rid] = progress
+    worker.inbox.resuming[request.rid] = progress
     scheduler.handle_generate_request(request)
-    if progress.aborted or worker.aborted.reaches(request.rid):
+    if progress.aborted or worker.inbox.aborted.reaches(request.rid):
         scheduler.abort_request(AbortReq(rid=request.rid))
     return placed
-
-
-def check_command(worker: Any, command: CommitCommand) -> None:
-    """Raises WorkerError when a commit arrives while another one is pending: the coordinator sends one at a time."""
-    if worker.pending is not None:
-        raise WorkerError(
-            f"operation {command.operation_id} arrived while {worker.pending.operation_id} is pending", rank=worker.rank
-        )

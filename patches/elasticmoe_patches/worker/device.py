@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from elasticmoe_sglang.comm.control_page import WorkerState
+from elasticmoe_sglang.comm.control_page import ControlPage, WorkerState
+from elasticmoe_sglang.comm.region import CollectiveRegion
 from elasticmoe_sglang.errors import WorkerError
+from elasticmoe_sglang.hmm.client import HmmClient
 
 if TYPE_CHECKING:
     from elasticmoe_sglang.comm.cuda_region import CudaRegion
@@ -14,50 +17,25 @@ if TYPE_CHECKING:
 _FIRST_RANKS_S = 600.0
 
 
-def boots_alone(worker: Any) -> bool:
-    """On a GPU also the ranks of a server's start: nobody waits for another's compiling and capturing."""
-    return bool(worker.client.backend.name == "cuda")
-
-
-def check_collectives(worker: Any) -> None:
-    """Raise what a collective on the GPU has reported since the last membership; see `CudaFabric.check`."""
-    if worker.cuda is not None:
-        worker.cuda.check()
-
-
-def open_windows(worker: Any) -> CudaRegion | None:
-    """The rank's windows, under every process group made from here on; None on the CPU. SGLang has set the device."""
-    if not boots_alone(worker):
-        return None
+def open_windows(client: HmmClient, region: CollectiveRegion, *, device: int, attach_s: float) -> CudaRegion:
+    """The rank's windows, under every process group made from here on."""
     from elasticmoe_sglang.comm.cuda_group import install_cuda_groups
     from elasticmoe_sglang.comm.cuda_region import CudaRegion
 
-    attach_s = worker.runtime.config.prepare_deadline_s
-    windows = CudaRegion(worker.client, worker.region, device=worker.device, attach_s=attach_s)
-    install_cuda_groups(worker.region, windows)
+    windows = CudaRegion(client, region, device=device, attach_s=attach_s)
+    install_cuda_groups(region, windows)
     return windows
 
 
-def prepare_to_join(worker: Any) -> None:
-    """Before the commit barrier, so that the commit has less to do: map the members' windows, end what runs."""
-    if worker.cuda is not None:
-        worker.cuda.prefetch(
-            tuple(member for member in worker.join_spec.members if worker.region.control.alive(member))
-        )
-        worker.cuda.drain()
-
-
-def await_first_members(worker: Any) -> None:
-    """Return once the other ranks of the server's start have booted.
+def await_first_members(control: ControlPage, rank: int, members: Iterable[int]) -> None:
+    """Return once the other ranks of the server's start have booted, each by itself.
 
     Raises:
-        WorkerError: one did not come.
+        WorkerError: one did not within the deadline.
     """
-    control = worker.region.control
-    control.set_worker_state(worker.rank, WorkerState.JOINING)
     deadline = time.monotonic() + _FIRST_RANKS_S
-    waiting = set(worker.join_spec.members) - {worker.rank}
+    waiting = set(members) - {rank}
     while waiting := {other for other in waiting if control.worker(other).state < WorkerState.JOINING}:
         if time.monotonic() > deadline:
-            raise WorkerError(f"ranks {sorted(waiting)} did not boot within {_FIRST_RANKS_S:.0f} s", rank=worker.rank)
+            raise WorkerError(f"ranks {sorted(waiting)} did not boot within {_FIRST_RANKS_S:.0f} s", rank=rank)
         time.sleep(0.005)

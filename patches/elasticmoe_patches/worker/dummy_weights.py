@@ -1,4 +1,4 @@
-"""Random weights for `--load-format dummy` (mirrors sglang/srt/model_loader/weight_utils.py, initialize_dummy_weights).
+"""Random weights for `--load-format dummy`, in place of SGLang's `initialize_dummy_weights`.
 
 Every dense parameter and every expert column has a generator of its own, so that the values do not depend on which
 rank makes them, nor on how many ranks there are.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+
+from elasticmoe_sglang.worker.weights import Attached
 
 SEED = 1234
 _RANGE = 1e-3
@@ -22,7 +23,9 @@ def dummy_fingerprint(config: str, dtype: torch.dtype) -> str:
     return hashlib.sha256(f"dummy {SEED} {_RANGE} {dtype} {config}".encode()).hexdigest()
 
 
-def fill_dummy(parameters: Mapping[str, torch.nn.Parameter], columns: Mapping[str, torch.Tensor], found: Any) -> None:
+def fill_dummy(
+    parameters: Mapping[str, torch.nn.Parameter], columns: Mapping[str, torch.Tensor], found: Attached
+) -> None:
     """Fill what no device holds yet.
 
     Args:

@@ -1,8 +1,9 @@
 """A rank's KV capacity changes while it serves: SGLang's allocator, radix cache and bookkeeping follow.
 
-Rows leave at the end of the address space. First go rows that nobody has. If that is not enough, the least recently
-used prefixes go, by SGLang's own eviction; if still more is needed, running requests wait again, as after SGLang's
-retraction. What remains in rows that leave is moved to free rows below: nothing is given up because of where it lies.
+Rows are unmapped from the end of the address space. Free rows are given up first. If that is not enough, the least
+recently used prefixes are evicted, by SGLang's own eviction; if still more is needed, running requests are put back
+into the waiting queue, as by SGLang's retraction. What is still in use in rows to be unmapped is moved to free rows
+below: nothing is given up because of its address.
 
 Called at the top of a scheduler iteration, when no batch is being put together.
 """
@@ -25,19 +26,19 @@ MoveRows = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 def resize(scheduler: Any, tokens: int, move_rows: MoveRows, set_aside: Callable[[], int]) -> Resized:
-    """Have `tokens` rows, a multiple of the page size. Idempotent.
+    """Change the capacity to `tokens` rows, a multiple of the page size. Idempotent.
 
     Args:
         set_aside: retracts every running request; how many there were.
 
     Raises:
-        WorkerError: a request that is here needs more than `tokens`; nothing has changed then.
+        WorkerError: a request of this rank needs more than `tokens`; nothing has changed then.
     """
     allocator = scheduler.token_to_kv_pool_allocator
     assert allocator.free_group is None and tokens % allocator.page_size == 0
     if tokens >= allocator.size:
         _grow(allocator, tokens)
-        announce(scheduler, tokens)
+        update_limits(scheduler, tokens)
         return Resized(tokens=tokens)
     return _shrink(scheduler, tokens, move_rows, set_aside)
 
@@ -60,7 +61,7 @@ def _shrink(scheduler: Any, tokens: int, move_rows: MoveRows, set_aside: Callabl
         retracted = set_aside()
         evicted += _evict(scheduler, (_used_pages(allocator) - keep) * page)
     if _used_pages(allocator) > keep:
-        raise WorkerError(f"{_used_pages(allocator) * page} KV tokens are in use and cannot be given up for {tokens}")
+        raise WorkerError(f"{_used_pages(allocator) * page} KV tokens are in use, more than the {tokens} wanted")
     allocator.merge_and_sort_free()
     free, _ = torch.sort(allocator.free_pages)
     in_use = torch.ones(pages + 1, dtype=torch.bool, device=allocator.device)
@@ -70,17 +71,17 @@ def _shrink(scheduler: Any, tokens: int, move_rows: MoveRows, set_aside: Callabl
     targets = below[: len(moving)]
     if len(moving):
         holders = list(_holders(scheduler))
-        _require_known(moving, holders, page, pages)
+        _require_holders(moving, holders, page, pages)
         offsets = torch.arange(page, device=allocator.device)
         move_rows((moving[:, None] * page + offsets).flatten(), (targets[:, None] * page + offsets).flatten())
         new_page = torch.arange(pages + 1, dtype=torch.int64, device=allocator.device)
         new_page[moving] = targets
         for rows in holders:
-            # A tensor that is held twice is mapped twice, to the same: targets map to themselves.
+            # A tensor that is found twice is mapped twice, with the same result: targets map to themselves.
             mapped = new_page[rows.to(torch.int64) // page] * page + rows % page
             rows.copy_(mapped.to(rows.dtype))
     allocator.free_pages = below[len(moving) :]
-    announce(scheduler, tokens)
+    update_limits(scheduler, tokens)
     return Resized(tokens=tokens, evicted=evicted, moved=len(moving) * page, retracted=retracted)
 
 
@@ -98,7 +99,7 @@ def _evict(scheduler: Any, tokens: int) -> int:
 
 
 def _requests(scheduler: Any) -> Iterator[Any]:
-    """Every request that is here, each once."""
+    """Every request of this rank, each once."""
     seen: set[int] = set()
     batches = (scheduler.running_batch, scheduler.last_batch)
     queued = [batch for batch, _ in getattr(scheduler, "result_queue", None) or ()]
@@ -112,7 +113,7 @@ def _requests(scheduler: Any) -> Iterator[Any]:
 
 
 def _require_fit(scheduler: Any, tokens: int) -> None:
-    """A request that could never run again would be lost."""
+    """A request that could never run again must not be retracted."""
     page = scheduler.token_to_kv_pool_allocator.page_size
     for req in _requests(scheduler):
         if req.finished():
@@ -120,8 +121,8 @@ def _require_fit(scheduler: Any, tokens: int) -> None:
         needed = len(req.origin_input_ids) + (req.sampling_params.max_new_tokens or 0) + page
         if needed > tokens:
             raise WorkerError(
-                f"request {req.rid} may need {needed} KV tokens, {tokens} would be left",
-                hint="Ask again when it has ended, or for more ranks",
+                f"request {req.rid} may need {needed} KV tokens, a capacity of {tokens} is too small",
+                hint="Retry when it has finished, or ask for more ranks",
             )
 
 
@@ -153,20 +154,20 @@ def _cached(cache: Any) -> Iterator[torch.Tensor]:
             yield value
 
 
-def _require_known(moving: torch.Tensor, holders: list[torch.Tensor], page: int, pages: int) -> None:
+def _require_holders(moving: torch.Tensor, holders: list[torch.Tensor], page: int, pages: int) -> None:
     known = torch.zeros(pages + 1, dtype=torch.bool, device=moving.device)
     for rows in holders:
         known[rows.to(torch.int64) // page] = True
     lost = moving[~known[moving]]
     if len(lost):
         raise WorkerError(
-            f"{len(lost)} pages of KV are held by something that is not known here, such as page {int(lost[0])}",
+            f"{len(lost)} pages of KV belong to nothing that can be moved, such as page {int(lost[0])}",
             hint="A feature of SGLang that is not supported holds them; see docs/operations.md",
         )
 
 
-def announce(scheduler: Any, tokens: int) -> None:
-    """Tell everything in the scheduler that keeps a copy of the capacity."""
+def update_limits(scheduler: Any, tokens: int) -> None:
+    """Update every copy of the capacity that the scheduler keeps."""
     allocator = scheduler.token_to_kv_pool_allocator
     allocator.size = tokens
     if allocator.page_size > 1:

@@ -1,8 +1,8 @@
-"""Loading into, or attaching to, the HMM's memory (mirrors sglang/srt/model_loader/loader.py).
+"""Loading into, or attaching to, the HMM's memory.
 
 The model is built by SGLang; its dense parameters are then rebound to the device's dense block and its expert weights
-to the rank's column space. What no device holds yet is read from the checkpoint, each byte once over all ranks: the
-columns by the rank that owns them, the dense block by rank 0. A joining rank reads nothing.
+to the rank's column space. What no device holds yet is read from the checkpoint, each byte by one rank only: columns by
+the rank that owns them, the dense block by rank 0. A joining rank reads nothing.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from sglang.srt.model_loader.loader import (
 )
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 
-from elasticmoe_patches.srt.layers.quantization.unquant import RowSlots
 from elasticmoe_patches.worker.dummy_weights import dummy_fingerprint, fill_dummy
+from elasticmoe_patches.worker.worker import LoadedModel, Worker, current_worker
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
 from elasticmoe_sglang.planner import initial_placement
 from elasticmoe_sglang.wire.to_hmm import ModelSpec
+from elasticmoe_sglang.worker.weights import Attached, WorkerWeights
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,11 @@ def dense_layout(parameters: dict[str, torch.nn.Parameter]) -> DenseLayout:
 
 
 def bind(
-    layers: list[FusedMoE], parameters: dict[str, torch.nn.Parameter], memory: Any, columns: ColumnLayout, table: Any
+    layers: list[FusedMoE],
+    parameters: dict[str, torch.nn.Parameter],
+    memory: WorkerWeights,
+    columns: ColumnLayout,
+    table: Any,
 ) -> None:
     """Point the model's parameters at the mapped memory; table: what maps expert ids to slots."""
     dense = memory.dense.views()
@@ -98,6 +103,33 @@ def bind(
             new.__dict__.update(old.__dict__)  # SGLang hangs the weight loader on the parameter
             layer.register_parameter(name, new)
         layer.dispatcher.local_expert_mapping = table
+
+
+class RowSlots:
+    """What SGLang's dispatcher uses as its table of local experts on a GPU: `table[topk_ids]`, computed there.
+
+    Args:
+        table: int32, expert id -> slot, -1 for not here.
+        control: address of the windows' control block, which names the active ranks.
+        ranks: that exist.
+    """
+
+    def __init__(self, table: torch.Tensor, *, control: int, ranks: int) -> None:
+        self._table = table
+        self._control = control
+        self._ranks = ranks
+
+    def __getitem__(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        """[T, K] expert ids -> int32 slots; -1 also in the rows of inactive ranks."""
+        from sglang.srt.layers.dp_attention import is_dp_max_padding
+
+        from elasticmoe_kernels.triton.slots import slots_of_rows
+
+        # With rows padded to the longest batch every rank has an equal part; without, inactive ranks have no rows.
+        rows = topk_ids.shape[0]
+        equal_parts = self._ranks > 1 and is_dp_max_padding() and rows > 0 and rows % self._ranks == 0
+        each = rows // self._ranks if equal_parts else None
+        return slots_of_rows(topk_ids, self._table, control=self._control, rows_per_rank=each)
 
 
 class CheckpointReader:
@@ -118,11 +150,9 @@ class CheckpointReader:
 
 
 class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
-    """SGLang's loader over HMM memory. The rank it loads for is this process's."""
+    """SGLang's loader over HMM memory, for the worker of this process."""
 
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
-        from elasticmoe_patches.worker.worker import current_worker
-
         worker = current_worker()
         started = time.monotonic()
         target = torch.device(device_config.device)
@@ -131,11 +161,11 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             with target:
                 model = _initialize_model(model_config, self.load_config, quant_config)
             self._attach(worker, model, model_config, target)
-        worker.load_seconds = time.monotonic() - started
+        worker.model.seconds = time.monotonic() - started
         loaded: torch.nn.Module = model.eval()
         return loaded
 
-    def _attach(self, worker: Any, model: torch.nn.Module, model_config: Any, target: torch.device) -> None:
+    def _attach(self, worker: Worker, model: torch.nn.Module, model_config: Any, target: torch.device) -> None:
         dummy = self.load_config.load_format == LoadFormat.DUMMY
         files: list[str] = []
         if dummy:
@@ -158,7 +188,6 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             detail={"architecture": model_config.hf_config.architectures[0], "dtype": str(model_config.dtype)},
         )
         placement = worker.join_spec.placement or initial_placement(num_columns, worker.join_spec.members).owners
-        worker.placement = placement
         owned = [column for column, owner in enumerate(placement) if owner == worker.rank]
         found = worker.memory.attach(
             spec,
@@ -170,11 +199,13 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             fill_dense=worker.rank == 0,
             table_device=target,
         )
-        worker.spec = spec
+        worker.model = LoadedModel(spec=spec, placement=placement)
         worker.fault_point("boot.attached")
-        table = worker.memory.slot_table
+        table: RowSlots | torch.Tensor = worker.memory.slot_table
         if worker.cuda is not None:
-            table = RowSlots(table, control=worker.cuda.windows.control, ranks=worker.region.capacity)
+            table = RowSlots(
+                worker.memory.slot_table, control=worker.cuda.windows.control, ranks=worker.region.capacity
+            )
         bind(layers, parameters, worker.memory, columns, table)
         if target.type == "cuda":
             torch.cuda.empty_cache()  # the parameters that the model was built with
@@ -184,7 +215,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
         self._load(worker, model, files, found)
         self.postprocess_weights(model, target)
 
-    def _load(self, worker: Any, model: Any, files: list[str], found: Any) -> None:
+    def _load(self, worker: Worker, model: Any, files: list[str], found: Attached) -> None:
         def wanted(name: str) -> bool:
             match = _EXPERT.search(name)
             return found.load_dense if match is None else int(match.group(1)) in found.load_columns
@@ -192,7 +223,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
         if files and (found.load_dense or found.load_columns):
             reader = CheckpointReader(files, wanted)
             model.load_weights(iter(reader))
-            worker.checkpoint_bytes = reader.bytes
+            worker.model.checkpoint_bytes = reader.bytes
         worker.memory.filled()
         # Tensors that a model derives from its weights (MLA's absorbed projections) belong to the process.
         post_load_weights(model)

@@ -1,25 +1,25 @@
 """Moving a running request from a retiring rank to a survivor.
 
-The retiring rank sends the request as its client sent it, what has been generated and streamed so far, and says in
-which pages of its HMM memory the KV of its tokens lies. The survivor lets SGLang build the request anew, restores the
-progress before it enters the waiting queue, copies the pages and puts them into its radix cache: the next prefill finds
-them as a prefix and extends by one token. Where the KV cannot be placed (radix cache off, pool full) the same prefill
-recomputes it; the result is the same. A pool that is not over HMM memory sends the KV itself along.
+The retiring rank sends the request as its client sent it, what has been generated and streamed so far, and the numbers
+of the pages of its HMM memory that hold the KV of its tokens. The survivor lets SGLang build the request anew, restores
+the progress before it enters the waiting queue, copies the pages and inserts them into its radix cache: the next
+prefill finds them as a prefix and extends by one token. Where the KV cannot be inserted (radix cache off, pool full)
+the same prefill recomputes it; the result is the same. If the pool is not over HMM memory, the KV itself is sent.
 """
 
 from __future__ import annotations
 
-import logging
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from elasticmoe_patches.worker.kv_jobs import pages_of
-from elasticmoe_sglang.hmm.kv_space import KvWindow
-from elasticmoe_sglang.worker.tensor_pack import pack, unpack
+import torch
 
-logger = logging.getLogger(__name__)
+from elasticmoe_patches.worker.requests import RecentAborts, live_requests, pages_of
+from elasticmoe_sglang.hmm.kv_space import KvWindow
+from elasticmoe_sglang.worker.kv import copy_tokens
+from elasticmoe_sglang.worker.tensor_pack import pack, unpack
 
 _CARRIED = (
     # what the client's side has received, so that no token is sent twice and none is missing
@@ -44,7 +44,7 @@ _CARRIED = (
     "weight_version_events",
     "spec_verify_ct",
 )
-"""Attributes of SGLang's Req that go along unchanged. Scheduling state is rebuilt, as after SGLang's own retraction
+"""Attributes of SGLang's Req that migrate unchanged. Scheduling state is rebuilt, as after SGLang's own retraction
 (`Req.reset_for_retract`)."""
 
 ORIGIN = "elasticmoe_origin"
@@ -87,7 +87,7 @@ def _fill_logprobs(logprob: Any, tokens: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MigratedRequest:
-    """One request on its way: SGLang's message, its progress, and its KV: pages of HMM memory, or (header, buffers)."""
+    """One migrating request: SGLang's message, its progress, and its KV: pages of HMM memory, or (header, buffers)."""
 
     request: Any
     progress: Progress
@@ -104,37 +104,11 @@ def progress_of(req: Any) -> Progress:
     )
 
 
-def drain_results(scheduler: Any) -> None:
-    """Process the batch that the overlap schedule has in flight, as SGLang's `pause_generation` does."""
-    queue = getattr(scheduler, "result_queue", None)
-    while scheduler.enable_overlap and queue:
-        batch, result = queue.popleft()
-        scheduler.process_batch_result(batch, result)
-
-
-def live_requests(scheduler: Any) -> Iterator[tuple[Any, int]]:
-    """Every unfinished request, with the number of its tokens whose KV is in the pool. Call after `drain_results`."""
-    seen: set[int] = set()
-    batches = [scheduler.running_batch, scheduler.last_batch]
-    running = [req for batch in batches if batch is not None for req in batch.reqs]
-    if scheduler.chunked_req is not None:
-        running.append(scheduler.chunked_req)
-    for req in running:
-        if id(req) not in seen and not req.finished():
-            seen.add(id(req))
-            committed = req.kv.kv_committed_len if req.kv.holds_kv else 0
-            yield req, min(committed, req.seqlen - 1)
-    for req in [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]:
-        if id(req) not in seen and not req.finished():
-            seen.add(id(req))
-            yield req, 0
-
-
 def migrated_requests(scheduler: Any, *, in_hmm: bool) -> list[MigratedRequest]:
-    """What a retiring rank hands over, longest first, so that dealing them round keeps the survivors' loads close.
+    """What a retiring rank sends, longest first, so that dealing them out in turn balances the survivors' loads.
 
     Args:
-        in_hmm: the KV lies in HMM memory, from where the survivors copy it.
+        in_hmm: the KV is in HMM memory, from which the survivors copy it.
     """
     found = []
     for req, tokens in live_requests(scheduler):
@@ -163,12 +137,11 @@ def place_kv(
     tokens: int,
     fill: Callable[[int, Any], None],
 ) -> bool:
-    """Put a moved request's KV into the radix cache. False when there is no room or no cache: it is recomputed then.
+    """Insert a migrated request's KV into the radix cache. False when there is no room or no cache: it is recomputed.
 
     Args:
         fill: (first, rows) writes the KV of the request's tokens `first`, `first` + 1, ... to these rows of the pool.
     """
-    import torch
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
@@ -178,7 +151,7 @@ def place_kv(
         return False
     token_ids = (array("q", request.input_ids) + array("q", output_ids))[:whole]
     key = RadixKey(token_ids, request.extra_key, cache_salt=request.cache_salt or None)
-    # What the survivor has of it already stays as it is; only the rest is allocated, filled and inserted.
+    # What this rank has cached of it already stays as it is; only the rest is allocated, filled and inserted.
     known = scheduler.tree_cache.match_prefix(MatchPrefixParams(key=key)).device_indices
     if len(known) == whole:
         return True
@@ -192,11 +165,29 @@ def place_kv(
 
 
 def fill_from_frames(scheduler: Any, header: bytes, buffers: list[Any]) -> Callable[[int, Any], None]:
-    """For `place_kv`: from KV that came along."""
+    """For `place_kv`: from KV that was sent with the request."""
 
     def fill(first: int, rows: Any) -> None:
         nested = _rows(unpack(header, buffers), first, first + len(rows))
         scheduler.token_to_kv_pool_allocator.load_cpu_copy(nested, rows)
+
+    return fill
+
+
+def fill_from_window(
+    scheduler: Any, kv_rows: torch.Tensor, window_rows: torch.Tensor, pages: Sequence[int]
+) -> Callable[[int, torch.Tensor], None]:
+    """For `place_kv`: copied from a retiring rank's HMM memory, where the request has these pages.
+
+    Args:
+        kv_rows, window_rows: `rows` of this rank's KV cache and of the window into the retiring rank's.
+    """
+    page = scheduler.page_size
+
+    def fill(first: int, rows: torch.Tensor) -> None:
+        position = torch.arange(first, first + len(rows), device=rows.device)
+        there = torch.tensor(pages, dtype=torch.int64, device=rows.device)[position // page] * page + position % page
+        copy_tokens(kv_rows, rows, window_rows, there)
 
     return fill
 
@@ -210,7 +201,7 @@ def _make_room(scheduler: Any, allocator: Any, tokens: int) -> bool:
 
 
 def _rows(nested: Any, start: int, stop: int) -> Any:
-    """Rows [start, stop) of SGLang's per-layer copies, cut anew into the chunks that `load_cpu_copy` expects.
+    """Rows [start, stop) of SGLang's per-layer copies, regrouped into the chunks that `load_cpu_copy` expects.
 
     A layer's copy is a list of chunks; a chunk is a tensor (MLA) or a pair of them (MHA), rows first. All chunks but
     the last have the same number of rows.
@@ -220,8 +211,6 @@ def _rows(nested: Any, start: int, stop: int) -> Any:
         return chunk[0] if isinstance(chunk, list) else chunk
 
     def recut(chunks: list[Any]) -> list[Any]:
-        import torch
-
         size = first(chunks[0]).shape[0]
 
         def cut(parts: list[Any]) -> list[Any]:
@@ -236,23 +225,38 @@ def _rows(nested: Any, start: int, stop: int) -> Any:
     return [recut(layer) for layer in nested]
 
 
+MigratedFrames = tuple[Any, bytes | None, list[Any]]
+"""A migrated request as it arrives: ElasticResumeReq, and header and buffers of its KV where that was sent along."""
+
+
 @dataclass
 class MigrationInbox:
     """Requests that retiring ranks have sent here, held until all output of the retiring rank has reached the
-    tokenizer."""
+    tokenizer.
+
+    Attributes:
+        complete: retiring rank -> how many requests it has sent, known once it has sent all.
+        released: retiring ranks whose output has been delivered.
+        windows: retiring rank -> its KV memory, where it could be mapped.
+        dead: retiring ranks that died; what still arrives from them is dropped.
+        aborted: aborts since requests may have been on their way here.
+        resuming: request id -> progress, from the message until SGLang has built the request.
+    """
 
     complete: dict[int, int] = field(default_factory=dict)
-    held: dict[int, list[tuple[Any, bytes | None, list[Any]]]] = field(default_factory=dict)
+    held: dict[int, list[MigratedFrames]] = field(default_factory=dict)
     released: set[int] = field(default_factory=set)
     windows: dict[int, KvWindow] = field(default_factory=dict)
-    """Retiring rank -> its KV memory, where it could be had."""
     dead: set[int] = field(default_factory=set)
+    aborted: RecentAborts = field(default_factory=RecentAborts)
+    resuming: dict[str, Progress] = field(default_factory=dict)
 
     def expect(self, retiring_ranks: Iterable[int]) -> None:
-        """Other processes than any before leave these ranks now."""
+        """These ranks retire from now on, served by other processes than any that died there."""
         self.dead.difference_update(retiring_ranks)
+        self.aborted.clear()
 
-    def arrived(self, retiring_rank: int, migrated: tuple[Any, bytes | None, list[Any]]) -> None:
+    def arrived(self, retiring_rank: int, migrated: MigratedFrames) -> None:
         if retiring_rank not in self.dead:
             self.held.setdefault(retiring_rank, []).append(migrated)
 
@@ -261,7 +265,7 @@ class MigrationInbox:
             self.complete[retiring_rank] = count
 
     def ready(self) -> list[int]:
-        """Retiring ranks whose requests are all here and may go on."""
+        """Retiring ranks whose requests have all arrived and may resume."""
         return [
             retiring_rank
             for retiring_rank, expected in self.complete.items()
@@ -269,8 +273,7 @@ class MigrationInbox:
         ]
 
     def forget(self, retiring_rank: int) -> None:
-        """The retiring rank died: what it had sent may not be complete, and what of it is still to come is not
-        wanted."""
+        """The retiring rank died: what has arrived of it may be incomplete, and the rest must be dropped."""
         self.dead.add(retiring_rank)
         self.complete.pop(retiring_rank, None)
         self.held.pop(retiring_rank, None)
@@ -279,7 +282,8 @@ class MigrationInbox:
         if window is not None:
             window.close()
 
-    def take(self, retiring_rank: int) -> list[tuple[Any, bytes | None, list[Any]]]:
+    def pop(self, retiring_rank: int) -> tuple[list[MigratedFrames], KvWindow | None]:
+        """The requests of a rank that is `ready`, and the window to its KV."""
         del self.complete[retiring_rank]
         self.released.discard(retiring_rank)
-        return self.held.pop(retiring_rank, [])
+        return self.held.pop(retiring_rank, []), self.windows.pop(retiring_rank, None)

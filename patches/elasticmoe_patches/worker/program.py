@@ -1,17 +1,24 @@
-"""A worker that is a program of its own, not a fork of the IMM: `python -m elasticmoe_patches.worker.program`.
+"""The worker's process: what a standby does once it is assigned a rank, as a fork of the IMM or a program of its own.
 
-It takes the place of a forked child and keeps its pid, so that neither the IMM nor anybody else sees a difference but
-the time. Two uses: standbys on NVIDIA GPUs, because SGLang's kernels initialise CUDA when they are imported and CUDA
-does not survive a fork; and a joining rank without a standby, for the ablation of that name.
+The program, `python -m elasticmoe_patches.worker.program`, replaces a forked child and keeps its pid, so that neither
+the IMM nor anybody else sees a difference but the time. Two uses: standbys on NVIDIA GPUs, because SGLang's kernels
+initialise CUDA when they are imported and CUDA does not survive a fork; and a joining rank without a standby, for the
+ablation of that name. SGLang is imported inside functions only: an IMM for GPUs imports this module and not SGLang.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import pickle
 import socket
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from elasticmoe_patches.device import on_cuda
+from elasticmoe_patches.plugin import install_for_process
+from elasticmoe_patches.worker.preload import preload
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.server import StandbyChannel
 from elasticmoe_sglang.runtime import current_runtime
@@ -19,21 +26,74 @@ from elasticmoe_sglang.wire.seqpacket import MAX_PACKET_BYTES
 from elasticmoe_sglang.wire.to_worker import ENTER, Enter
 from elasticmoe_sglang.worker.idle import ENV_DOORBELLS
 
+logger = logging.getLogger(__name__)
+
+
+class ReadyPipe:
+    """Replaces the pipe on which SGLang's scheduler reports that it is initialised."""
+
+    def __init__(self, channel: StandbyChannel, rank: int) -> None:
+        self._channel = channel
+        self._rank = rank
+
+    def send(self, info: dict[str, Any]) -> None:
+        self._channel.note(self._rank, json.dumps(info, default=str).encode())
+
+
+def worker_main(channel: StandbyChannel, enter: Enter) -> int:
+    """Run SGLang's scheduler for this rank until it retires. Returns the process's exit status.
+
+    Raises:
+        WorkerError: the scheduler ended in another way.
+    """
+    from elasticmoe_patches.worker.worker import RankRetired, start_worker
+
+    install_for_process("rank")
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    from elasticmoe_patches.srt.managers.io_struct import register_types
+
+    register_types()
+    runtime = current_runtime()
+    assert runtime is not None
+    server_args, port_args, gpu_id = pickle.loads(enter.arguments)
+    worker = start_worker(runtime, enter.join_spec)
+    rank = worker.rank
+    try:
+        run_scheduler_process(
+            server_args,
+            port_args,
+            gpu_id,
+            rank,
+            0,
+            rank,
+            ReadyPipe(channel, rank),
+            display_tp_rank=rank,
+            display_dp_rank=rank,
+            display_moe_ep_rank=rank,
+        )
+    except RankRetired:
+        logger.info("rank %d has retired", rank)
+        return 0
+    finally:
+        worker.close()
+    raise WorkerError("the scheduler ended", rank=rank, hint="Its traceback is above")
+
 
 def become_standby(channel: StandbyChannel) -> NoReturn:
-    """In the forked child: a program that imports what a rank needs and then waits at the channel."""
+    """In the forked child: run the program, which imports what a rank needs and then waits at the channel."""
     _become(channel, [])
 
 
-def never_here(channel: StandbyChannel, enter: Enter) -> int:
-    """For an IMM whose children are all programs of their own."""
-    raise WorkerError("a forked child was put into a rank", rank=enter.join_spec.rank)
+def never_forked(channel: StandbyChannel, enter: Enter) -> int:
+    """For an IMM whose children all become programs of their own."""
+    raise WorkerError(
+        "a forked child was assigned a rank for which a program of its own is needed", rank=enter.join_spec.rank
+    )
 
 
 def fresh_worker_main(channel: StandbyChannel, enter: Enter) -> int:
-    """In the forked child: the server's first ranks run as ever, a joining rank becomes a program of its own."""
-    from elasticmoe_patches.worker.worker import worker_main
-
+    """In the forked child: the server's first ranks run here, a joining rank becomes a program of its own."""
     if not enter.join_spec.joining_rank:
         return worker_main(channel, enter)
     frame_fd = os.memfd_create("enter", 0)
@@ -51,18 +111,15 @@ def _become(channel: StandbyChannel, frames: list[int]) -> NoReturn:
 
 
 def main() -> None:
+    """The program; its arguments are the descriptors of the channel and, where a rank is assigned already, of that."""
     channel = StandbyChannel(socket.socket(fileno=int(sys.argv[1])))
     enter: Enter | None = None
     if len(sys.argv) > 2:
         frame_fd = int(sys.argv[2])
         enter = ENTER.unpack(os.read(frame_fd, MAX_PACKET_BYTES))
         os.close(frame_fd)
-    from elasticmoe_patches.imm import preload
-
     preload()
     _warm_device()
-    from elasticmoe_patches.worker.worker import worker_main
-
     if enter is None:
         enter = channel.wait_to_enter()
     if enter is None:
@@ -70,13 +127,11 @@ def main() -> None:
     status = worker_main(channel, enter)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # as a forked rank ends: threads of SGLang and of the driver are not waited for
+    os._exit(status)  # like a forked rank: threads of SGLang and of the driver are not waited for
 
 
 def _warm_device() -> None:
-    """The GPU's context, where there is only one GPU on which this standby can be needed."""
-    from elasticmoe_patches.device import on_cuda
-
+    """Create the GPU's context, where this standby can be needed on one GPU only."""
     runtime = current_runtime()
     assert runtime is not None
     if on_cuda() and runtime.config.num_devices == 1:

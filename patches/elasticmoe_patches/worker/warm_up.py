@@ -1,12 +1,12 @@
-"""A rank on a GPU runs SGLang's own loop alone before it meets the others (mirrors sglang/srt/managers/scheduler.py).
+"""A rank on a GPU runs SGLang's own loop by itself before it meets the others.
 
 The first launch of a kernel loads its module, and the first large batch grows torch's memory pool; the driver may let
-both wait for what runs on the GPU. Beside another rank, that may be a collective which waits for that rank in turn: to
-this is put down that two ranks which had joined together held each other up in their first prefill until the
-collective's deadline (seen on an H200, four ranks under MPS). So every captured graph is replayed once, and prompts of
+both wait for what runs on the GPU. If that is a collective of another rank, it waits for this rank in turn: probably
+why two ranks that had joined together blocked each other in their first prefill until the collective's deadline (seen
+on an H200, four ranks under MPS). So every captured graph is replayed once, and prompts of
 several lengths are run, while this rank's collectives are local.
 
-What it computes is not the model's answer, since the other ranks' experts are missing: nothing is handed out, and the
+What it computes is not the model's answer, since the other ranks' experts are missing: nothing is sent out, and the
 KV cache is emptied afterwards.
 """
 
@@ -18,6 +18,8 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from elasticmoe_patches.worker.worker import Worker
+
 logger = logging.getLogger(__name__)
 
 _LEAST_PROMPT = 4
@@ -25,14 +27,14 @@ _GROWTH = 4
 
 
 class WarmedUp(BaseException):
-    """Leaves SGLang's event loop; not an Exception, so that SGLang does not take it for a crash."""
+    """Ends SGLang's event loop; not an Exception, which SGLang would take for a crash."""
 
 
 def rounds(graph_sizes: Sequence[int], longest_prompt: int) -> list[list[tuple[int, int]]]:
     """What to run, one round after the other: (prompt tokens, new tokens) of each request of the round.
 
-    First prompts alone, up to the longest; then as many requests as the largest captured batch, of which so many end
-    together that every captured size is replayed.
+    First single prompts, up to the longest; then as many requests as the largest captured batch, which end at such
+    lengths that every captured size is replayed.
     """
     prompts = []
     length = _LEAST_PROMPT
@@ -46,7 +48,7 @@ def rounds(graph_sizes: Sequence[int], longest_prompt: int) -> list[list[tuple[i
 
 
 class WarmUp:
-    """Injects the rounds at the top of the loop's iterations, each once the last one is over."""
+    """Injects the rounds at the top of the loop's iterations, each once the one before has ended."""
 
     def __init__(self, todo: list[list[tuple[int, int]]]) -> None:
         self._todo = todo
@@ -86,13 +88,13 @@ class WarmUp:
         )
 
 
-def warm_up(loop: Callable[[Any], None], scheduler: Any, worker: Any) -> None:
-    """Run the scheduler's event loop over made-up requests until they are done, and leave no trace of them."""
+def warm_up(loop: Callable[[Any], None], scheduler: Any, worker: Worker) -> None:
+    """Run the scheduler's event loop over made-up requests until they have ended, and remove all traces of them."""
     started = time.monotonic()
     runner = scheduler.tp_worker.model_runner.decode_cuda_graph_runner
     sizes = runner.capture_bs if runner is not None else []
     room = min(scheduler.max_req_input_len - 8, scheduler.max_total_num_tokens // 2)
-    worker.warm_up = WarmUp(rounds(sizes, max(1, min(scheduler.chunked_prefill_size or room, room))))
+    worker.warm_up = WarmUp(rounds(sizes, max(1, min(scheduler.chunked_prefill_size or room, room)))).step
     sender = scheduler.ipc_channels.send_to_detokenizer
     socket, sender.socket = sender.socket, None
     try:

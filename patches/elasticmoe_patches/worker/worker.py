@@ -1,22 +1,24 @@
-"""The process in a rank: what it holds besides SGLang's scheduler, and how it comes in and goes.
+"""The worker: what the process that serves a rank holds besides SGLang's scheduler, and its way through a commit.
 
-Started by the IMM in a forked standby. One rank a process; `current_worker` is how hooks find it.
+`WorkerState` (comm/control_page.py) draws its lifecycle. One rank a process; `current_worker` is how hooks find it.
+This is a low module: what works on a scheduler as well is above it (kv, commit, recovery, warm_up).
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
 import queue
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from elasticmoe_patches.worker.aborts import RecentAborts
-from elasticmoe_patches.worker.device import await_first_members, boots_alone, open_windows, prepare_to_join
+import zmq
+
+from elasticmoe_patches.worker.device import await_first_members, open_windows
 from elasticmoe_patches.worker.migration import MigrationInbox
-from elasticmoe_patches.worker.ready_pipe import ReadyPipe
+from elasticmoe_patches.worker.requests import IterationInput
 from elasticmoe_sglang.comm.commit_barrier import CommitBarrier, Decision
 from elasticmoe_sglang.comm.control_page import WorkerState
 from elasticmoe_sglang.comm.membership import Membership
@@ -24,11 +26,10 @@ from elasticmoe_sglang.comm.process_group import init_elastic, install_backend
 from elasticmoe_sglang.comm.region import CollectiveRegion, open_region
 from elasticmoe_sglang.errors import CommitError, ElasticMoEError, WorkerError
 from elasticmoe_sglang.faults import point
-from elasticmoe_sglang.imm.server import StandbyChannel
-from elasticmoe_sglang.runtime import Runtime, current_runtime
+from elasticmoe_sglang.runtime import Runtime
 from elasticmoe_sglang.wire import to_coordinator, to_worker
 from elasticmoe_sglang.wire.to_hmm import ModelSpec
-from elasticmoe_sglang.wire.to_worker import Enter, JoinSpec
+from elasticmoe_sglang.wire.to_worker import JoinSpec
 from elasticmoe_sglang.worker.ablation import connect
 from elasticmoe_sglang.worker.agent import WorkerAgent
 from elasticmoe_sglang.worker.idle import IdleWait
@@ -45,26 +46,61 @@ _FENCES = 16
 
 
 class RankRetired(BaseException):
-    """Unwinds SGLang's event loop in a retiring rank; not an Exception, so that SGLang does not take it for a crash."""
+    """Unwinds SGLang's event loop once a retiring rank has sent everything; not an Exception, which SGLang would take
+    for a crash."""
+
+
+@dataclass
+class LoadedModel:
+    """What the loader found and did.
+
+    Attributes:
+        placement: expert column -> rank, in the membership that this worker joined.
+        checkpoint_bytes: read by this worker. seconds: for building the model and filling or attaching its weights.
+    """
+
+    spec: ModelSpec
+    placement: Sequence[int]
+    checkpoint_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class RecoveryInbox:
+    """What arrives after a rank's death, until the scheduler's thread gets to it.
+
+    Attributes:
+        commands: the membership to continue in, from the coordinator.
+        counts: operations for which this rank reports which requests it has.
+        sent_again: requests of the dead rank (ElasticResumeReq) that resume here.
+    """
+
+    commands: queue.SimpleQueue[to_worker.Recover] = field(default_factory=queue.SimpleQueue)
+    counts: list[to_worker.CountRequests] = field(default_factory=list)
+    sent_again: list[Any] = field(default_factory=list)
 
 
 class Worker:
     """Attributes:
-    me, join_spec: which rank this is and how it came in.
+    rank, device: what this process serves, and where.
+    join_spec: the change that started this worker.
+    region, barrier: this rank's view of the collective region; its end of the commit barrier.
     cuda: the windows of a rank on a GPU, from `init_world` on; None on the CPU.
+    memory: the weights, in HMM memory.
+    model: set by the loader.
+    kv: the KV cache in HMM memory, set by `open_kv`; None where SGLang's pool has memory of its own.
+    idle, pause: the sleep between batches; the meter of a commit's pause.
+    iteration: what the current iteration of the event loop works on.
     pending: the commit to carry out at the top of the next iteration.
-    arrivals: requests that retiring ranks have sent here.
-    aborted: aborts since requests of a retiring rank or of a dead rank have been on their way.
     fences: the last operations whose input fence has been read.
-    recoveries: what the coordinator sends after another rank's death.
-    counts: operations for which this rank shall say which requests it has.
-    pulled: this iteration's input until it has been dealt with; replay: input to be dealt with again.
-    sent_again: requests of a dead rank that are to go on here.
-    new_batch: the prefill batch that is being put together or run.
-    placement: expert column -> rank, with which this process came in.
-    kv: the KV cache in HMM memory; None where SGLang's pool has its own.
-    warm_up: what a rank on a GPU runs before it serves; None outside that time.
+    inbox, recovery: what other ranks, the coordinator and the tokenizer have sent for the scheduler's thread.
+    peer: the socket on which retiring ranks send requests, from `enter_service` on.
+    warm_up: called with the scheduler at the top of an iteration instead of reading input; None once it serves.
+    agent: the line to the coordinator.
     """
+
+    model: LoadedModel
+    peer: zmq.Socket[bytes]
 
     def __init__(self, runtime: Runtime, join_spec: JoinSpec) -> None:
         config = runtime.config
@@ -72,14 +108,16 @@ class Worker:
         self.join_spec = join_spec
         self.rank = join_spec.rank
         self.device = config.device_of(join_spec.rank)
-        self.started = time.monotonic()
+        self._started = time.monotonic()
         self.client = connect(runtime.hmm_endpoint, name=f"rank-{self.rank}", ablations=config.ablations)
         region = open_region(self.client, config, runtime.run_id)
         self.region = CollectiveRegion(region.fd, self.rank, timeout_s=config.collective_deadline_s)
         region.close()
         self.region.register(WorkerState.STARTING)
-        self.alone = join_spec.joining_rank or boots_alone(self)
-        if self.alone:
+        # On a GPU also the first ranks boot by themselves: none waits for another's compiling and capturing.
+        self._on_gpu = self.client.backend.name == "cuda"
+        self._boots_alone = join_spec.joining_rank or self._on_gpu
+        if self._boots_alone:
             self.region.solo()
         else:
             self.region.set_membership(self._membership(join_spec.members, join_spec.epoch))
@@ -93,39 +131,26 @@ class Worker:
             deadline_s=config.prepare_deadline_s,
             peers="peer-copy" not in config.ablations,
         )
+        self.kv: WorkerKv | None = None
         self.idle = IdleWait(self.region)
         self.pause = PauseMeter()
-        self.inbox = MigrationInbox()
-        self.resuming: dict[str, Any] = {}
-        self.aborted = RecentAborts()
-        self.building: Any = None
+        self.iteration = IterationInput()
         self.pending: to_worker.CommitCommand | None = None
         self.fences: deque[str] = deque(maxlen=_FENCES)
-        self.recoveries: queue.SimpleQueue[to_worker.Recover] = queue.SimpleQueue()
-        self.recovering = False
-        self.counts: list[to_worker.CountRequests] = []
-        self.pulled: list[Any] = []
-        self.replay: list[Any] = []
-        self.sent_again: list[Any] = []
-        self.new_batch: Any = None
-        self.warm_up: Any = None
-        self.left = False
-        self.spec: ModelSpec | None = None
-        self.placement: Sequence[int] = ()
-        self.kv: WorkerKv | None = None
-        self.checkpoint_bytes = 0
-        self.load_seconds = 0.0
+        self.inbox = MigrationInbox()
+        self.recovery = RecoveryInbox()
+        self.warm_up: Callable[[Any], None] | None = None
         self.agent = WorkerAgent(
             runtime.paths.coordinator_endpoint,
             self.rank,
             {
-                to_worker.PullColumns: self._pull,
-                to_worker.DropColumns: self._drop,
-                to_worker.OfferMemory: self._offer,
+                to_worker.PullColumns: self._pull_columns,
+                to_worker.DropColumns: self._drop_columns,
+                to_worker.OfferMemory: self._offer_memory,
                 to_worker.ResizeKv: self._resize_kv,
                 to_worker.ReleaseMigrated: self._release_migrated,
                 to_worker.Recover: self._recover,
-                to_worker.CountRequests: self._count,
+                to_worker.CountRequests: self._count_requests,
             },
         )
         self.agent.start()
@@ -133,11 +158,21 @@ class Worker:
     def _membership(self, ranks: tuple[int, ...], epoch: int) -> Membership:
         return Membership(ranks=ranks, epoch=epoch, capacity=self.runtime.config.max_ep_size)
 
+    def _set_state(self, state: WorkerState) -> None:
+        self.region.control.set_worker_state(self.rank, state)
+
     def init_world(self, *, world_size: int, rank: int) -> None:
-        """torch.distributed over the collective region."""
-        self.cuda = open_windows(self)
+        """Initialise torch.distributed over the collective region. On a GPU SGLang has set the device by now."""
+        if self._on_gpu:
+            attach_s = self.runtime.config.prepare_deadline_s
+            self.cuda = open_windows(self.client, self.region, device=self.device, attach_s=attach_s)
         install_backend(self.region)
         init_elastic(self.region, rank=rank, world_size=world_size)
+
+    def check_collectives(self) -> None:
+        """Raise what a collective on the GPU has reported since the last membership; see `CudaRegion.check`."""
+        if self.cuda is not None:
+            self.cuda.check()
 
     def fault_point(self, name: str) -> None:
         """A place at which tests make faults happen; see faults.py."""
@@ -145,7 +180,7 @@ class Worker:
 
     # -- the agent's thread -------------------------------------------------------------------------------------
 
-    def _pull(self, message: to_worker.Request) -> to_worker.Reply:
+    def _pull_columns(self, message: to_worker.Request) -> to_worker.Reply:
         assert isinstance(message, to_worker.PullColumns)
         self.fault_point("pull.started")
         result = self.memory.pull(message.sources, message.txn)
@@ -158,12 +193,12 @@ class Worker:
             seconds=result.seconds,
         )
 
-    def _drop(self, message: to_worker.Request) -> to_worker.Reply:
+    def _drop_columns(self, message: to_worker.Request) -> to_worker.Reply:
         assert isinstance(message, to_worker.DropColumns)
         self.memory.unmap(message.columns)
         return to_worker.Dropped(rank=self.rank, operation_id=message.operation_id)
 
-    def _offer(self, message: to_worker.Request) -> to_worker.Reply:
+    def _offer_memory(self, message: to_worker.Request) -> to_worker.Reply:
         assert isinstance(message, to_worker.OfferMemory)
         return to_worker.Offered(rank=self.rank, operation_id=message.operation_id, blocks=self.client.offer())
 
@@ -182,96 +217,106 @@ class Worker:
     def _resize_kv(self, message: to_worker.Request) -> to_worker.Reply:
         assert isinstance(message, to_worker.ResizeKv)
         if self.kv is None:
-            raise WorkerError("this rank's KV cache is not in HMM memory", rank=self.rank)
+            raise WorkerError("the KV cache of this rank is not in HMM memory", rank=self.rank)
         self.kv.resize(message.chunks, message.timeout_s, self.idle.wake_all)
         return to_worker.KvResized(rank=self.rank, operation_id=message.operation_id, chunks=self.kv.chunks)
 
     def _recover(self, message: to_worker.Request) -> None:
         assert isinstance(message, to_worker.Recover)
-        self.recoveries.put(message)
+        self.recovery.commands.put(message)
         self.idle.wake_all()
 
-    def _count(self, message: to_worker.Request) -> None:
+    def _count_requests(self, message: to_worker.Request) -> None:
         assert isinstance(message, to_worker.CountRequests)
-        self.counts.append(message)
+        self.recovery.counts.append(message)
         self.idle.wake_all()
 
-    # -- coming in ----------------------------------------------------------------------------------------------
+    # -- starting and joining -----------------------------------------------------------------------------------
 
-    def say_hello(self) -> None:
-        """Tell the coordinator what this rank is and what it took to boot."""
-        assert self.spec is not None
-        self.agent.post(
-            to_coordinator.Hello(
-                rank=self.rank,
-                columns=self.spec.num_columns,
-                checkpoint_bytes=self.checkpoint_bytes,
-                pulled_bytes=self.memory.pulled_bytes,
-                boot_s=time.monotonic() - self.started,
-                load_s=self.load_seconds,
-                kv=self._kv_state(),
-            )
-        )
-
-    def _kv_state(self) -> to_coordinator.KvState | None:
-        if self.kv is None:
-            return None
-        shape = self.kv.shape
-        return to_coordinator.KvState(
-            token_bytes=shape.token_bytes,
-            page_tokens=shape.page_tokens,
-            chunk_bytes=shape.chunk_bytes,
-            cap_tokens=shape.cap_tokens,
-            chunks=self.kv.chunks,
-        )
-
-    def join(self) -> None:
-        """A joining rank, booted and alone: wait at the commit barrier for the commit that brings it in.
+    def enter_service(self) -> None:
+        """Booted: listen to retiring ranks and become a member, by the commit that a joining rank waits for.
 
         Raises:
-            CommitError: the change was given up.
+            CommitError: the change was given up. WorkerError: another first rank did not boot.
         """
-        self.region.control.set_worker_state(self.rank, WorkerState.JOINING)
-        self.say_hello()
+        self.peer = zmq.Context(io_threads=1).socket(zmq.PULL)
+        self.peer.setsockopt(zmq.RCVHWM, 0)
+        self.peer.bind(self.runtime.paths.peer_endpoint(self.rank))
+        self.idle.watch(self.peer)
+        if self.join_spec.joining_rank:
+            self._join()
+            return
+        members, epoch = self.join_spec.members, self.join_spec.epoch
+        if self._boots_alone:
+            self._set_state(WorkerState.JOINING)
+            await_first_members(self.region.control, self.rank, members)
+            self.region.set_membership(self._membership(members, epoch))
+            self.client.epoch = epoch
+        self._set_state(WorkerState.ACTIVE)
+        self._send_hello()
+
+    def _join(self) -> None:
+        members, epoch = self.join_spec.members, self.join_spec.epoch
+        self._set_state(WorkerState.JOINING)
+        self._send_hello()
         self.fault_point("boot.barrier")
-        members = self.join_spec.members
-        prepare_to_join(self)
-        if self.join_spec.attempt:  # in the place of a dead rank; the survivors come to the commit barrier too
+        if self.cuda is not None:  # so that the commit has less to do
+            self.cuda.prefetch(tuple(member for member in members if self.region.control.alive(member)))
+            self.cuda.drain()
+        if self.join_spec.attempt:  # replaces a dead rank; the survivors come to the commit barrier too
             decision = self.barrier.arrive(
-                epoch=self.join_spec.epoch,
+                epoch=epoch,
                 attempt=self.join_spec.attempt,
                 participants=members,
-                membership=self._membership(members, self.join_spec.epoch),
+                membership=self._membership(members, epoch),
                 timeout_s=self.runtime.config.commit_deadline_s,
             )
         else:
-            decision = self.barrier.join(self.join_spec.epoch, timeout_s=self.runtime.config.prepare_deadline_s * 4)
+            decision = self.barrier.join(epoch, timeout_s=self.runtime.config.prepare_deadline_s * 4)
         if decision is not Decision.COMMIT:
-            raise CommitError("the change that would have brought this rank in was given up", rank=self.rank)
-        self._enter(self.join_spec.members, self.join_spec.epoch)
+            raise CommitError("the change for which this rank was started was given up", rank=self.rank)
+        self._enter(members, epoch)
         self.fault_point("barrier.after")
-        logger.info("rank %d joined in epoch %d", self.rank, self.join_spec.epoch)
+        logger.info("rank %d joined in epoch %d", self.rank, epoch)
 
-    def serve(self) -> None:
-        """A rank of the server's first membership."""
-        if self.alone:
-            await_first_members(self)
-            self._enter(self.join_spec.members, self.join_spec.epoch)
-        self.region.control.set_worker_state(self.rank, WorkerState.ACTIVE)
-        self.say_hello()
+    def _send_hello(self) -> None:
+        """Tell the coordinator what this rank is and what it took to boot."""
+        spec, kv = self.model.spec, self.kv
+        self.agent.post(
+            to_coordinator.Hello(
+                rank=self.rank,
+                columns=spec.num_columns,
+                checkpoint_bytes=self.model.checkpoint_bytes,
+                pulled_bytes=self.memory.pulled_bytes,
+                boot_s=time.monotonic() - self._started,
+                load_s=self.model.seconds,
+                kv=None
+                if kv is None
+                else to_coordinator.KvState(
+                    token_bytes=kv.shape.token_bytes,
+                    page_tokens=kv.shape.page_tokens,
+                    chunk_bytes=kv.shape.chunk_bytes,
+                    cap_tokens=kv.shape.cap_tokens,
+                    chunks=kv.chunks,
+                ),
+            )
+        )
 
-    def _enter(self, members: tuple[int, ...], epoch: int) -> None:
+    def _enter(self, members: tuple[int, ...], epoch: int, placement: Sequence[int] = ()) -> None:
+        """Become, or stay, a member. `placement`: of the expert columns; empty where it is in effect already."""
         self.region.set_membership(self._membership(members, epoch))
         self.client.epoch = epoch
-        self.region.control.set_worker_state(self.rank, WorkerState.ACTIVE)
+        self._set_state(WorkerState.ACTIVE)
+        if placement:
+            self.memory.switch([column for column, owner in enumerate(placement) if owner == self.rank])
 
-    # -- changing -----------------------------------------------------------------------------------------------
+    # -- commits ------------------------------------------------------------------------------------------------
 
-    def pass_barrier(self, command: to_worker.CommitCommand) -> bool:
-        """Meet the others; when all have come, switch membership and placement. True when committed.
+    def commit(self, command: to_worker.CommitCommand) -> bool:
+        """Meet the other participants; after COMMIT, switch membership and placement. True when committed.
 
         Raises:
-            CommitError: the leader has gone.
+            CommitError: the leader died.
         """
         started = time.monotonic()
         self.fault_point("barrier.before")
@@ -284,41 +329,38 @@ class Worker:
         )
         committed = decision is Decision.COMMIT
         if committed and self.rank in command.members:
-            self._enter(command.members, command.epoch)
-            self.memory.switch([c for c, owner in enumerate(command.placement) if owner == self.rank])
+            self._enter(command.members, command.epoch, command.placement)
             if command.retiring:
-                self.aborted.clear()
                 self.inbox.expect(command.retiring)
         elif committed:
             self.region.solo()
-            self.region.control.set_worker_state(self.rank, WorkerState.RETIRING)
-        self.agent.post(
-            to_coordinator.Committed(
-                rank=self.rank,
-                operation_id=command.operation_id,
-                committed=committed,
-                barrier_ms=(time.monotonic() - started) * 1e3,
-                reason="" if committed else self.barrier.reason,
-            )
+            self._set_state(WorkerState.RETIRING)
+        self.report_commit(
+            command,
+            committed=committed,
+            barrier_ms=(time.monotonic() - started) * 1e3,
+            reason="" if committed else self.barrier.reason,
         )
         if committed:
             self.pause.committed(command.operation_id)
             self.fault_point("barrier.after")
         return committed
 
-    def refuse(self, command: to_worker.CommitCommand, reason: str) -> None:
-        """Tell the coordinator that a commit was not carried out."""
+    def report_commit(
+        self, command: to_worker.CommitCommand, *, committed: bool, barrier_ms: float = 0.0, reason: str = ""
+    ) -> None:
+        """Tell the coordinator whether a commit was carried out."""
         self.agent.post(
             to_coordinator.Committed(
                 rank=self.rank,
                 operation_id=command.operation_id,
-                committed=False,
-                barrier_ms=0.0,
+                committed=committed,
+                barrier_ms=barrier_ms,
                 reason=reason,
             )
         )
 
-    def pass_recovery_barrier(self, command: to_worker.Recover) -> bool:
+    def commit_recovery(self, command: to_worker.Recover) -> bool:
         """Meet the other survivors; True when this rank is a member of the next epoch."""
         try:
             decision = self.barrier.arrive(
@@ -332,9 +374,8 @@ class Worker:
             logger.warning("rank %d: %s", self.rank, error)
             decision = Decision.ABORT
         if decision is Decision.COMMIT:
-            self._enter(command.members, command.epoch)
-            self.memory.switch([c for c, owner in enumerate(command.placement) if owner == self.rank])
-            self.aborted.clear()  # the tokenizer knows of every earlier one when it sends a request again
+            self._enter(command.members, command.epoch, command.placement)
+            self.inbox.aborted.clear()  # the tokenizer knows of every earlier one when it sends a request again
         else:
             self.agent.post(
                 to_worker.Recovered(rank=self.rank, operation_id=command.operation_id, committed=False, rids=[])
@@ -349,51 +390,17 @@ class Worker:
         self.client.close()
 
 
-_rank: Worker | None = None
+_worker: Worker | None = None
+
+
+def start_worker(runtime: Runtime, join_spec: JoinSpec) -> Worker:
+    """Make the worker of this process."""
+    global _worker
+    _worker = Worker(runtime, join_spec)
+    return _worker
 
 
 def current_worker() -> Worker:
-    """The rank of this process."""
-    assert _rank is not None, "not a rank process"
-    return _rank
-
-
-def worker_main(channel: StandbyChannel, enter: Enter) -> int:
-    """Run SGLang's scheduler in this rank until it leaves. Returns the process's exit status."""
-    global _rank
-    from elasticmoe_patches.plugin import install_for_process
-
-    install_for_process("rank")
-    from sglang.srt.managers.scheduler import run_scheduler_process
-
-    from elasticmoe_patches.srt.managers.io_struct import register_types
-
-    register_types()
-    runtime = current_runtime()
-    assert runtime is not None
-    server_args, port_args, gpu_id = pickle.loads(enter.arguments)
-    join_spec = enter.join_spec
-    _rank = Worker(runtime, join_spec)
-    ranks = {
-        "display_tp_rank": join_spec.rank,
-        "display_dp_rank": join_spec.rank,
-        "display_moe_ep_rank": join_spec.rank,
-    }
-    try:
-        run_scheduler_process(
-            server_args,
-            port_args,
-            gpu_id,
-            join_spec.rank,
-            0,
-            join_spec.rank,
-            ReadyPipe(channel, join_spec.rank),
-            **ranks,
-        )
-    except RankRetired:
-        logger.info("rank %d left", join_spec.rank)
-    finally:
-        _rank.close()
-    if not _rank.left:
-        raise WorkerError("the scheduler ended", rank=join_spec.rank, hint="Its traceback is above")
-    return 0
+    """The worker of this process."""
+    assert _worker is not None, "this process serves no rank"
+    return _worker

@@ -1,29 +1,75 @@
-"""Collectives of SGLang's GroupCoordinator without NCCL (mirrors ``sglang/srt/distributed/parallel_state.py``)."""
+"""Every process group is the elastic one, and the collectives that SGLang has on NCCL only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from elasticmoe_patches.spec import HookSpec, Process
+from elasticmoe_patches.spec import RANKS, Hooks
+from elasticmoe_patches.worker.worker import current_worker
 
 if TYPE_CHECKING:
     import torch
 
-_MODULE = "sglang.srt.distributed.parallel_state"
-_RANKS: frozenset[Process] = frozenset(("rank", "standby"))
+HOOKS = hook = Hooks(__name__, RANKS)
+
+_COMMUNICATORS = ("use_pynccl", "use_mscclpp", "use_custom_allreduce", "use_torch_symm_mem_all_reduce")
 
 
+@hook(
+    "around",
+    "init_distributed_environment(world_size=-1, rank=-1, distributed_init_method='env://', local_rank=-1, "
+    "backend='nccl', timeout=None, moe_a2a_backend=None, recovered_rank=False, max_world_size=None)",
+    expires="SGLang takes the distributed backend as an argument.",
+)
+def around_init_distributed_environment(original: Any, world_size: int = -1, rank: int = -1, **kwargs: Any) -> None:
+    """Groups of all ranks over shared windows, with a membership mask; nobody waits for inactive ranks.
+
+    The default group is made over the collective region first; SGLang then finds torch.distributed initialised and
+    builds its groups on it. torch asks the default group for subgroups whatever backend is named, so SGLang's gloo
+    groups are elastic too.
+    """
+    current_worker().init_world(world_size=world_size, rank=rank)
+    original(world_size=world_size, rank=rank, **kwargs)
+
+
+@hook(
+    "before",
+    "GroupCoordinator.__init__(self, group_ranks, local_rank, torch_distributed_backend, use_pynccl, use_mscclpp, "
+    "use_custom_allreduce, use_torch_symm_mem_all_reduce, use_hpu_communicator, use_xpu_communicator, "
+    "use_npu_communicator, use_message_queue_broadcaster=False, group_name=None, "
+    "gloo_timeout=datetime.timedelta(seconds=7200), recovered_rank=False, rank_offset=0, max_world_size=None)",
+    expires="SGLang asks the platform which communicators to build.",
+)
+def before_group_init(self: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """SGLang would build NCCL communicators beside the group, which need every rank and one GPU each."""
+    return (self, *args), {**kwargs, **dict.fromkeys(_COMMUNICATORS, False)}
+
+
+@hook(
+    "attribute",
+    "_is_cpu: bool",
+    scope="platform",
+    expires="SGLang asks the platform instead of SGLANG_USE_CPU_ENGINE.",
+)
 def cpu_flag(current: bool) -> bool:
-    """The module's flag for "use plain torch.distributed calls, not CUDA custom operators"."""
+    """all_gather_into_tensor and reduce_scatter_tensor go through CUDA-only custom operators unless this is set, and
+    SGLang sets it only for its own CPU engine, which needs sgl_kernel."""
     return True
 
 
+@hook(
+    "replace",
+    "GroupCoordinator.reduce_scatterv(self, input_, output=None, sizes=None)",
+    scope="both",
+    expires="SGLang has a torch.distributed path for it.",
+)
 def reduce_scatterv(
     self: Any, input_: torch.Tensor, output: torch.Tensor | None = None, sizes: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """Sum `input_` [sum(sizes), ...] over the ranks and keep this rank's rows, [sizes[rank], ...].
+    """Data-parallel attention returns its rows with it; SGLang has it on pynccl only.
 
+    Sums `input_` [sum(sizes), ...] over the ranks and keeps this rank's rows, [sizes[rank], ...].
     `sizes` None means equal parts. `output`, where given, receives the rows and is returned. `input_` is not changed.
     """
     import torch.distributed as dist
@@ -42,13 +88,22 @@ def reduce_scatterv(
     return output.copy_(mine)
 
 
+@hook(
+    "replace",
+    "GroupCoordinator.all_gatherv(self, input_, sizes=None, output=None)",
+    scope="both",
+    expires="SGLang has a torch.distributed path for it.",
+)
 def all_gatherv(
     self: Any,
     input_: torch.Tensor | list[torch.Tensor],
     sizes: Sequence[int] | None = None,
     output: torch.Tensor | None = None,
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Every rank's rows, [sizes[r], ...] of rank r, one after the other; a list of tensors is gathered one by one."""
+    """Data-parallel attention may gather rows of unequal number with it; SGLang has it on pynccl only.
+
+    Returns every rank's rows, [sizes[r], ...] of rank r, one after the other; a list of tensors is gathered one by one.
+    """
     if isinstance(input_, list):
         if output is not None:
             raise ValueError("all_gatherv takes an output only with a single tensor")
@@ -78,38 +133,3 @@ def _sizes(world_size: int, rows: int, sizes: Sequence[int] | None) -> list[int]
     if len(sizes) != world_size or sum(sizes) != rows:
         raise ValueError(f"{rows} rows cannot be cut into parts of {list(sizes)} for {world_size} ranks")
     return list(sizes)
-
-
-HOOKS: tuple[HookSpec, ...] = (
-    HookSpec(
-        target=f"{_MODULE}._is_cpu",
-        kind="attribute",
-        hook=f"{__name__}:cpu_flag",
-        signature="bool",
-        reason="all_gather_into_tensor and reduce_scatter_tensor go through CUDA-only custom operators unless this is "
-        "set, and SGLang sets it only for its own CPU engine, which needs sgl_kernel.",
-        expires="SGLang asks the platform instead of SGLANG_USE_CPU_ENGINE.",
-        scope="platform",
-        processes=_RANKS,
-    ),
-    HookSpec(
-        target=f"{_MODULE}.GroupCoordinator.reduce_scatterv",
-        kind="replace",
-        hook=f"{__name__}:reduce_scatterv",
-        signature="(self, input_, output=None, sizes=None)",
-        reason="Data-parallel attention returns its rows with it; SGLang has it on pynccl only.",
-        expires="SGLang has a torch.distributed path for it.",
-        scope="both",
-        processes=_RANKS,
-    ),
-    HookSpec(
-        target=f"{_MODULE}.GroupCoordinator.all_gatherv",
-        kind="replace",
-        hook=f"{__name__}:all_gatherv",
-        signature="(self, input_, sizes=None, output=None)",
-        reason="Data-parallel attention may gather rows of unequal number with it; SGLang has it on pynccl only.",
-        expires="SGLang has a torch.distributed path for it.",
-        scope="both",
-        processes=_RANKS,
-    ),
-)

@@ -1,30 +1,26 @@
-"""Row copies of data-parallel attention on CPU tensors (mirrors ``sglang/srt/layers/dp_attention.py``)."""
+"""Row copies of data-parallel attention on CPU tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from elasticmoe_patches.spec import HookSpec
+from elasticmoe_patches.spec import RANKS, Hooks
+
+HOOKS = hook = Hooks(__name__, RANKS, scope="platform")
 
 
+@hook(
+    "attribute",
+    "memcpy_func(dst, src, dim, offset, sz, offset_src)",
+    expires="SGLang asks the platform instead of SGLANG_USE_CPU_ENGINE.",
+)
 def memcpy_func(current: Callable[..., None]) -> Callable[..., None]:
-    """SGLang's own PyTorch copy instead of its Triton one."""
+    """Rows are copied into and out of the gathered buffer by a Triton kernel unless SGLANG_USE_CPU_ENGINE is set, which
+    needs sgl_kernel.
+
+    Replaced by SGLang's own PyTorch copy.
+    """
     from sglang.srt.layers.dp_attention import memcpy_cpu
 
     chosen: Callable[..., None] = memcpy_cpu
     return chosen
-
-
-HOOKS: tuple[HookSpec, ...] = (
-    HookSpec(
-        target="sglang.srt.layers.dp_attention.memcpy_func",
-        kind="attribute",
-        hook=f"{__name__}:memcpy_func",
-        signature="(dst, src, dim, offset, sz, offset_src)",
-        reason="Rows are copied into and out of the gathered buffer by a Triton kernel unless SGLANG_USE_CPU_ENGINE is "
-        "set, which needs sgl_kernel.",
-        expires="SGLang asks the platform instead of SGLANG_USE_CPU_ENGINE.",
-        scope="platform",
-        processes=frozenset(("rank", "standby")),
-    ),
-)

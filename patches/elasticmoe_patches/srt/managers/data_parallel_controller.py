@@ -1,7 +1,7 @@
 """Routing to active ranks only, and starting ranks through the IMM.
 
-Mirrors sglang/srt/managers/data_parallel_controller.py. In SGLang 0.5.21 this process loads no plugins; ours is
-started through `entrypoints/engine.py`, which installs these hooks first.
+In SGLang 0.5.21 this process loads no plugins; ours is started by `entrypoints/engine.py`, which installs these hooks
+first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import zmq
 
-from elasticmoe_patches.spec import HookSpec, Process
+from elasticmoe_patches.spec import DPC, Hooks
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.client import ImmClient
 from elasticmoe_sglang.runtime import current_runtime
@@ -22,7 +22,8 @@ from elasticmoe_sglang.wire.to_coordinator import WorkerExited, WorkerNote
 from elasticmoe_sglang.wire.to_imm import Assign, Refused, Register
 from elasticmoe_sglang.wire.to_worker import COMMIT, JoinSpec
 
-_DPC: frozenset[Process] = frozenset(("dpc",))
+HOOKS = hook = Hooks(__name__, DPC)
+
 _BOOT_DEADLINE_S = 900.0
 # SGLang's Watchdog wants to be fed; an idle controller wakes up this often for it.
 _IDLE_POLL_MS = 1000
@@ -30,9 +31,9 @@ _BLOCKED_POLL_MS = 10
 
 
 class WorkerLine:
-    """A socket to one rank that never blocks the controller: a dead rank's socket would, for want of a peer.
+    """A socket to one rank that never blocks the controller: a dead rank's socket would, having no peer.
 
-    What cannot be sent at once waits here; when the rank is given up, the tokenizer sends its requests again.
+    What cannot be sent at once is queued here; when the rank is given up, the tokenizer sends its requests again.
     """
 
     def __init__(self, socket: Any) -> None:
@@ -47,7 +48,7 @@ class WorkerLine:
         self.send(pickle.dumps(obj, protocol))
 
     def flush(self) -> bool:
-        """Send what waits, as far as somebody takes it; whether something still waits."""
+        """Send what is queued, as far as the peer accepts it; whether something is left."""
         while self._waiting:
             try:
                 self._socket.send(self._waiting[0], zmq.NOBLOCK)
@@ -57,14 +58,20 @@ class WorkerLine:
         return False
 
     def drop(self) -> None:
-        """Nobody will read it there."""
+        """The rank is gone: forget what is queued."""
         self._waiting.clear()
 
 
+@hook(
+    "replace",
+    "DataParallelController.launch_tensor_parallel_group(self, server_args, port_args, base_gpu_id, dp_rank, "
+    "worker_ports=None)",
+    expires="SGLang lets a plugin supply the scheduler processes of the controller.",
+)
 def launch_workers(
     self: Any, server_args: Any, port_args: Any, base_gpu_id: int, dp_rank: int | None, worker_ports: list[int]
 ) -> None:
-    """Instead of one process a rank: register every rank's arguments with the IMM and start the first members."""
+    """Ranks are forked by the IMM and supervised there; inactive ranks are registered and not started."""
     from sglang.srt.server_args import PortArgs
 
     runtime = current_runtime()
@@ -122,7 +129,7 @@ def route_to(self: Any, ranks: list[int]) -> None:
 
 
 def _on_command(self: Any, request: Any) -> None:
-    """Stop routing to retiring ranks, put the fence behind their last request, and pass the commit on to rank 0."""
+    """Stop routing to retiring ranks, send the fence behind their last request, and pass the commit on to rank 0."""
     from sglang.srt.managers.io_struct import sock_send
 
     from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
@@ -135,7 +142,7 @@ def _on_command(self: Any, request: Any) -> None:
 
 
 def _on_recover_route(self: Any, request: Any) -> None:
-    """After a rank's death: what waits for ranks that are gone is sent again by the tokenizer."""
+    """After a rank's death: what is queued for ranks that are gone is sent again by the tokenizer."""
     from sglang.srt.managers.io_struct import sock_send
 
     from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
@@ -149,7 +156,7 @@ def _on_recover_route(self: Any, request: Any) -> None:
 
 
 def _on_resume(self: Any, request: Any) -> None:
-    """A dead rank's request goes on at the next rank in turn."""
+    """A dead rank's request resumes on the next rank in turn."""
     from sglang.srt.managers.io_struct import sock_send
 
     active = self._active_workers
@@ -157,7 +164,13 @@ def _on_resume(self: Any, request: Any) -> None:
     self.round_robin_counter = (self.round_robin_counter + 1) % len(active)
 
 
+@hook(
+    "after",
+    "DataParallelController.init_dispatcher(self)",
+    expires="SGLang lets plugins register controller messages.",
+)
 def after_init_dispatcher(_result: None, self: Any) -> None:
+    """Handles the commit command (re-route, fence, pass on) and routing updates."""
     from sglang.utils import TypeBasedDispatcher
 
     from elasticmoe_patches.srt.managers.io_struct import (
@@ -177,15 +190,27 @@ def after_init_dispatcher(_result: None, self: Any) -> None:
     )
 
 
+@hook(
+    "around",
+    "DataParallelController.maybe_external_dp_rank_routing(self, req)",
+    expires="Upstream answers such a request with an error instead of raising in the controller.",
+)
 def around_external_routing(original: Any, self: Any, request: Any) -> bool:
-    """A request pinned to a rank that is not active goes to any other: upstream raises, which ends the server."""
+    """A request pinned to an inactive rank must not end the controller.
+
+    It goes to any other rank: upstream raises, which ends the server.
+    """
     if request.routed_dp_rank is not None and request.routed_dp_rank not in self._active_workers:
         request.routed_dp_rank = None
     return bool(original(self, request))
 
 
+@hook("around", "DPBudget.dispatch(self, method, estimated_tokens=0)", expires="DPBudget knows the active workers.")
 def around_dispatch(original: Any, self: Any, method: Any, estimated_tokens: int = 0) -> int | None:
-    """The least loaded rank among the active ones: an inactive rank always looks idle."""
+    """Load-based routing picks among active ranks only.
+
+    An inactive rank always looks idle.
+    """
     active = getattr(self, "elasticmoe_active", None)
     if active is None:
         target: int | None = original(self, method, estimated_tokens)
@@ -202,12 +227,15 @@ def around_dispatch(original: Any, self: Any, method: Any, estimated_tokens: int
     return target
 
 
+@hook("after", "DataParallelController._refresh_active_workers(self)", expires="DPBudget knows the active workers.")
 def after_refresh_active_workers(_result: None, self: Any) -> None:
+    """Tells the load budget which ranks are active."""
     self.dp_budget.elasticmoe_active = frozenset(self._active_workers)
 
 
+@hook("replace", "DataParallelController.event_loop(self)", expires="Upstream's loop blocks.")
 def event_loop(self: Any) -> None:
-    """Upstream's loop polls without pause and burns a core; this one sleeps until something arrives."""
+    """Waits for messages instead of polling without pause."""
     from sglang.srt.managers.io_struct import sock_recv
 
     poller = zmq.Poller()
@@ -222,63 +250,3 @@ def event_loop(self: Any) -> None:
             except zmq.Again:
                 break
             self._request_dispatcher(request)
-
-
-_CLASS = "sglang.srt.managers.data_parallel_controller.DataParallelController"
-
-HOOKS = (
-    HookSpec(
-        target=f"{_CLASS}.launch_tensor_parallel_group",
-        kind="replace",
-        hook=f"{__name__}:launch_workers",
-        signature="(self, server_args, port_args, base_gpu_id, dp_rank, worker_ports=None)",
-        reason="Ranks are forked by the IMM and supervised there; inactive ranks are registered and not started.",
-        expires="SGLang lets a plugin supply the scheduler processes of the controller.",
-        processes=_DPC,
-    ),
-    HookSpec(
-        target=f"{_CLASS}.init_dispatcher",
-        kind="after",
-        hook=f"{__name__}:after_init_dispatcher",
-        signature="(self)",
-        reason="Handles the commit command (re-route, fence, pass on) and routing updates.",
-        expires="SGLang lets plugins register controller messages.",
-        processes=_DPC,
-    ),
-    HookSpec(
-        target=f"{_CLASS}.maybe_external_dp_rank_routing",
-        kind="around",
-        hook=f"{__name__}:around_external_routing",
-        signature="(self, req)",
-        reason="A request pinned to an inactive rank must not end the controller.",
-        expires="Upstream answers such a request with an error instead of raising in the controller.",
-        processes=_DPC,
-    ),
-    HookSpec(
-        target=f"{_CLASS}._refresh_active_workers",
-        kind="after",
-        hook=f"{__name__}:after_refresh_active_workers",
-        signature="(self)",
-        reason="Tells the load budget which ranks are active.",
-        expires="DPBudget knows the active workers.",
-        processes=_DPC,
-    ),
-    HookSpec(
-        target="sglang.srt.managers.data_parallel_controller.DPBudget.dispatch",
-        kind="around",
-        hook=f"{__name__}:around_dispatch",
-        signature="(self, method, estimated_tokens=0)",
-        reason="Load-based routing picks among active ranks only.",
-        expires="DPBudget knows the active workers.",
-        processes=_DPC,
-    ),
-    HookSpec(
-        target=f"{_CLASS}.event_loop",
-        kind="replace",
-        hook=f"{__name__}:event_loop",
-        signature="(self)",
-        reason="Waits for messages instead of polling without pause.",
-        expires="Upstream's loop blocks.",
-        processes=_DPC,
-    ),
-)

@@ -1,7 +1,7 @@
-"""Our messages on SGLang's own sockets (mirrors sglang/srt/managers/io_struct.py).
+"""Our messages on SGLang's own sockets.
 
 They travel tokenizer -> controller -> scheduler and scheduler -> detokenizer -> tokenizer, in order with SGLang's own
-messages on the same sockets; that order is what makes the commit and the handing over of requests safe.
+messages on the same sockets; that order is what makes the commit and the migration of requests safe.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sglang.srt.managers.io_struct import (
 
 
 class ElasticCommandReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Coordinator -> controller -> all ranks: `command` is a packed wire.to_worker.CommitCommand."""
+    """Coordinator -> controller -> all ranks: `command` is an encoded `wire.to_worker.CommitCommand`."""
 
     command: bytes
 
@@ -31,26 +31,26 @@ class ElasticRouteReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
 
 
 class ElasticRecoverRouteReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Coordinator -> controller, after a rank's death: route to these ranks only, and put a fence into each's queue."""
+    """Coordinator -> controller, after a rank's death: route to these ranks only, and send each a fence."""
 
     operation_id: str
     ranks: list[int]
 
 
 class ElasticFenceReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Last message on a way: controller -> retiring rank (nothing more is routed to it), retiring rank -> detokenizer
-    -> tokenizer (all its output has been passed on)."""
+    """Last message of a stream: controller -> retiring rank (nothing more is routed to it), retiring rank ->
+    detokenizer -> tokenizer (all its output has been delivered)."""
 
     operation_id: str
     rank: int
 
 
 class ElasticResumeReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Retiring rank -> survivor, or tokenizer -> controller -> survivor after a rank's death: go on with this request.
+    """Retiring rank -> survivor, or tokenizer -> controller -> survivor after a rank's death: resume this request.
 
     Attributes:
         request: as the client sent it, tokenised.
-        progress: what was generated and sent so far (see worker.migration.Progress), SGLang's own wrapper.
+        progress: what was generated and sent so far (`worker.migration.Progress`), in SGLang's own wrapper.
         kv_tokens: how many leading tokens' KV the retiring rank has for it; 0 for none.
         kv_pages: where it lies in the retiring rank's HMM memory, in order. Empty: it follows in the next frames.
     """

@@ -1,14 +1,20 @@
-"""The tokenizer hears the fence behind a retiring rank's last output (mirrors
-sglang/srt/managers/tokenizer_manager.py)."""
+"""The tokenizer keeps what it sent, and hears the fence behind a retiring rank's last output."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from elasticmoe_patches.spec import HookSpec
+from elasticmoe_patches.journal import remember
+from elasticmoe_patches.spec import MAIN, Hooks
+
+HOOKS = hook = Hooks(__name__, MAIN)
 
 
+@hook(
+    "after", "TokenizerManager.init_request_dispatcher(self)", expires="SGLang can move requests between ranks itself."
+)
 def after_init_request_dispatcher(_result: None, self: Any) -> None:
+    """A retiring rank's requests go on elsewhere only when its last tokens have arrived here."""
     from sglang.utils import TypeBasedDispatcher
 
     from elasticmoe_patches.services import services
@@ -20,48 +26,24 @@ def after_init_request_dispatcher(_result: None, self: Any) -> None:
     )
 
 
+@hook(
+    "around",
+    "TokenizerManager._send_one_request(self, tokenized_obj)",
+    expires="SGLang can continue a request on another rank itself.",
+)
 async def around_send_one_request(original: Any, self: Any, tokenized_obj: Any) -> None:
-    """Keep what was sent: if the rank that gets it dies, another one goes on with it."""
-    from elasticmoe_patches.journal import remember
-
+    """Keeps the tokenised request, so that it can go on elsewhere when its rank dies."""
     remember(self, tokenized_obj)
     await original(self, tokenized_obj)
 
 
+@hook(
+    "around",
+    "TokenizerManager._send_batch_request(self, tokenized_objs)",
+    expires="SGLang can continue a request on another rank itself.",
+)
 async def around_send_batch_request(original: Any, self: Any, tokenized_objs: Any) -> None:
-    from elasticmoe_patches.journal import remember
-
+    """The same for requests that are tokenised as a batch."""
     for tokenized_obj in tokenized_objs:
         remember(self, tokenized_obj)
     await original(self, tokenized_objs)
-
-
-HOOKS = (
-    HookSpec(
-        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.init_request_dispatcher",
-        kind="after",
-        hook=f"{__name__}:after_init_request_dispatcher",
-        signature="(self)",
-        reason="A retiring rank's requests go on elsewhere only when its last tokens have arrived here.",
-        expires="SGLang can move requests between ranks itself.",
-        processes=frozenset(("main",)),
-    ),
-    HookSpec(
-        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request",
-        kind="around",
-        hook=f"{__name__}:around_send_one_request",
-        signature="(self, tokenized_obj)",
-        reason="Keeps the tokenised request, so that it can go on elsewhere when its rank dies.",
-        expires="SGLang can continue a request on another rank itself.",
-        processes=frozenset(("main",)),
-    ),
-    HookSpec(
-        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._send_batch_request",
-        kind="around",
-        hook=f"{__name__}:around_send_batch_request",
-        signature="(self, tokenized_objs)",
-        reason="The same for requests that are tokenised as a batch.",
-        expires="SGLang can continue a request on another rank itself.",
-        processes=frozenset(("main",)),
-    ),
-)

@@ -1,1 +1,0 @@
-"""Mirrors sglang/srt/model_loader."""

@@ -1,14 +1,22 @@
-"""SGLang gets its model from our loader (mirrors sglang/srt/model_loader/loader.py)."""
+"""SGLang gets its model from our loader."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from elasticmoe_patches.spec import HookSpec
+from elasticmoe_patches.spec import RANKS, Hooks
 from elasticmoe_sglang.errors import UserInputError
 
+HOOKS = hook = Hooks(__name__, RANKS)
 
-def put_elastic_loader(_original: Any, load_config: Any, model_config: Any = None) -> Any:
+
+@hook(
+    "around",
+    "get_model_loader(load_config, model_config=None)",
+    expires="SGLang lets a plugin register a model loader for a load format of its own.",
+)
+def elastic_model_loader(_original: Any, load_config: Any, model_config: Any = None) -> Any:
+    """Weights live in the HMM's memory; a joining rank attaches to them and reads no checkpoint."""
     from sglang.srt.configs.load_config import LoadFormat
 
     from elasticmoe_patches.worker.loader import ElasticModelLoader
@@ -19,16 +27,3 @@ def put_elastic_loader(_original: Any, load_config: Any, model_config: Any = Non
             hint="Leave it out: safetensors checkpoints are read into the HMM; or dummy, for weights by seed",
         )
     return ElasticModelLoader(load_config)
-
-
-HOOKS = (
-    HookSpec(
-        target="sglang.srt.model_loader.loader.get_model_loader",
-        kind="around",
-        hook=f"{__name__}:put_elastic_loader",
-        signature="(load_config, model_config=None)",
-        reason="Weights live in the HMM's memory; a joining rank attaches to them and reads no checkpoint.",
-        expires="SGLang lets a plugin register a model loader for a load format of its own.",
-        processes=frozenset(("rank", "standby")),
-    ),
-)

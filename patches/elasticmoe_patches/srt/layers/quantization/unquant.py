@@ -1,64 +1,72 @@
-"""MoE experts on NVIDIA GPUs (mirrors ``sglang/srt/layers/quantization/unquant.py``).
-
-SGLang's own Triton MoE takes contiguous expert weights; columns are strided, and most slots have no memory.
-"""
+"""Unquantised MoE experts through this project's kernels: for an elastic server, and always on the CPU platform."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from elasticmoe_patches.spec import HookSpec
+from elasticmoe_patches.spec import RANKS, Hooks
+from elasticmoe_patches.srt.layers.moe.moe_runner import ascend
+from elasticmoe_sglang.errors import UnsupportedFeature
 
-if TYPE_CHECKING:
-    import torch
+HOOKS = hook = Hooks(__name__, RANKS)
 
-
-class RowSlots:
-    """What SGLang's dispatcher takes for its table of local experts: `table[topk_ids]`, on the device.
-
-    Args:
-        table: int32, expert id -> slot, -1 for not here.
-        control: address of the windows' control block, which says which ranks are there.
-        ranks: that exist.
-    """
-
-    def __init__(self, table: torch.Tensor, *, control: int, ranks: int) -> None:
-        self._table = table
-        self._control = control
-        self._ranks = ranks
-
-    def __getitem__(self, topk_ids: torch.Tensor) -> torch.Tensor:
-        """[T, K] expert ids -> int32 slots; -1 also in the rows of inactive ranks."""
-        from sglang.srt.layers.dp_attention import is_dp_max_padding
-
-        from elasticmoe_kernels.triton.slots import slots_of_rows
-
-        # With rows padded to the longest batch every rank has an equal part; without, inactive ranks have no rows.
-        rows = topk_ids.shape[0]
-        equal_parts = self._ranks > 1 and is_dp_max_padding() and rows > 0 and rows % self._ranks == 0
-        each = rows // self._ranks if equal_parts else None
-        return slots_of_rows(topk_ids, self._table, control=self._control, rows_per_rank=each)
-
-
-def forward(self: Any, layer: Any, dispatch_output: Any) -> Any:
-    """What the CPU platform computes too, see `moe.unquant.forward`, which imports SGLang and so is loaded here."""
-    from elasticmoe_patches.srt.layers.moe import unquant
-
-    return unquant.forward(self, layer, dispatch_output)
-
-
-_METHOD = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
 
 # forward_native too: SGLANG_FORCE_FUSED_OP_BACKEND selects it, and it is the method that serves float32 on a GPU.
-HOOKS: tuple[HookSpec, ...] = tuple(
-    HookSpec(
-        target=f"{_METHOD}.{name}",
-        kind="replace",
-        hook=f"{__name__}:forward",
-        signature="(self, layer, dispatch_output)",
-        reason="Expert columns are strided and partly unmapped; SGLang's MoE asserts contiguous weights, or reads all.",
-        expires="SGLang's fused MoE takes strided expert weights.",
-        processes=frozenset(("rank", "standby")),
-    )
-    for name in ("forward_cuda", "forward_native")
+@hook(
+    "replace",
+    "UnquantizedFusedMoEMethod.forward_native(self, layer, dispatch_output)",
+    expires="SGLang's fused MoE takes strided expert weights.",
 )
+@hook(
+    "replace",
+    "UnquantizedFusedMoEMethod.forward_cuda(self, layer, dispatch_output)",
+    expires="SGLang's fused MoE takes strided expert weights.",
+)
+def forward(self: Any, layer: Any, dispatch_output: Any) -> Any:
+    """Expert columns are strided and partly unmapped; SGLang's MoE asserts contiguous weights, or reads all.
+
+    StandardDispatchOutput (hidden [tokens, hidden]) -> StandardCombineInput of the same shape. `self` is the
+    UnquantizedFusedMoEMethod, `layer` the FusedMoE. Expert ids are those of this rank's slots, -1 for experts
+    elsewhere; `fused_moe_native.moe_forward_native`, which SGLang uses on CPUs, cannot take -1. As with SGLang's native
+    path, ``routed_scaling_factor`` is left to the model.
+    """
+    from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+
+    from elasticmoe_kernels import moe_experts
+
+    config = self.moe_runner_config
+    if config.activation != "silu" or not config.is_gated or config.apply_router_weight_on_input or self.with_bias:
+        raise UnsupportedFeature(
+            "the MoE kernels compute SwiGLU experts without bias only",
+            hint="Qwen3-MoE and DeepSeek-V2 are such models.",
+        )
+    weights, ids, _ = dispatch_output.topk_output
+    output = moe_experts(dispatch_output.hidden_states, layer.w13_weight, layer.w2_weight, ids, weights)
+    return StandardCombineInput(hidden_states=output)
+
+
+@hook(
+    "around",
+    "UnquantizedFusedMoEMethod.create_weights(self, layer, num_experts, hidden_size, "
+    "intermediate_size_per_partition, params_dtype, with_bias=False, **extra_weight_attrs)",
+    expires="FusedMoE takes its weights' storage as an argument.",
+)
+def around_create_weights(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Expert weights belong to the HMM; the layer must not allocate its own."""
+    import torch
+
+    with torch.device("meta"):
+        original(self, *args, **kwargs)
+
+
+@hook(
+    "before",
+    "UnquantizedFusedMoEMethod.create_moe_runner(self, layer, moe_runner_config)",
+    expires="SGLang's NPU runner core takes weights with any stride between experts.",
+)
+def before_create_moe_runner(self: Any, layer: Any, moe_runner_config: Any) -> None:
+    """On an NPU the layer's runner core must read expert columns; SGLang's reads one contiguous weight."""
+    from sglang.srt.utils import is_npu
+
+    if is_npu():
+        ascend.register()

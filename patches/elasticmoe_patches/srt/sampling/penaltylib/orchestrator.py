@@ -1,20 +1,28 @@
-"""Penalties of a request that goes on elsewhere (mirrors sglang/srt/sampling/penaltylib/orchestrator.py)."""
+"""Penalties of a request that continues on another rank."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from elasticmoe_patches.spec import HookSpec
+from elasticmoe_patches.spec import RANKS, Hooks
+
+HOOKS = hook = Hooks(__name__, RANKS)
 
 
+@hook(
+    "after",
+    "BatchedPenalizerOrchestrator.__init__(self, vocab_size, batch, penalizers)",
+    expires="SGLang restores penalties of retracted requests and applies them in a fixed order.",
+)
 def after_init(_result: None, self: Any, vocab_size: int, batch: Any, penalizers: Any) -> None:
-    """Count the tokens that a moved or retracted request has generated already, and fix the penalties' order.
+    """A moved request's penalties count the tokens it has generated before, which SGLang forgets, and are applied in
+    the same order in every rank.
 
-    SGLang starts every batch that is prefilled at zero, also for a request that has output, so such a request would
-    go on as if it had just begun. And it applies the penalties in the order of a set of classes, which differs from
-    process to process, while adding and scaling do not commute: here the scaling ones come last in every rank, as the
-    overlap schedule has it everywhere.
+    SGLang starts every batch that is prefilled at zero, also for a moved or retracted request that has output, so such
+    a request would continue as if it had just begun. And it applies the penalties in the order of a set of classes,
+    which differs from process to process, while adding and scaling do not commute: here the scaling ones come last in
+    every rank, as the overlap schedule has it everywhere.
     """
     self.penalizers = dict(sorted(self.penalizers.items(), key=lambda item: (item[0].is_multiplicative, str(item[0]))))
     if not self.is_required:
@@ -54,18 +62,4 @@ def _count(penalizer: Any, row: int, ids: Any) -> None:
         case "BatchedMinNewTokensPenalizer":
             penalizer.len_output_tokens[row] = len(ids)
         case other:
-            raise NotImplementedError(f"SGLang's {other} is not known here")
-
-
-HOOKS = (
-    HookSpec(
-        target="sglang.srt.sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__",
-        kind="after",
-        hook=f"{__name__}:after_init",
-        signature="(self, vocab_size, batch, penalizers)",
-        reason="A moved request's penalties count the tokens it has generated before, which SGLang forgets, and are "
-        "applied in the same order in every rank.",
-        expires="SGLang restores penalties of retracted requests and applies them in a fixed order.",
-        processes=frozenset(("rank", "standby")),
-    ),
-)
+            raise NotImplementedError(f"the state of SGLang's {other} cannot be restored")

@@ -1,1 +1,0 @@
-"""Mirrors sglang/srt/layers/moe/fused_moe_triton."""

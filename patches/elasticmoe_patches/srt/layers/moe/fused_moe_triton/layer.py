@@ -1,4 +1,4 @@
-"""Expert columns under SGLang's MoE layer (mirrors sglang/srt/layers/moe/fused_moe_triton/layer.py).
+"""Expert columns under SGLang's MoE layer.
 
 Every rank builds the layer with room for all experts, one slot an expert (docs/adr/0001-slots-are-columns.md), on the
 meta device: nothing is allocated. The loader then binds the weights to the rank's column space, where only the slots of
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from elasticmoe_patches.spec import HookSpec, Process
+from elasticmoe_patches.spec import RANKS, Hooks
+
+HOOKS = hook = Hooks(__name__, RANKS)
 
 
 class _AllExpertsHere:
@@ -25,7 +27,18 @@ class _AllExpertsHere:
         return getattr(self._parallel, name)
 
 
+@hook(
+    "around",
+    "FusedMoE.__init__(self, num_experts, hidden_size, intermediate_size, layer_id, top_k=None, "
+    "num_fused_shared_experts=0, params_dtype=None, reduce_results=False, quant_config=None, prefix='', "
+    "activation='silu', apply_router_weight_on_input=False, use_presharded_weights=False, inplace=True, "
+    "no_combine=False, routed_scaling_factor=None, gemm1_alpha=None, gemm1_beta=None, gemm1_clamp_limit=None, "
+    "swiglu_limit=None, use_weight_loader_fused=False, with_bias=False, routing_method_type=None, is_gated=True, "
+    "gate_up_interleaved=True, enable_qwen35_fp8_deferred_finalize=False, quant_method=None)",
+    expires="FusedMoE takes its expert placement as an argument.",
+)
 def around_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """A slot for every expert on every rank, and no divisibility of experts by ranks."""
     from sglang.srt.layers.moe.fused_moe_triton import layer
 
     real = layer.get_parallel
@@ -37,40 +50,3 @@ def around_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     # What the forward pass asks for; weights and their loader keep one slot an expert.
     self.moe_ep_size = real().moe_ep_size
     self.moe_ep_rank = real().moe_ep_rank
-
-
-def around_create_weights(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    import torch
-
-    with torch.device("meta"):
-        original(self, *args, **kwargs)
-
-
-_RANKS: frozenset[Process] = frozenset(("rank", "standby"))
-
-HOOKS = (
-    HookSpec(
-        target="sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.__init__",
-        kind="around",
-        hook=f"{__name__}:around_init",
-        signature="(self, num_experts, hidden_size, intermediate_size, layer_id, top_k=None, "
-        "num_fused_shared_experts=0, params_dtype=None, reduce_results=False, quant_config=None, prefix='', "
-        "activation='silu', apply_router_weight_on_input=False, use_presharded_weights=False, inplace=True, "
-        "no_combine=False, routed_scaling_factor=None, gemm1_alpha=None, gemm1_beta=None, gemm1_clamp_limit=None, "
-        "swiglu_limit=None, use_weight_loader_fused=False, with_bias=False, routing_method_type=None, is_gated=True, "
-        "gate_up_interleaved=True, enable_qwen35_fp8_deferred_finalize=False, quant_method=None)",
-        reason="A slot for every expert on every rank, and no divisibility of experts by ranks.",
-        expires="FusedMoE takes its expert placement as an argument.",
-        processes=_RANKS,
-    ),
-    HookSpec(
-        target="sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.create_weights",
-        kind="around",
-        hook=f"{__name__}:around_create_weights",
-        signature="(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, "
-        "with_bias=False, **extra_weight_attrs)",
-        reason="Expert weights belong to the HMM; the layer must not allocate its own.",
-        expires="FusedMoE takes its weights' storage as an argument.",
-        processes=_RANKS,
-    ),
-)

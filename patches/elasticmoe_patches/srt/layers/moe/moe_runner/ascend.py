@@ -1,6 +1,6 @@
 """Expert columns under SGLang's NPU MoE path: a runner core under the name "ascend".
 
-SGLang's own core (`moe_runner/ascend.py`) multiplies with one contiguous [experts, ...] weight that NPU loading has
+SGLang's own core of that name multiplies with one contiguous [experts, ...] weight that NPU loading has
 cast to FRACTAL_NZ. Here weights are columns wherever they are mapped, in ND format, and some experts are not on this
 rank. Everything around it stays SGLang's: `AscendTPDispatcher` sorts the rows by expert and counts them, and sums the
 experts' rows of each token afterwards.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from elasticmoe_patches.spec import HookSpec, Process
 from elasticmoe_sglang.errors import UnsupportedFeature, UserInputError
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def chosen_gemm() -> str:
 
 
 def register() -> None:
-    """Puts our core in the place of SGLang's, once a process; SGLang asks for it before its own."""
+    """Register our core, once a process; SGLang prefers it to its own."""
     global _registered
     if _registered:
         return
@@ -68,7 +67,7 @@ def make_core(config: Any) -> Any:
     if not get_moe_a2a_backend().is_none():
         raise UnsupportedFeature(
             "on NPUs expert columns work with --moe-a2a-backend none only",
-            hint="DeepEP numbers experts by rank, which an elastic placement has not.",
+            hint="DeepEP numbers experts by rank, which an elastic placement does not.",
         )
     gemm = chosen_gemm()
 
@@ -86,7 +85,7 @@ def make_core(config: Any) -> Any:
             rows, counts = runner_input.hidden_states, runner_input.expert_tokens
             if runner_input.hidden_states_scale is not None or runner_input.group_list_type != 1:
                 raise UnsupportedFeature("the NPU path takes unquantised rows with counts by expert")
-            # The loader put the rank's table there: the slot of each expert, -1 for those on other ranks.
+            # Set by the loader: the slot of each expert, -1 for those on other ranks.
             slots = self.config.layer.dispatcher.local_expert_mapping[: counts.shape[0]]
             if gemm == "triton":
                 out = expert_rows_triton(rows, quant_info.w13_weight, quant_info.w2_weight, counts, slots)
@@ -125,58 +124,3 @@ def expert_rows_triton(
     offsets = torch.zeros(counts.shape[0] + 1, dtype=torch.int32, device=rows.device)
     offsets[1:] = torch.cumsum(counts, 0)
     return moe.expert_mlp(rows, w13, w2, offsets, slots.to(torch.int32), out=torch.zeros_like(rows))
-
-
-def after_dispatcher_init(_result: Any, self: Any, moe_runner_config: Any) -> None:
-    """One expert more than there are, and nowhere: for pairs that name none. The slot table ends with -1 for it."""
-    self.num_experts = moe_runner_config.num_experts + 1
-
-
-def before_dispatch(self: Any, hidden_states: Any, topk_output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Rows of inactive ranks come with expert id -1, which the routing operator does not take."""
-    import torch
-
-    ids = topk_output.topk_ids
-    named = torch.where(ids < 0, self.num_experts - 1, ids)
-    return (self, hidden_states, topk_output._replace(topk_ids=named)), {}
-
-
-def before_create_moe_runner(self: Any, layer: Any, moe_runner_config: Any) -> None:
-    from sglang.srt.utils import is_npu
-
-    if is_npu():
-        register()
-
-
-_DISPATCHER = "sglang.srt.layers.moe.token_dispatcher.ascend_tp.AscendTPDispatcher"
-_RANKS: frozenset[Process] = frozenset(("rank", "standby"))
-
-HOOKS = (
-    HookSpec(
-        target="sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.create_moe_runner",
-        kind="before",
-        hook=f"{__name__}:before_create_moe_runner",
-        signature="(self, layer, moe_runner_config)",
-        reason="On an NPU the layer's runner core must read expert columns; SGLang's reads one contiguous weight.",
-        expires="SGLang's NPU runner core takes weights with any stride between experts.",
-        processes=_RANKS,
-    ),
-    HookSpec(
-        target=f"{_DISPATCHER}.__init__",
-        kind="after",
-        hook=f"{__name__}:after_dispatcher_init",
-        signature="(self, moe_runner_config)",
-        reason="On an NPU, an expert that is nowhere takes the pairs of inactive ranks' rows.",
-        expires="SGLang's NPU dispatcher drops pairs whose expert id is -1.",
-        processes=_RANKS,
-    ),
-    HookSpec(
-        target=f"{_DISPATCHER}.dispatch",
-        kind="before",
-        hook=f"{__name__}:before_dispatch",
-        signature="(self, hidden_states, topk_output)",
-        reason="On an NPU, sends expert id -1 to the expert that is nowhere: the routing operator wants ids from 0 on.",
-        expires="SGLang's NPU dispatcher drops pairs whose expert id is -1.",
-        processes=_RANKS,
-    ),
-)

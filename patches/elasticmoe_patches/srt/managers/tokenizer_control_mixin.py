@@ -1,0 +1,23 @@
+"""Control requests know how many ranks answer them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elasticmoe_patches.spec import MAIN, Hooks
+from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE, Answers
+from elasticmoe_sglang.runtime import current_runtime
+
+HOOKS = hook = Hooks(__name__, MAIN)
+
+
+@hook("after", "TokenizerControlMixin.init_communicators(self)", expires="SGLang counts the ranks that are active.")
+def after_init_communicators(_result: None, self: Any) -> None:
+    """Control requests wait for the answers of the active ranks, not of all ranks."""
+    runtime = current_runtime()
+    assert runtime is not None
+    answers = Answers(runtime.config.ep_size)
+    setattr(self, ATTRIBUTE, answers)
+    for name, communicator in vars(self).items():
+        if name.endswith("_communicator"):
+            setattr(communicator, ATTRIBUTE, answers)

@@ -1,0 +1,87 @@
+"""The input of an iteration that failed: it is reported once, and processed before what arrives later."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from elasticmoe_patches.worker import recovery
+from elasticmoe_patches.worker.migration import MigrationInbox
+from elasticmoe_patches.worker.requests import IterationInput
+from elasticmoe_patches.worker.worker import RecoveryInbox
+
+
+class Rank:
+    """A worker and the scheduler's ends of its sockets; `arriving` is read one list a call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from elasticmoe_patches.srt.managers.scheduler_components import request_receiver
+
+        self.posted: list[Any] = []
+        self.arriving: list[list[Any]] = []
+        self.worker: Any = SimpleNamespace(
+            rank=1,
+            iteration=IterationInput(),
+            fences=[],
+            inbox=MigrationInbox(),
+            recovery=RecoveryInbox(),
+            peer=SimpleNamespace(poll=lambda timeout: 0),
+            agent=SimpleNamespace(post=self.posted.append),
+        )
+        self.fences: list[Any] = []
+        output = SimpleNamespace(send_output=lambda fence, _: self.fences.append(fence.operation_id))
+        self.scheduler = SimpleNamespace(
+            request_receiver=SimpleNamespace(_pull_raw_reqs=self.read),
+            ipc_channels=SimpleNamespace(send_to_detokenizer=output),
+            running_batch=None,
+            last_batch=None,
+            chunked_req=None,
+            waiting_queue=[],
+            grammar_manager=SimpleNamespace(grammar_queue=[]),
+        )
+        self._hook = request_receiver.after_pull_raw_reqs
+        monkeypatch.setattr(request_receiver, "current_worker", lambda: self.worker)
+
+    def read(self) -> list[Any]:
+        requests = self._hook(self.arriving.pop(0) if self.arriving else [], None)
+        assert requests is not None
+        return requests
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
+    return Rank(monkeypatch)
+
+
+def request(rid: str) -> Any:
+    return SimpleNamespace(rid=rid)
+
+
+def test_everything_up_to_the_fence_is_reported_once_and_replayed_in_its_order(rank: Rank) -> None:
+    from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq, ElasticResumeReq
+
+    resumed = ElasticResumeReq(
+        operation_id="",
+        retiring_rank=-1,
+        request=request("of the dead rank"),
+        progress=None,
+        kv_tokens=0,
+        kv_pages=[],
+    )
+    rank.worker.iteration.replay = [request("a"), request("b")]
+    fence = ElasticFenceReq(operation_id="op", rank=1)
+    rank.arriving = [[request("c")], [resumed], [request("d"), fence], [request("after the fence")]]
+    recovery.report(rank.scheduler, rank.worker, "op")
+    [answer] = rank.posted
+    assert answer.rids == ["a", "b", "c", "d", "of the dead rank"] and answer.committed
+    assert rank.fences == ["op"]
+    assert [item.rid for item in rank.read()] == ["a", "b", "c", "d", "after the fence"]
+    assert rank.worker.iteration.replay == [] and rank.read() == []
+
+
+def test_what_was_read_is_kept_until_the_iteration_has_processed_it(rank: Rank) -> None:
+    rank.arriving = [[request("a")]]
+    rank.read()
+    assert [item.rid for item in rank.worker.iteration.pulled] == ["a"]
