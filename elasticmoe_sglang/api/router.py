@@ -83,7 +83,9 @@ def build_router(
         """Change the number of active ranks, or retire some."""
         try:
             asked = parse_scale_request(await _body(request))
-            operation = await coordinator.submit(target_of(asked), asked.operation_id)
+            operation = await coordinator.submit(
+                target_of(asked), None if asked.operation_id is msgspec.UNSET else asked.operation_id
+            )
         except ElasticMoEError as error:
             return _refusal(error)
         if asked.wait:

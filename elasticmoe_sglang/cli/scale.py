@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     """Ask for the change; 0 when it was accepted, or with --wait when it is done."""
     client = ServerClient.from_args(args)
     request = ScaleRequest(
-        new_ep_size=args.size,
-        retire_ranks=args.retire,
+        new_ep_size=msgspec.UNSET if args.size is None else args.size,
+        retire_ranks=msgspec.UNSET if args.retire is None else args.retire,
         operation_id=args.operation_id or uuid.uuid4().hex,
     )
     operation = client.scale(request)

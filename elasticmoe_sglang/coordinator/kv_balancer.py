@@ -1,34 +1,198 @@
-"""Keeps devices full between changes: of memory that comes free at other times, KV gets its share too."""
+"""How much KV each rank has, and the ways to change it: all of a device that weights and headroom leave."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
-from elasticmoe_sglang.coordinator.coordinator import Coordinator
-from elasticmoe_sglang.coordinator.workers import Workers
-from elasticmoe_sglang.errors import ElasticMoEError
+from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.coordinator.worker_channel import WorkerChannel
+from elasticmoe_sglang.hmm.client import AsyncHmmClient
+from elasticmoe_sglang.hmm.vmm.base import round_up
+from elasticmoe_sglang.planner import ColumnMove, KvDevice, KvShape, Placement
+from elasticmoe_sglang.wire import to_worker as sm
+from elasticmoe_sglang.wire.to_hmm import DeviceUsage, HmmStatus
+from elasticmoe_sglang.worker.kv_share import device_at_rest, others_of, weights_of
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 2.0
+
+class Moving(Protocol):
+    """A plan by which columns move: of a change, or of a recovery."""
+
+    @property
+    def moves(self) -> Sequence[ColumnMove]: ...
 
 
-class KvBalancer:
-    """Lives in the coordinator's event loop."""
+class KvPools:
+    """Knows the ranks whose KV cache lies in HMM memory; others are left alone.
 
-    def __init__(self, coordinator: Coordinator, ranks: Workers) -> None:
-        self._coordinator = coordinator
-        self._workers = ranks
-        self._task = asyncio.get_running_loop().create_task(self._keep())
+    Args:
+        resize_s: for a rank's scheduler to take over a capacity.
+    """
 
-    async def _keep(self) -> None:
-        told = ""
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            try:
-                await self._workers.grow_idle_kv(lambda: self._coordinator.idle)
-                told = ""
-            except (ElasticMoEError, OSError) as error:
-                if told != (told := str(error)):
-                    logger.warning("KV could not be given all memory that is free: %s", error)
+    def __init__(self, config: ElasticConfig, channel: WorkerChannel, hmm: AsyncHmmClient, *, resize_s: float) -> None:
+        self._config = config
+        self._channel = channel
+        self._hmm = hmm
+        self._resize_s = resize_s
+        self._shapes: dict[int, KvShape] = {}
+        self._chunks: dict[int, int] = {}
+        self._numbers = 0
+        self._busy = asyncio.Lock()
+
+    def learn(self, rank: int, state: sm.KvState | None) -> None:
+        """What a worker said when it had booted."""
+        self.forget(rank)
+        if state is not None:
+            self._shapes[rank] = KvShape(
+                token_bytes=state.token_bytes,
+                page_tokens=state.page_tokens,
+                chunk_bytes=state.chunk_bytes,
+                cap_tokens=state.cap_tokens,
+            )
+            self._chunks[rank] = state.chunks
+
+    def forget(self, rank: int) -> None:
+        """The rank's process has ended."""
+        self._shapes.pop(rank, None)
+        self._chunks.pop(rank, None)
+
+    def sizes(self) -> dict[int, int]:
+        """Chunks of each rank, as far as they are in HMM memory."""
+        return dict(self._chunks)
+
+    def held(self) -> dict[int, int]:
+        """Bytes of each rank."""
+        return {rank: self._bytes(rank) for rank in self._chunks}
+
+    def least_bytes(self) -> int:
+        """What a rank cannot do without, on the rank that needs most."""
+        return max((shape.least_chunks * shape.chunk_bytes for shape in self._shapes.values()), default=0)
+
+    async def shrink_kv(
+        self, plan: Moving, *, ranks: Sequence[int], joining: Sequence[int], retiring: Sequence[int] = ()
+    ) -> dict[int, int]:
+        """Shrink the ranks that stay, so that old and new columns fit together; chunks for each joining rank to begin
+        with.
+
+        Args:
+            ranks: who is there afterwards, joining ranks too.
+            joining: those of them that boot now. leaving: ranks that keep their KV for the time being.
+        """
+        async with self._busy:
+            return await self._make_room(plan, ranks, joining, retiring)
+
+    async def _make_room(
+        self, plan: Moving, ranks: Sequence[int], joining: Sequence[int], retiring: Sequence[int]
+    ) -> dict[int, int]:
+        if not self._shapes:
+            return {}
+        shape = next(iter(self._shapes.values()))
+        status = await self._hmm.status()
+        wanted: dict[int, int] = {}
+        for usage in status.devices:
+            here = self._on(usage.device, ranks)
+            if not here:
+                continue
+            device = KvDevice(
+                budget=usage.budget,
+                headroom=self._config.headroom_bytes(usage.budget),
+                weights=weights_of(usage) + self._incoming(plan, usage, status, joining),
+                others=others_of(usage),
+                ranks=here,
+                held=sum(self._bytes(rank) for rank in self._on(usage.device, retiring)),
+            )
+            wanted |= {rank: max(share, shape.least_chunks) for rank, share in device.targets(shape).items()}
+        staying = [rank for rank in wanted if rank in self._chunks and rank not in joining]
+        await self._set_sizes({rank: min(self._chunks[rank], wanted[rank]) for rank in staying})
+        return {rank: wanted[rank] for rank in joining if rank in wanted}
+
+    async def fill(
+        self, whose: Callable[[], tuple[Sequence[int], Placement] | None], *, only_grow: bool = False
+    ) -> None:
+        """Give each rank all that its device has left while no column moves.
+
+        Args:
+            whose: the active ranks and the placement, asked when nothing else changes KV; None to leave it be.
+            only_grow: leave devices alone on which a rank would have to give something up.
+        """
+        async with self._busy:
+            asked = whose()
+            if asked is not None and self._shapes:
+                await self._fill(*asked, only_grow)
+
+    async def _fill(self, ranks: Sequence[int], placement: Placement, only_grow: bool) -> None:
+        status = await self._hmm.status()
+        model = status.model
+        assert model is not None, "ranks serve and the HMM has no model"
+        wanted: dict[int, int] = {}
+        for usage in status.devices:
+            here = [rank for rank in self._on(usage.device, ranks) if rank in self._shapes]
+            if not here:
+                continue
+            device = device_at_rest(
+                self._config,
+                usage,
+                model,
+                granularity=status.granularity,
+                ranks=here,
+                owners=placement.owners,
+            )
+            shares = {}
+            for rank in here:
+                shape = self._shapes[rank]
+                shares[rank] = max(device.targets(shape)[rank], shape.least_chunks)
+            if not only_grow or all(share >= self._chunks[rank] for rank, share in shares.items()):
+                wanted |= shares
+        # Who gives goes first: ranks of one device share what it has.
+        await self._set_sizes({rank: chunks for rank, chunks in wanted.items() if chunks < self._chunks[rank]})
+        await self._set_sizes(wanted)
+
+    async def _set_sizes(self, wanted: Mapping[int, int]) -> None:
+        """Have the ranks that are still there take over these numbers of chunks, all together. Raises WorkerError."""
+        changes = {rank: n for rank, n in wanted.items() if rank in self._chunks and self._chunks[rank] != n}
+        results = await asyncio.gather(
+            *(self._resize(rank, chunks) for rank, chunks in changes.items()), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def drop(self, ranks: Iterable[int]) -> None:
+        """Give back what lies in the HMM for ranks whose processes have ended."""
+        for rank in ranks:
+            self.forget(rank)
+            blocks = await self._hmm.lookup(kind="kv", rank=rank)
+            if blocks:
+                await self._hmm.release([block.block_id for block in blocks])
+
+    async def _resize(self, rank: int, chunks: int) -> None:
+        self._numbers += 1
+        operation = f"kv-{rank}-{self._numbers}"
+        await self._channel.tell_worker(
+            rank, sm.ResizeKv(operation_id=operation, chunks=chunks, timeout_s=self._resize_s)
+        )
+        done = await self._channel.wait_for(sm.KvResized, rank=rank, operation_id=operation)
+        self._chunks[rank] = done.chunks
+
+    def _on(self, device: int, ranks: Iterable[int]) -> list[int]:
+        return [rank for rank in ranks if self._config.device_of(rank) == device]
+
+    def _bytes(self, rank: int) -> int:
+        return self._chunks[rank] * self._shapes[rank].chunk_bytes if rank in self._chunks else 0
+
+    def _incoming(self, plan: Moving, usage: DeviceUsage, status: HmmStatus, joining: Sequence[int]) -> int:
+        """Bytes that will be allocated on the device before anything is given back there."""
+        model = status.model
+        assert model is not None, "ranks serve and the HMM has no model"
+        device_of = self._config.device_of
+        new = sum(
+            device_of(move.target) == usage.device and device_of(move.source) != usage.device for move in plan.moves
+        )
+        dense = bool(self._on(usage.device, joining)) and not usage.by_kind.get("dense")
+        return new * round_up(model.column_bytes, status.granularity) + dense * round_up(
+            model.dense_bytes, status.granularity
+        )

@@ -9,6 +9,8 @@ from enum import Enum
 
 import msgspec
 
+from elasticmoe_sglang.planner import ColumnMove
+
 
 class Phase(str, Enum):
     """Where an operation stands. planned, preparing, committing, finishing, done; or one of two bad ends."""
@@ -34,14 +36,6 @@ class RankState(str, Enum):
     JOINING = "joining"
     RETIRING = "retiring"
     INACTIVE = "inactive"
-
-
-class Move(msgspec.Struct, frozen=True, kw_only=True):
-    """Expert column `column` goes from rank `source` to rank `target`."""
-
-    column: int
-    source: int
-    target: int
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +83,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     ranks_after: list[int]
     joining: list[int]
     retiring: list[int]
-    moves: list[Move]
+    moves: list[ColumnMove]
     epoch: int
     timings: Timings
     created_at: float
