@@ -1,4 +1,4 @@
-"""How much KV each rank has, and the ways to change it: all of a device that weights and headroom leave."""
+"""Sizes of the ranks' KV caches: all device memory that weights and headroom leave."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Protocol
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.worker_channel import WorkerChannel
-from elasticmoe_sglang.hmm.client import AsyncHmmClient
+from elasticmoe_sglang.errors import ElasticMoEError
+from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.vmm.base import round_up
 from elasticmoe_sglang.planner import ColumnMove, KvDevice, KvShape, Placement
 from elasticmoe_sglang.wire import to_worker as sm
@@ -18,33 +19,35 @@ from elasticmoe_sglang.worker.kv_share import device_at_rest, others_of, weights
 
 logger = logging.getLogger(__name__)
 
+_LOOK_S = 2.0
+
 
 class Moving(Protocol):
-    """A plan by which columns move: of a change, or of a recovery."""
+    """The plan of a change or of a recovery."""
 
     @property
     def moves(self) -> Sequence[ColumnMove]: ...
 
 
-class KvPools:
-    """Knows the ranks whose KV cache lies in HMM memory; others are left alone.
+class KvBalancer:
+    """Resizes the KV caches that lie in HMM memory; KV caches that SGLang allocated keep their size.
 
     Args:
-        resize_s: for a rank's scheduler to take over a capacity.
+        resize_s: seconds for a worker's scheduler to adopt a new capacity.
     """
 
-    def __init__(self, config: ElasticConfig, channel: WorkerChannel, hmm: AsyncHmmClient, *, resize_s: float) -> None:
+    def __init__(self, config: ElasticConfig, channel: WorkerChannel, hmm: HmmClient, *, resize_s: float) -> None:
         self._config = config
         self._channel = channel
         self._hmm = hmm
         self._resize_s = resize_s
         self._shapes: dict[int, KvShape] = {}
         self._chunks: dict[int, int] = {}
-        self._numbers = 0
+        self._resizes = 0
         self._busy = asyncio.Lock()
 
     def learn(self, rank: int, state: sm.KvState | None) -> None:
-        """What a worker said when it had booted."""
+        """Note the KV cache that a worker reported when it had booted."""
         self.forget(rank)
         if state is not None:
             self._shapes[rank] = KvShape(
@@ -56,42 +59,44 @@ class KvPools:
             self._chunks[rank] = state.chunks
 
     def forget(self, rank: int) -> None:
-        """The rank's process has ended."""
+        """The rank's worker has exited."""
         self._shapes.pop(rank, None)
         self._chunks.pop(rank, None)
 
     def sizes(self) -> dict[int, int]:
-        """Chunks of each rank, as far as they are in HMM memory."""
+        """Chunks of HMM memory of each rank's KV cache."""
         return dict(self._chunks)
 
     def held(self) -> dict[int, int]:
-        """Bytes of each rank."""
+        """Bytes of HMM memory of each rank's KV cache."""
         return {rank: self._bytes(rank) for rank in self._chunks}
 
     def least_bytes(self) -> int:
-        """What a rank cannot do without, on the rank that needs most."""
+        """The least KV a rank needs, of the rank that needs most."""
         return max((shape.least_chunks * shape.chunk_bytes for shape in self._shapes.values()), default=0)
 
     async def shrink_kv(
         self, plan: Moving, *, ranks: Sequence[int], joining: Sequence[int], retiring: Sequence[int] = ()
     ) -> dict[int, int]:
-        """Shrink the ranks that stay, so that old and new columns fit together; chunks for each joining rank to begin
-        with.
+        """Shrink survivors' KV so that old and new columns fit at the same time.
 
         Args:
-            ranks: who is there afterwards, joining ranks too.
-            joining: those of them that boot now. leaving: ranks that keep their KV for the time being.
+            ranks: the active ranks after the change; joining: those of them that boot for it.
+            retiring: ranks that keep their KV until the change has ended.
+
+        Returns:
+            Chunks for each joining rank to start with.
         """
         async with self._busy:
-            return await self._make_room(plan, ranks, joining, retiring)
+            return await self._shrink_kv(plan, ranks, joining, retiring)
 
-    async def _make_room(
+    async def _shrink_kv(
         self, plan: Moving, ranks: Sequence[int], joining: Sequence[int], retiring: Sequence[int]
     ) -> dict[int, int]:
         if not self._shapes:
             return {}
         shape = next(iter(self._shapes.values()))
-        status = await self._hmm.status()
+        status = await asyncio.to_thread(self._hmm.status)
         wanted: dict[int, int] = {}
         for usage in status.devices:
             here = self._on(usage.device, ranks)
@@ -110,24 +115,37 @@ class KvPools:
         await self._set_sizes({rank: min(self._chunks[rank], wanted[rank]) for rank in staying})
         return {rank: wanted[rank] for rank in joining if rank in wanted}
 
-    async def fill(
+    async def grow_kv(
         self, whose: Callable[[], tuple[Sequence[int], Placement] | None], *, only_grow: bool = False
     ) -> None:
-        """Give each rank all that its device has left while no column moves.
+        """Resize each rank's KV to its share of the device, while no column moves.
 
         Args:
-            whose: the active ranks and the placement, asked when nothing else changes KV; None to leave it be.
-            only_grow: leave devices alone on which a rank would have to give something up.
+            whose: returns the active ranks and the placement, or None to change nothing; called once no other resize
+                runs.
+            only_grow: skip devices on which a rank would have to shrink.
         """
         async with self._busy:
             asked = whose()
             if asked is not None and self._shapes:
-                await self._fill(*asked, only_grow)
+                await self._grow_kv(*asked, only_grow)
 
-    async def _fill(self, ranks: Sequence[int], placement: Placement, only_grow: bool) -> None:
-        status = await self._hmm.status()
+    async def run(self, whose: Callable[[], tuple[Sequence[int], Placement] | None]) -> None:
+        """Grow KV into memory that is released between changes, every few seconds until cancelled."""
+        logged = ""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                await self.grow_kv(whose, only_grow=True)
+                logged = ""
+            except (ElasticMoEError, OSError) as error:
+                if logged != (logged := str(error)):
+                    logger.warning("KV could not grow into all free memory: %s", error)
+
+    async def _grow_kv(self, ranks: Sequence[int], placement: Placement, only_grow: bool) -> None:
+        status = await asyncio.to_thread(self._hmm.status)
         model = status.model
-        assert model is not None, "ranks serve and the HMM has no model"
+        assert model is not None, "the HMM of serving ranks has no model"
         wanted: dict[int, int] = {}
         for usage in status.devices:
             here = [rank for rank in self._on(usage.device, ranks) if rank in self._shapes]
@@ -147,12 +165,12 @@ class KvPools:
                 shares[rank] = max(device.targets(shape)[rank], shape.least_chunks)
             if not only_grow or all(share >= self._chunks[rank] for rank, share in shares.items()):
                 wanted |= shares
-        # Who gives goes first: ranks of one device share what it has.
+        # Shrink before growing: ranks of one device share its memory.
         await self._set_sizes({rank: chunks for rank, chunks in wanted.items() if chunks < self._chunks[rank]})
         await self._set_sizes(wanted)
 
     async def _set_sizes(self, wanted: Mapping[int, int]) -> None:
-        """Have the ranks that are still there take over these numbers of chunks, all together. Raises WorkerError."""
+        """Resize to these numbers of chunks, concurrently, on ranks that still have a worker. Raises WorkerError."""
         changes = {rank: n for rank, n in wanted.items() if rank in self._chunks and self._chunks[rank] != n}
         results = await asyncio.gather(
             *(self._resize(rank, chunks) for rank, chunks in changes.items()), return_exceptions=True
@@ -162,16 +180,16 @@ class KvPools:
                 raise result
 
     async def drop(self, ranks: Iterable[int]) -> None:
-        """Give back what lies in the HMM for ranks whose processes have ended."""
+        """Release the HMM memory of ranks whose workers have exited."""
         for rank in ranks:
             self.forget(rank)
-            blocks = await self._hmm.lookup(kind="kv", rank=rank)
+            blocks = await asyncio.to_thread(self._hmm.lookup, kind="kv", rank=rank)
             if blocks:
-                await self._hmm.release([block.block_id for block in blocks])
+                await asyncio.to_thread(self._hmm.release, [block.block_id for block in blocks])
 
     async def _resize(self, rank: int, chunks: int) -> None:
-        self._numbers += 1
-        operation = f"kv-{rank}-{self._numbers}"
+        self._resizes += 1
+        operation = f"kv-{rank}-{self._resizes}"
         await self._channel.tell_worker(
             rank, sm.ResizeKv(operation_id=operation, chunks=chunks, timeout_s=self._resize_s)
         )
@@ -185,9 +203,9 @@ class KvPools:
         return self._chunks[rank] * self._shapes[rank].chunk_bytes if rank in self._chunks else 0
 
     def _incoming(self, plan: Moving, usage: DeviceUsage, status: HmmStatus, joining: Sequence[int]) -> int:
-        """Bytes that will be allocated on the device before anything is given back there."""
+        """Bytes that the plan allocates on the device before any are released there."""
         model = status.model
-        assert model is not None, "ranks serve and the HMM has no model"
+        assert model is not None, "the HMM of serving ranks has no model"
         device_of = self._config.device_of
         new = sum(
             device_of(move.target) == usage.device and device_of(move.source) != usage.device for move in plan.moves

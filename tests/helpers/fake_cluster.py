@@ -64,7 +64,7 @@ class FakeCluster:
     def coordinator(self, **deadlines: float) -> Coordinator:
         config = ElasticConfig(ep_size=len(self.active), max_ep_size=self.capacity, **deadlines)  # type: ignore[arg-type]
         placement = initial_placement(self.columns, self.active)
-        return Coordinator(config=config, membership=self.members, placement=placement, memory=self, ranks=self)
+        return Coordinator(config=config, membership=self.members, placement=placement, memory=self, workers=self)
 
     async def _enter(self, call: str) -> str | None:
         """Count the call and do what its fault says has to be done first; returns the fault."""
@@ -124,20 +124,20 @@ class FakeCluster:
         return 2 * self.kv_chunk
 
     async def shrink_kv(self, plan: ScalePlan) -> dict[int, int]:
-        how = await self._enter("make_room")
+        how = await self._enter("shrink_kv")
         for rank in plan.survivors:
             self.kv[rank] -= len(plan.incoming(rank))
             await asyncio.sleep(0)
             if how == "hang":
                 break
-        await self._leave("make_room", how)
+        await self._leave("shrink_kv", how)
         return dict.fromkeys(plan.joining, KV_CHUNKS)
 
     async def grow_kv(self) -> None:
-        how = await self._enter("fill_kv")
+        how = await self._enter("grow_kv")
         assert not self.open, "KV would take what the transaction still has"
         self.kv = dict.fromkeys(self.members.ranks, KV_CHUNKS)
-        await self._leave("fill_kv", how)
+        await self._leave("grow_kv", how)
 
     def ranks(self) -> list[RankInfo]:
         return [RankInfo(rank=rank, state=state, device=rank, pid=100 + rank) for rank, state in enumerate(self.states)]

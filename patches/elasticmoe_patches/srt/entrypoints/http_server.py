@@ -10,33 +10,29 @@ _MAIN: frozenset[Process] = frozenset(("main",))
 
 
 def before_setup_and_run(*args: Any, **kwargs: Any) -> None:
-    """All first ranks serve: start the coordinator and put its endpoints in front."""
+    """All first ranks serve: start the coordinator and mount its endpoints in front of SGLang's."""
+    from fastapi import Depends
     from sglang.srt.entrypoints.http_server import app
+    from sglang.srt.utils.auth import AuthLevel, auth_level
 
     from elasticmoe_patches.plugin import verify_for_process
     from elasticmoe_patches.services import services
+    from elasticmoe_sglang.api.router import build_router, mount
 
     verify_for_process("main")
     tokenizer_manager = kwargs["tokenizer_manager"] if "tokenizer_manager" in kwargs else args[1]
-    mount(app, services().start_coordinator(tokenizer_manager), tokenizer_manager)
-
-
-def mount(app: Any, handle: Any, tokenizer_manager: Any) -> None:
-    """Same admin key as SGLang's own endpoint; the first matching route wins."""
-    from fastapi import Depends
-    from sglang.srt.utils.auth import AuthLevel, auth_level
-
-    from elasticmoe_sglang.api.router import build_router
-    from elasticmoe_sglang.api.router import mount as put_in_front
 
     async def with_tokenizer_loop() -> None:
-        # Commands leave, and fences arrive, in this loop; SGLang starts it with the first request otherwise.
+        # Commands are sent and fences received in this event loop; SGLang starts it only with the first request.
         tokenizer_manager.auto_create_handle_loop()
 
     router = build_router(
-        handle, protect=auth_level(AuthLevel.ADMIN_OPTIONAL), dependencies=[Depends(with_tokenizer_loop)]
+        services().start_coordinator(tokenizer_manager),
+        protect=auth_level(AuthLevel.ADMIN_OPTIONAL),  # the level of SGLang's own scaling endpoint
+        dependencies=[Depends(with_tokenizer_loop)],
+        loop=services().loop,
     )
-    put_in_front(app, router)
+    mount(app, router)
 
 
 HOOKS = (
