@@ -169,7 +169,7 @@ def test_is_scaling_while_a_change_runs() -> None:
         ({"retire_ranks": [3]}, "rank 3 is not active"),
         ({"retire_ranks": [9]}, "rank 9 is not active"),
         ({"retire_ranks": [-1]}, "rank -1 is not active"),
-        ({"retire_ranks": [1, 1]}, "named twice"),
+        ({"retire_ranks": [1, 1]}, "is repeated"),
         ({"retire_ranks": 1}, "retire_ranks must be a list of rank numbers like [1, 3] without rank 0, not 1"),
         ({"retire_ranks": ["1"]}, 'list of rank numbers like [1, 3] without rank 0, not ["1"]'),
         ({"retire_ranks": [True]}, "list of rank numbers"),

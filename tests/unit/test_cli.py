@@ -159,7 +159,7 @@ def test_a_server_that_speaks_something_else(capsys: pytest.CaptureFixture[str])
     app.get("/elastic_ep/status")(lambda: {"status": "fine"})
     with http_server(app) as port:
         assert run(port, "status") == 3
-    assert "is no elastic server" in capsys.readouterr().err
+    assert "is not that of an elastic server" in capsys.readouterr().err
 
 
 def test_the_hmm_is_away(capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,9 +182,9 @@ def test_the_key_is_sent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     mount(app, build_router(FakeCluster().coordinator()))
     with http_server(app) as port:
         assert run(port, "status") == 2
-        assert "Give its key with --admin-key" in capsys.readouterr().err
+        assert "Pass its key with --admin-key" in capsys.readouterr().err
         assert run(port, "status", "--admin-key", "wrong") == 2
-        assert "not the right one" in capsys.readouterr().err
+        assert "key is wrong" in capsys.readouterr().err
         assert run(port, "status", "--admin-key", "secret") == 0
         monkeypatch.setenv("ELASTICMOE_ADMIN_KEY", "secret")
         monkeypatch.setenv("ELASTICMOE_URL", f"http://localhost:{port}")
