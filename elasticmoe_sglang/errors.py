@@ -1,38 +1,5 @@
-"""The errors that this project raises.
-
-ElasticMoEError
-├── UserInputError (also ValueError)      a request or setting is malformed or impossible; HTTP 400
-│   ├── PlanError                         the target is no legal membership
-│   ├── UnsupportedFeature                the model or a flag is not supported
-│   └── BudgetExceeded                    experts or KV do not fit the devices' budgets
-├── OperationInProgress                   another change is running; HTTP 409
-├── HmmError                              the HMM refused a call or failed
-│   ├── HmmUnavailable                    no HMM answers at the endpoint; HTTP 503
-│   ├── ModelMismatch                     the HMM holds a different model, dtype or revision
-│   ├── BlockNotFound                     the block does not exist or was released
-│   ├── RegionMismatch                    a shared region exists with another size
-│   ├── SealTimeout                       blocks were not sealed in time
-│   ├── TransactionError                  a transaction is unknown, ended, expired or another client's
-│   │   └── UndoFailed                    a step could not be undone; memory may be left over
-│   └── ProtocolError                     a malformed or unexpected message
-│       └── MalformedMessage              bytes that are no valid message
-├── VmmError                              a virtual-memory call failed
-│   └── DriverError                       a device driver answered with an error code
-│       ├── BadDriverCall                 the call broke a rule of the driver
-│       ├── OutOfDeviceMemory             the device has no room left
-│       ├── DriverRefused                 the process lacks the permission
-│       ├── DriverUnsupported             the driver or the device does not support the call
-│       └── DeviceFault                   the device or its driver is broken
-├── CollectiveError                       a collective of the ranks failed
-│   ├── PeerTimeout                       a rank missed the deadline of a collective
-│   ├── PeerDied                          a rank's worker has died
-│   ├── CollectiveMismatch                ranks called different collectives, or with different sizes
-│   └── RankInactive                      the root or peer is not an active rank
-├── CommitError                           the commit barrier did not commit; the change is rolled back
-├── PhaseTimeout                          a phase of a change took longer than its deadline
-├── WorkerError                           a worker failed, or its part of a change did
-└── HookError                             SGLang is not what the hooks were written for; ends the launch
-"""
+"""The errors that this project raises: classes below ElasticMoEError, as the HTTP API and the command line tell them
+apart."""
 
 from __future__ import annotations
 
@@ -81,7 +48,7 @@ def _rebuild(cls: type[ElasticMoEError], state: dict[str, object], args: tuple[o
 
 
 class UserInputError(ElasticMoEError, ValueError):
-    """A request or setting is malformed or impossible."""
+    """A request or setting is malformed or impossible; HTTP 400."""
 
 
 class PlanError(UserInputError):
@@ -120,11 +87,11 @@ class BudgetExceeded(UserInputError):
 
 
 class OperationInProgress(ElasticMoEError):
-    """Another change is running; one runs at a time."""
+    """Another change is running, and one runs at a time; HTTP 409."""
 
 
 class HmmError(ElasticMoEError):
-    """The HMM refused a call or failed."""
+    """The HMM refused a call or failed; HTTP 503."""
 
 
 class HmmUnavailable(HmmError):
@@ -236,4 +203,4 @@ class WorkerError(ElasticMoEError):
 
 
 class HookError(ElasticMoEError):
-    """SGLang is not what the hooks were written for."""
+    """SGLang is not what the hooks were written for; ends the launch."""

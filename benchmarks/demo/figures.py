@@ -16,7 +16,7 @@ import msgspec
 
 from benchmarks.demo.scenario import Change, Progress
 from benchmarks.streams import StreamRecord
-from elasticmoe_sglang.api.types import Operation, Phase
+from elasticmoe_sglang.coordinator.status import Operation, Phase
 
 RATE_BIN_S = 0.5
 # What a change does to a stream may show up to here after the operation has ended.

@@ -12,8 +12,9 @@ from fastapi.params import Depends
 from starlette.requests import ClientDisconnect
 
 from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, target_of
-from elasticmoe_sglang.api.types import ErrorBody, Operation, OperationList, Phase, ScalingState, Status
-from elasticmoe_sglang.coordinator import Coordinator
+from elasticmoe_sglang.api.types import ErrorBody, OperationList, ScalingState
+from elasticmoe_sglang.coordinator.coordinator import Coordinator
+from elasticmoe_sglang.coordinator.status import Operation, Phase, Status
 from elasticmoe_sglang.errors import ElasticMoEError, HmmError, OperationInProgress, UserInputError
 from elasticmoe_sglang.event_loop import run_in
 

@@ -1,4 +1,4 @@
-"""The payloads of the HTTP API, for the server and for clients; imports neither torch nor SGLang."""
+"""Payloads of the HTTP API besides the coordinator's reports (`coordinator.status`), for the server and for clients."""
 
 from __future__ import annotations
 
@@ -6,34 +6,8 @@ from typing import Annotated
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from elasticmoe_sglang.coordinator.status import (
-    DeviceMemory,
-    DevicePeak,
-    MemoryStatus,
-    Operation,
-    Phase,
-    RankInfo,
-    RankState,
-    Status,
-    Timings,
-)
+from elasticmoe_sglang.coordinator.status import Operation
 from elasticmoe_sglang.errors import UserInputError
-
-__all__ = [
-    "DeviceMemory",
-    "DevicePeak",
-    "ErrorBody",
-    "MemoryStatus",
-    "Operation",
-    "OperationList",
-    "Phase",
-    "RankInfo",
-    "RankState",
-    "ScaleRequest",
-    "ScalingState",
-    "Status",
-    "Timings",
-]
 
 SCALE_USAGE = (
     'Send {"new_ep_size": n}, {"new_data_parallel_size": n} or {"retire_ranks": [i, ...]}, '

@@ -16,8 +16,9 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from elasticmoe_sglang.api.types import Operation, OperationList, ScaleRequest, Status
+from elasticmoe_sglang.api.types import OperationList, ScaleRequest
 from elasticmoe_sglang.cli.exits import ServerRefused, ServerUnreachable
+from elasticmoe_sglang.coordinator.status import Operation, Status
 
 URL_VARIABLE = "ELASTICMOE_URL"
 KEY_VARIABLE = "ELASTICMOE_ADMIN_KEY"

@@ -6,9 +6,10 @@ import argparse
 
 import msgspec
 
-from elasticmoe_sglang.api.types import Operation, OperationList
+from elasticmoe_sglang.api.types import OperationList
 from elasticmoe_sglang.cli.client import ServerClient, add_server_arguments
 from elasticmoe_sglang.cli.exits import OK
+from elasticmoe_sglang.coordinator.status import Operation
 
 _TEXT = "List the latest changes of a running server, or show one of them."
 

@@ -7,7 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from elasticmoe_sglang.api.types import Operation, Phase
+from elasticmoe_sglang.coordinator.status import Operation, Phase
 from elasticmoe_sglang.units import format_bytes
 
 # Percentage at the start of each phase; preparing takes most of the time.

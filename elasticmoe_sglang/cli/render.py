@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from elasticmoe_sglang.api.types import DeviceMemory, MemoryStatus, Operation, Phase, RankState, Status
+from elasticmoe_sglang.coordinator.status import DeviceMemory, MemoryStatus, Operation, Phase, RankState, Status
 from elasticmoe_sglang.units import format_bytes
 
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")

@@ -8,9 +8,10 @@ import uuid
 
 import msgspec
 
-from elasticmoe_sglang.api.types import Operation, Phase, ScaleRequest
+from elasticmoe_sglang.api.types import ScaleRequest
 from elasticmoe_sglang.cli.client import ServerClient, add_server_arguments
 from elasticmoe_sglang.cli.exits import FAILED, OK
+from elasticmoe_sglang.coordinator.status import Operation, Phase
 
 _TEXT = "Change the expert-parallel size of a running server, or retire ranks."
 

@@ -5,35 +5,3 @@ Receives a target from the api [1], has the planner [3] turn it into a plan, and
 back, each step exactly once. After a failure behind the commit the new membership stays and the operation ends as
 failed.
 """
-
-from elasticmoe_sglang.coordinator.coordinator import HISTORY, Coordinator
-from elasticmoe_sglang.coordinator.ports import JoinPlan, MemoryPort, SglangPort, WorkersPort
-from elasticmoe_sglang.coordinator.status import (
-    CommitReport,
-    DeviceMemory,
-    MemoryStatus,
-    Operation,
-    Phase,
-    PullReport,
-    RankInfo,
-    RankState,
-    Status,
-)
-
-__all__ = [
-    "HISTORY",
-    "CommitReport",
-    "Coordinator",
-    "DeviceMemory",
-    "JoinPlan",
-    "MemoryPort",
-    "MemoryStatus",
-    "Operation",
-    "Phase",
-    "PullReport",
-    "RankInfo",
-    "RankState",
-    "SglangPort",
-    "Status",
-    "WorkersPort",
-]

@@ -148,7 +148,7 @@ class Change:
             now = self._workers.membership()
             after = self._plan.after
             committed = (now.ranks, now.epoch) == (after.ranks, after.epoch)
-            return CommitReport(committed=committed, epoch=now.epoch, reason=_text(error))
+            return CommitReport(committed=committed, reason=_text(error))
         return reports[0]
 
     async def _finish(self) -> list[str]:

@@ -169,7 +169,6 @@ class PullReport:
 
     columns: int
     bytes: int
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,13 +176,11 @@ class CommitReport:
     """The outcome of the commit barrier.
 
     Attributes:
-        epoch: the current epoch, the old one when not committed.
         pause_ms: milliseconds by which the commit delayed each rank.
         reason: why it was not committed.
     """
 
     committed: bool
-    epoch: int
     pause_ms: Mapping[int, float] = field(default_factory=dict)
     reason: str | None = None
 

@@ -152,17 +152,16 @@ class Workers:
         )
         self._channel.forget(lambda message: getattr(message, "rank", None) == rank)
         self._channel.tell_imm(imm.Assign(rank=rank, join_spec=encode_join_spec(message)))
-        started = time.monotonic()
         hello = await self._channel.wait_for(sm.Hello, rank=rank)
         if hello.checkpoint_bytes:
             logger.warning("rank %d read %d bytes of the checkpoint to join", rank, hello.checkpoint_bytes)
-        return PullReport(columns=len(join_spec.moves), bytes=hello.pulled_bytes, seconds=time.monotonic() - started)
+        return PullReport(columns=len(join_spec.moves), bytes=hello.pulled_bytes)
 
     async def pull(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
         pulls = tuple(sm.ColumnPull(column=move.column, source=self._config.device_of(move.source)) for move in moves)
         await self._channel.tell_worker(rank, sm.PullColumns(operation_id=txn, txn=txn, columns=pulls))
         pulled = await self._channel.wait_for(sm.Pulled, rank=rank, operation_id=txn)
-        return PullReport(columns=pulled.columns, bytes=pulled.bytes, seconds=pulled.seconds)
+        return PullReport(columns=pulled.columns, bytes=pulled.bytes)
 
     async def drop(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> None:
         if rank not in self._pids:
@@ -203,10 +202,10 @@ class Workers:
         await self._settle(plan, committed)
         if not committed:
             reason = next((report.reason for report in reports if report.reason), "the commit barrier decided to abort")
-            return CommitReport(committed=False, epoch=plan.before.epoch, reason=reason)
+            return CommitReport(committed=False, reason=reason)
         await self._wait_for_pauses(plan)
         pauses = {report.rank: self.pauses.get(report.rank, report.barrier_ms) for report in reports}
-        return CommitReport(committed=True, epoch=plan.after.epoch, pause_ms=pauses)
+        return CommitReport(committed=True, pause_ms=pauses)
 
     async def _settle(self, plan: ScalePlan, committed: bool) -> None:
         if committed:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.coordinator import (
+from elasticmoe_sglang.coordinator.coordinator import Coordinator
+from elasticmoe_sglang.coordinator.ports import JoinPlan
+from elasticmoe_sglang.coordinator.status import (
     CommitReport,
-    Coordinator,
     DeviceMemory,
-    JoinPlan,
     MemoryStatus,
     PullReport,
     RankInfo,
@@ -169,7 +169,7 @@ class FakeCluster:
             await asyncio.sleep(0)
         await self._leave(call, how)
         short = how == "short"
-        return PullReport(columns=len(moves) - short, bytes=(len(moves) - short) * COLUMN, seconds=0.001)
+        return PullReport(columns=len(moves) - short, bytes=(len(moves) - short) * COLUMN)
 
     async def drop(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> None:
         how = await self._enter(f"drop {rank}")
@@ -181,7 +181,7 @@ class FakeCluster:
             return await self._commit_memory(plan)
         how = await self._enter("ranks.commit")
         if self.commit_verdict is not None:
-            return CommitReport(committed=False, epoch=plan.before.epoch, reason=self.commit_verdict)
+            return CommitReport(committed=False, reason=self.commit_verdict)
         if how == "hang":
             await self._leave("ranks.commit", how)
         for column, owner in enumerate(plan.placement_after.owners):
@@ -193,7 +193,7 @@ class FakeCluster:
             self.states[rank] = RankState.RETIRING
         await self._leave("ranks.commit", how)
         pause = {rank: 1.0 + rank for rank in plan.after.ranks}
-        return CommitReport(committed=True, epoch=plan.after.epoch, pause_ms=pause)
+        return CommitReport(committed=True, pause_ms=pause)
 
     async def _commit_memory(self, txn: str) -> list[int]:
         how = await self._enter("hmm.commit")

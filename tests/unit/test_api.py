@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, target_of
 from elasticmoe_sglang.api.router import build_router, mount
-from elasticmoe_sglang.api.types import Operation, Phase, ScalingState, Status
+from elasticmoe_sglang.api.types import ScalingState
+from elasticmoe_sglang.coordinator.status import Operation, Phase, Status
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.planner import RetireRanks, ScaleTo
 from tests.helpers.fake_cluster import COLUMN, FakeCluster

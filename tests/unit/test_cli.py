@@ -22,12 +22,12 @@ from fastapi.responses import JSONResponse
 from rich.console import Console
 
 from elasticmoe_sglang.api.router import build_router, mount
-from elasticmoe_sglang.api.types import MemoryStatus, Operation, Phase, Status
 from elasticmoe_sglang.cli import serve
 from elasticmoe_sglang.cli.main import main
 from elasticmoe_sglang.cli.progress import OperationProgress, completion
 from elasticmoe_sglang.cli.render import draw_placement, operations_table, status_view
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
+from elasticmoe_sglang.coordinator.status import MemoryStatus, Operation, Phase, Status
 from elasticmoe_sglang.launch_config import load_launch_config
 from tests.helpers.fake_cluster import FakeCluster
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elasticmoe_sglang.coordinator import HISTORY, Coordinator, Operation, Phase, RankState
+from elasticmoe_sglang.coordinator.coordinator import HISTORY, Coordinator
+from elasticmoe_sglang.coordinator.status import Operation, Phase, RankState
 from elasticmoe_sglang.errors import (
     BudgetExceeded,
     HmmUnavailable,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.coordinator import Coordinator, Phase
+from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.hmm_failover import HmmFailover
+from elasticmoe_sglang.coordinator.status import Phase
 from elasticmoe_sglang.errors import HmmUnavailable, ModelMismatch
 from elasticmoe_sglang.planner import ScaleTo
 from elasticmoe_sglang.wire.to_hmm import Block
