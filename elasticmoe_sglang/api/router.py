@@ -11,8 +11,14 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.params import Depends
 from starlette.requests import ClientDisconnect
 
-from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, target_of
-from elasticmoe_sglang.api.types import ErrorBody, OperationList, ScalingState
+from elasticmoe_sglang.api.types import (
+    MAX_BODY_BYTES,
+    ErrorBody,
+    OperationList,
+    ScalingState,
+    parse_scale_request,
+    target_of,
+)
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.status import Operation, Phase, Status
 from elasticmoe_sglang.errors import ElasticMoEError, HmmError, OperationInProgress, UserInputError

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
+import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from elasticmoe_sglang.coordinator.status import Operation
 from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.planner import RetireRanks, ScaleTo, Target
 
+MAX_BODY_BYTES = 16 << 10
 SCALE_USAGE = (
     'Send {"new_ep_size": n}, {"new_data_parallel_size": n} or {"retire_ranks": [i, ...]}, '
     'and optionally "operation_id" and "wait"'
@@ -19,7 +22,7 @@ _Positive = Annotated[Annotated[int, Meta(ge=1)] | UnsetType, Meta(description="
 class ScaleRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Body of POST /scale_elastic_ep. Exactly one of the first three fields is given.
 
-    The description of a field completes the sentence "<field> must be ..." of a 400 response.
+    `parse_scale_request` checks the constraints; a field's description completes its sentence "<field> must be ...".
 
     Attributes:
         new_ep_size: number of active ranks (SGLang's name).
@@ -51,6 +54,46 @@ class ScaleRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise UserInputError(f"{given[0]} and {given[1]} were given together", hint=SCALE_USAGE)
         if self.drain_timeout is not UNSET and self.new_data_parallel_size is UNSET:
             raise UserInputError("drain_timeout goes with new_data_parallel_size only", hint=SCALE_USAGE)
+
+
+_FIELDS = get_type_hints(ScaleRequest, include_extras=True)
+
+
+def parse_scale_request(body: bytes) -> ScaleRequest:
+    """Raises UserInputError for a malformed request; whether the change is possible is for the planner to decide."""
+    if len(body) > MAX_BODY_BYTES:
+        raise UserInputError(f"the body is larger than {MAX_BODY_BYTES} bytes", hint=SCALE_USAGE)
+    try:
+        values = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserInputError("the body is not JSON", hint=SCALE_USAGE) from error
+    if not isinstance(values, dict):
+        raise UserInputError(f"the body must be a JSON object, not {_shown(values)}", hint=SCALE_USAGE)
+    for name, value in values.items():
+        if name not in _FIELDS:
+            raise UserInputError(f"unknown field {_shown(name)}", hint=SCALE_USAGE)
+        # Field by field, because msgspec's own error neither shows the value nor says what is allowed.
+        try:
+            msgspec.convert(value, _FIELDS[name])
+        except msgspec.ValidationError:
+            (meta,) = _FIELDS[name].__metadata__
+            raise UserInputError(f"{name} must be {meta.description}, not {_shown(value)}") from None
+    return ScaleRequest(**values)
+
+
+def target_of(request: ScaleRequest) -> Target:
+    """The planner's target for a request; requests with the same meaning give equal targets."""
+    if request.retire_ranks is not UNSET:
+        return RetireRanks(ranks=tuple(sorted(request.retire_ranks)))
+    size = request.new_data_parallel_size if request.new_ep_size is UNSET else request.new_ep_size
+    assert size is not UNSET, "ScaleRequest was built without a target"
+    return ScaleTo(size=size)
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON, cut after 40 characters."""
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 class ScalingState(Struct, frozen=True, kw_only=True):

@@ -14,9 +14,8 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, target_of
 from elasticmoe_sglang.api.router import build_router, mount
-from elasticmoe_sglang.api.types import ScalingState
+from elasticmoe_sglang.api.types import MAX_BODY_BYTES, ScalingState, parse_scale_request, target_of
 from elasticmoe_sglang.coordinator.status import Operation, Phase, Status
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.planner import RetireRanks, ScaleTo
