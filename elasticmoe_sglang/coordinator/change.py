@@ -7,11 +7,12 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
+from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.ports import JoinPlan, MemoryPort, WorkersPort
 from elasticmoe_sglang.coordinator.status import CommitReport, Phase, PullReport, RunningOperation
 from elasticmoe_sglang.errors import ElasticMoEError, PhaseTimeout, WorkerError
-from elasticmoe_sglang.planner import ColumnMove, ScalePlan
+from elasticmoe_sglang.planner import ColumnMove, Placement
 from elasticmoe_sglang.undo import UndoLog
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 _COMMIT_ANSWER_S = 1.0
 
 # A description for error messages, and the call.
-Step = tuple[str, Callable[[], Awaitable[None]]]
+Step = tuple[str, Callable[[], Awaitable[object]]]
 
 
 class Change:
@@ -38,7 +39,7 @@ class Change:
         memory: MemoryPort,
         workers: WorkersPort,
         config: ElasticConfig,
-        on_committed: Callable[[ScalePlan], None],
+        on_committed: Callable[[Membership, Placement], None],
     ) -> None:
         self._operation = operation
         self._plan = operation.plan
@@ -47,8 +48,8 @@ class Change:
         self._config = config
         self._on_committed = on_committed
         self._txn: str | None = None
-        self._worker_undo: UndoLog[Awaitable[None]] = UndoLog(operation.operation_id)
-        self._memory_undo: UndoLog[Awaitable[None]] = UndoLog(operation.operation_id)
+        self._worker_undo: UndoLog[Awaitable[object]] = UndoLog(operation.operation_id)
+        self._memory_undo: UndoLog[Awaitable[object]] = UndoLog(operation.operation_id)
         self._preparing: asyncio.Future[None] | None = None
         self._interrupted: str | None = None
 
@@ -72,7 +73,7 @@ class Change:
         if not report.committed:
             await self._roll_back(report.reason or "the commit barrier did not commit")
             return
-        self._on_committed(self._plan)
+        self._on_committed(self._plan.after, self._plan.placement_after)
         operation.advance(Phase.FINISHING)
         problems = await self._finish()
         if problems:
@@ -112,11 +113,8 @@ class Change:
             kv_chunks=kv_chunks,
             deadline_s=self._config.prepare_deadline_s,
         )
-        self._worker_undo.record(f"dismiss joining rank {rank}", lambda: self._dismiss_joining(rank))
+        self._worker_undo.record(f"dismiss joining rank {rank}", lambda: self._workers.dismiss(rank))
         self._count(rank, join_spec.moves, await self._workers.boot(rank, join_spec))
-
-    async def _dismiss_joining(self, rank: int) -> None:
-        await self._workers.dismiss(rank)
 
     async def _pull(self, rank: int, txn: str, moves: tuple[ColumnMove, ...]) -> None:
         self._worker_undo.record(
@@ -204,7 +202,7 @@ class Change:
             One sentence for each step that failed.
         """
 
-        async def attempt(what: str, step: Callable[[], Awaitable[None]]) -> str | None:
+        async def attempt(what: str, step: Callable[[], Awaitable[object]]) -> str | None:
             try:
                 await _within(self._config.finish_deadline_s, what, [_awaited(step)])
             except Exception as error:
@@ -216,7 +214,7 @@ class Change:
         return [result for result in results if result is not None]
 
 
-async def _awaited(step: Callable[[], Awaitable[None]]) -> None:
+async def _awaited(step: Callable[[], Awaitable[object]]) -> None:
     await step()
 
 

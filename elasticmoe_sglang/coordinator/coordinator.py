@@ -143,7 +143,7 @@ class Coordinator:
                 memory=self._memory,
                 workers=self._workers,
                 config=self._config,
-                on_committed=self._adopt,
+                on_committed=self.adopt,
             )
             self._change = change
             self._task = asyncio.get_running_loop().create_task(self._run(change, operation))
@@ -164,9 +164,6 @@ class Coordinator:
                 ended.timings.total_ms,
                 ended.error,
             )
-
-    def _adopt(self, plan: ScalePlan) -> None:
-        self.adopt(plan.after, plan.placement_after)
 
     def adopt(self, membership: Membership, placement: Placement) -> None:
         """Set the current membership and placement."""

@@ -189,12 +189,8 @@ class KvBalancer:
 
     async def _resize(self, rank: int, chunks: int) -> None:
         self._resizes += 1
-        operation = f"kv-{rank}-{self._resizes}"
-        await self._channel.tell_worker(
-            rank, sm.ResizeKv(operation_id=operation, chunks=chunks, timeout_s=self._resize_s)
-        )
-        done = await self._channel.wait_for(sm.KvResized, rank=rank, operation_id=operation)
-        self._chunks[rank] = done.chunks
+        message = sm.ResizeKv(operation_id=f"kv-{rank}-{self._resizes}", chunks=chunks, timeout_s=self._resize_s)
+        self._chunks[rank] = (await self._channel.ask(rank, message, sm.KvResized)).chunks
 
     def _on(self, device: int, ranks: Iterable[int]) -> list[int]:
         return [rank for rank in ranks if self._config.device_of(rank) == device]

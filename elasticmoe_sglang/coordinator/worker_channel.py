@@ -19,6 +19,7 @@ from elasticmoe_sglang.wire import to_worker as sm
 logger = logging.getLogger(__name__)
 
 Incoming = sm.Message | imm.Message
+Command = sm.PullColumns | sm.DropColumns | sm.OfferMemory | sm.ResizeKv
 _IncomingT = TypeVar("_IncomingT", bound=Incoming)
 _BACKLOG = 1024
 
@@ -83,6 +84,11 @@ class WorkerChannel:
             await self._router.send_multipart([identity, sm.encode(message)])
         except zmq.ZMQError as error:
             raise WorkerError(f"the worker of rank {rank} is not connected to the coordinator", rank=rank) from error
+
+    async def ask(self, rank: int, message: Command, reply: type[_IncomingT]) -> _IncomingT:
+        """Send a message and wait for the worker's reply to its operation. Raises WorkerError."""
+        await self.tell_worker(rank, message)
+        return await self.wait_for(reply, rank=rank, operation_id=message.operation_id)
 
     def forget(self, wanted: Callable[[Incoming], bool]) -> None:
         """Drop matching messages that nobody has waited for."""

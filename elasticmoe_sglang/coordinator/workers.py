@@ -158,19 +158,22 @@ class Workers:
         return PullReport(columns=len(join_spec.moves), bytes=hello.pulled_bytes)
 
     async def pull(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
-        pulls = tuple(sm.ColumnPull(column=move.column, source=self._config.device_of(move.source)) for move in moves)
-        await self._channel.tell_worker(rank, sm.PullColumns(operation_id=txn, txn=txn, columns=pulls))
-        pulled = await self._channel.wait_for(sm.Pulled, rank=rank, operation_id=txn)
+        pulled = await self._pull(rank, moves, operation_id=txn, txn=txn)
         return PullReport(columns=pulled.columns, bytes=pulled.bytes)
 
-    async def drop(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> None:
-        if rank not in self._pids:
-            return  # its mappings ended with it
-        columns = tuple(move.column for move in moves)
-        await self._channel.tell_worker(
-            rank, sm.DropColumns(operation_id=f"drop-{txn}", columns=columns, release=False)
+    async def _pull(self, rank: int, moves: Sequence[ColumnMove], *, operation_id: str, txn: str) -> sm.Pulled:
+        pulls = tuple(sm.ColumnPull(column=move.column, source=self._config.device_of(move.source)) for move in moves)
+        return await self._channel.ask(
+            rank, sm.PullColumns(operation_id=operation_id, txn=txn, columns=pulls), sm.Pulled
         )
-        await self._channel.wait_for(sm.Dropped, rank=rank, operation_id=f"drop-{txn}")
+
+    async def drop(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> None:
+        await self._unmap(rank, [move.column for move in moves], operation_id=f"drop-{txn}", release=False)
+
+    async def _unmap(self, rank: int, columns: Sequence[int], *, operation_id: str, release: bool) -> None:
+        if rank in self._pids:  # otherwise the worker has exited, and its mappings ended with it
+            message = sm.DropColumns(operation_id=operation_id, columns=tuple(columns), release=release)
+            await self._channel.ask(rank, message, sm.Dropped)
 
     # -- commit -------------------------------------------------------------------------------------------------
 
@@ -232,12 +235,7 @@ class Workers:
     # -- finish -------------------------------------------------------------------------------------------------
 
     async def release(self, rank: int, columns: Sequence[int]) -> None:
-        if rank in self._pids:
-            operation = f"release-{rank}-{time.monotonic_ns()}"
-            await self._channel.tell_worker(
-                rank, sm.DropColumns(operation_id=operation, columns=tuple(columns), release=True)
-            )
-            await self._channel.wait_for(sm.Dropped, rank=rank, operation_id=operation)
+        await self._unmap(rank, columns, operation_id=f"release-{rank}-{time.monotonic_ns()}", release=True)
         device = self._config.device_of(rank)
         # A column that moved to another rank of the same device keeps its memory.
         gone = [c for c in columns if self._config.device_of(self._placement.owners[c]) != device]
@@ -279,12 +277,9 @@ class Workers:
         """
         operation_id = f"offer-{time.monotonic_ns()}"
         ranks = [rank for rank in self.membership().ranks if rank in self._pids]
-        for rank in ranks:
-            await self._channel.tell_worker(rank, sm.OfferMemory(operation_id=operation_id))
-        offered = await asyncio.gather(
-            *(self._channel.wait_for(sm.Offered, rank=rank, operation_id=operation_id) for rank in ranks)
-        )
-        return sum(message.blocks for message in offered)
+        message = sm.OfferMemory(operation_id=operation_id)
+        offered = await asyncio.gather(*(self._channel.ask(rank, message, sm.Offered) for rank in ranks))
+        return sum(reply.blocks for reply in offered)
 
     # -- a rank's death -----------------------------------------------------------------------------------------
 
@@ -301,7 +296,11 @@ class Workers:
         first = await self._kv.shrink_kv(plan, ranks=plan.membership.ranks, joining=plan.replaced)
         await asyncio.gather(
             *(self._replace(rank, plan, operation_id, first.get(rank, 0)) for rank in plan.replaced),
-            *(self._take_over(rank, plan, operation_id) for rank in plan.survivors if plan.incoming(rank)),
+            *(
+                self._pull(rank, moves, operation_id=operation_id, txn="")
+                for rank in plan.survivors
+                if (moves := plan.incoming(rank))
+            ),
         )
         members = plan.membership.ranks
         command = sm.Recover(
@@ -350,14 +349,6 @@ class Workers:
         self._channel.forget(lambda message: getattr(message, "rank", None) == rank)
         self._channel.tell_imm(imm.Assign(rank=rank, join_spec=encode_join_spec(join_spec)))
         await self._channel.wait_for(sm.Hello, rank=rank)
-
-    async def _take_over(self, rank: int, plan: RecoveryPlan, operation_id: str) -> None:
-        pulls = tuple(
-            sm.ColumnPull(column=move.column, source=self._config.device_of(move.source))
-            for move in plan.incoming(rank)
-        )
-        await self._channel.tell_worker(rank, sm.PullColumns(operation_id=operation_id, txn="", columns=pulls))
-        await self._channel.wait_for(sm.Pulled, rank=rank, operation_id=operation_id)
 
     async def _resend(self, operation_id: str, *, forget: int) -> int:
         """Send again the requests that are open and on no rank, without a change of membership."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -231,6 +233,31 @@ def test_our_routes_win_and_run_their_dependencies() -> None:
         assert client.get("/elastic_ep/status").json()["membership"] == [0, 1]
         assert client.get("/openapi.json").status_code == 200
     assert calls == [True]
+
+
+def test_a_coordinator_in_the_loop_of_another_thread() -> None:
+    threads = set()
+
+    class Cluster(FakeCluster):
+        async def begin(self, operation_id: str) -> str:
+            threads.add(threading.get_ident())
+            return await super().begin(operation_id)
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        app = FastAPI()
+        mount(app, build_router(Cluster().coordinator(), loop=loop))
+        with TestClient(app) as client:
+            assert scale(client, new_ep_size=3, wait=True).phase is Phase.DONE
+            assert client.get("/elastic_ep/status").json()["membership"] == [0, 1, 2]
+            assert "from 1 to 4" in refusal(client, {"new_ep_size": 5}, 400)
+        assert threads == {thread.ident}
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
 
 
 def test_vllms_clients_may_send_their_drain_timeout(client: TestClient) -> None:
