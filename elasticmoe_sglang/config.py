@@ -13,7 +13,7 @@ from elasticmoe_sglang.units import parse_bytes
 FLAG_PREFIX = "--elasticmoe-"
 _ENDPOINT_SCHEMES = ("ipc://", "tcp://")
 ABLATIONS = ("standby", "handles", "zero-copy", "peer-copy")
-"""Mechanisms of a change that `--elasticmoe-ablate` switches off, to measure what each is worth."""
+"""Mechanisms that `--elasticmoe-ablate` switches off, to measure the effect of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,53 +25,53 @@ class ElasticConfig:
     """
 
     ep_size: int
-    """Ranks that are active when the server starts: the expert-parallel size to begin with."""
+    """Active ranks when the server starts: the initial expert-parallel size."""
 
     max_ep_size: int
-    """Ranks that exist. SGLang runs with tp = dp = ep of this size; no change can go beyond it."""
+    """All ranks, active or not: SGLang runs with tp = dp = ep = max_ep_size, the upper limit of every change."""
 
     ranks_per_device: int = 1
-    """Ranks that share one device: rank i sits on device i // ranks_per_device."""
+    """Ranks that share one device: rank i uses device i // ranks_per_device."""
 
     standbys: int = 1
-    """Processes kept warm (SGLang imported, waiting), so that a joining rank does not pay for the start of one."""
+    """Standby workers (SGLang imported, waiting), so that a joining rank does not wait for the start of a process."""
 
     hmm_endpoint: str | None = None
-    """Endpoint of a running HMM, ipc://PATH. None: the server starts one and takes it down again."""
+    """Endpoint of a running HMM, ipc://PATH. None: the server starts one and stops it at its end."""
 
     device_budget: int | None = None
-    """Bytes of each device that the HMM may hand out. None: what the device offers."""
+    """Bytes of each device that the HMM may allocate. None: all its memory."""
 
     headroom: str = "0.01"
-    """What KV caches leave unused of each device: a fraction of its budget such as 0.02, or a size such as 2GiB."""
+    """Memory of each device that KV caches leave unused: a fraction of its budget like 0.02, or a size like 2GiB."""
 
     kv_tokens: int | None = None
-    """The most KV tokens of one rank. None: as many as the device has room for, or SGLang's --max-total-tokens."""
+    """Upper limit of one rank's KV tokens. None: SGLang's --max-total-tokens, or else the device's memory."""
 
     run_dir: str | None = None
-    """Folder for the sockets, made with mode 0700. None: a fresh one for each launch."""
+    """Folder for the sockets, created with mode 0700. None: a new one for each launch."""
 
     prepare_deadline_s: float = 120.0
-    """Seconds for boot, attach and column pulls of one change before it is rolled back. Serving goes on meanwhile."""
+    """Seconds for boot, attach and column pulls of a change before it is rolled back. Serving continues meanwhile."""
 
     commit_deadline_s: float = 10.0
-    """Seconds in which all ranks have to meet at the commit barrier; a running batch and its prefill count too."""
+    """Seconds for all ranks to meet at the commit barrier, including the batch that is running."""
 
     finish_deadline_s: float = 30.0
-    """Seconds for giving departed columns back and for retiring ranks to exit; also for each undo step of a
-    rollback."""
+    """Seconds for releasing columns that moved away and for retiring ranks' workers to exit; also for each undo step
+    of a rollback."""
 
     pull_bandwidth: int | None = None
-    """Bytes a second that one rank may pull during a change, to protect serving. None: no limit."""
+    """Bytes per second that one rank may pull during a change, to protect serving. None: no limit."""
 
     collective_deadline_s: float = 60.0
-    """Seconds that a collective waits for a rank before it raises `PeerTimeout` naming that rank."""
+    """Seconds that a collective waits for a rank before it raises `PeerTimeout`, which names the rank."""
 
     window_bytes: int = 4 << 20
-    """Bytes of one rank's window in the shared region of a process group; larger messages go in chunks."""
+    """Bytes of one rank's window in the shared region of a process group; larger messages are split."""
 
     ablate: str = ""
-    """Names out of `ABLATIONS`, comma-separated: a joining rank does without these. For measurements only."""
+    """Names from `ABLATIONS`, comma-separated: mechanisms that joining ranks do not use. For measurements only."""
 
     def __post_init__(self) -> None:
         _at_least(self, "ep_size", 1)
@@ -89,7 +89,7 @@ class ElasticConfig:
         if self.ep_size > self.max_ep_size:
             raise UserInputError(
                 f"{flag('ep_size')} {self.ep_size} is larger than {flag('max_ep_size')} {self.max_ep_size}",
-                hint="Raise the maximum; it is fixed for the life of the server",
+                hint="Raise the maximum, which cannot change while the server runs",
             )
         if self.hmm_endpoint is not None and not self.hmm_endpoint.startswith(_ENDPOINT_SCHEMES):
             raise UserInputError(
@@ -113,7 +113,7 @@ class ElasticConfig:
         )
 
     def device_of(self, rank: int) -> int:
-        """The device on which `rank` sits."""
+        """The device of `rank`."""
         return rank // self.ranks_per_device
 
     @property
@@ -123,7 +123,7 @@ class ElasticConfig:
 
     @property
     def num_devices(self) -> int:
-        """Devices that the ranks take."""
+        """Number of devices that the ranks use."""
         return self.device_of(self.max_ep_size - 1) + 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class ElasticConfig:
         return cls(**values)
 
     def to_flags(self) -> list[str]:
-        """As `--elasticmoe-*` flags that `from_namespace` reads back; settings at their default are left out."""
+        """As `--elasticmoe-*` flags, which `from_namespace` reads back; settings at their default are left out."""
         parts: list[str] = []
         for field in fields(self):
             value = getattr(self, field.name)
@@ -153,15 +153,15 @@ class ElasticConfig:
 
     @classmethod
     def from_namespace(cls, args: argparse.Namespace, base: ElasticConfig | None = None) -> ElasticConfig | None:
-        """From parsed `--elasticmoe-*` flags; None when none of them was given, so that SGLang stays as it was.
+        """From parsed `--elasticmoe-*` flags; None if none was given, which leaves SGLang unchanged.
 
-        One of the two sizes is enough: without the maximum the server cannot grow, without the start it begins full.
+        One of the two sizes is enough: the other one has the same value then.
 
         Args:
-            base: settings of a file, which flags override.
+            base: settings from a file; flags override them.
 
         Raises:
-            UserInputError: some other flag of ours was given without a size, or a value is impossible.
+            UserInputError: other flags were given without a size, or a value is impossible.
         """
         given = {
             field.name: value
@@ -191,7 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
     """Add the `--elasticmoe-*` flags; all default to None, so that `from_namespace` can tell what was given.
 
     Args:
-        short: also without the prefix (`--max-ep-size`), for a parser that is ours alone.
+        short: also without the prefix (`--max-ep-size`), for a parser without SGLang's flags.
     """
     group = parser.add_argument_group(
         "ElasticMoE", "Change the expert-parallel size of the running server. Active when one of these is given."
@@ -202,32 +202,32 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         group.add_argument(*names, dest=_destination(field), type=kind, metavar=metavar, default=None, help=text)
 
     defaults = {field.name: field.default for field in fields(ElasticConfig)}
-    add("ep_size", int, "N", "Ranks active at the start: the first expert-parallel size.")
-    add("max_ep_size", int, "N", "Ranks that exist: the largest size the server can be scaled to. Fixed at launch.")
+    add("ep_size", int, "N", "Active ranks at the start: the initial expert-parallel size.")
+    add("max_ep_size", int, "N", "All ranks: the largest size the server can be scaled to. Fixed at launch.")
     add("ranks_per_device", int, "N", f"Ranks that share one device. Default: {defaults['ranks_per_device']}.")
-    add("standbys", int, "N", f"Warm processes kept ready to take a rank. Default: {defaults['standbys']}.")
-    add("hmm_endpoint", str, "ENDPOINT", "Use the HMM that runs there (ipc://PATH) instead of starting one.")
+    add("standbys", int, "N", f"Standby workers kept ready for joining ranks. Default: {defaults['standbys']}.")
+    add("hmm_endpoint", str, "ENDPOINT", "Use the HMM at this endpoint (ipc://PATH) instead of starting one.")
     add(
         "device_budget",
         _size,
         "SIZE",
-        "Memory of each device that the HMM may hand out, like 2GiB. Default: all of it.",
+        "Memory of each device that the HMM may allocate, like 2GiB. Default: all of it.",
     )
-    add("headroom", str, "SIZE", "What KV caches leave unused of a device: 0.02 or 2GiB. Default: 0.01.")
-    add("kv_tokens", int, "N", "The most KV tokens of one rank. Default: as many as there is room for.")
-    add("run_dir", str, "DIR", "Folder for the sockets (mode 0700). Keep the path short. Default: a fresh one.")
+    add("headroom", str, "SIZE", "Memory of a device that KV caches leave unused: 0.02 or 2GiB. Default: 0.01.")
+    add("kv_tokens", int, "N", "Upper limit of one rank's KV tokens. Default: none.")
+    add("run_dir", str, "DIR", "Folder for the sockets (mode 0700). Keep the path short. Default: a new one.")
     add(
         "pull_bandwidth",
         _size,
         "SIZE",
-        "Bytes a second one rank may pull during a change, like 1GiB. Default: no limit.",
+        "Bytes per second that one rank may pull during a change, like 1GiB. Default: no limit.",
     )
     add("window_bytes", _size, "SIZE", "Shared window of one rank for collectives. Default: 4MiB.")
     group.add_argument(flag("ablate"), dest=_destination("ablate"), default=None, help=argparse.SUPPRESS)
     for field, what in (
-        ("prepare_deadline_s", "boot and column pulls of a change; then it is rolled back"),
+        ("prepare_deadline_s", "boot and column pulls of a change before it is rolled back"),
         ("commit_deadline_s", "all ranks to meet at the commit barrier"),
-        ("finish_deadline_s", "giving memory back after a change, and each undo step of a rollback"),
+        ("finish_deadline_s", "releasing memory after a change, and each undo step of a rollback"),
         ("collective_deadline_s", "a rank to take part in a collective"),
     ):
         add(field, float, "SECONDS", f"Time allowed for {what}. Default: {defaults[field]:g}.")
@@ -256,11 +256,11 @@ def _are_ablations(text: str) -> None:
     if unknown := [name for name in names if name not in ABLATIONS]:
         raise UserInputError(f"{flag('ablate')} does not know {', '.join(map(repr, unknown))}", hint=known)
     if {"handles", "zero-copy"} <= set(names):
-        raise UserInputError(f"{flag('ablate')} takes either handles or zero-copy", hint="Both replace the same copy")
+        raise UserInputError(f"{flag('ablate')} takes either handles or zero-copy", hint="They exclude each other")
 
 
 def _is_duration(config: ElasticConfig, name: str) -> None:
     value = getattr(config, name)
-    # Not a number fails the comparison, so it needs no case of its own.
+    # NaN fails the comparison.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise UserInputError(f"{flag(name)} must be a number of seconds larger than zero, not {value!r}")

@@ -1,38 +1,5 @@
-"""Every error this project raises on purpose.
-
-ElasticMoEError
-├── UserInputError (also ValueError)      what a caller asked for is malformed or impossible; HTTP 400
-│   ├── PlanError                         the target does not lead to a legal membership
-│   ├── UnsupportedFeature                the model or a flag needs what this project does not do
-│   └── BudgetExceeded                    the experts or KV of the target do not fit the devices' budgets
-├── OperationInProgress                   a change is running already; HTTP 409
-├── HmmError                              the memory sidecar refused or failed
-│   ├── HmmUnavailable                    nobody answers at its endpoint; HTTP 503
-│   ├── ModelMismatch                     the HMM holds a different model, dtype or revision
-│   ├── BlockNotFound                     no such block, or it was released
-│   ├── RegionMismatch                    a shared region exists with another size
-│   ├── SealTimeout                       awaited blocks were not filled in time
-│   ├── TransactionError                  a transaction is unknown, over, expired or somebody else's
-│   │   └── UndoFailed                    a step could not be undone; the ledger needs a look
-│   └── ProtocolError                     a malformed or unexpected message
-│       └── MalformedMessage              bytes that are no valid message
-├── VmmError                              a virtual-memory call failed
-│   └── DriverError                       a device driver answered with an error code
-│       ├── BadDriverCall                 the call broke a rule of the driver
-│       ├── OutOfDeviceMemory             the device has no room left
-│       ├── DriverRefused                 the process may not do that
-│       ├── DriverUnsupported             the driver or the device cannot do that
-│       └── DeviceFault                   the device or its driver is broken
-├── CollectiveError                       a collective among the ranks could not finish
-│   ├── PeerTimeout                       a rank stalled past the deadline
-│   ├── PeerDied                          a worker is gone
-│   ├── CollectiveMismatch                ranks called different collectives, or with different sizes
-│   └── RankInactive                        a root or peer that is not among the active ranks
-├── CommitError                           the commit barrier was not passed; the change is rolled back
-├── PhaseTimeout                          a phase of a change took longer than its deadline
-├── WorkerError                             a worker failed to boot, join or leave
-└── HookError                             SGLang is not what the hooks were written for; ends the launch
-"""
+"""The errors that this project raises: classes below ElasticMoEError, as the HTTP API and the command line tell them
+apart."""
 
 from __future__ import annotations
 
@@ -41,9 +8,9 @@ class ElasticMoEError(Exception):
     """What happened, where (rank, epoch, operation), and what to do about it.
 
     Args:
-        what: one sentence, no trailing full stop needed.
-        rank / epoch / operation: where it happened; left out of the text when None.
-        hint: what the reader can do about it.
+        what: one sentence without a full stop.
+        rank, epoch, operation: where it happened; None is left out of the text.
+        hint: what to do about it.
     """
 
     def __init__(
@@ -69,7 +36,7 @@ class ElasticMoEError(Exception):
         return f"{text}. {self.hint}" if self.hint else text
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions cross process borders; the default would lose the keyword arguments.
+        # Exceptions are pickled between processes; the default would lose the keyword arguments.
         return _rebuild, (type(self), dict(self.__dict__), self.args)
 
 
@@ -81,23 +48,23 @@ def _rebuild(cls: type[ElasticMoEError], state: dict[str, object], args: tuple[o
 
 
 class UserInputError(ElasticMoEError, ValueError):
-    """What a caller asked for is malformed or impossible."""
+    """A request or setting is malformed or impossible; HTTP 400."""
 
 
 class PlanError(UserInputError):
-    """The target does not lead to a legal membership."""
+    """The target is no legal membership."""
 
 
 class UnsupportedFeature(UserInputError):
-    """The model or a flag needs what this project does not do; refused at launch."""
+    """The model or a flag is not supported; refused at launch."""
 
 
 class BudgetExceeded(UserInputError):
-    """The experts or KV of the target do not fit the devices' budgets.
+    """Experts or KV do not fit the devices' budgets.
 
     Args:
         device: the device that is too small.
-        needed, free, budget: bytes: asked for, left of the budget, the budget.
+        needed, free, budget: bytes.
     """
 
     def __init__(
@@ -120,15 +87,15 @@ class BudgetExceeded(UserInputError):
 
 
 class OperationInProgress(ElasticMoEError):
-    """A change is running already; one at a time."""
+    """Another change is running, and one runs at a time; HTTP 409."""
 
 
 class HmmError(ElasticMoEError):
-    """The memory sidecar refused or failed."""
+    """The HMM refused a call or failed; HTTP 503."""
 
 
 class HmmUnavailable(HmmError):
-    """Nobody answers at the HMM's endpoint."""
+    """No HMM answers at the endpoint."""
 
 
 class ModelMismatch(HmmError):
@@ -136,23 +103,23 @@ class ModelMismatch(HmmError):
 
 
 class BlockNotFound(HmmError):
-    """No such block of memory, or it was released."""
+    """The block of memory does not exist or was released."""
 
 
 class RegionMismatch(HmmError):
-    """A shared region of that name exists with another size."""
+    """A shared region of this name exists with another size."""
 
 
 class SealTimeout(HmmError):
-    """Blocks that somebody waited for were not filled and sealed in time."""
+    """Blocks were not sealed in time."""
 
 
 class TransactionError(HmmError):
-    """A transaction is unknown, over already, expired, or belongs to another client."""
+    """A transaction is unknown, has ended or expired, or belongs to another client."""
 
 
 class UndoFailed(TransactionError):
-    """A step of a transaction could not be undone. What is left over is listed in the text."""
+    """Steps of a transaction could not be undone; the text lists them."""
 
 
 class ProtocolError(HmmError):
@@ -184,7 +151,7 @@ class DriverError(VmmError):
 
 
 class BadDriverCall(DriverError):
-    """The call broke a rule of the driver: an argument, a handle or an order of calls."""
+    """An argument, a handle or the order of calls was wrong."""
 
 
 class OutOfDeviceMemory(DriverError):
@@ -192,11 +159,11 @@ class OutOfDeviceMemory(DriverError):
 
 
 class DriverRefused(DriverError):
-    """The process may not do that."""
+    """The process lacks the permission for this call."""
 
 
 class DriverUnsupported(DriverError):
-    """The driver or the device cannot do that."""
+    """The driver or the device does not support the call."""
 
 
 class DeviceFault(DriverError):
@@ -204,15 +171,15 @@ class DeviceFault(DriverError):
 
 
 class CollectiveError(ElasticMoEError):
-    """A collective among the ranks could not finish."""
+    """A collective of the ranks failed."""
 
 
 class PeerTimeout(CollectiveError):
-    """A rank stalled past the deadline of a collective."""
+    """A rank missed the deadline of a collective."""
 
 
 class PeerDied(CollectiveError):
-    """A worker is gone."""
+    """A rank's worker has died."""
 
 
 class CollectiveMismatch(CollectiveError):
@@ -220,11 +187,11 @@ class CollectiveMismatch(CollectiveError):
 
 
 class RankInactive(CollectiveError):
-    """A collective names a root or a peer that is not among the active ranks."""
+    """The root or peer of a collective is not an active rank."""
 
 
 class CommitError(ElasticMoEError):
-    """The commit barrier was not passed; the change is rolled back."""
+    """The commit barrier did not commit; the change is rolled back."""
 
 
 class PhaseTimeout(ElasticMoEError):
@@ -232,8 +199,8 @@ class PhaseTimeout(ElasticMoEError):
 
 
 class WorkerError(ElasticMoEError):
-    """A worker failed to boot, join or leave."""
+    """A worker failed, or its part of a change did."""
 
 
 class HookError(ElasticMoEError):
-    """SGLang is not what the hooks were written for."""
+    """SGLang is not what the hooks were written for; ends the launch."""

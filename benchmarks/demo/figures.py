@@ -16,7 +16,7 @@ import msgspec
 
 from benchmarks.demo.scenario import Change, Progress
 from benchmarks.streams import StreamRecord
-from elasticmoe_sglang.api.types import Operation, Phase
+from elasticmoe_sglang.coordinator.status import Operation, Phase
 
 RATE_BIN_S = 0.5
 # A change may affect a stream until this long after the operation has ended.

@@ -15,7 +15,7 @@ import msgspec
 from benchmarks.demo.settings import Settings
 from benchmarks.server import ElasticServer
 from benchmarks.streams import Load, StreamClient, StreamRecord, unequal
-from elasticmoe_sglang.api.types import Operation, Phase, Status
+from elasticmoe_sglang.coordinator.status import Operation, Phase, Status
 
 _IDLE_POLL_S = 0.5
 _CHANGE_POLL_S = 0.1

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.demo.scenario import Progress
-from elasticmoe_sglang.api.types import Operation, Status
 from elasticmoe_sglang.cli.render import draw_placement, ranks_table
+from elasticmoe_sglang.coordinator.status import Operation, Status
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_BINS = 60

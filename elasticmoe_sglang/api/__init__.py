@@ -1,5 +1,4 @@
-"""[1] The HTTP side: requests in, targets for the coordinator [2] out, its operations back as JSON.
+"""[1] The HTTP API: turns requests into targets for the coordinator [2] and returns its operations as JSON.
 
-`router.build_router` makes the routes, to be mounted in front of SGLang's own; `types` are the payloads, for clients
-too.
+`router.build_router` builds the routes, mounted in front of SGLang's own; `types` has the payloads, also for clients.
 """

@@ -1,24 +1,33 @@
-"""The routes. The caller mounts them in front of SGLang's, whose middleware then checks its own admin key for them."""
+"""The HTTP routes. Mounted in front of SGLang's own, they are covered by SGLang's admin-key middleware."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.params import Depends
 from starlette.requests import ClientDisconnect
 
-from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, target_of
-from elasticmoe_sglang.api.types import ErrorBody, Operation, OperationList, Phase, ScalingState, Status
-from elasticmoe_sglang.comm.membership import Membership
+from elasticmoe_sglang.api.types import (
+    MAX_BODY_BYTES,
+    ErrorBody,
+    OperationList,
+    ScalingState,
+    parse_scale_request,
+    target_of,
+)
+from elasticmoe_sglang.coordinator.coordinator import Coordinator
+from elasticmoe_sglang.coordinator.status import Operation, Phase, Status
 from elasticmoe_sglang.errors import ElasticMoEError, HmmError, OperationInProgress, UserInputError
-from elasticmoe_sglang.planner import Target
+from elasticmoe_sglang.event_loop import run_in
 
 Handler = Callable[[Request], Awaitable[Response]]
+_ResultT = TypeVar("_ResultT")
 
-# Our phases in the words of SGLang's elastic EP; a shrink ends in serving_shrunk, a growth in serving_expanded.
+# Phases in the terms of SGLang's elastic EP; scaling down ends in serving_shrunk, scaling up in serving_expanded.
 _UPSTREAM_PHASES = {
     Phase.PLANNED: "waiting_for_cohort",
     Phase.PREPARING: "waiting_for_cohort",
@@ -29,53 +38,42 @@ _UPSTREAM_PHASES = {
 }
 
 
-class Changes(Protocol):
-    """What the routes need of a coordinator: a `Coordinator` in this event loop, or a `CoordinatorHandle`."""
-
-    @property
-    def membership(self) -> Membership: ...
-    @property
-    def running(self) -> Operation | None: ...
-    @property
-    def last(self) -> Operation | None: ...
-    async def submit(self, target: Target, operation_id: str | None = None) -> Operation: ...
-    async def wait(self, operation_id: str) -> Operation: ...
-    async def status(self) -> Status: ...
-    def get(self, operation_id: str) -> Operation | None: ...
-    def operations(self) -> list[Operation]: ...
-
-
 def unprotected(handler: Handler) -> Handler:
-    """Leaves a handler as it is: no key is asked for."""
+    """Return the handler unchanged: no key is required."""
     return handler
 
 
 def mount(app: FastAPI, router: APIRouter) -> None:
-    """Put our routes in front of all that `app` has; the first route that matches wins.
+    """Put these routes in front of all routes of `app`; the first route that matches wins.
 
-    Not `app.include_router`: FastAPI may keep an included router as one opaque route, and SGLang's middleware, which
-    looks for the key's level on the endpoint of the route that matches, would find none there and let everybody in.
+    Not `app.include_router`: FastAPI may keep an included router as one opaque route. SGLang's middleware reads the
+    required key level from the endpoint of the matching route; it would find none and let every request through.
     """
     app.router.routes[:0] = router.routes
 
 
 def build_router(
-    coordinator: Changes,
+    coordinator: Coordinator,
     protect: Callable[[Handler], Handler] = unprotected,
     dependencies: Sequence[Depends] = (),
+    loop: asyncio.AbstractEventLoop | None = None,
 ) -> APIRouter:
-    """The paths of the HTTP side, for `mount`.
+    """The routes, for `mount`.
 
     Args:
-        coordinator: reached from the event loop that serves these routes.
-        protect: applied to each handler; SGLang's `auth_level(AuthLevel.ADMIN_OPTIONAL)` makes its middleware ask for
+        protect: applied to each handler; SGLang's `auth_level(AuthLevel.ADMIN_OPTIONAL)` makes its middleware require
             the admin key.
         dependencies: run before each handler.
+        loop: the event loop of the coordinator, which runs in another thread; None: the loop that serves the routes.
 
-    Statuses: 202 with an operation that goes on, 200 with one that has ended (however: see `phase`) and for all other
-    answers, 400 for what is malformed or impossible, 404 for an unknown operation, 409 while another change runs, 503
-    while the HMM does not answer. A body with status 400 or more is {"error": sentence}.
+    Status codes: 202 with an operation that is running, 200 with one that has ended (`phase` tells how) and for all
+    other responses, 400 for a malformed or impossible request, 404 for an unknown operation, 409 while another change
+    runs, 503 while the HMM does not answer. A body with status 400 or more is {"error": sentence}.
     """
+
+    async def call(coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:
+        return await (coroutine if loop is None else run_in(loop, coroutine))
+
     router = APIRouter(tags=["elastic expert parallelism"], dependencies=list(dependencies))
 
     @protect
@@ -83,16 +81,17 @@ def build_router(
         """Change the number of active ranks, or retire some."""
         try:
             asked = parse_scale_request(await _body(request))
-            operation = await coordinator.submit(target_of(asked), asked.operation_id)
+            operation_id = None if asked.operation_id is msgspec.UNSET else asked.operation_id
+            operation = await call(coordinator.submit(target_of(asked), operation_id))
         except ElasticMoEError as error:
             return _refusal(error)
         if asked.wait:
-            operation = await coordinator.wait(operation.operation_id)
+            operation = await call(coordinator.wait(operation.operation_id))
         return _json(operation, status=200 if operation.phase.ended else 202)
 
     @protect
     async def operations(request: Request) -> Response:
-        """The last operations, newest first."""
+        """The latest operations, newest first."""
         return _json(OperationList(operations=coordinator.operations()))
 
     @protect
@@ -101,17 +100,17 @@ def build_router(
         operation_id = str(request.path_params["operation_id"])
         found = coordinator.get(operation_id)
         if found is None:
-            return _json(ErrorBody(error=f"no operation {operation_id[:128]!r} among the last ones"), status=404)
+            return _json(ErrorBody(error=f"no operation {operation_id[:128]!r} among the latest ones"), status=404)
         return _json(found)
 
     @protect
     async def status(request: Request) -> Response:
-        """Ranks, membership, epoch, placement, memory, HMM, the running and the last operation."""
-        return _json(await coordinator.status())
+        """Ranks, membership, epoch, placement, memory, HMM, the running and the last ended operation."""
+        return _json(await call(coordinator.status()))
 
     @protect
     async def is_scaling_elastic_ep(request: Request) -> Response:
-        """Whether a change is running, in upstream's words."""
+        """Whether a change is running, in SGLang's terms."""
         return _json(scaling_state(coordinator))
 
     add = router.add_api_route
@@ -125,8 +124,8 @@ def build_router(
     return router
 
 
-def scaling_state(coordinator: Changes) -> ScalingState:
-    """The state of scaling as SGLang's own endpoint words it; clients of both SGLang and vLLM understand it."""
+def scaling_state(coordinator: Coordinator) -> ScalingState:
+    """The state of scaling as SGLang's own endpoint reports it; clients of SGLang and vLLM understand it."""
     running = coordinator.running
     latest = running or coordinator.last
     return ScalingState(
@@ -147,7 +146,7 @@ def _upstream_phase(operation: Operation | None) -> str:
 
 
 async def _body(request: Request) -> bytes:
-    """The body, read no further than its limit."""
+    """The body; reading stops beyond MAX_BODY_BYTES."""
     body = bytearray()
     try:
         async for chunk in request.stream():
@@ -155,7 +154,7 @@ async def _body(request: Request) -> bytes:
             if len(body) > MAX_BODY_BYTES:
                 break
     except ClientDisconnect as error:
-        raise UserInputError("the client left before its body was complete") from error
+        raise UserInputError("the client disconnected before its body was complete") from error
     return bytes(body)
 
 

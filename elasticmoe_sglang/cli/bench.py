@@ -1,4 +1,4 @@
-"""`elasticmoe bench`: benchmarks of changing the size, from `benchmarks/` beside this package in a checkout."""
+"""`elasticmoe bench`: benchmarks of changing the EP size, from `benchmarks/` in a checkout of the repository."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from elasticmoe_sglang.errors import UserInputError
 
-_TEXT = "Measure what changing the size costs, beside the ways users have today (needs a checkout)."
+_TEXT = "Compare changing the EP size with a restart and other methods (needs a checkout)."
 _CHECKOUT = Path(__file__).parents[2]
 
 
@@ -21,16 +21,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Everything is for the benchmarks' own parser, --help too."""
+    """All flags belong to the benchmarks' own parser, also --help."""
     return [], list(argv)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hand over to the benchmarks of this checkout, or else of the current folder.
+    """Run the benchmarks of this checkout, or else of the current folder.
 
     Raises:
-        UserInputError: there are none. They are no part of the installed package: they need the tiny model, a folder
-            for results and SGLang's own baselines, and their name is too common to be installed.
+        UserInputError: there are none. They are not part of the installed package.
     """
     for root in (_CHECKOUT, Path.cwd()):
         if (root / "benchmarks" / "scaling" / "main.py").is_file():

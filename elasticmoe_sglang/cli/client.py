@@ -1,4 +1,4 @@
-"""A small HTTP client for a running server, on the standard library alone so that the command starts fast."""
+"""HTTP client for a running server; uses only the standard library, so that the command starts fast."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from elasticmoe_sglang.api.types import Operation, OperationList, ScaleRequest, Status
+from elasticmoe_sglang.api.types import OperationList, ScaleRequest
 from elasticmoe_sglang.cli.exits import ServerRefused, ServerUnreachable
+from elasticmoe_sglang.coordinator.status import Operation, Status
 
 URL_VARIABLE = "ELASTICMOE_URL"
 KEY_VARIABLE = "ELASTICMOE_ADMIN_KEY"
@@ -29,7 +30,7 @@ Payload = TypeVar("Payload")
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """--url, --port and --admin-key, the same for every command that talks to a server."""
+    """Add --url, --port and --admin-key, the same for every command that calls a server."""
     group = parser.add_argument_group("server")
     where = group.add_mutually_exclusive_group()
     where.add_argument("--url", help=f"its address (default: ${URL_VARIABLE}, or http://127.0.0.1:{DEFAULT_PORT})")
@@ -38,29 +39,29 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class ServerClient:
-    """Args:
-    url: scheme, host and port.
-    key: sent as bearer token.
+    """Every call raises ServerUnreachable without a valid response and ServerRefused for a status of 400 or more.
 
-    Every call raises ServerUnreachable when there is no answer and ServerRefused for a status of 400 or more.
+    Args:
+        url: scheme, host and port.
+        key: sent as bearer token.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self._key = key
-        # A proxy of the environment knows nothing of this machine's own ports.
+        # A proxy from the environment cannot reach loopback ports of this machine.
         handlers = [urllib.request.ProxyHandler({})] if _is_loopback(self.url) else []
         self._opener = urllib.request.build_opener(*handlers)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ServerClient:
-        """From the flags of `add_server_arguments` and the environment."""
+        """From the flags of `add_server_arguments` and environment variables."""
         url = f"http://127.0.0.1:{args.port}" if args.port is not None else args.url or os.environ.get(URL_VARIABLE)
         key = args.admin_key or os.environ.get(KEY_VARIABLE)
         return cls(url or f"http://127.0.0.1:{DEFAULT_PORT}", key)
 
     def scale(self, request: ScaleRequest) -> Operation:
-        """Ask for a change; returns the operation without waiting for its end, unless the request says so."""
+        """Request a change; returns the operation, which has ended only if `request.wait` is set."""
         return self._ask("/scale_elastic_ep", Operation, body=msgspec.json.encode(request))
 
     def operation(self, operation_id: str) -> Operation:
@@ -73,7 +74,7 @@ class ServerClient:
         return self._ask("/elastic_ep/status", Status)
 
     def follow(self, operation: Operation, timeout_s: float, show: Callable[[Operation], None]) -> Operation:
-        """Ask for the operation until it has ended or the time is over, and show every picture of it."""
+        """Poll the operation until it has ended or `timeout_s` is over, and call `show` with every result."""
         deadline = time.monotonic() + timeout_s
         show(operation)
         while not operation.phase.ended and time.monotonic() < deadline:
@@ -97,18 +98,20 @@ class ServerClient:
             reason = getattr(error, "reason", error)
             raise ServerUnreachable(
                 f"no server answers at {self.url}: {reason}",
-                hint="Start one with `elasticmoe serve`, or name another with --url or --port",
+                hint="Start one with `elasticmoe serve`, or give its address with --url or --port",
             ) from error
         try:
             return msgspec.json.decode(content, type=kind)
         except msgspec.DecodeError as error:
-            raise ServerUnreachable(f"what answers at {self.url} is no elastic server: {error}") from error
+            raise ServerUnreachable(
+                f"the response from {self.url} is not that of an elastic server: {error}"
+            ) from error
 
 
 def _refused(status: int, content: bytes, with_key: bool) -> ServerRefused:
     if status == 401:
-        hint = "The key is not the right one" if with_key else f"Give its key with --admin-key or ${KEY_VARIABLE}"
-        return ServerRefused("the server asks for a key", status=status, hint=hint)
+        hint = "The given key is wrong" if with_key else f"Pass its key with --admin-key or ${KEY_VARIABLE}"
+        return ServerRefused("the server requires a key", status=status, hint=hint)
     try:
         sentence = json.loads(content)["error"]
     except (ValueError, KeyError, TypeError):

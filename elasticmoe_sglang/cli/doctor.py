@@ -1,7 +1,7 @@
-"""`elasticmoe doctor`: would serving work here, and if not, which command mends it?
+"""`elasticmoe doctor`: checks whether serving would work here, and which command fixes what is missing.
 
-Every check says what was found, and where it failed the exact command to run. Exit status 0 only if all checks that
-serving needs have passed.
+Every check reports what it found and, if it failed, the exact command to run. Exit status 0 only if all required checks
+have passed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from elasticmoe_sglang.cli.doctor_checks import Check, Device, HookReport
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the `doctor` command; its namespace carries `run`."""
-    text = "Check versions, hooks, devices and memory, and say what is missing and which command mends it."
+    text = "Check versions, hooks, devices and memory, and print the commands that fix what is missing."
     parser = subparsers.add_parser("doctor", help=text, description=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=run)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def as_json(ok: bool, checks: Sequence[Check], hooks: HookReport, devices: Sequence[Device]) -> dict[str, object]:
-    """The report for programs: `ok`, `checks`, `hooks` and `devices`."""
+    """The report as JSON: `ok`, `checks`, `hooks` and `devices`."""
     return {
         "ok": ok,
         "checks": [asdict(check) for check in checks],
@@ -54,7 +54,7 @@ def as_json(ok: bool, checks: Sequence[Check], hooks: HookReport, devices: Seque
 
 
 def as_text(ok: bool, checks: Sequence[Check], hooks: HookReport, devices: Sequence[Device]) -> str:
-    """The report for people: a line a check, a line a device, a line a hook, and the commands that mend what failed."""
+    """The report as text: one line per check, device and hook, and the commands that fix failed checks."""
     width = max(len(check.name) for check in checks)
     lines = [f"{_mark(check)} {check.name:<{width}}  {check.found}" for check in checks]
     lines.append("\ndevices")
@@ -67,7 +67,7 @@ def as_text(ok: bool, checks: Sequence[Check], hooks: HookReport, devices: Seque
         lines.append(f"  not known: {hooks.error}")
     failed = [check for check in checks if not check.ok]
     if failed:
-        lines.append("\nto mend it")
+        lines.append("\nto fix it")
         lines.extend(f"  {check.name}: {check.fix}" for check in failed)
     lines.append("\nserving would work here" if ok else "\nserving would not work here")
     return "\n".join(lines)
@@ -80,7 +80,7 @@ def _mark(check: Check) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command on its own: `python -m elasticmoe_sglang.cli.doctor`."""
+    """Entry point of `python -m elasticmoe_sglang.cli.doctor`."""
     parser = argparse.ArgumentParser(prog="elasticmoe doctor")
     parser.add_argument("--json", action="store_true")
     return run(parser.parse_args(argv))

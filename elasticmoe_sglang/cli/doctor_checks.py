@@ -1,7 +1,7 @@
-"""The single checks of `elasticmoe doctor`.
+"""The checks of `elasticmoe doctor`.
 
 Facts about SGLang come from `python -m elasticmoe_patches.preflight --json`, run as a program: this package never
-imports SGLang, and a broken installation of it must not take the doctor down.
+imports SGLang, and a broken installation of it must not break this command.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ _REINSTALL = "pip install --no-deps elasticmoe-sglang (in a checkout: make venv)
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing looked at."""
+    """The result of one check."""
 
     name: str
     ok: bool
     found: str
     fix: str = ""
-    """The command that mends it; empty where `ok`."""
+    """The command that fixes it; empty if `ok`."""
     required: bool = True
     """Whether serving needs it; a failed check that is not required is a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A device that ranks can sit on; on a machine without accelerator one entry stands for the host."""
+    """A device for ranks; a machine without accelerator has one entry for the host."""
 
     kind: str
     number: int
@@ -76,7 +76,7 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class HookReport:
-    """What preflight says: a row a hook, or why it could not say anything."""
+    """The report of preflight: one row per hook, or why there is none."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     error: str = ""
@@ -116,7 +116,7 @@ def _package(name: str, wanted: str | None) -> Check:
 
 
 def installation() -> list[Check]:
-    """Whether SGLang will find the plugin and the CPU platform."""
+    """Whether SGLang finds the plugin and the CPU platform."""
     missing = [
         name
         for group, name in _ENTRY_POINTS
@@ -141,7 +141,7 @@ def installation() -> list[Check]:
 
 
 def hooks() -> HookReport:
-    """Run preflight in a process of its own."""
+    """Run preflight in a separate process."""
     command = [sys.executable, "-m", "elasticmoe_patches.preflight", "--json"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=HOOKS_TIMEOUT_S)
@@ -167,7 +167,7 @@ def hooks_check(report: HookReport) -> Check:
 
 
 def devices() -> list[Device]:
-    """NVIDIA GPUs and Ascend NPUs by their drivers' tools; where there is none, the host's cores."""
+    """NVIDIA GPUs and Ascend NPUs as their drivers' tools list them; without any, the host's cores."""
     found = _nvidia_devices() or _ascend_devices()
     if found:
         return found
@@ -190,14 +190,14 @@ def _ascend_devices() -> list[Device]:
 
 
 def memory(kind: str) -> list[Check]:
-    """Free host memory, and a real round trip through the memory backend of this kind of device."""
+    """Free host memory, and a round trip through the memory backend of this kind of device."""
     free = psutil.virtual_memory().available
     return [
         Check(
             name="free memory",
             ok=free >= MIN_FREE_MEMORY,
             found=format_bytes(free),
-            fix="" if free >= MIN_FREE_MEMORY else "ps aux --sort=-rss | head   # then end what is not needed",
+            fix="" if free >= MIN_FREE_MEMORY else "ps aux --sort=-rss | head   # then stop what is not needed",
         ),
         _backend_check(kind),
     ]
@@ -220,7 +220,7 @@ _BACKEND_FIXES = {
 
 
 def _round_trip(kind: str) -> int:
-    """Reserve address space, make memory, hand it over by descriptor, map it, and give everything back.
+    """Reserve addresses, create memory, export and import it by descriptor, map it, and release everything.
 
     Raises:
         VmmError: there is no such backend, or a driver call failed.

@@ -1,4 +1,4 @@
-"""Exit statuses of the `elasticmoe` command, and the errors of a client that lead to them."""
+"""Exit statuses of the `elasticmoe` command, and the client errors that lead to them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ UNREACHABLE = 3
 
 
 class ServerUnreachable(ElasticMoEError):
-    """No server answers there, or what answers is not one."""
+    """No server answers, or the response is not that of an elastic server."""
 
 
 class ServerRefused(UserInputError):
-    """The server answered with a status of 400 or more.
+    """The server responded with a status of 400 or more.
 
     Args:
         status: the HTTP status.

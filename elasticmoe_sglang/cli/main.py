@@ -1,7 +1,7 @@
-"""`elasticmoe`: one command, its subcommands in files of their own.
+"""`elasticmoe`: the command, with one module per subcommand.
 
 A subcommand's module has `add_parser(subparsers)` and `run(args) -> int`; one that takes flags for another program also
-has `split(argv) -> (ours, theirs)`, and finds the latter in `args.rest`.
+has `split(argv) -> (ours, theirs)` and finds `theirs` in `args.rest`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ refused; 3 the server cannot be reached"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line. Imports nothing heavy: torch is for those subcommands that work with weights."""
+    """The whole command line. Does not import torch: only subcommands that work with weights do."""
     parser = argparse.ArgumentParser(
         prog="elasticmoe",
         description="Serve a Mixture-of-Experts model with SGLang; change its expert-parallel size while it decodes.",

@@ -7,15 +7,15 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from elasticmoe_sglang.api.types import Operation, Phase
+from elasticmoe_sglang.coordinator.status import Operation, Phase
 from elasticmoe_sglang.units import format_bytes
 
-# Where the bar stands when a phase begins, in hundredths; most of the time goes into prepare.
+# Percentage at the start of each phase; preparing takes most of the time.
 _BEGINS = {Phase.PLANNED: 0, Phase.PREPARING: 5, Phase.COMMITTING: 80, Phase.FINISHING: 90, Phase.DONE: 100}
 
 
 class OperationProgress:
-    """A context manager; call `show` with each new picture of the operation. Draws on stderr."""
+    """Context manager; call `show` with each new state of the operation. Draws on stderr."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._progress = Progress(
@@ -37,7 +37,7 @@ class OperationProgress:
         self._progress.stop()
 
     def show(self, operation: Operation) -> None:
-        """Move the bar to where the operation stands; a bad end leaves it where it was."""
+        """Draw the progress of the operation; a failed operation leaves the bar where it was."""
         detail = (
             f"EP {operation.old_ep_size} -> {operation.new_ep_size}, "
             f"{operation.columns_moved}/{operation.columns_planned} columns, {format_bytes(operation.bytes_moved)}"
@@ -49,7 +49,7 @@ class OperationProgress:
 
 
 def completion(operation: Operation) -> float | None:
-    """Hundredths of the way, columns counted while preparing; None after a bad end."""
+    """Percentage done, by columns while preparing; None for a failed operation."""
     begins = _BEGINS.get(operation.phase)
     if begins is None or operation.phase is not Phase.PREPARING or not operation.columns_planned:
         return begins

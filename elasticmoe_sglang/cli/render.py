@@ -1,4 +1,4 @@
-"""Status and operations as tables and small pictures for a terminal."""
+"""Status and operations as tables and drawings for a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from elasticmoe_sglang.api.types import DeviceMemory, MemoryStatus, Operation, Phase, RankState, Status
+from elasticmoe_sglang.coordinator.status import DeviceMemory, MemoryStatus, Operation, Phase, RankState, Status
 from elasticmoe_sglang.units import format_bytes
 
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
@@ -27,7 +27,7 @@ _DRAWING_WIDTH = 64
 
 
 def status_view(status: Status) -> RenderableType:
-    """The whole server."""
+    """Ranks, placement, memory and the latest operation."""
     head = Text.assemble(
         ("EP size ", "dim"), (str(status.ep_size), "bold"), (f" of {status.max_ep_size} ranks", "dim"),
         ("   epoch ", "dim"), (str(status.epoch), "bold"),
@@ -41,7 +41,7 @@ def status_view(status: Status) -> RenderableType:
 
 
 def ranks_table(status: Status) -> Table:
-    """One line a rank, with the number of columns that it holds and its KV tokens."""
+    """One row per rank, with its number of columns and its KV tokens."""
     table = Table(
         "rank",
         "state",
@@ -67,18 +67,18 @@ def ranks_table(status: Status) -> Table:
 
 
 def draw_placement(placement: Sequence[int]) -> RenderableType:
-    """The expert columns in their order, each shown as the number of its rank in the rank's colour."""
+    """One character per expert column: the number of its rank, in the rank's colour."""
     text = Text()
     for column, rank in enumerate(placement):
         if column and column % _DRAWING_WIDTH == 0:
             text.append("\n")
-        # One character a column: ranks from 10 on are letters.
+        # Ranks from 10 on are letters.
         text.append(_digit(rank), style=_COLOURS[rank % len(_COLOURS)])
     return Panel(text, title=f"rank of each of {len(placement)} expert columns", title_align="left", expand=False)
 
 
 def memory_view(memory: MemoryStatus) -> RenderableType:
-    """Every device against its budget, and who keeps the ledger."""
+    """One row per device with its budget; the title names the HMM."""
     if not memory.available:
         return Text(f"HMM: {memory.error}", style="red")
     kinds = sorted({kind for device in memory.devices for kind in device.by_kind})
@@ -96,7 +96,7 @@ def memory_view(memory: MemoryStatus) -> RenderableType:
 
 
 def operations_table(operations: Sequence[Operation]) -> RenderableType:
-    """One line an operation, in the order given."""
+    """One row per operation, in the given order."""
     if not operations:
         return Text("no change so far", style="dim")
     table = Table("operation", "phase", "EP", "total", "pause", "columns", "bytes", "error")
@@ -115,7 +115,7 @@ def operations_table(operations: Sequence[Operation]) -> RenderableType:
 
 
 def operation_panel(operation: Operation) -> RenderableType:
-    """One operation in full."""
+    """All details of one operation."""
     timings = operation.timings
     grid = Table.grid(padding=(0, 2))
     grid.add_row("phase", _phase(operation))

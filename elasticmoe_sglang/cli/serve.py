@@ -1,4 +1,4 @@
-"""`elasticmoe serve`: SGLang's own launcher with our flags in front."""
+"""`elasticmoe serve`: SGLang's own launcher with the elastic settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
 from elasticmoe_sglang.errors import UserInputError
 
-_TEXT = "Serve a model with ranks that can be active and left while it decodes."
+_TEXT = "Serve a model whose number of active ranks can change while it decodes."
 _EPILOG = """Every other flag goes to SGLang as it is (`python -m sglang.launch_server --help` lists them); tp, dp and
 ep are set to the number of ranks. The same server starts with `python -m sglang.launch_server --elasticmoe-ep-size 2
 --elasticmoe-max-ep-size 4 ...`. Example: elasticmoe serve --model-path DIR --ep-size 2 --max-ep-size 4 --port 30000"""
@@ -33,7 +33,7 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our flags with their values, and everything else in its order, for SGLang."""
+    """The elastic flags with their values, and all other arguments in their order, for SGLang."""
     parser = argparse.ArgumentParser(add_help=False)
     _add_own_arguments(parser)
     names = set(parser._option_string_actions)
@@ -56,20 +56,22 @@ def launch_argv(config: ElasticConfig, rest: Sequence[str]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check our flags, then become SGLang's launcher; returns only by an error."""
+    """Check the elastic flags, then replace this process by SGLang's launcher; returns only by an error."""
     base, rest = (None, list(args.rest)) if args.config is None else _read(args.config, args.rest)
     config = ElasticConfig.from_namespace(args, base)
     if config is None:
-        raise UserInputError("no size was given", hint="Add --ep-size (at the start) and --max-ep-size (ranks)")
+        raise UserInputError(
+            "no size was given", hint="Add --ep-size (active ranks at the start) and --max-ep-size (all ranks)"
+        )
     argv = launch_argv(config, rest)
     sys.stdout.flush()
     os.execv(argv[0], argv)
 
 
 def _read(path: str, rest: Sequence[str]) -> tuple[ElasticConfig, list[str]]:
-    """The file's elastic settings, and SGLang's flags with the file's first, so that those of the command line win.
+    """The file's elastic settings, and SGLang's flags: the file's first, so that the command line overrides them.
 
-    Sets the file's environment for the server, except for variables that are set already.
+    Sets the file's environment variables, except those that are set already.
     """
     from elasticmoe_sglang.launch_config import load_launch_config
 

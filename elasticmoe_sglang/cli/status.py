@@ -16,14 +16,14 @@ _TEXT = "Show ranks, membership, placement, memory and operations of a running s
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the `status` command; its namespace carries `run`."""
     parser = subparsers.add_parser("status", help=_TEXT, description=_TEXT)
-    parser.add_argument("--json", action="store_true", help="print the status as JSON; with --watch, a line each time")
+    parser.add_argument("--json", action="store_true", help="print the status as JSON; with --watch, one line each")
     parser.add_argument(
         "--watch",
         metavar="SECONDS",
         type=_seconds,
         nargs="?",
         const=1.0,
-        help="again and again until interrupted (default: every second)",
+        help="repeat until interrupted (default: every second)",
     )
     add_server_arguments(parser)
     parser.set_defaults(run=run)

@@ -1,4 +1,4 @@
-"""`elasticmoe tiny-model`: a small random MoE with a tokenizer, to try everything with."""
+"""`elasticmoe tiny-model`: write a small random MoE model with a tokenizer, for tests and trials."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TEXT = "Write a small random Mixture-of-Experts model with a tokenizer; nothing
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the `tiny-model` command; its namespace carries `run`."""
     parser = subparsers.add_parser("tiny-model", help=_TEXT, description=_TEXT)
-    parser.add_argument("dir", metavar="DIR", help="folder to write to, made if it does not exist")
+    parser.add_argument("dir", metavar="DIR", help="folder to write to, created if it does not exist")
     parser.add_argument(
         "--arch", choices=("qwen3_moe", "deepseek_v2"), default="qwen3_moe", help="default: %(default)s"
     )
@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the model and say where and how large it is."""
+    """Write the model and print its path and size."""
     from elasticmoe_sglang.tiny_model import make_tiny_model
     from elasticmoe_sglang.units import format_bytes
 

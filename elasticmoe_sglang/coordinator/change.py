@@ -1,4 +1,4 @@
-"""One change, driven through its phases as a transaction."""
+"""One change of membership, run through its phases as a transaction."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
+from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.coordinator.operation import RunningOperation
-from elasticmoe_sglang.coordinator.ports import CommitReport, MemoryPort, PullReport, WorkersPort
-from elasticmoe_sglang.coordinator.status import Phase
+from elasticmoe_sglang.coordinator.ports import MemoryPort, WorkersPort
+from elasticmoe_sglang.coordinator.status import CommitReport, Phase, PullReport, RunningOperation
 from elasticmoe_sglang.errors import ElasticMoEError, PhaseTimeout, WorkerError
-from elasticmoe_sglang.planner import ColumnMove, ScalePlan
+from elasticmoe_sglang.planner import ColumnMove, Placement
+from elasticmoe_sglang.undo import UndoLog
 from elasticmoe_sglang.wire.to_worker import JoinSpec
 
 logger = logging.getLogger(__name__)
 
-# The commit barrier decides within the commit deadline; this is for its answer to arrive.
+# The commit barrier decides within the commit deadline; the workers' reports may arrive this much later.
 _COMMIT_ANSWER_S = 1.0
 
-# What it is, for the error text, and how to do it.
-Step = tuple[str, Callable[[], Awaitable[None]]]
+# A description for error messages, and the call.
+Step = tuple[str, Callable[[], Awaitable[object]]]
 
 
 class Change:
-    """Runs one operation: begin, make room, boot and pull, commit, keep, dismiss, release, fill; or the undo of what
-    was begun.
+    """Runs one operation: begin an HMM transaction, shrink KV, boot joining ranks and pull columns, commit, finish; or
+    rolls back what was begun.
 
-    An undo is noted before a rank starts its step, because a step that failed half-way needs it too, and it runs
-    exactly once. Undos of ranks run together, then the HMM's rollback: nothing is freed while a rank maps it.
+    A worker's undo is recorded before its step starts, because a step that failed half-way needs it too. The workers'
+    undos run concurrently, then those of memory in order: the HMM must not free what a worker still maps.
     """
 
     def __init__(
@@ -37,23 +38,24 @@ class Change:
         operation: RunningOperation,
         *,
         memory: MemoryPort,
-        ranks: WorkersPort,
+        workers: WorkersPort,
         config: ElasticConfig,
-        on_committed: Callable[[ScalePlan], None],
+        on_committed: Callable[[Membership, Placement], None],
     ) -> None:
         self._operation = operation
         self._plan = operation.plan
         self._memory = memory
-        self._workers = ranks
+        self._workers = workers
         self._config = config
         self._on_committed = on_committed
         self._txn: str | None = None
-        self._undos: list[Step] = []
+        self._worker_undo: UndoLog[Awaitable[object]] = UndoLog(operation.operation_id)
+        self._memory_undo: UndoLog[Awaitable[object]] = UndoLog(operation.operation_id)
         self._preparing: asyncio.Future[None] | None = None
         self._interrupted: str | None = None
 
     async def run(self) -> None:
-        """To the operation's end. Never raises for what the ports do."""
+        """Run the operation to its end. Errors of the ports end the operation and are not raised."""
         operation = self._operation
         operation.advance(Phase.PREPARING)
         self._preparing = asyncio.ensure_future(self._prepare_in_time())
@@ -70,19 +72,19 @@ class Change:
         report = await self._commit()
         operation.set_commit(report)
         if not report.committed:
-            await self._roll_back(report.reason or "the ranks did not pass the commit barrier")
+            await self._roll_back(report.reason or "the commit barrier did not commit")
             return
-        self._on_committed(self._plan)
+        self._on_committed(self._plan.after, self._plan.placement_after)
         operation.advance(Phase.FINISHING)
         problems = await self._finish()
         if problems:
-            held = f"epoch {self._plan.after.epoch} serves, but was not tidied up"
+            held = f"epoch {self._plan.after.epoch} serves, but cleaning up after the change failed"
             operation.end(Phase.FAILED, f"{held}: {'; '.join(problems)}")
         else:
             operation.end(Phase.DONE)
 
     def interrupt(self, why: str) -> None:
-        """Stop preparing and roll back; nothing where that is over, or being undone already."""
+        """Cancel a change that is preparing, which rolls it back; does nothing in any other phase."""
         if self._preparing is not None and not self._preparing.done() and self._interrupted is None:
             self._interrupted = why
             self._preparing.cancel()
@@ -93,8 +95,10 @@ class Change:
     async def _prepare(self) -> None:
         self._operation.memory_before(await self._memory.status())
         self._txn = txn = await self._memory.begin(self._operation.operation_id)
-        first = await self._workers.shrink_kv(self._plan)
-        boots = [self._boot(rank, txn, first.get(rank, 0)) for rank in self._plan.joining]
+        self._memory_undo.record("grow KV back", self._workers.grow_kv)
+        self._memory_undo.record("roll back the HMM transaction", lambda: self._roll_back_memory(txn))
+        kv_chunks = await self._workers.shrink_kv(self._plan)
+        boots = [self._boot(rank, txn, kv_chunks.get(rank, 0)) for rank in self._plan.joining]
         pulls = [self._pull(rank, txn, moves) for rank in self._plan.survivors if (moves := self._plan.incoming(rank))]
         await _within(None, "preparing", [*boots, *pulls])
 
@@ -110,27 +114,26 @@ class Change:
             txn=txn,
             operation_id=self._operation.operation_id,
         )
-        self._undos.append((f"dismiss joining rank {rank}", lambda: self._dismiss_joining(rank)))
+        self._worker_undo.record(f"dismiss joining rank {rank}", lambda: self._workers.dismiss(rank))
         self._count(rank, plan.incoming(rank), await self._workers.boot(join_spec))
 
-    async def _dismiss_joining(self, rank: int) -> None:
-        await self._workers.dismiss(rank)
-
     async def _pull(self, rank: int, txn: str, moves: tuple[ColumnMove, ...]) -> None:
-        self._undos.append((f"drop what rank {rank} pulled", lambda: self._workers.drop(rank, txn, moves)))
+        self._worker_undo.record(
+            f"drop the columns that rank {rank} pulled", lambda: self._workers.drop(rank, txn, moves)
+        )
         self._count(rank, moves, await self._workers.pull(rank, txn, moves))
 
     def _count(self, rank: int, moves: Sequence[ColumnMove], report: PullReport) -> None:
         if report.columns != len(moves):
             raise WorkerError(
-                f"only {report.columns} of {len(moves)} columns arrived",
+                f"only {report.columns} of {len(moves)} columns were pulled",
                 rank=rank,
                 operation=self._operation.operation_id,
             )
         self._operation.add_pull(report)
 
     async def _commit(self) -> CommitReport:
-        """The ranks' report, or, when there is none, what their control page says."""
+        """The workers' report or, when it does not arrive, what the control page says."""
         deadline = self._config.commit_deadline_s
         reports: list[CommitReport] = []
 
@@ -140,30 +143,30 @@ class Change:
         try:
             await _within(deadline + _COMMIT_ANSWER_S, "committing", [commit()])
         except Exception as error:
-            logger.warning("operation %s: commit gave no report", self._operation.operation_id, exc_info=True)
+            logger.warning("operation %s: no report of the commit", self._operation.operation_id, exc_info=True)
             now = self._workers.membership()
             after = self._plan.after
             committed = (now.ranks, now.epoch) == (after.ranks, after.epoch)
-            return CommitReport(committed=committed, epoch=now.epoch, reason=_text(error))
+            return CommitReport(committed=committed, reason=_text(error))
         return reports[0]
 
     async def _finish(self) -> list[str]:
         plan, txn = self._plan, self._txn
         assert txn is not None, "a commit without a transaction"
-        problems = await self._each([("keep the HMM transaction", lambda: self._keep(txn))])
+        problems = await self._each([("commit the HMM transaction", lambda: self._commit_memory(txn))])
         gone: set[int] = set()
         steps = [self._release(rank) for rank in plan.survivors if plan.outgoing(rank)]
         steps += [self._dismiss_retiring(rank, gone) for rank in plan.retiring]
         problems += await self._each(steps)
-        # A retiring rank that may still be there may still map its columns: they stay in the ledger, and the error
-        # tells.
+        # The worker of a retiring rank that did not exit may still map its columns: they stay in the ledger, and the
+        # operation's error names the rank.
         problems += await self._each(
             [self._release(rank) for rank in plan.retiring if rank in gone and plan.outgoing(rank)]
         )
-        problems += await self._each([("fill the devices with KV", self._workers.grow_kv)])
+        problems += await self._each([("grow KV", self._workers.grow_kv)])
         return problems + await self._each([("read the ledger", self._read_ledger)])
 
-    async def _keep(self, txn: str) -> None:
+    async def _commit_memory(self, txn: str) -> None:
         self._operation.memory_peak(await self._memory.commit(txn))
 
     async def _roll_back_memory(self, txn: str) -> None:
@@ -184,25 +187,23 @@ class Change:
         return f"dismiss retiring rank {rank}", dismiss
 
     async def _roll_back(self, reason: str) -> None:
-        problems = await self._each(self._undos)
-        if self._txn is not None:
-            txn = self._txn
-            problems += await self._each([("roll back the HMM transaction", lambda: self._roll_back_memory(txn))])
-            problems += await self._each([("give KV its memory back", self._workers.grow_kv)])
+        problems = await self._each(self._worker_undo.take())
+        for step in self._memory_undo.take():
+            problems += await self._each([step])
         if problems:
-            held = f"{reason}; epoch {self._plan.before.epoch} goes on, but the undo was incomplete"
+            held = f"{reason}; epoch {self._plan.before.epoch} still serves, but the rollback was incomplete"
             self._operation.end(Phase.FAILED, f"{held}: {'; '.join(problems)}")
         else:
             self._operation.end(Phase.ROLLED_BACK, reason)
 
     async def _each(self, steps: Sequence[Step]) -> list[str]:
-        """Do all steps together, each within the finish deadline; a failure of one does not stop another.
+        """Run all steps concurrently, each within the finish deadline; a failure of one does not stop another.
 
         Returns:
             One sentence for each step that failed.
         """
 
-        async def attempt(what: str, step: Callable[[], Awaitable[None]]) -> str | None:
+        async def attempt(what: str, step: Callable[[], Awaitable[object]]) -> str | None:
             try:
                 await _within(self._config.finish_deadline_s, what, [_awaited(step)])
             except Exception as error:
@@ -214,15 +215,16 @@ class Change:
         return [result for result in results if result is not None]
 
 
-async def _awaited(step: Callable[[], Awaitable[None]]) -> None:
+async def _awaited(step: Callable[[], Awaitable[object]]) -> None:
     await step()
 
 
 async def _within(seconds: float | None, what: str, steps: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run steps together. The first failure, the deadline or a cancellation ends the others before it is raised.
+    """Run steps concurrently. After the first failure, the deadline or a cancellation the other steps are cancelled
+    and awaited before it is raised.
 
     Raises:
-        PhaseTimeout: the deadline was over first.
+        PhaseTimeout: not all steps ended within `seconds`.
     """
     tasks = [asyncio.ensure_future(step) for step in steps]
     if not tasks:
@@ -242,7 +244,7 @@ async def _within(seconds: float | None, what: str, steps: Sequence[Coroutine[An
     if late:
         raise PhaseTimeout(f"{what} took longer than {seconds:g} s")
     if len(errors) < len(tasks):
-        raise ElasticMoEError(f"{what} was cancelled from elsewhere")
+        raise ElasticMoEError(f"a step of {what} was cancelled")
 
 
 def _text(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Takes targets, allows one change at a time, remembers the last ones."""
+"""Accepts targets, runs one change at a time and remembers the latest ones."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ import uuid
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.change import Change
-from elasticmoe_sglang.coordinator.operation import RunningOperation, describe_target
 from elasticmoe_sglang.coordinator.ports import MemoryPort, WorkersPort
-from elasticmoe_sglang.coordinator.status import DeviceMemory, MemoryStatus, Operation, Phase, Status
+from elasticmoe_sglang.coordinator.status import (
+    DeviceMemory,
+    MemoryStatus,
+    Operation,
+    Phase,
+    RunningOperation,
+    Status,
+    describe_target,
+)
 from elasticmoe_sglang.errors import ElasticMoEError, HmmUnavailable, OperationInProgress, UserInputError
 from elasticmoe_sglang.planner import (
     DeviceRoom,
@@ -33,10 +40,10 @@ _OPERATION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Coordinator:
-    """Lives in one event loop; its coroutines are called from there. What does not wait can be asked from any thread.
+    """Runs in one event loop, where its coroutines must be called; the other methods may be called from any thread.
 
     Args:
-        membership, placement: as the server started.
+        membership, placement: those of the server's start.
     """
 
     def __init__(
@@ -46,13 +53,13 @@ class Coordinator:
         membership: Membership,
         placement: Placement,
         memory: MemoryPort,
-        ranks: WorkersPort,
+        workers: WorkersPort,
     ) -> None:
         self._config = config
         self._membership = membership
         self._placement = placement
         self._memory = memory
-        self._workers = ranks
+        self._workers = workers
         self._operations: dict[str, RunningOperation] = {}
         self._latest: RunningOperation | None = None
         self._task: asyncio.Task[None] | None = None
@@ -76,32 +83,32 @@ class Coordinator:
 
     @property
     def idle(self) -> bool:
-        """No change runs, no rank's death is being dealt with, and the HMM is there."""
+        """No change runs, no rank is being recovered, and the HMM is available."""
         return self.running is None and not self._holds and not self._closed
 
     @property
     def last(self) -> Operation | None:
-        """The operation that ended last."""
+        """The latest operation that has ended."""
         ended = (operation for operation in self._newest_first() if operation.phase.ended)
         latest = next(ended, None)
         return latest.view() if latest is not None else None
 
     async def submit(self, target: Target, operation_id: str | None = None) -> Operation:
-        """Start the change that fulfils `target`, or return the operation that already has this id.
+        """Start a change to `target`, or return the operation that already has this id.
 
-        Returns as soon as the change is planned and known to fit; a target that is fulfilled already is done at once.
+        Returns once the change is planned and fits the budgets; if the target is met already, the operation has ended.
 
         Raises:
-            PlanError, BudgetExceeded, UserInputError: the target is impossible, or its id belongs to another target.
+            PlanError, BudgetExceeded, UserInputError: the target is impossible, or the id belongs to another target.
             OperationInProgress: a change is running.
-            HmmUnavailable: the HMM does not answer, so no change can be made; serving is not affected.
+            HmmUnavailable: the HMM does not answer, so no change is possible; serving is not affected.
         """
         if operation_id is not None and not _OPERATION_ID.fullmatch(operation_id):
             raise UserInputError(
-                "operation_id is not usable as a name",
+                "operation_id is not a valid name",
                 hint="Use 1 to 128 letters, digits, '.', '_', ':' or '-'",
             )
-        # Held over the HMM's answer, so that of two equal requests the second finds the operation of the first.
+        # Held while waiting for the HMM, so that the second of two equal requests finds the operation of the first.
         async with self._submitting:
             known = self._operations.get(operation_id) if operation_id is not None else None
             if known is not None:
@@ -115,7 +122,7 @@ class Coordinator:
             raise OperationInProgress(
                 f"a change to EP size {running.new_ep_size} is {running.phase.value}",
                 operation=running.operation_id,
-                hint="Wait for its end; one change runs at a time",
+                hint="Wait until it has ended; one change runs at a time",
             )
         if self._closed:
             raise OperationInProgress("the server is shutting down")
@@ -134,9 +141,9 @@ class Coordinator:
             change = Change(
                 operation,
                 memory=self._memory,
-                ranks=self._workers,
+                workers=self._workers,
                 config=self._config,
-                on_committed=self._adopt,
+                on_committed=self.adopt,
             )
             self._change = change
             self._task = asyncio.get_running_loop().create_task(self._run(change, operation))
@@ -147,7 +154,7 @@ class Coordinator:
             await change.run()
         finally:
             if not operation.phase.ended:
-                operation.end(Phase.FAILED, "the coordinator stopped in the middle of the change; its log says why")
+                operation.end(Phase.FAILED, "the coordinator failed during the change; see its log")
             ended = operation.view()
             log = logger.info if ended.phase is Phase.DONE else logger.error
             log(
@@ -158,19 +165,16 @@ class Coordinator:
                 ended.error,
             )
 
-    def _adopt(self, plan: ScalePlan) -> None:
-        self.adopt(plan.after, plan.placement_after)
-
     def adopt(self, membership: Membership, placement: Placement) -> None:
-        """What holds from now on."""
+        """Set the current membership and placement."""
         self._membership = membership
         self._placement = placement
 
     async def hold(self, reason: ElasticMoEError, *, interrupt: str | None = None) -> None:
-        """Refuse targets with an error like this one until `resume`, and wait for the running change to end.
+        """Refuse targets with an error like `reason` until `resume`, and wait until the running change has ended.
 
         Args:
-            interrupt: why a change that is still preparing cannot come to its end; it is rolled back at once.
+            interrupt: if given, a change that is still preparing is rolled back at once with this as its error.
         """
         self._holds.append(reason)
         await self._end_change(interrupt)
@@ -180,12 +184,12 @@ class Coordinator:
             return
         if interrupt is not None:
             if self._latest.phase is Phase.PLANNED:
-                await asyncio.sleep(0)  # its first step
+                await asyncio.sleep(0)  # let it start preparing
             self._change.interrupt(interrupt)
         await asyncio.wait({self._task})
 
     def resume(self, reason: ElasticMoEError) -> None:
-        """Take targets again, as far as this hold is concerned."""
+        """End the hold that was given this reason."""
         self._holds.remove(reason)
 
     def _memory_hold(self) -> HmmUnavailable | None:
@@ -194,7 +198,7 @@ class Coordinator:
     def _remember(self, operation: RunningOperation) -> None:
         self._latest = operation
         self._operations[operation.operation_id] = operation
-        # Only ended operations are ever dropped: at most one runs, and it is the newest.
+        # Only ended operations are dropped: at most one runs, and it is the newest.
         while len(self._operations) > HISTORY:
             del self._operations[next(iter(self._operations))]
 
@@ -202,10 +206,10 @@ class Coordinator:
         memory = await self._memory_status()
         if not memory.available:
             raise HmmUnavailable(
-                memory.error or "the HMM does not answer", hint="Serving goes on; start an HMM and ask again"
+                memory.error or "the HMM does not answer", hint="Serving goes on; start an HMM and try again"
             )
         if memory.column_bytes is None or memory.dense_bytes is None:
-            raise HmmUnavailable("the HMM holds no model yet", hint="Ask again when the server has loaded it")
+            raise HmmUnavailable("the HMM holds no model yet", hint="Try again when the server has loaded it")
         least = self._workers.least_kv_bytes()
         model = ModelNeeds(column_bytes=memory.column_bytes, dense_bytes=memory.dense_bytes, rank_bytes=least)
         check_budgets(plan, model, [self._room(device, plan, least) for device in memory.devices])
@@ -218,13 +222,13 @@ class Coordinator:
             device=device.device,
             ranks=ranks,
             budget=device.budget,
-            # Ranks give up KV where columns need the room, down to the least they can do with.
+            # KV shrinks where columns need memory, down to the least that each rank needs.
             used=device.used - max(0, kv - serving * least),
             holds_dense=device.by_kind.get("dense", 0) > 0,
         )
 
     async def _memory_status(self) -> MemoryStatus:
-        """The HMM's answer, or why there is none: the rest of the server's status does not depend on it."""
+        """The HMM's status, or why there is none: the rest of the server's status does not depend on it."""
         held = self._memory_hold()
         if held is not None:
             error = f"{held.what}. {held.hint}"
@@ -238,26 +242,26 @@ class Coordinator:
         return MemoryStatus(available=False, endpoint=self._config.hmm_endpoint, error=why)
 
     def get(self, operation_id: str) -> Operation | None:
-        """One of the last 256 operations."""
+        """One of the latest HISTORY operations, None if there is none with this id."""
         operation = self._operations.get(operation_id)
         return operation.view() if operation is not None else None
 
     def operations(self) -> list[Operation]:
-        """The last 256 operations, newest first."""
+        """The latest HISTORY operations, newest first."""
         return [operation.view() for operation in self._newest_first()]
 
     def _newest_first(self) -> list[RunningOperation]:
-        # One step for the interpreter, so that another thread may ask while an operation is added.
+        # Copying is atomic in CPython, so another thread may call this while an operation is added.
         return list(self._operations.values())[::-1]
 
     async def wait(self, operation_id: str) -> Operation:
-        """The operation once it has ended. Raises KeyError for an operation that is not known."""
+        """Wait until the operation has ended. Raises KeyError for an unknown operation."""
         operation = self._operations[operation_id]
         await operation.ended.wait()
         return operation.view()
 
     async def status(self) -> Status:
-        """Everything at this moment; waits for the HMM's answer for a few seconds at most."""
+        """The server's current state; waits at most _MEMORY_STATUS_S seconds for the HMM."""
         memory = await self._memory_status()
         return Status(
             ep_size=len(self._membership.ranks),
@@ -272,7 +276,7 @@ class Coordinator:
         )
 
     async def close(self) -> None:
-        """Take no more targets. A change that is still preparing is rolled back, a later one is brought to its end."""
+        """Refuse targets from now on. A change that is preparing is rolled back; a later phase is waited for."""
         self._closed = True
         await self._end_change("the server is shutting down")
 

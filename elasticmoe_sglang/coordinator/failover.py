@@ -1,4 +1,4 @@
-"""A worker dies while it serves: the others go on without it, or with a standby in its place."""
+"""Recovery from a worker's death: survivors continue without its rank, or a standby worker replaces it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from elasticmoe_sglang.planner.recovery import plan_recovery
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
-# Survivors wait longer than this to be told how to go on.
+# Shorter than the time that survivors wait for `Recover`.
 _MEMORY_S = 20.0
 
 
 class FailoverController:
-    """Lives in the coordinator's event loop.
+    """Runs in the coordinator's event loop.
 
     Args:
-        deadline_s: for the survivors to meet at the commit barrier, each attempt.
-        on_failure: serving cannot go on; gets a sentence.
-        memory_whole: waits, that many seconds at most, while an HMM that died is being replaced.
-        tidy: gives memory back that no rank uses: of a change that the death kept from its end.
+        deadline_s: seconds for survivors to meet at the commit barrier, for each attempt.
+        on_failure: called with a sentence when serving cannot continue.
+        memory_whole: waits up to the given seconds while an HMM that ended is being replaced.
+        tidy: releases memory that no rank uses, left by a change that the death interrupted.
     """
 
     def __init__(
         self,
         coordinator: Coordinator,
-        ranks: Workers,
+        workers: Workers,
         *,
         deadline_s: float,
         on_failure: Callable[[str], None],
@@ -40,7 +40,7 @@ class FailoverController:
         tidy: Callable[[], Awaitable[int]],
     ) -> None:
         self._coordinator = coordinator
-        self._workers = ranks
+        self._workers = workers
         self._deadline_s = deadline_s
         self._on_failure = on_failure
         self._memory_whole = memory_whole
@@ -49,8 +49,8 @@ class FailoverController:
         self._task: asyncio.Task[None] | None = None
 
     def rank_lost(self, rank: int, why: str) -> None:
-        """An active rank's process has ended, and was not to."""
-        logger.error("%s; the others go on", why)
+        """Start recovery, or include the rank in the recovery that is running."""
+        logger.error("%s; survivors continue without it", why)
         self._dead.add(rank)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._heal())
@@ -58,9 +58,9 @@ class FailoverController:
     async def _heal(self) -> None:
         started = time.monotonic()
         hold = OperationInProgress(
-            "a rank has died and the others are taking over", hint="Ask again in a second or two"
+            "survivors are recovering from a worker's death", hint="Try again in a second or two"
         )
-        # A change that is preparing cannot be committed without the dead rank, and survivors wait for the end of it.
+        # A change that is preparing cannot commit without the dead rank, and survivors wait until it has ended.
         lost = ", ".join(map(str, sorted(self._dead)))
         await self._coordinator.hold(hold, interrupt=f"rank {lost} was lost meanwhile")
         problem: Exception | None = None
@@ -74,13 +74,13 @@ class FailoverController:
                 sent = await asyncio.wait_for(self._workers.recover(plan, self._deadline_s), 4 * self._deadline_s)
             except (ElasticMoEError, OSError, asyncio.TimeoutError) as error:
                 problem = error
-                logger.exception("attempt %d to go on without ranks %s failed", attempt + 1, sorted(dead))
+                logger.exception("recovery attempt %d, without ranks %s, failed", attempt + 1, sorted(dead))
                 continue
             self._coordinator.adopt(plan.membership, plan.placement)
             self._dead -= dead
             logger.warning(
-                "ranks %s were lost; epoch %d serves with ranks %s after %.2f s (%d columns taken over, %d requests "
-                "sent again)",
+                "ranks %s were lost; epoch %d serves with ranks %s after %.2f s (%d columns moved, %d requests sent "
+                "again)",
                 list(plan.dead),
                 plan.membership.epoch,
                 list(plan.membership.ranks),
@@ -91,7 +91,7 @@ class FailoverController:
         try:
             await self._tidy()
         except ElasticMoEError as error:
-            logger.error("memory that no rank uses could not be given back: %s", error)
+            logger.error("memory that no rank uses could not be released: %s", error)
         if self._dead:
             self._on_failure(f"ranks {sorted(self._dead)} were lost and could not be replaced: {problem}")
         self._coordinator.resume(hold)

@@ -1,4 +1,4 @@
-"""The HMM's process ends while the server serves: another one gets the memory back from those who have it mapped."""
+"""Replacing an HMM that ended while the server serves: a new one adopts the memory from the workers that map it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
-from elasticmoe_sglang.coordinator.memory_port import release_leftovers
+from elasticmoe_sglang.coordinator.memory import release_leftovers
 from elasticmoe_sglang.coordinator.workers import Workers
 from elasticmoe_sglang.errors import ElasticMoEError, HmmUnavailable
-from elasticmoe_sglang.hmm.client import AsyncHmmClient
+from elasticmoe_sglang.hmm.client import HmmClient
 
 logger = logging.getLogger(__name__)
 
@@ -22,26 +22,26 @@ _OFFER_S = 10.0
 
 
 class HmmFailover:
-    """Lives in the coordinator's event loop. Changes are refused from the HMM's end until the ledger is whole again.
+    """Runs in the coordinator's event loop. Refuses changes from the HMM's end until the ledger is complete again.
 
     Args:
-        hmm: has the server's shared region, and offers it like every rank offers what it maps.
-        restart: starts the HMM anew if it is this server's own; None: whoever started it has to.
-        ending: the server is shutting down, so an HMM that ends is not to be replaced.
+        hmm: the coordinator's client; it leases the server's shared region and offers it to the new HMM.
+        restart: starts a new HMM; None: this server did not start the HMM, so somebody else has to.
+        ending: whether the server is shutting down; then an HMM that ends is not replaced.
     """
 
     def __init__(
         self,
         coordinator: Coordinator,
-        ranks: Workers,
-        hmm: AsyncHmmClient,
+        workers: Workers,
+        hmm: HmmClient,
         config: ElasticConfig,
         *,
         restart: Callable[[], None] | None,
         ending: Callable[[], bool] = lambda: False,
     ) -> None:
         self._coordinator = coordinator
-        self._workers = ranks
+        self._workers = workers
         self._hmm = hmm
         self._config = config
         self._restart = restart
@@ -51,17 +51,17 @@ class HmmFailover:
         self._task = asyncio.get_running_loop().create_task(self._watch())
 
     async def whole(self, timeout_s: float) -> None:
-        """Until the HMM has everything. Raises HmmUnavailable."""
+        """Wait until the HMM's ledger is complete. Raises HmmUnavailable after `timeout_s`."""
         self._look()
         try:
             await asyncio.wait_for(self._whole.wait(), timeout_s)
         except asyncio.TimeoutError:
-            raise HmmUnavailable(f"no HMM has taken the memory over within {timeout_s:g} s") from None
+            raise HmmUnavailable(f"no HMM has adopted the memory within {timeout_s:g} s") from None
 
     async def tidy(self) -> int:
-        """Gives memory back that no rank uses; while no change runs. Returns how many blocks."""
+        """Release memory that no rank uses, while no change runs. Returns the number of blocks."""
         placement, ranks = self._coordinator.placement, self._coordinator.membership.ranks
-        return await release_leftovers(self._hmm, placement, ranks, self._config)
+        return await asyncio.to_thread(release_leftovers, self._hmm, placement, ranks, self._config)
 
     def _look(self) -> bool:
         if self._hmm.attached_to() == self._instance:
@@ -86,12 +86,12 @@ class HmmFailover:
                 await asyncio.sleep(_RETRY_S)
         finally:
             self._coordinator.resume(absent)
-        logger.warning("the HMM's memory is whole again after %.2f s", time.monotonic() - started)
+        logger.warning("the HMM's ledger is complete again after %.2f s", time.monotonic() - started)
 
     def _absent(self) -> HmmUnavailable:
         if self._restart is not None:
             return HmmUnavailable(
-                "the HMM has ended and is being started anew", hint="Serving goes on; ask again in a few seconds"
+                "the HMM has ended and is being restarted", hint="Serving goes on; try again in a few seconds"
             )
         return HmmUnavailable(
             f"the HMM at {self._hmm.endpoint} has ended",
@@ -101,16 +101,17 @@ class HmmFailover:
     async def _take_over(self, absent: HmmUnavailable) -> bool:
         try:
             if self._restart is not None:
-                await asyncio.get_running_loop().run_in_executor(None, self._restart)
-            instance = (await self._hmm.connect()).instance
-            blocks = await self._hmm.offer() + await asyncio.wait_for(self._workers.offer_memory(), _OFFER_S)
+                await asyncio.to_thread(self._restart)
+            instance = (await asyncio.to_thread(self._hmm.connect)).instance
+            blocks = await asyncio.to_thread(self._hmm.offer)
+            blocks += await asyncio.wait_for(self._workers.offer_memory(), _OFFER_S)
             leftovers = await self.tidy()
         except (ElasticMoEError, OSError, asyncio.TimeoutError) as error:
             if absent.what != (why := _why(error)):
                 absent.what = why
-                logger.error("the HMM's memory is not whole: %s", why)
+                logger.error("the HMM's ledger is not complete: %s", why)
             return False
-        logger.info("HMM %s took over %d blocks, of which %d were not needed", instance, blocks, leftovers)
+        logger.info("HMM %s adopted %d blocks and released %d of them that no rank uses", instance, blocks, leftovers)
         self._instance = instance
         return self._look()
 

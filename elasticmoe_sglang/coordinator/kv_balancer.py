@@ -1,34 +1,212 @@
-"""Keeps devices full between changes: of memory that comes free at other times, KV gets its share too."""
+"""Sizes of the ranks' KV caches: all device memory that weights and headroom leave."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
-from elasticmoe_sglang.coordinator.coordinator import Coordinator
-from elasticmoe_sglang.coordinator.workers import Workers
+from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.coordinator.worker_channel import WorkerChannel
 from elasticmoe_sglang.errors import ElasticMoEError
+from elasticmoe_sglang.hmm.client import HmmClient
+from elasticmoe_sglang.hmm.vmm.base import round_up
+from elasticmoe_sglang.planner import ColumnMove, KvDevice, KvShape, Placement
+from elasticmoe_sglang.wire import to_coordinator, to_worker
+from elasticmoe_sglang.wire.to_hmm import DeviceUsage, HmmStatus
+from elasticmoe_sglang.worker.kv_share import device_at_rest, others_of, weights_of
 
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 2.0
 
 
+class Moving(Protocol):
+    """The plan of a change or of a recovery."""
+
+    @property
+    def moves(self) -> Sequence[ColumnMove]: ...
+
+
 class KvBalancer:
-    """Lives in the coordinator's event loop."""
+    """Resizes the KV caches that lie in HMM memory; KV caches that SGLang allocated keep their size.
 
-    def __init__(self, coordinator: Coordinator, ranks: Workers) -> None:
-        self._coordinator = coordinator
-        self._workers = ranks
-        self._task = asyncio.get_running_loop().create_task(self._keep())
+    Args:
+        resize_s: seconds for a worker's scheduler to adopt a new capacity.
+    """
 
-    async def _keep(self) -> None:
-        told = ""
+    def __init__(self, config: ElasticConfig, channel: WorkerChannel, hmm: HmmClient, *, resize_s: float) -> None:
+        self._config = config
+        self._channel = channel
+        self._hmm = hmm
+        self._resize_s = resize_s
+        self._shapes: dict[int, KvShape] = {}
+        self._chunks: dict[int, int] = {}
+        self._resizes = 0
+        self._busy = asyncio.Lock()
+
+    def learn(self, rank: int, state: to_coordinator.KvState | None) -> None:
+        """Note the KV cache that a worker reported when it had booted."""
+        self.forget(rank)
+        if state is not None:
+            self._shapes[rank] = KvShape(
+                token_bytes=state.token_bytes,
+                page_tokens=state.page_tokens,
+                chunk_bytes=state.chunk_bytes,
+                cap_tokens=state.cap_tokens,
+            )
+            self._chunks[rank] = state.chunks
+
+    def forget(self, rank: int) -> None:
+        """The rank's worker has exited."""
+        self._shapes.pop(rank, None)
+        self._chunks.pop(rank, None)
+
+    def sizes(self) -> dict[int, int]:
+        """Chunks of HMM memory of each rank's KV cache."""
+        return dict(self._chunks)
+
+    def held(self) -> dict[int, int]:
+        """Bytes of HMM memory of each rank's KV cache."""
+        return {rank: self._bytes(rank) for rank in self._chunks}
+
+    def least_bytes(self) -> int:
+        """The least KV a rank needs, of the rank that needs most."""
+        return max((shape.least_chunks * shape.chunk_bytes for shape in self._shapes.values()), default=0)
+
+    async def shrink_kv(
+        self, plan: Moving, *, ranks: Sequence[int], joining: Sequence[int], retiring: Sequence[int] = ()
+    ) -> dict[int, int]:
+        """Shrink survivors' KV so that old and new columns fit at the same time.
+
+        Args:
+            ranks: the active ranks after the change; joining: those of them that boot for it.
+            retiring: ranks that keep their KV until the change has ended.
+
+        Returns:
+            Chunks for each joining rank to start with.
+        """
+        async with self._busy:
+            return await self._shrink_kv(plan, ranks, joining, retiring)
+
+    async def _shrink_kv(
+        self, plan: Moving, ranks: Sequence[int], joining: Sequence[int], retiring: Sequence[int]
+    ) -> dict[int, int]:
+        if not self._shapes:
+            return {}
+        shape = next(iter(self._shapes.values()))
+        status = await asyncio.to_thread(self._hmm.status)
+        wanted: dict[int, int] = {}
+        for usage in status.devices:
+            here = self._on(usage.device, ranks)
+            if not here:
+                continue
+            device = KvDevice(
+                budget=usage.budget,
+                headroom=self._config.headroom_bytes(usage.budget),
+                weights=weights_of(usage) + self._incoming(plan, usage, status, joining),
+                others=others_of(usage),
+                ranks=here,
+                held=sum(self._bytes(rank) for rank in self._on(usage.device, retiring)),
+            )
+            wanted |= {rank: max(share, shape.least_chunks) for rank, share in device.targets(shape).items()}
+        staying = [rank for rank in wanted if rank in self._chunks and rank not in joining]
+        await self._set_sizes({rank: min(self._chunks[rank], wanted[rank]) for rank in staying})
+        return {rank: wanted[rank] for rank in joining if rank in wanted}
+
+    async def grow_kv(
+        self, whose: Callable[[], tuple[Sequence[int], Placement] | None], *, only_grow: bool = False
+    ) -> None:
+        """Resize each rank's KV to its share of the device, while no column moves.
+
+        Args:
+            whose: returns the active ranks and the placement, or None to change nothing; called once no other resize
+                runs.
+            only_grow: skip devices on which a rank would have to shrink.
+        """
+        async with self._busy:
+            asked = whose()
+            if asked is not None and self._shapes:
+                await self._grow_kv(*asked, only_grow)
+
+    async def run(self, whose: Callable[[], tuple[Sequence[int], Placement] | None]) -> None:
+        """Grow KV into memory that is released between changes, every few seconds until cancelled."""
+        logged = ""
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
-                await self._workers.grow_idle_kv(lambda: self._coordinator.idle)
-                told = ""
+                await self.grow_kv(whose, only_grow=True)
+                logged = ""
             except (ElasticMoEError, OSError) as error:
-                if told != (told := str(error)):
-                    logger.warning("KV could not be given all memory that is free: %s", error)
+                if logged != (logged := str(error)):
+                    logger.warning("KV could not grow into all free memory: %s", error)
+
+    async def _grow_kv(self, ranks: Sequence[int], placement: Placement, only_grow: bool) -> None:
+        status = await asyncio.to_thread(self._hmm.status)
+        model = status.model
+        assert model is not None, "the HMM of serving ranks has no model"
+        wanted: dict[int, int] = {}
+        for usage in status.devices:
+            here = [rank for rank in self._on(usage.device, ranks) if rank in self._shapes]
+            if not here:
+                continue
+            device = device_at_rest(
+                self._config,
+                usage,
+                model,
+                granularity=status.granularity,
+                ranks=here,
+                owners=placement.owners,
+            )
+            shares = {}
+            for rank in here:
+                shape = self._shapes[rank]
+                shares[rank] = max(device.targets(shape)[rank], shape.least_chunks)
+            if not only_grow or all(share >= self._chunks[rank] for rank, share in shares.items()):
+                wanted |= shares
+        # Shrink before growing: ranks of one device share its memory.
+        await self._set_sizes({rank: chunks for rank, chunks in wanted.items() if chunks < self._chunks[rank]})
+        await self._set_sizes(wanted)
+
+    async def _set_sizes(self, wanted: Mapping[int, int]) -> None:
+        """Resize to these numbers of chunks, concurrently, on ranks that still have a worker. Raises WorkerError."""
+        changes = {rank: n for rank, n in wanted.items() if rank in self._chunks and self._chunks[rank] != n}
+        results = await asyncio.gather(
+            *(self._resize(rank, chunks) for rank, chunks in changes.items()), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def drop(self, ranks: Iterable[int]) -> None:
+        """Release the HMM memory of ranks whose workers have exited."""
+        for rank in ranks:
+            self.forget(rank)
+            blocks = await asyncio.to_thread(self._hmm.lookup, kind="kv", rank=rank)
+            if blocks:
+                await asyncio.to_thread(self._hmm.release, [block.block_id for block in blocks])
+
+    async def _resize(self, rank: int, chunks: int) -> None:
+        self._resizes += 1
+        message = to_worker.ResizeKv(operation_id=f"kv-{rank}-{self._resizes}", chunks=chunks, timeout_s=self._resize_s)
+        self._chunks[rank] = (await self._channel.ask(rank, message, to_worker.KvResized)).chunks
+
+    def _on(self, device: int, ranks: Iterable[int]) -> list[int]:
+        return [rank for rank in ranks if self._config.device_of(rank) == device]
+
+    def _bytes(self, rank: int) -> int:
+        return self._chunks[rank] * self._shapes[rank].chunk_bytes if rank in self._chunks else 0
+
+    def _incoming(self, plan: Moving, usage: DeviceUsage, status: HmmStatus, joining: Sequence[int]) -> int:
+        """Bytes that the plan allocates on the device before any are released there."""
+        model = status.model
+        assert model is not None, "the HMM of serving ranks has no model"
+        device_of = self._config.device_of
+        new = sum(
+            device_of(move.target) == usage.device and device_of(move.source) != usage.device for move in plan.moves
+        )
+        dense = bool(self._on(usage.device, joining)) and not usage.by_kind.get("dense")
+        return new * round_up(model.column_bytes, status.granularity) + dense * round_up(
+            model.dense_bytes, status.granularity
+        )

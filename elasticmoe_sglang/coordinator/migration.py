@@ -1,4 +1,4 @@
-"""Who is where: retiring ranks on their way out, what they had sent, and the picture of all ranks for `status`."""
+"""Retiring ranks between commit and exit: migration of their requests; and the snapshot of all ranks for `status`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from elasticmoe_sglang.wire.to_worker import ReleaseMigrated, Resumed
 
 logger = logging.getLogger(__name__)
 
-# How long what a rank has sent may take through the detokenizer before its requests go on regardless.
+# After this long, requests continue although output of their old rank may still be in the detokenizer.
 OUTPUT_FENCE_S = 5.0
 _LOOK_S = 0.05
 _POLL_S = 0.002
@@ -27,10 +27,10 @@ _REMEMBERED = 64
 
 @dataclass
 class Departure:
-    """A retiring rank between its commit and its exit.
+    """A retiring rank between its commit and its worker's exit.
 
-    migration: moves its requests to the survivors; its result is how many there were.
-    died: its process ended before all of them had gone.
+    migration: migrates its requests to the survivors; its result is their number.
+    died: its worker exited before all of them were sent.
     """
 
     operation_id: str
@@ -40,17 +40,19 @@ class Departure:
 
 
 async def migrations_done(departures: Collection[Departure], timeout_s: float = OUTPUT_FENCE_S) -> None:
-    """Until the requests of all retiring ranks are with survivors; one that died has none that could still come."""
+    """Wait until survivors have the requests of all retiring ranks, except of those whose workers died."""
     deadline = time.monotonic() + timeout_s
     while pending := [d.migration for d in departures if d.migration and not d.died and not d.migration.done()]:
         if time.monotonic() > deadline:
-            logger.error("%d retiring ranks have not migrated within %.0f s; going on", len(pending), timeout_s)
+            logger.error(
+                "%d retiring ranks have not migrated their requests within %.0f s; continuing", len(pending), timeout_s
+            )
             return
         await asyncio.wait(pending, timeout=_LOOK_S)
 
 
 class OutputFences:
-    """Fences that ranks put behind what they had sent; each comes through the detokenizer to the tokenizer."""
+    """Fences that ranks send behind their last output, through the detokenizer to the tokenizer."""
 
     def __init__(self) -> None:
         self._passed: dict[str, set[int]] = {}
@@ -61,45 +63,49 @@ class OutputFences:
             del self._passed[next(iter(self._passed))]
 
     async def wait(self, operation_id: str, ranks: Collection[int], timeout_s: float = OUTPUT_FENCE_S) -> bool:
-        """Until the fences of all these ranks have passed; False when one did not come in time, which is logged."""
+        """Wait until the fences of all these ranks have passed; False, and logged, if one did not in time."""
         deadline = time.monotonic() + timeout_s
         while absent := set(ranks) - self._passed.get(operation_id, set()):
             if time.monotonic() > deadline:
-                logger.error("output of ranks %s did not pass within %.0f s; going on", sorted(absent), timeout_s)
+                logger.error("output of ranks %s did not pass within %.0f s; continuing", sorted(absent), timeout_s)
                 return False
             await asyncio.sleep(_POLL_S)
         return True
 
 
-async def migrate(channel: WorkerChannel, fences: OutputFences, departure: Departure, left: Retired) -> int:
-    """Tell the survivors to go on with what the retiring rank has sent them, and wait until all of it runs there, its
-    KV copied out of the retiring rank's memory. Returns the number of requests."""
-    await fences.wait(departure.operation_id, [left.rank])
+async def migrate(channel: WorkerChannel, fences: OutputFences, departure: Departure, retired: Retired) -> int:
+    """Have the survivors resume the requests that the retiring rank sent them, and wait until all run there and their
+    KV has been copied out of the retiring rank's memory. Returns the number of requests."""
+    await fences.wait(departure.operation_id, [retired.rank])
     with_kv = 0
 
     async def resumed(survivor: int, migrated: int) -> int:
         nonlocal with_kv
-        chunks = left.kv_chunks.get(survivor, ())
-        release = ReleaseMigrated(operation_id=departure.operation_id, retiring_rank=left.rank, kv_chunks=chunks)
+        chunks = retired.kv_chunks.get(survivor, ())
+        release = ReleaseMigrated(operation_id=departure.operation_id, retiring_rank=retired.rank, kv_chunks=chunks)
         try:
             await channel.tell_worker(survivor, release)
             message = await channel.wait_for(
-                Resumed, rank=survivor, about=lambda message: message.retiring_rank == left.rank
+                Resumed, rank=survivor, about=lambda message: message.retiring_rank == retired.rank
             )
         except WorkerError as error:
-            # What only it had is sent again when the others have got over its death.
+            # Requests that only its worker had are sent again after survivors recover.
             logger.warning(
-                "rank %d died with %d requests of retiring rank %d: %s", survivor, migrated, left.rank, error
+                "rank %d died with %d requests of retiring rank %d: %s", survivor, migrated, retired.rank, error
             )
             return migrated
         with_kv += message.with_kv
         return message.requests
 
-    total = sum(left.migrated.values())
-    lost = total - sum(await asyncio.gather(*(resumed(*item) for item in left.migrated.items())))
-    logger.info("rank %d migrated %d requests, %d with their KV (%d tokens)", left.rank, total, with_kv, left.kv_tokens)
+    total = sum(retired.migrated.values())
+    lost = total - sum(await asyncio.gather(*(resumed(*item) for item in retired.migrated.items())))
+    logger.info(
+        "rank %d migrated %d requests, %d with their KV (%d tokens)", retired.rank, total, with_kv, retired.kv_tokens
+    )
     if lost:
-        raise WorkerError(f"{lost} requests of rank {left.rank} did not arrive", rank=left.rank)
+        raise WorkerError(
+            f"{lost} requests of retiring rank {retired.rank} did not arrive at survivors", rank=retired.rank
+        )
     return total
 
 
@@ -115,12 +121,12 @@ def snapshot(
     kv: Callable[[int], tuple[int, int, int]],
     kv_bytes: Mapping[int, int],
 ) -> list[RankInfo]:
-    """All ranks, ascending. An inactive rank shows the standby that would take it, ready ones first.
+    """All ranks, ascending. Standby workers are shown at the lowest inactive ranks, ready ones first.
 
     Args:
-        active: the committed membership; pids: rank -> process; population: for the processes without a rank.
-        hellos: what each rank's process said when it had booted.
-        kv: a rank's (capacity, used, cached) KV tokens, zeros when it has not said so.
+        active: the committed membership; pids: rank -> pid of its worker; population: for the standby workers.
+        hellos: each worker's report of its boot.
+        kv: returns a rank's (capacity, used, cached) KV tokens, zeros if its worker has not reported them.
         kv_bytes: HMM memory of each rank's KV cache.
     """
     waiting = iter(

@@ -1,128 +1,122 @@
-"""What the coordinator needs from the rest of the system, as two protocols.
+"""What the coordinator needs from the rest of the system, as three protocols.
 
-A call may be cancelled when its deadline is over, and it may raise anything; the coordinator then undoes the step as
-written at each call. It never retries: retries are the implementation's business.
+A call of `MemoryPort` or `WorkersPort` may be cancelled at its deadline and may raise anything; the coordinator then
+undoes the step as written at each method. It never retries: implementations do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from elasticmoe_sglang.comm.membership import Membership
-from elasticmoe_sglang.coordinator.status import MemoryStatus, RankInfo
+from elasticmoe_sglang.coordinator.status import CommitReport, MemoryStatus, PullReport, RankInfo
 from elasticmoe_sglang.planner import ColumnMove, ScalePlan
 from elasticmoe_sglang.wire.to_worker import JoinSpec
 
 
-@dataclass(frozen=True, kw_only=True)
-class PullReport:
-    """What one rank has pulled."""
+class SglangPort(Protocol):
+    """SGLang's message path from the tokenizer to the schedulers, and the end of a worker."""
 
-    columns: int
-    bytes: int
-    seconds: float
+    async def send_command(self, command: bytes) -> None:
+        """Broadcast an encoded CommitCommand to all ranks, after control requests in progress have been answered."""
 
+    async def send_route(self, ranks: Sequence[int]) -> None:
+        """Route new requests to these ranks only."""
 
-@dataclass(frozen=True, kw_only=True)
-class CommitReport:
-    """How the ranks left the commit barrier.
+    async def send_recover_route(self, operation_id: str, ranks: Sequence[int]) -> set[str]:
+        """Like `send_route`, after a worker's death: also puts a fence into each rank's queue.
 
-    Attributes:
-        epoch: the epoch that holds now, the old one when not committed.
-        pause_ms: milliseconds that each rank stood still.
-        reason: why it was not committed.
-    """
+        Returns:
+            Ids of the requests that were open when the message was sent.
+        """
 
-    committed: bool
-    epoch: int
-    pause_ms: Mapping[int, float] = field(default_factory=dict)
-    reason: str | None = None
+    async def send_again(self, rids: set[str]) -> int:
+        """Send those of these requests that are still open to active ranks; returns how many."""
+
+    def rank_lost(self, rank: int, reason: str) -> None:
+        """The worker of an active rank exited unexpectedly; `reason` is a sentence."""
 
 
 class MemoryPort(Protocol):
     """The HMM."""
 
     async def status(self) -> MemoryStatus:
-        """The ledger now. Raises HmmUnavailable when nobody answers."""
+        """The current ledger. Raises HmmUnavailable when no HMM answers."""
 
     async def begin(self, operation_id: str) -> str:
-        """Open a transaction. If the call fails, nothing stays open: the HMM drops transactions without an owner."""
+        """Open a transaction. A failed call leaves none open: the HMM rolls back transactions without an owner."""
 
     async def commit(self, txn: str) -> Sequence[int]:
-        """Keep what was allocated in the transaction. Called once, after the ranks have committed.
+        """Keep what was allocated in the transaction. Called once, after the workers have committed.
 
         Returns:
             For each device the most bytes that were in use on it while the transaction was open.
         """
 
     async def rollback(self, txn: str) -> Sequence[int]:
-        """Free all that was allocated in the transaction. Called once for each begin that returned and was undone.
+        """Free everything allocated in the transaction. Called once for each `begin` that returned and is undone.
 
         Returns:
-            As `commit`; empty when that went with its HMM.
+            As `commit`; empty when the HMM of the transaction has ended.
         """
 
 
 class WorkersPort(Protocol):
-    """The processes in the ranks, by way of the IMM and the ranks' agents."""
+    """The workers, reached through the IMM and their agents."""
 
     def ranks(self) -> Sequence[RankInfo]:
-        """All ranks, ascending, from what is known here: does not wait for anybody."""
+        """All ranks, ascending, from what this process knows: sends no message."""
 
     def membership(self) -> Membership:
-        """The membership committed last, read from the commit barrier's control page: the truth when a commit gave no
-        answer."""
+        """The membership committed last, read from the control page: correct even if no report of a commit arrived."""
 
     def least_kv_bytes(self) -> int:
-        """What a rank's KV cache cannot do without."""
+        """The least KV memory a rank needs, in bytes."""
 
     async def shrink_kv(self, plan: ScalePlan) -> Mapping[int, int]:
-        """Before anything is allocated: survivors give up KV for the columns they are to receive, while they serve.
+        """Before anything is allocated: shrink survivors' KV by what the columns need that they will receive.
 
-        Undone by `fill_kv`, after the HMM's rollback.
+        Undone by `grow_kv`, after the HMM's rollback.
 
         Returns:
-            Chunks for each joining rank to begin with.
+            Chunks of KV for each joining rank to start with.
         """
 
     async def grow_kv(self) -> None:
-        """Let KV have all that is free: when departed columns are given back, or a change is rolled back."""
+        """Grow KV into all free memory, once a change has released columns or was rolled back."""
 
     async def boot(self, join_spec: JoinSpec) -> PullReport:
-        """A standby takes its rank, boots, attaches, pulls its columns and waits at the commit barrier. Raises
-        WorkerError.
+        """Have a standby worker boot as its rank: attach weights, pull columns, wait at the commit barrier.
 
-        Undone by `dismiss`, which is called once for each boot that was started, however it ended.
+        Undone by `dismiss`, called once for each boot that was started, however it ended. Raises WorkerError.
         """
 
     async def pull(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
-        """A survivor pulls columns into free slots while it goes on serving; no table points at them yet.
+        """Have a survivor pull columns into free slots while it serves; no slot table points at them yet.
 
-        Undone by `drop`, which is called once for each pull that was started, however it ended.
+        Undone by `drop`, called once for each pull that was started, however it ended.
         """
 
     async def drop(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> None:
-        """The survivor stops pulling and unmaps what it had of these columns. The HMM frees them by its rollback."""
+        """Have a survivor stop pulling and unmap what it pulled of these columns; the HMM's rollback frees them."""
 
     async def commit(self, plan: ScalePlan, deadline_s: float) -> CommitReport:
-        """All ranks switch to `plan.after` between the same two batches, or none does.
+        """Switch all ranks to `plan.after` between the same two batches, or none.
 
-        When this has returned, has raised, or `deadline_s` is over, the change cannot happen any more unless it has
-        happened already: a command that reaches the leader later is refused by it.
+        Once this has returned or raised, or `deadline_s` has passed, the commit either has happened or never will: the
+        leader refuses a command that arrives later.
         """
 
     async def release(self, rank: int, columns: Sequence[int]) -> None:
-        """Give columns that departed from `rank` back to the HMM: unmap them if the rank is active, then free them.
+        """Release columns that moved away from `rank`: its worker unmaps them if it is active, then the HMM frees them.
 
-        For a retiring rank it is called after `dismiss`, so nobody maps them any more.
+        For a retiring rank it is called after `dismiss`, when its worker has exited.
         """
 
     async def dismiss(self, rank: int) -> int:
-        """Make the rank a standby again: end a joining rank in whatever state its boot is, or wait for a retiring
-        rank's exit.
+        """End a joining rank's worker, whatever the state of its boot, or wait until a retiring rank's worker exits.
 
         Returns:
-            Requests that a retiring rank handed to others.
+            Number of requests that a retiring rank migrated.
         """

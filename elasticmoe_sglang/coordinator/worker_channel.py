@@ -1,4 +1,4 @@
-"""The lines on which the coordinator hears ranks and the IMM, and a way to wait for what they say."""
+"""The coordinator's connections to the workers' agents and to the IMM, and waiting for their messages."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from elasticmoe_sglang.wire.to_coordinator import FROM_WORKER, FromImm, FromWork
 logger = logging.getLogger(__name__)
 
 Incoming = FromWorker | FromImm
+Command = to_worker.PullColumns | to_worker.DropColumns | to_worker.OfferMemory | to_worker.ResizeKv
 _IncomingT = TypeVar("_IncomingT", bound=Incoming)
 _BACKLOG = 1024
 
 
 class WorkerChannel:
-    """Hears everything, keeps the last messages, and wakes whoever waits for one.
+    """Receives all messages and delivers each to whoever waits for it; keeps the latest that nobody waited for.
 
     Args:
-        endpoint: where the ranks' agents connect (ROUTER, bound here).
-        imm_socket: the IMM's socket.
-        on_heard: called for every message, in the loop's thread.
-        on_imm_lost: the IMM has ended, and with it every rank.
+        endpoint: where the workers' agents connect (ROUTER, bound here).
+        imm_socket: path of the IMM's socket.
+        on_message: called for every message, in the loop's thread.
+        on_imm_lost: called when the IMM has ended, and with it every worker; gets a sentence.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class WorkerChannel:
         self._tasks: list[asyncio.Task[None]] = []
 
     def open(self) -> None:
-        """Bind and connect; call from the loop that will use it."""
+        """Bind and connect; called from the event loop that will use the channel."""
         self._context = zmq.asyncio.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -57,7 +58,7 @@ class WorkerChannel:
         self._router.bind(self._endpoint)
         self._imm = ImmClient(self._imm_socket)
         loop = asyncio.get_running_loop()
-        # Ranks may have been assigned before this connection was made; the answer says who sits where.
+        # Workers may have been assigned to ranks before this connection existed; the answer lists them.
         self._imm.send(to_imm.Query())
         loop.add_reader(self._imm.fileno(), self._imm_readable)
         self._tasks.append(loop.create_task(self._receive()))
@@ -74,14 +75,19 @@ class WorkerChannel:
         self._imm.send(request)
 
     async def tell_worker(self, rank: int, request: to_worker.Request) -> None:
-        """Raises WorkerError when the rank's agent is not connected."""
+        """Send a message to the agent of the rank's worker. Raises WorkerError when it is not connected."""
         identity = self._identities.get(rank)
         try:
             if identity is None:
                 raise zmq.ZMQError(zmq.EHOSTUNREACH)
             await self._router.send_multipart([identity, to_worker.REQUESTS.pack(request)])
         except zmq.ZMQError as error:
-            raise WorkerError(f"rank {rank} has no line to the coordinator", rank=rank) from error
+            raise WorkerError(f"the worker of rank {rank} is not connected to the coordinator", rank=rank) from error
+
+    async def ask(self, rank: int, message: Command, reply: type[_IncomingT]) -> _IncomingT:
+        """Send a message and wait for the worker's reply to its operation. Raises WorkerError."""
+        await self.tell_worker(rank, message)
+        return await self.wait_for(reply, rank=rank, operation_id=message.operation_id)
 
     def forget(self, wanted: Callable[[Incoming], bool]) -> None:
         """Drop matching messages that nobody has waited for."""
@@ -96,10 +102,10 @@ class WorkerChannel:
         exits: bool = True,
         about: Callable[[_IncomingT], bool] = lambda _message: True,
     ) -> _IncomingT:
-        """The next (or an already heard) message of this kind from this rank, of which `about` is true.
+        """The first message of this kind from this rank, received earlier or in future, for which `about` is true.
 
         Raises:
-            WorkerError: the rank reported a failure of this operation, or (with `exits`) its process ended first.
+            WorkerError: the worker reported a failure of this operation, or (with `exits`) it exited first.
         """
 
         def wanted(message: Incoming) -> bool:
@@ -107,7 +113,7 @@ class WorkerChannel:
                 return False
             if isinstance(message, WorkerExited | to_imm.Refused):
                 return exits or isinstance(message, kind)
-            if isinstance(message, to_worker.Failed):  # of another operation it may be old
+            if isinstance(message, to_worker.Failed):  # one of another operation may be old
                 return message.operation_id == operation_id
             same = operation_id is None or getattr(message, "operation_id", operation_id) == operation_id
             return same and isinstance(message, kind) and about(message)
@@ -121,7 +127,7 @@ class WorkerChannel:
             raise WorkerError(f"the IMM refused: {message.reason}", rank=rank, operation=operation_id)
         assert isinstance(message, WorkerExited)
         raise WorkerError(
-            f"the process of rank {rank} (pid {message.pid}) ended with status {message.status}",
+            f"the worker of rank {rank} (pid {message.pid}) exited with status {message.status}",
             rank=rank,
             operation=operation_id,
             hint="Its log says why",
@@ -142,7 +148,7 @@ class WorkerChannel:
 
     def _deliver(self, message: Incoming) -> None:
         self._on_message(message)
-        # An exit concerns everybody who waits for the rank, and whoever will ask until another process takes it.
+        # An exit is delivered to all who wait for this rank, and kept for later ones until `forget`.
         exited = isinstance(message, WorkerExited)
         for entry in list(self._waiting):
             wanted, future = entry

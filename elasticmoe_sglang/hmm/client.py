@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from elasticmoe_sglang.errors import HmmError, HmmUnavailable, ProtocolError, VmmError
 from elasticmoe_sglang.hmm.client_link import HmmLink
@@ -24,8 +22,6 @@ from elasticmoe_sglang.wire.envelope import ErrorReply, error_from
 from elasticmoe_sglang.wire.seqpacket import MAX_FDS, close_all
 
 _AnswerT = TypeVar("_AnswerT", bound=to_hmm.Answer)
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +50,9 @@ class RegionHandle:
 class HmmClient:
     """A synchronous client. Connects on the first call, and again after the HMM was replaced.
 
-    Every method raises HmmUnavailable when no HMM answers within its deadline, and the HMM's own typed errors.
-    A forked child makes its own client.
+    Every method raises HmmUnavailable when nobody answers within its deadline, and the HMM's own typed errors.
+    A forked child makes its own client. Coroutines call it through `asyncio.to_thread`; a cancelled call still runs to
+    its end or deadline in its thread.
 
     Args:
         endpoint: ipc://FOLDER/NAME.
@@ -302,62 +299,3 @@ class HmmClient:
 
     def _deadline(self) -> float:
         return time.monotonic() + self.timeout_s
-
-
-class AsyncHmmClient:
-    """The coordinator's twin of HmmClient: the calls that it needs, as coroutines, carried out by a few threads.
-
-    A cancelled call still runs to its end or deadline in its thread.
-
-    Args:
-        client: used instead of a new one.
-    """
-
-    def __init__(self, endpoint: str, *, name: str, timeout_s: float = 10.0, client: HmmClient | None = None) -> None:
-        self._client = client or HmmClient(endpoint, name=name, timeout_s=timeout_s)
-        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="hmm-client")
-
-    @property
-    def endpoint(self) -> str:
-        return self._client.endpoint
-
-    def attached_to(self) -> str | None:
-        return self._client.attached_to()
-
-    async def connect(self) -> to_hmm.Welcome:
-        return await self._run(self._client.connect)
-
-    async def offer(self) -> int:
-        return await self._run(self._client.offer)
-
-    async def status(self) -> to_hmm.HmmStatus:
-        return await self._run(self._client.status)
-
-    async def begin(self, operation_id: str, *, timeout_s: float = 600.0) -> str:
-        return await self._run(self._client.begin, operation_id, timeout_s=timeout_s)
-
-    async def commit(self, txn: str) -> to_hmm.TxnReport:
-        return await self._run(self._client.commit, txn)
-
-    async def rollback(self, txn: str) -> to_hmm.TxnReport:
-        return await self._run(self._client.rollback, txn)
-
-    async def lookup(
-        self,
-        *,
-        kind: to_hmm.Kind | None = None,
-        device: int | None = None,
-        columns: Sequence[int] | None = None,
-        rank: int | None = None,
-    ) -> list[to_hmm.Block]:
-        return await self._run(self._client.lookup, kind=kind, device=device, columns=columns, rank=rank)
-
-    async def release(self, block_ids: Sequence[int], *, txn: str | None = None) -> None:
-        await self._run(self._client.release, block_ids, txn=txn)
-
-    async def close(self) -> None:
-        await self._run(self._client.close)
-        self._threads.shutdown(wait=False)
-
-    async def _run(self, function: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))

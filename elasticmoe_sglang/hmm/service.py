@@ -17,9 +17,10 @@ import msgspec
 from elasticmoe_sglang.errors import ModelMismatch, ProtocolError, RegionMismatch, UndoFailed
 from elasticmoe_sglang.hmm.blocks import BlockTable
 from elasticmoe_sglang.hmm.ledger import Ledger
-from elasticmoe_sglang.hmm.transaction import Transaction, TransactionTable, UndoLog
+from elasticmoe_sglang.hmm.transaction import Transaction, TransactionTable
 from elasticmoe_sglang.hmm.vmm.base import VmmBackend, round_up
 from elasticmoe_sglang.hmm.wanted import block_bytes, parts_of
+from elasticmoe_sglang.undo import UndoLog
 from elasticmoe_sglang.wire import to_hmm
 
 log = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ class HmmService:
         size = round_up(block_bytes(command, self._model), self.backend.granularity)
         self.ledger.require(command.device, size * len(wanted))
         blocks: list[to_hmm.Block] = []
-        with UndoLog(transaction.operation_id if transaction else None) as steps:
+        with UndoLog[None](transaction.operation_id if transaction else None) as steps:
             for column, chunk in wanted:
                 block = self.blocks.create(
                     command.device,
@@ -294,7 +295,7 @@ class HmmService:
         if ended is not None:
             return ended
         transaction = self.txns.owned(txn, client_id)
-        transaction.undo.discard()
+        transaction.undo.take()  # what it allocated stays
         self.blocks.committed(transaction.blocks)
         for block_id in transaction.releases:
             self._retire_if_live(block_id)

@@ -1,76 +1,21 @@
-"""All or nothing: steps with an undo each, and the table of transactions that clients keep open.
+"""The transactions that clients keep open, each with an undo log for its rollback.
 
-An undo is recorded only after its step succeeded, so undoing never touches what never happened. Undoing goes on past a
-failing undo and then raises with what is left over.
+An undo is recorded only after its step succeeded, so undoing never touches what never happened.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 
-from elasticmoe_sglang.errors import TransactionError, UndoFailed
+from elasticmoe_sglang.errors import TransactionError
 from elasticmoe_sglang.hmm.ledger import Ledger
+from elasticmoe_sglang.undo import UndoLog
 from elasticmoe_sglang.wire.to_hmm import TxnReport, TxnStatus
-
-log = logging.getLogger(__name__)
 
 _REMEMBERED = 1024
 """Ended transactions whose outcome is still known, for retries."""
-
-
-class UndoLog:
-    """Steps done so far, each with its undo. As a context manager it undoes them when the block raises."""
-
-    def __init__(self, operation: str | None = None) -> None:
-        self._operation = operation
-        self._steps: list[tuple[str, Callable[[], None]]] = []
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def record(self, step: str, undo: Callable[[], None]) -> None:
-        """Call it right after `step` succeeded."""
-        self._steps.append((step, undo))
-
-    def absorb(self, other: UndoLog) -> None:
-        """Takes over the other log's steps, as the latest; the other is empty then."""
-        self._steps += other._steps
-        other._steps = []
-
-    def discard(self) -> None:
-        """Forgets the steps: they stay done."""
-        self._steps = []
-
-    def undo(self) -> None:
-        """Undoes all steps, the latest first. Raises UndoFailed after trying every one."""
-        failures: list[str] = []
-        while self._steps:
-            step, undo = self._steps.pop()
-            try:
-                undo()
-            except Exception as error:
-                log.exception("undo failed: %s (operation %s)", step, self._operation)
-                failures.append(f"{step}: {error}")
-        if failures:
-            raise UndoFailed(
-                f"{len(failures)} steps could not be undone: {'; '.join(failures)}",
-                operation=self._operation,
-                hint="What these steps made still exists; compare `elasticmoe status` with what is in use.",
-            )
-
-    def __enter__(self) -> UndoLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self.undo()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -84,7 +29,7 @@ class Transaction:
     operation_id: str
     owner: str
     deadline: float
-    undo: UndoLog
+    undo: UndoLog[None]
     releases: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     allocated_bytes: int = 0

@@ -1,8 +1,8 @@
-"""[3] The planner: from a target to a plan, without any I/O.
+"""[3] The planner: turns a target into a plan, without any I/O.
 
-Receives from the coordinator [2] the membership, the placement and the target (a size, or ranks to retire) and gives it
-back a `ScalePlan`: who joins, who leaves, which expert column moves from where to where. Balanced to within one column
-a rank, with as few moves as any balanced placement allows, and the same plan for the same question every time.
+Receives the membership, the placement and the target (a size, or ranks to retire) from the coordinator [2] and returns
+a `ScalePlan`: joining ranks, retiring ranks and the moves of expert columns. The new placement is balanced to within
+one column per rank, with the fewest moves that any balanced placement allows. The same arguments give the same plan.
 """
 
 from elasticmoe_sglang.planner.budget import DeviceRoom, ModelNeeds, check_budgets, extra_bytes

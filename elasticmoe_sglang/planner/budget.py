@@ -1,4 +1,4 @@
-"""Does a plan fit the devices' memory, at the moment when old and new placement are held together?"""
+"""Whether a plan fits the devices' memory while old and new placement are held at the same time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from elasticmoe_sglang.units import format_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class ModelNeeds:
-    """What the model takes on a device, in bytes.
+    """Memory of the model on a device, in bytes.
 
     Attributes:
         column_bytes: one expert column, rounded up to the device's allocation granularity.
-        dense_bytes: everything that is not an expert; once a device, shared by its ranks.
-        rank_bytes: what each active rank takes for itself (its smallest KV pool, for example).
+        dense_bytes: everything but the experts; one copy per device, shared by its ranks.
+        rank_bytes: private memory of each active rank (its smallest KV cache).
     """
 
     column_bytes: int
@@ -27,7 +27,7 @@ class ModelNeeds:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceRoom:
-    """One device as the HMM's ledger sees it now, in bytes; `ranks` are all that sit on it, active or not."""
+    """One device in the HMM's ledger, in bytes; `ranks` are all ranks of the device, active or not."""
 
     device: int
     ranks: tuple[int, ...]
@@ -41,9 +41,9 @@ class DeviceRoom:
 
 
 def extra_bytes(plan: ScalePlan, model: ModelNeeds, room: DeviceRoom) -> int:
-    """Bytes that `plan` allocates on one device before it can give any back.
+    """Bytes that `plan` allocates on one device before it releases any.
 
-    A survivor holds its old columns until the change is finished, so nothing that leaves is subtracted.
+    Survivors keep their old columns until the finishing phase, so columns that move away are not subtracted.
     """
     joining = [rank for rank in room.ranks if rank in plan.joining]
     columns = sum(len(plan.incoming(rank)) for rank in room.ranks)
@@ -52,10 +52,10 @@ def extra_bytes(plan: ScalePlan, model: ModelNeeds, room: DeviceRoom) -> int:
 
 
 def check_budgets(plan: ScalePlan, model: ModelNeeds, devices: Sequence[DeviceRoom]) -> None:
-    """Refuse a plan that some device has no room for.
+    """Refuse a plan that exceeds the budget of a device.
 
     Raises:
-        BudgetExceeded: names every device that is too small, with its numbers; the attributes describe the first one.
+        BudgetExceeded: its text lists every device that is too small; its attributes describe the first one.
     """
     short = [(room, need) for room in devices if (need := extra_bytes(plan, model, room)) > room.free]
     if not short:

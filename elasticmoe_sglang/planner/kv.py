@@ -1,4 +1,4 @@
-"""How much KV cache each rank has: all of a device's memory that neither weights nor headroom take. Pure."""
+"""The share of KV cache of each rank: all memory of its device that weights and headroom leave. No I/O."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST_TOKENS = 1024
-"""What a rank keeps at least: room for a short request. A change that would leave less is refused."""
+"""Tokens that a rank keeps at least, enough for a short request. A change that would leave fewer is refused."""
 _PARTS = 128
-"""Chunks that a rank's share or its cap is divided into: what does not fill a chunk stays unused, less than 1 %."""
+"""Chunks into which a rank's share or its cap is divided: the unused rest is less than 1 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,14 +16,14 @@ class KvShape:
     """The KV cache of one model, the same on every rank.
 
     Tokens are laid out one after the other, each with the keys and values of all layers. Pages follow each other from
-    page 0 on, which is SGLang's padding page and holds nobody's tokens.
+    page 0 on, which is SGLang's padding page and holds no request's tokens.
 
     Attributes:
         token_bytes: keys and values of one token over all layers.
         page_tokens: tokens of a page.
-        chunk_bytes: what is allocated and mapped at a time, a multiple of the granularity.
-        cap_tokens: the most a rank shall have, whatever room there is; None for no cap.
-        least_tokens: what a rank cannot do without.
+        chunk_bytes: unit of allocation and mapping, a multiple of the granularity.
+        cap_tokens: upper limit for a rank; None for no limit.
+        least_tokens: lower limit for a rank.
     """
 
     token_bytes: int
@@ -37,7 +37,7 @@ class KvShape:
         return self.token_bytes * self.page_tokens
 
     def tokens(self, chunks: int) -> int:
-        """Tokens that so many chunks hold, in whole pages, the padding page and what is beyond the cap left out."""
+        """Capacity of `chunks` chunks in tokens: whole pages, without the padding page, up to the cap."""
         held = (chunks * self.chunk_bytes // self.page_bytes - 1) * self.page_tokens
         if self.cap_tokens is not None:
             held = min(held, self.cap_tokens // self.page_tokens * self.page_tokens)
@@ -50,11 +50,11 @@ class KvShape:
 
     @property
     def least_chunks(self) -> int:
-        """Chunks for the least tokens."""
+        """Chunks for `least_tokens`."""
         return self.chunks(min(self.least_tokens, self.cap_tokens or self.least_tokens))
 
     def share(self, room: int, ranks: int) -> int:
-        """Chunks of each of `ranks` ranks that share `room` bytes; never negative."""
+        """Chunks of each of `ranks` ranks that share `room` bytes; 0 if `room` is negative."""
         chunks = max(0, room) // self.chunk_bytes // ranks
         return chunks if self.cap_tokens is None else min(chunks, self.chunks(self.cap_tokens))
 
@@ -68,8 +68,8 @@ def kv_shape(
     ranks: int = 1,
     cap_tokens: int | None = None,
 ) -> KvShape:
-    """The shape for devices of `budget` bytes with up to `ranks` ranks each: chunks small enough to fill them, large
-    enough to be few."""
+    """The shape for devices of `budget` bytes with up to `ranks` ranks each; chunks are a 128th of a rank's share, so
+    that little memory stays unused and there are few allocations."""
     most = budget // ranks if cap_tokens is None else min(budget // ranks, (cap_tokens + page_tokens) * token_bytes)
     chunk = max(1, most // _PARTS // granularity) * granularity
     return KvShape(token_bytes=token_bytes, page_tokens=page_tokens, chunk_bytes=chunk, cap_tokens=cap_tokens)
@@ -77,14 +77,14 @@ def kv_shape(
 
 @dataclass(frozen=True, kw_only=True)
 class KvDevice:
-    """One device as KV caches see it, in bytes and ranks.
+    """Memory of one device and how it is used, in bytes.
 
     Attributes:
-        headroom: what is left unused on purpose.
-        weights: dense and column blocks that lie on it at the moment in question.
-        others: everything else that is neither weights nor KV.
-        ranks: the ranks that share what is left.
-        held: KV of ranks that keep what they have (retiring ranks).
+        headroom: kept unused.
+        weights: dense and column blocks on the device.
+        others: neither weights nor KV.
+        ranks: the ranks that share the rest.
+        held: KV of ranks that are not resized (retiring ranks).
     """
 
     budget: int

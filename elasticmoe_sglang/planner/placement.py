@@ -35,10 +35,10 @@ class Placement:
 
 
 def initial_placement(num_columns: int, ranks: Sequence[int]) -> Placement:
-    """Contiguous runs of columns over `ranks` in ascending order; the first ranks get the odd columns.
+    """Contiguous runs of columns over `ranks` in ascending order; the first ranks get one more if they do not divide.
 
     Raises:
-        PlanError: no column, no rank, or a rank named twice.
+        PlanError: no column, no rank, or a repeated rank.
     """
     if num_columns < 1:
         raise PlanError(f"a model with {num_columns} expert columns cannot be placed")

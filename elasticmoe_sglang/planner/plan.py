@@ -1,4 +1,4 @@
-"""From a target to a `ScalePlan`: which ranks join and leave, and the fewest column moves that balance what is left."""
+"""From a target to a `ScalePlan`: joining and retiring ranks, and the fewest column moves to a balanced placement."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from elasticmoe_sglang.planner.placement import Placement
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleTo:
-    """Target for a number of active ranks."""
+    """Target: this number of active ranks."""
 
     size: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetireRanks:
-    """Target for these ranks to leave."""
+    """Target: the active ranks without these."""
 
     ranks: tuple[int, ...]
 
@@ -42,7 +42,7 @@ class ScalePlan:
 
     Attributes:
         before, after: the membership; after.epoch is before.epoch + 1, unless nothing changes (`is_noop`).
-        joining, leaving, survivors: ranks, ascending.
+        joining, retiring, survivors: ranks, ascending.
         moves: ascending by column.
         placement_before, placement_after: owners of all columns.
     """
@@ -58,7 +58,7 @@ class ScalePlan:
 
     @property
     def is_noop(self) -> bool:
-        """The target is fulfilled already: nobody joins or leaves and no column moves."""
+        """Whether nothing has to change: no rank joins or retires and no column moves."""
         return not (self.joining or self.retiring or self.moves)
 
     def incoming(self, rank: int) -> tuple[ColumnMove, ...]:
@@ -71,14 +71,14 @@ class ScalePlan:
 
 
 def plan_scale(membership: Membership, placement: Placement, target: Target) -> ScalePlan:
-    """The change that fulfils `target`.
+    """The change to `target`.
 
-    Growing takes the lowest inactive ranks, shrinking by size retires the highest ones, rank 0 never leaves. A column
-    moves only if its rank leaves or holds more than its share, so the number of moves is the smallest that any
-    balanced placement over the new ranks needs. The same arguments give the same plan.
+    A larger size adds the lowest inactive ranks, a smaller one retires the highest active ones, never rank 0.
+    A column moves only if its rank retires or holds more than its share, so the number of moves is the smallest that
+    any balanced placement over the new ranks needs. The same arguments give the same plan.
 
     Raises:
-        PlanError: the target does not lead to a legal membership; the text says what is allowed.
+        PlanError: the target is no legal membership; the text says what is allowed.
     """
     ranks = _ranks_after(membership, target)
     moves = _fewest_moves(placement, ranks)
@@ -113,17 +113,17 @@ def _ranks_for_size(membership: Membership, size: int) -> tuple[int, ...]:
         )
     if size <= len(membership.ranks):
         return membership.ranks[:size]
-    empty = [rank for rank in range(membership.capacity) if rank not in membership.ranks]
-    return tuple(sorted((*membership.ranks, *empty[: size - len(membership.ranks)])))
+    inactive = [rank for rank in range(membership.capacity) if rank not in membership.ranks]
+    return tuple(sorted((*membership.ranks, *inactive[: size - len(membership.ranks)])))
 
 
 def _ranks_without(membership: Membership, retired: tuple[int, ...]) -> tuple[int, ...]:
     if not retired:
-        raise PlanError("no rank to retire was named", hint=_retirable(membership))
+        raise PlanError("retire_ranks is empty", hint=_retirable(membership))
     if len(set(retired)) != len(retired):
-        raise PlanError(f"a rank is named twice in {list(retired)}", hint="Name each rank to retire once")
+        raise PlanError(f"a rank is repeated in {list(retired)}", hint="List each rank to retire once")
     if 0 in retired:
-        raise PlanError("rank 0 cannot be retired, it leads the others", hint=_retirable(membership))
+        raise PlanError("rank 0 cannot be retired, because it leads the commit barrier", hint=_retirable(membership))
     absent = sorted(set(retired) - set(membership.ranks))
     if absent:
         listed = ", ".join(map(str, absent))
@@ -146,8 +146,8 @@ def _count(number: int, noun: str) -> str:
 def _fewest_moves(placement: Placement, ranks: tuple[int, ...]) -> tuple[ColumnMove, ...]:
     """Moves to a balanced placement over `ranks` (ascending), as few as there can be, ascending by column.
 
-    With n columns over k ranks, n mod k ranks hold one column more than n // k. Giving these odd columns to ranks that
-    hold more than n // k anyway keeps one more column where it is each time, and nothing else can save a move.
+    With n columns over k ranks, n mod k ranks hold one column more than n // k. Choosing ranks that hold more than
+    n // k already saves one move each, and nothing else can save a move.
     """
     share, odd = divmod(placement.num_columns, len(ranks))
     held = {rank: placement.columns_of(rank) for rank in ranks}
@@ -160,15 +160,15 @@ def _fewest_moves(placement: Placement, ranks: tuple[int, ...]) -> tuple[ColumnM
         if column not in kept:
             surplus.setdefault(owner, []).append(column)
     wanting = {rank: quota[rank] - len(held[rank]) for rank in ranks if quota[rank] > len(held[rank])}
-    # Round robin on both sides: every receiver pulls from many sources, so that no single link carries it all.
-    targets = _take_turns([rank] * need for rank, need in wanting.items())
-    pairs = zip(_take_turns(surplus.values()), targets, strict=True)
+    # Round robin on both sides: every receiver pulls from many sources, which spreads the load over all links.
+    targets = _round_robin([rank] * need for rank, need in wanting.items())
+    pairs = zip(_round_robin(surplus.values()), targets, strict=True)
     moves = [ColumnMove(column=column, source=placement.owners[column], target=target) for column, target in pairs]
     return tuple(sorted(moves, key=lambda move: move.column))
 
 
-def _take_turns(rows: Iterable[list[int]]) -> Iterator[int]:
-    """The first of every row, then the second of every row, and so on until all rows are used up."""
+def _round_robin(rows: Iterable[list[int]]) -> Iterator[int]:
+    """The first items of all rows, then the second ones, and so on."""
     lists = list(rows)
     for index in range(max(map(len, lists), default=0)):
         for row in lists:

@@ -1,24 +1,24 @@
-"""After a rank's death: which membership goes on, and what each survivor has to fetch for it. Pure."""
+"""Plan of a recovery: the membership after the death of workers, and the columns that survivors pull. No I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from elasticmoe_sglang.comm.membership import Membership
+from elasticmoe_sglang.comm.membership import LEADER, Membership
 from elasticmoe_sglang.planner import ColumnMove, Placement, RetireRanks, plan_scale
-
-LEADER_RANK = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryPlan:
-    """Attributes:
-    membership, placement: as they will be.
-    dead: the ranks that were lost.
-    replaced: those of them that a standby takes over where they were: rank 0, which SGLang's control messages and the
-        barrier depend on, and every lost rank whose columns the others have no room for.
-    moves: columns that survivors take over; their memory is still in the HMM, on the dead rank's device.
+    """How to continue after the death of workers.
+
+    Attributes:
+        membership, placement: after the recovery.
+        dead: active ranks whose workers died.
+        replaced: those of them that a standby worker serves from now on: rank 0, on which SGLang's control messages and
+            the commit barrier depend, and with `replace_all` every dead rank.
+        moves: columns that survivors pull; the HMM still holds them on the dead rank's device.
     """
 
     membership: Membership
@@ -38,15 +38,15 @@ class RecoveryPlan:
 def plan_recovery(
     membership: Membership, placement: Placement, dead: Collection[int], *, replace_all: bool = False
 ) -> RecoveryPlan:
-    """Go on without the dead ranks, or with standbys in their places.
+    """Plan to continue without the dead ranks, or with standby workers for them.
 
     Args:
         membership, placement: as committed last.
-        dead: lost members.
-        replace_all: put a standby into every lost rank instead of spreading its columns.
+        dead: ranks whose workers died.
+        replace_all: replace the worker of every dead rank instead of moving its columns to survivors.
     """
     lost = tuple(sorted(set(dead) & set(membership.ranks)))
-    replaced = lost if replace_all else tuple(rank for rank in lost if rank == LEADER_RANK)
+    replaced = lost if replace_all else tuple(rank for rank in lost if rank == LEADER)
     retired = tuple(rank for rank in lost if rank not in replaced)
     if retired:
         plan = plan_scale(membership, placement, RetireRanks(ranks=retired))

@@ -1,7 +1,7 @@
-"""What runs beside SGLang in the main process: the HMM and the IMM as child processes, the coordinator as a thread.
+"""What runs beside SGLang in the main process: HMM and IMM as child processes, the coordinator in a thread.
 
-The coordinator has an event loop of its own, so that neither a busy HTTP server nor an Engine without one can hold up
-a change; HTTP handlers reach it through `Handle`.
+The coordinator has an event loop of its own, so that a change is delayed neither by a busy HTTP server nor by an
+Engine without an event loop.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from elasticmoe_patches import device
@@ -23,14 +24,13 @@ from elasticmoe_sglang.comm.control_page import ControlPage
 from elasticmoe_sglang.comm.region import format_region, open_region, release_stale_regions
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.failover import FailoverController
-from elasticmoe_sglang.coordinator.handle import CoordinatorHandle
 from elasticmoe_sglang.coordinator.hmm_failover import HmmFailover
-from elasticmoe_sglang.coordinator.kv_balancer import KvBalancer
-from elasticmoe_sglang.coordinator.memory_port import HmmMemory, drop_kv, release_leftovers
+from elasticmoe_sglang.coordinator.memory import HmmMemory, drop_kv, release_leftovers
 from elasticmoe_sglang.coordinator.worker_channel import Incoming, WorkerChannel
 from elasticmoe_sglang.coordinator.workers import Workers
 from elasticmoe_sglang.errors import ElasticMoEError, WorkerError
-from elasticmoe_sglang.hmm.client import AsyncHmmClient, HmmClient
+from elasticmoe_sglang.event_loop import run_in
+from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.imm.client import ImmClient, start_imm
 from elasticmoe_sglang.planner import initial_placement
@@ -41,17 +41,84 @@ logger = logging.getLogger(__name__)
 
 _ResultT = TypeVar("_ResultT")
 _HELLO_DEADLINE_S = 60.0
-# What a dead rank had sent before its death is through the detokenizer by then.
+# The output that a worker sent before its death has passed the detokenizer after this time.
 _LAST_OUTPUT_S = 0.05
 _services: Services | None = None
 
 
+class SglangRouter:
+    """The coordinator's `SglangPort`: sends on SGLang's sockets, in the tokenizer's event loop, which owns them.
+
+    Args:
+        on_rank_lost: called with the rank and a sentence.
+    """
+
+    def __init__(self, tokenizer_manager: Any, on_rank_lost: Callable[[int, str], None]) -> None:
+        self._tokenizer = tokenizer_manager
+        self._answers: Answers = getattr(tokenizer_manager, ATTRIBUTE)
+        self.rank_lost = on_rank_lost
+
+    async def send_command(self, command: bytes) -> None:
+        from elasticmoe_patches.srt.managers.io_struct import ElasticCommandReq
+
+        async def send() -> None:
+            await self._answers.hold()
+            self._tokenizer._dispatch_to_scheduler(ElasticCommandReq(command=command))
+
+        await self._run(send())
+
+    async def send_route(self, ranks: Sequence[int]) -> None:
+        from elasticmoe_patches.srt.managers.io_struct import ElasticRouteReq
+
+        async def send() -> None:
+            self._tokenizer._dispatch_to_scheduler(ElasticRouteReq(ranks=list(ranks)))
+            self._answers.resume(len(ranks))
+
+        await self._run(send())
+
+    async def send_recover_route(self, operation_id: str, ranks: Sequence[int]) -> set[str]:
+        from elasticmoe_patches.journal import open_requests
+        from elasticmoe_patches.srt.managers.io_struct import ElasticRecoverRouteReq
+
+        async def send() -> set[str]:
+            # Without an await between: what is sent later goes to active ranks and is not missing anywhere.
+            opened = open_requests(self._tokenizer)
+            request = ElasticRecoverRouteReq(operation_id=operation_id, ranks=list(ranks))
+            self._tokenizer._dispatch_to_scheduler(request)
+            self._answers.resume(len(ranks))
+            self._answers.give_up_later()
+            return opened
+
+        return await self._run(send())
+
+    async def send_again(self, rids: set[str]) -> int:
+        from elasticmoe_patches.journal import send_again
+
+        async def send() -> int:
+            return send_again(self._tokenizer, rids)
+
+        if not rids:
+            return 0
+        await asyncio.sleep(_LAST_OUTPUT_S)
+        return await self._run(send())
+
+    async def _run(self, coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:
+        loop = self._tokenizer.event_loop
+        if loop is None:
+            coroutine.close()
+            raise WorkerError("the tokenizer's event loop has not started", hint="Send the request over HTTP")
+        return await run_in(loop, coroutine)
+
+
 class Services:
-    """Started before SGLang's first child process; ends with the main process."""
+    """Started before SGLang's first child process; end with the main process.
+
+    Attributes:
+        loop: the coordinator's event loop, which runs in a thread.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.coordinator: Coordinator | None = None
         self.hmm: HmmProcess | None = None
         if runtime.config.run_dir is None:
             run_dir_reaper.watch(str(runtime.paths.run_dir), os.getpid())
@@ -60,25 +127,26 @@ class Services:
         self._client = HmmClient(runtime.hmm_endpoint, name="coordinator")
         release_stale_regions(self._client, runtime.run_id)
         drop_kv(self._client)
-        # The handle stays open: another HMM gets the region from here.
+        # Stays open: a new HMM adopts the region from this lease.
         self._region = open_region(self._client, runtime.config, runtime.run_id)
         self.control: ControlPage = format_region(self._region, runtime.config)
         self._imm: subprocess.Popen[bytes] = start_imm("elasticmoe_patches.imm", [device.memory_backend()])
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="elasticmoe-coordinator", daemon=True)
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="elasticmoe-coordinator", daemon=True)
         self._thread.start()
         self._tokenizer: Any = None
         self._early: list[Incoming] = []
         self._workers: Workers | None = None
+        self._failover: FailoverController | None = None
         self._channel = WorkerChannel(
             runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._deliver, self._end_server
         )
-        # The IMM takes its time to import SGLang; the launch goes on meanwhile.
-        self._lines_open = self.call(self._open_lines())
+        # The IMM needs seconds to import SGLang; the launch continues meanwhile.
+        self._channel_open = self._call(self._open_channel())
         atexit.register(self.stop)
 
     def _start_hmm(self) -> None:
-        """Our own HMM, if it is not running."""
+        """Start this server's own HMM if it is not running."""
         if self.hmm is None or not self.hmm.alive():
             self.hmm = spawn_hmm(
                 self.runtime.paths.hmm_endpoint,
@@ -86,16 +154,15 @@ class Services:
                 backend=device.memory_backend(),
             )
 
-    async def _open_lines(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self._wait_for_imm)
+    async def _open_channel(self) -> None:
+        await asyncio.to_thread(self._wait_for_imm)
         self._channel.open()
 
     def _wait_for_imm(self) -> None:
         ImmClient(self.runtime.paths.imm_socket, timeout_s=120.0).close()
 
-    def call(self, coroutine: Coroutine[Any, Any, _ResultT]) -> Any:
-        """Run in the coordinator's loop; a concurrent future."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+    def _call(self, coroutine: Coroutine[Any, Any, _ResultT]) -> Future[_ResultT]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def _deliver(self, message: Incoming) -> None:
         if self._workers is None:
@@ -103,36 +170,31 @@ class Services:
         else:
             self._workers.message(message)
 
-    # -- once the server stands ---------------------------------------------------------------------------------
+    # -- once the first ranks serve -----------------------------------------------------------------------------
 
-    def start_coordinator(self, tokenizer_manager: Any) -> CoordinatorHandle:
-        """Called by the HTTP server's start, when all first ranks serve."""
+    def start_coordinator(self, tokenizer_manager: Any) -> Coordinator:
+        """Called before the HTTP server starts, when all first ranks serve. The coordinator runs in `loop`."""
         self._tokenizer = tokenizer_manager
-        self._lines_open.result(_HELLO_DEADLINE_S)
-        self.coordinator = self.call(self._make_coordinator()).result(_HELLO_DEADLINE_S)
-        return CoordinatorHandle(self.coordinator, self._loop)
+        self._channel_open.result(_HELLO_DEADLINE_S)
+        return self._call(self._make_coordinator()).result(_HELLO_DEADLINE_S)
 
     async def _make_coordinator(self) -> Coordinator:
         config = self.runtime.config
         membership = self.control.read_membership()
         hellos = await asyncio.gather(*(self._channel.wait_for(Hello, rank=rank) for rank in membership.ranks))
         placement = initial_placement(hellos[0].columns, membership.ranks)
-        hmm = AsyncHmmClient(self.runtime.hmm_endpoint, name="coordinator", client=self._client)
-        await release_leftovers(hmm, placement, membership.ranks, config)
-        self._workers = Workers(
+        hmm = self._client
+        await asyncio.to_thread(release_leftovers, hmm, placement, membership.ranks, config)
+        self._workers = workers = Workers(
             config=config,
             channel=self._channel,
             hmm=hmm,
             control=self.control,
+            sglang=SglangRouter(self._tokenizer, self._rank_lost),
             placement=placement,
-            send_command=self._send_command,
-            send_route=self._send_route,
-            send_recover_route=self._send_recover_route,
-            send_again=self._send_again,
-            on_rank_lost=lambda rank, why: None if self._ending() else healer.rank_lost(rank, why),
         )
         for message in self._early:
-            self._workers.message(message)
+            workers.message(message)
         self._early.clear()
         for hello in hellos:
             logger.info(
@@ -143,106 +205,53 @@ class Services:
                 hello.pulled_bytes / 2**20,
             )
         try:
-            await self._workers.grow_kv()
+            await workers.grow_kv()
         except ElasticMoEError as error:
-            logger.error("KV could not be given all memory that is free: %s", error)
+            logger.error("KV could not grow into all free memory: %s", error)
         coordinator = Coordinator(
-            config=config, membership=membership, placement=placement, memory=HmmMemory(hmm), ranks=self._workers
+            config=config, membership=membership, placement=placement, memory=HmmMemory(hmm), workers=workers
         )
-        self._kv_keeper = KvBalancer(coordinator, self._workers)
-        watch = HmmFailover(
+        self._kv_task = self.loop.create_task(workers.balance_kv(lambda: coordinator.idle))
+        hmm_failover = HmmFailover(
             coordinator,
-            self._workers,
+            workers,
             hmm,
             config,
             restart=None if self.hmm is None else self._start_hmm,
             ending=self._ending,
         )
-        healer = FailoverController(
+        self._failover = FailoverController(
             coordinator,
-            self._workers,
+            workers,
             deadline_s=config.commit_deadline_s,
             on_failure=self._end_server,
-            memory_whole=watch.whole,
-            tidy=watch.tidy,
+            memory_whole=hmm_failover.whole,
+            tidy=hmm_failover.tidy,
         )
         return coordinator
 
-    # -- SGLang's message way, owned by the main thread's event loop -----------------------------------------------
-
-    async def _send_command(self, command: bytes) -> None:
-        from elasticmoe_patches.srt.managers.io_struct import ElasticCommandReq
-
-        await self._await_in_tokenizer_loop(self._answers().hold())
-        await self._send(ElasticCommandReq(command=command))
-
-    async def _send_route(self, ranks: Sequence[int]) -> None:
-        from elasticmoe_patches.srt.managers.io_struct import ElasticRouteReq
-
-        await self._send(ElasticRouteReq(ranks=list(ranks)))
-        await self._in_tokenizer_loop(lambda: self._answers().resume(len(ranks)))
-
-    async def _send(self, request: Any) -> None:
-        await self._in_tokenizer_loop(lambda: self._tokenizer._dispatch_to_scheduler(request))
-
-    async def _in_tokenizer_loop(self, function: Callable[[], _ResultT]) -> _ResultT:
-        """SGLang's sockets and request states belong to the tokenizer's event loop."""
-
-        async def call() -> _ResultT:
-            return function()
-
-        return await self._await_in_tokenizer_loop(call())
-
-    async def _await_in_tokenizer_loop(self, coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:
-        loop = self._tokenizer.event_loop
-        if loop is None:
-            coroutine.close()
-            raise WorkerError("the tokenizer's event loop has not started", hint="Send the request over HTTP")
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
-
-    def _answers(self) -> Answers:
-        answers: Answers = getattr(self._tokenizer, ATTRIBUTE)
-        return answers
-
-    async def _send_recover_route(self, operation_id: str, ranks: Sequence[int]) -> set[str]:
-        from elasticmoe_patches.journal import open_requests
-        from elasticmoe_patches.srt.managers.io_struct import ElasticRecoverRouteReq
-
-        def send() -> set[str]:
-            # At one moment: what is sent later goes to living ranks and is not missing anywhere.
-            opened = open_requests(self._tokenizer)
-            request = ElasticRecoverRouteReq(operation_id=operation_id, ranks=list(ranks))
-            self._tokenizer._dispatch_to_scheduler(request)
-            self._answers().resume(len(ranks))
-            self._answers().give_up_later()
-            return opened
-
-        return await self._in_tokenizer_loop(send)
-
-    async def _send_again(self, rids: set[str]) -> int:
-        from elasticmoe_patches.journal import send_again
-
-        if not rids:
-            return 0
-        await asyncio.sleep(_LAST_OUTPUT_S)
-        return await self._in_tokenizer_loop(lambda: send_again(self._tokenizer, rids))
+    def _rank_lost(self, rank: int, reason: str) -> None:
+        if self._failover is None:
+            self._end_server(reason)
+        elif not self._ending():
+            self._failover.rank_lost(rank, reason)
 
     def output_passed(self, operation_id: str, rank: int) -> None:
-        """In the tokenizer's loop: the fence behind what a rank had sent."""
+        """Called in the tokenizer's event loop for the fence behind a rank's last output."""
         if self._workers is not None:
-            self._loop.call_soon_threadsafe(self._workers.fences.passed, operation_id, rank)
+            self.loop.call_soon_threadsafe(self._workers.fences.passed, operation_id, rank)
 
     # -- the end --------------------------------------------------------------------------------------------------
 
     def _ending(self) -> bool:
-        """SGLang shuts down in good order (SIGTERM): all processes end, and none is to be replaced."""
+        """Whether SGLang is shutting down gracefully (SIGTERM): all processes end, and none is to be replaced."""
         return self._tokenizer is not None and bool(self._tokenizer.gracefully_exit)
 
     def _end_server(self, sentence: str) -> None:
-        """SGLang's own way of ending: its handler of this signal ends the process tree."""
+        """End the server through SGLang's handler of SIGQUIT, which kills the process tree."""
         if self._ending():
             return
-        logger.critical("%s; the server ends, because its requests cannot go on", sentence)
+        logger.critical("%s; the server ends, because it cannot serve its requests any more", sentence)
         os.kill(os.getpid(), signal.SIGQUIT)
 
     def stop(self) -> None:
@@ -253,7 +262,7 @@ class Services:
 
 
 def start_services() -> Services:
-    """Start them once; in the main process, before its first child."""
+    """Start the services, once, in the main process, before SGLang's first child process."""
     global _services
     runtime = current_runtime()
     assert runtime is not None

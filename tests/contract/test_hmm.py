@@ -37,7 +37,7 @@ from elasticmoe_sglang.errors import (
     TransactionError,
     UserInputError,
 )
-from elasticmoe_sglang.hmm.client import AsyncHmmClient, HmmClient
+from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.config import Endpoint, HmmConfig
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.hmm.server import HmmServer
@@ -508,21 +508,19 @@ def test_one_client_serves_many_threads(client: HmmClient) -> None:
     assert not errors and used(client) == [0, 0]
 
 
-def test_the_async_twin(hmm: HmmProcess) -> None:
+def test_calls_from_coroutines_overlap(hmm: HmmProcess, client: HmmClient) -> None:
     async def drive() -> None:
-        blocking = HmmClient(hmm.endpoint, name="coordinator")
-        client = AsyncHmmClient(hmm.endpoint, name="coordinator", client=blocking)
-        txn = await client.begin("op")
-        [block] = blocking.allocate(0, "kv", nbytes=PAGE, txn=txn)
-        waiting = asyncio.create_task(asyncio.to_thread(blocking.wait_sealed, [block.block_id], 0.3))
-        found, status = await asyncio.gather(client.lookup(kind="kv"), client.status())
+        txn = await asyncio.to_thread(client.begin, "op")
+        [block] = await asyncio.to_thread(client.allocate, 0, "kv", nbytes=PAGE, txn=txn)
+        waiting = asyncio.create_task(asyncio.to_thread(client.wait_sealed, [block.block_id], 0.3))
+        found, status = await asyncio.gather(
+            asyncio.to_thread(client.lookup, kind="kv"), asyncio.to_thread(client.status)
+        )
         assert found == [block] and status.blocks == 1
         with pytest.raises(SealTimeout):
             await waiting
-        assert (await client.commit(txn)).outcome == "committed"
-        await client.release([block.block_id])
-        await client.rollback(await client.begin("other"))
-        await client.close()
+        assert (await asyncio.to_thread(client.commit, txn)).outcome == "committed"
+        await asyncio.to_thread(client.release, [block.block_id])
 
     asyncio.run(drive())
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.coordinator import (
+from elasticmoe_sglang.coordinator.coordinator import Coordinator
+from elasticmoe_sglang.coordinator.status import (
     CommitReport,
-    Coordinator,
     DeviceMemory,
     MemoryStatus,
     PullReport,
@@ -64,7 +64,7 @@ class FakeCluster:
     def coordinator(self, **deadlines: float) -> Coordinator:
         config = ElasticConfig(ep_size=len(self.active), max_ep_size=self.capacity, **deadlines)  # type: ignore[arg-type]
         placement = initial_placement(self.columns, self.active)
-        return Coordinator(config=config, membership=self.members, placement=placement, memory=self, ranks=self)
+        return Coordinator(config=config, membership=self.members, placement=placement, memory=self, workers=self)
 
     async def _enter(self, call: str) -> str | None:
         """Count the call and do what its fault says has to be done first; returns the fault."""
@@ -124,20 +124,20 @@ class FakeCluster:
         return 2 * self.kv_chunk
 
     async def shrink_kv(self, plan: ScalePlan) -> dict[int, int]:
-        how = await self._enter("make_room")
+        how = await self._enter("shrink_kv")
         for rank in plan.survivors:
             self.kv[rank] -= len(plan.incoming(rank))
             await asyncio.sleep(0)
             if how == "hang":
                 break
-        await self._leave("make_room", how)
+        await self._leave("shrink_kv", how)
         return dict.fromkeys(plan.joining, KV_CHUNKS)
 
     async def grow_kv(self) -> None:
-        how = await self._enter("fill_kv")
+        how = await self._enter("grow_kv")
         assert not self.open, "KV would take what the transaction still has"
         self.kv = dict.fromkeys(self.members.ranks, KV_CHUNKS)
-        await self._leave("fill_kv", how)
+        await self._leave("grow_kv", how)
 
     def ranks(self) -> list[RankInfo]:
         return [RankInfo(rank=rank, state=state, device=rank, pid=100 + rank) for rank, state in enumerate(self.states)]
@@ -174,7 +174,7 @@ class FakeCluster:
             await asyncio.sleep(0)
         await self._leave(call, how)
         short = how == "short"
-        return PullReport(columns=len(moves) - short, bytes=(len(moves) - short) * COLUMN, seconds=0.001)
+        return PullReport(columns=len(moves) - short, bytes=(len(moves) - short) * COLUMN)
 
     async def drop(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> None:
         how = await self._enter(f"drop {rank}")
@@ -186,7 +186,7 @@ class FakeCluster:
             return await self._commit_memory(plan)
         how = await self._enter("ranks.commit")
         if self.commit_verdict is not None:
-            return CommitReport(committed=False, epoch=plan.before.epoch, reason=self.commit_verdict)
+            return CommitReport(committed=False, reason=self.commit_verdict)
         if how == "hang":
             await self._leave("ranks.commit", how)
         for column, owner in enumerate(plan.placement_after.owners):
@@ -198,7 +198,7 @@ class FakeCluster:
             self.states[rank] = RankState.RETIRING
         await self._leave("ranks.commit", how)
         pause = {rank: 1.0 + rank for rank in plan.after.ranks}
-        return CommitReport(committed=True, epoch=plan.after.epoch, pause_ms=pause)
+        return CommitReport(committed=True, pause_ms=pause)
 
     async def _commit_memory(self, txn: str) -> list[int]:
         how = await self._enter("hmm.commit")

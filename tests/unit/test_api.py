@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +16,9 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elasticmoe_sglang.api.parse import MAX_BODY_BYTES, parse_scale_request, target_of
 from elasticmoe_sglang.api.router import build_router, mount
-from elasticmoe_sglang.api.types import Operation, Phase, ScalingState, Status
+from elasticmoe_sglang.api.types import MAX_BODY_BYTES, ScalingState, parse_scale_request, target_of
+from elasticmoe_sglang.coordinator.status import Operation, Phase, Status
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.planner import RetireRanks, ScaleTo
 from tests.helpers.fake_cluster import COLUMN, FakeCluster
@@ -159,6 +161,7 @@ def test_is_scaling_while_a_change_runs() -> None:
         ({"new_ep_size": 5}, "ask for a size from 1 to 4"),
         ({"new_ep_size": 10**30}, "ask for a size from 1 to 4"),
         ({"new_data_parallel_size": "2"}, "new_data_parallel_size must be a positive integer"),
+        ({"new_data_parallel_size": 2, "drain_timeout": 0}, "drain_timeout must be a positive integer, not 0"),
         ({"new_data_parallel_size": 2, "drain_timeout": "x"}, "drain_timeout must be a positive integer"),
         ({"new_ep_size": 2, "drain_timeout": 5}, "goes with new_data_parallel_size"),
         ({"new_ep_size": 4, "new_data_parallel_size": 4}, "given together"),
@@ -168,9 +171,9 @@ def test_is_scaling_while_a_change_runs() -> None:
         ({"retire_ranks": [3]}, "rank 3 is not active"),
         ({"retire_ranks": [9]}, "rank 9 is not active"),
         ({"retire_ranks": [-1]}, "rank -1 is not active"),
-        ({"retire_ranks": [1, 1]}, "named twice"),
-        ({"retire_ranks": 1}, "list of rank numbers, not 1"),
-        ({"retire_ranks": ["1"]}, "list of rank numbers"),
+        ({"retire_ranks": [1, 1]}, "is repeated"),
+        ({"retire_ranks": 1}, "retire_ranks must be a list of rank numbers like [1, 3] without rank 0, not 1"),
+        ({"retire_ranks": ["1"]}, 'list of rank numbers like [1, 3] without rank 0, not ["1"]'),
         ({"retire_ranks": [True]}, "list of rank numbers"),
         ({"retire_ranks": [1.0]}, "list of rank numbers"),
         ({"retire_ranks": None}, "list of rank numbers"),
@@ -180,7 +183,7 @@ def test_is_scaling_while_a_change_runs() -> None:
         ({"new_ep_size": 4, "operation_id": ""}, "letters, digits"),
         ({"new_ep_size": 4, "operation_id": "a" * 200}, "letters, digits"),
         ({"new_ep_size": 4, "new_ep_sise": 4}, 'unknown field "new_ep_sise"'),
-        ({}, "no size and no ranks to retire"),
+        ({}, "neither a size nor ranks to retire"),
         ([], "JSON object, not []"),
         (4, "JSON object, not 4"),
         ("new_ep_size", "JSON object"),
@@ -230,6 +233,31 @@ def test_our_routes_win_and_run_their_dependencies() -> None:
         assert client.get("/elastic_ep/status").json()["membership"] == [0, 1]
         assert client.get("/openapi.json").status_code == 200
     assert calls == [True]
+
+
+def test_a_coordinator_in_the_loop_of_another_thread() -> None:
+    threads = set()
+
+    class Cluster(FakeCluster):
+        async def begin(self, operation_id: str) -> str:
+            threads.add(threading.get_ident())
+            return await super().begin(operation_id)
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        app = FastAPI()
+        mount(app, build_router(Cluster().coordinator(), loop=loop))
+        with TestClient(app) as client:
+            assert scale(client, new_ep_size=3, wait=True).phase is Phase.DONE
+            assert client.get("/elastic_ep/status").json()["membership"] == [0, 1, 2]
+            assert "from 1 to 4" in refusal(client, {"new_ep_size": 5}, 400)
+        assert threads == {thread.ident}
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
 
 
 def test_vllms_clients_may_send_their_drain_timeout(client: TestClient) -> None:

@@ -22,12 +22,12 @@ from fastapi.responses import JSONResponse
 from rich.console import Console
 
 from elasticmoe_sglang.api.router import build_router, mount
-from elasticmoe_sglang.api.types import MemoryStatus, Operation, Phase, Status
 from elasticmoe_sglang.cli import serve
 from elasticmoe_sglang.cli.main import main
 from elasticmoe_sglang.cli.progress import OperationProgress, completion
 from elasticmoe_sglang.cli.render import draw_placement, operations_table, status_view
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
+from elasticmoe_sglang.coordinator.status import MemoryStatus, Operation, Phase, Status
 from elasticmoe_sglang.launch_config import load_launch_config
 from tests.helpers.fake_cluster import FakeCluster
 
@@ -159,7 +159,7 @@ def test_a_server_that_speaks_something_else(capsys: pytest.CaptureFixture[str])
     app.get("/elastic_ep/status")(lambda: {"status": "fine"})
     with http_server(app) as port:
         assert run(port, "status") == 3
-    assert "is no elastic server" in capsys.readouterr().err
+    assert "is not that of an elastic server" in capsys.readouterr().err
 
 
 def test_the_hmm_is_away(capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,9 +182,9 @@ def test_the_key_is_sent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     mount(app, build_router(FakeCluster().coordinator()))
     with http_server(app) as port:
         assert run(port, "status") == 2
-        assert "Give its key with --admin-key" in capsys.readouterr().err
+        assert "Pass its key with --admin-key" in capsys.readouterr().err
         assert run(port, "status", "--admin-key", "wrong") == 2
-        assert "not the right one" in capsys.readouterr().err
+        assert "key is wrong" in capsys.readouterr().err
         assert run(port, "status", "--admin-key", "secret") == 0
         monkeypatch.setenv("ELASTICMOE_ADMIN_KEY", "secret")
         monkeypatch.setenv("ELASTICMOE_URL", f"http://localhost:{port}")

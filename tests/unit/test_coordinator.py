@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elasticmoe_sglang.coordinator import HISTORY, Coordinator, Operation, Phase, RankState
+from elasticmoe_sglang.coordinator.coordinator import HISTORY, Coordinator
+from elasticmoe_sglang.coordinator.status import Operation, Phase, RankState
 from elasticmoe_sglang.errors import (
     BudgetExceeded,
     HmmUnavailable,
@@ -64,11 +65,11 @@ def test_scale_up_order_and_report() -> None:
         assert done.pause_ms == {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0} and done.max_pause_ms == 4.0
         assert done.epoch == coordinator.membership.epoch == 1
         cluster.check_settled(coordinator)
-        assert cluster.log[:2] == ["begin", "make_room"]
+        assert cluster.log[:2] == ["begin", "shrink_kv"]
         assert set(cluster.log[2:4]) == {"boot 2", "boot 3"}
         assert cluster.log[4:6] == ["ranks.commit", "hmm.commit"]
         assert set(cluster.log[6:8]) == {"release 0", "release 1"}
-        assert cluster.log[8:] == ["fill_kv"], "KV grows into what departed columns left"
+        assert cluster.log[8:] == ["grow_kv"], "KV grows into what departed columns left"
 
     run(main())
 
@@ -81,9 +82,9 @@ def test_scale_down_order_and_report() -> None:
         assert done.phase is Phase.DONE and done.moved_requests == 1
         assert done.retiring == [1] and done.ranks_after == [0, 2, 3]
         cluster.check_settled(coordinator)
-        assert cluster.log[:2] == ["begin", "make_room"], "KV makes room before columns are allocated"
+        assert cluster.log[:2] == ["begin", "shrink_kv"], "KV makes room before columns are allocated"
         assert set(cluster.log[2:5]) == {"pull 0", "pull 2", "pull 3"}
-        assert cluster.log[5:] == ["ranks.commit", "hmm.commit", "dismiss 1", "release 1", "fill_kv"]
+        assert cluster.log[5:] == ["ranks.commit", "hmm.commit", "dismiss 1", "release 1", "grow_kv"]
 
     run(main())
 
@@ -101,13 +102,13 @@ def test_phases_are_timed() -> None:
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("call", ["begin", "make_room", "boot 2", "boot 3", "ranks.commit"])
+@pytest.mark.parametrize("call", ["begin", "shrink_kv", "boot 2", "boot 3", "ranks.commit"])
 def test_a_failed_growth_is_undone_exactly_once(call: str, how: str) -> None:
     check_rolled_back(up_cluster(), UP, call, how)
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("call", ["begin", "make_room", "pull 0", "pull 2", "pull 3", "ranks.commit"])
+@pytest.mark.parametrize("call", ["begin", "shrink_kv", "pull 0", "pull 2", "pull 3", "ranks.commit"])
 def test_a_failed_shrinking_is_undone_exactly_once(call: str, how: str) -> None:
     check_rolled_back(down_cluster(), DOWN, call, how)
 
@@ -128,7 +129,7 @@ def check_rolled_back(cluster: FakeCluster, target: Target, call: str, how: str)
         assert (coordinator.membership, coordinator.placement) == before
         cluster.check_settled(coordinator)
         opened = call != "begin"
-        assert cluster.calls["rollback"] == cluster.calls["fill_kv"] == opened
+        assert cluster.calls["rollback"] == cluster.calls["grow_kv"] == opened
         assert cluster.calls["hmm.commit"] == 0
         for rank in range(cluster.capacity):
             assert cluster.calls[f"dismiss {rank}"] == cluster.calls[f"boot {rank}"] <= 1
@@ -142,13 +143,13 @@ def check_rolled_back(cluster: FakeCluster, target: Target, call: str, how: str)
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("call", ["hmm.commit", "release 0", "release 1", "fill_kv"])
+@pytest.mark.parametrize("call", ["hmm.commit", "release 0", "release 1", "grow_kv"])
 def test_a_growth_that_fails_in_finish_is_loud_and_keeps_the_new_membership(call: str, how: str) -> None:
     check_failed_in_finish(up_cluster(), UP, call, how)
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("call", ["hmm.commit", "dismiss 1", "release 1", "fill_kv"])
+@pytest.mark.parametrize("call", ["hmm.commit", "dismiss 1", "release 1", "grow_kv"])
 def test_a_shrinking_that_fails_in_finish_is_loud_and_keeps_the_new_membership(call: str, how: str) -> None:
     check_failed_in_finish(down_cluster(), DOWN, call, how)
 
@@ -171,7 +172,7 @@ def check_failed_in_finish(cluster: FakeCluster, target: Target, call: str, how:
     run(main())
 
 
-@pytest.mark.parametrize("undo", ["dismiss 2", "rollback", "fill_kv"])
+@pytest.mark.parametrize("undo", ["dismiss 2", "rollback", "grow_kv"])
 def test_a_failing_undo_is_loud_and_does_not_stop_the_other_undos(undo: str) -> None:
     async def main() -> None:
         cluster = up_cluster(faults={"boot 3": "raise_after", undo: "raise_after"})
@@ -179,7 +180,7 @@ def test_a_failing_undo_is_loud_and_does_not_stop_the_other_undos(undo: str) -> 
         ended = await change(coordinator, UP)
         assert ended.phase is Phase.FAILED
         assert ended.error is not None
-        assert "boot 3" in ended.error and undo in ended.error and "epoch 0 goes on" in ended.error
+        assert "boot 3" in ended.error and undo in ended.error and "epoch 0 still serves" in ended.error
         assert [cluster.calls[call] for call in ("dismiss 2", "dismiss 3", "rollback")] == [1, 1, 1]
 
     run(main())
@@ -201,7 +202,7 @@ def test_columns_that_did_not_arrive_are_an_error() -> None:
         cluster = up_cluster(faults={"boot 2": "short"})
         coordinator = cluster.coordinator()
         ended = await change(coordinator, UP)
-        assert ended.phase is Phase.ROLLED_BACK and "only 1 of 2 columns arrived (rank 2" in str(ended.error)
+        assert ended.phase is Phase.ROLLED_BACK and "only 1 of 2 columns were pulled (rank 2" in str(ended.error)
         cluster.check_settled(coordinator)
 
     run(main())
@@ -371,7 +372,7 @@ def test_close_ends_a_change_that_has_not_begun() -> None:
 
 
 calls = st.sampled_from(
-    ["begin", "make_room", "ranks.commit"] + [f"{verb} {rank}" for verb in ("boot", "pull") for rank in range(5)],
+    ["begin", "shrink_kv", "ranks.commit"] + [f"{verb} {rank}" for verb in ("boot", "pull") for rank in range(5)],
 )
 targets = st.one_of(
     st.builds(ScaleTo, size=st.integers(0, 6)),

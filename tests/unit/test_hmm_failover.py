@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.coordinator import Coordinator, Phase
+from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.hmm_failover import HmmFailover
+from elasticmoe_sglang.coordinator.status import Phase
 from elasticmoe_sglang.errors import HmmUnavailable, ModelMismatch
 from elasticmoe_sglang.planner import ScaleTo
 from elasticmoe_sglang.wire.to_hmm import Block
@@ -33,21 +34,21 @@ class Hmm:
     def attached_to(self) -> str | None:
         return self._attached if self._attached == self.instance else None
 
-    async def connect(self) -> Any:
+    def connect(self) -> Any:
         if self.instance is None:
             raise HmmUnavailable("no HMM answers")
         self._attached = self.instance
         return SimpleNamespace(instance=self.instance)
 
-    async def offer(self) -> int:
+    def offer(self) -> int:
         if self.refusal is not None:
             raise self.refusal
         return 1
 
-    async def lookup(self, *, kind: str) -> list[Block]:
+    def lookup(self, *, kind: str) -> list[Block]:
         return [block for block in self.blocks if block.kind == kind]
 
-    async def release(self, block_ids: list[int]) -> None:
+    def release(self, block_ids: list[int]) -> None:
         self.released += block_ids
 
 
@@ -102,10 +103,10 @@ def test_own_hmm_is_started_anew_and_changes_wait_for_the_ranks() -> None:
         await watch.whole(1)
         hmm.instance = None
         await eventually(lambda: ranks.offers)
-        with pytest.raises(HmmUnavailable, match=r"the HMM has ended and is being started anew\. Serving goes on"):
+        with pytest.raises(HmmUnavailable, match=r"the HMM has ended and is being restarted\. Serving goes on"):
             await coordinator.submit(ScaleTo(size=4))
         memory = (await coordinator.status()).memory
-        assert not memory.available and "is being started anew" in str(memory.error)
+        assert not memory.available and "is being restarted" in str(memory.error)
         with pytest.raises(HmmUnavailable, match=r"within 0\.01 s"):
             await watch.whole(0.01)
         ranks.let.set()

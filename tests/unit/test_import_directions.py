@@ -30,7 +30,7 @@ FORBIDDEN = {
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("", "errors"),
-    ("units", "wire.envelope", "tiny_model", "model_shape", "faults", "run_dir_reaper"),
+    ("units", "undo", "event_loop", "wire.envelope", "tiny_model", "model_shape", "faults", "run_dir_reaper"),
     ("config", "comm.membership", "wire"),
     ("runtime", "launch_config"),
     ("hmm", "planner"),

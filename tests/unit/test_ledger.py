@@ -22,8 +22,8 @@ from elasticmoe_sglang.errors import (
 )
 from elasticmoe_sglang.hmm.ledger import Ledger
 from elasticmoe_sglang.hmm.service import HmmService
-from elasticmoe_sglang.hmm.transaction import UndoLog
 from elasticmoe_sglang.hmm.vmm.base import VaRange, VmmBackend, VmmHandle
+from elasticmoe_sglang.undo import UndoLog
 from elasticmoe_sglang.wire import to_hmm
 
 PAGE = 64
@@ -383,7 +383,7 @@ def test_undoing_runs_backwards_past_failures_and_says_so() -> None:
     def fail() -> None:
         raise OSError("the driver said no")
 
-    log = UndoLog("op-7")
+    log = UndoLog[None]("op-7")
     log.record("first", lambda: done.append("first"))
     log.record("second", fail)
     log.record("third", lambda: done.append("third"))
@@ -411,7 +411,7 @@ def test_an_undo_that_fails_is_counted_and_ends_the_transaction(service: HmmServ
 
 def test_steps_of_a_block_that_raises_are_undone() -> None:
     done: list[int] = []
-    with pytest.raises(KeyError), UndoLog() as log:
+    with pytest.raises(KeyError), UndoLog[None]() as log:
         log.record("one", lambda: done.append(1))
         raise KeyError
     assert done == [1]

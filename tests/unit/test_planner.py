@@ -185,7 +185,7 @@ def test_columns_of_a_rank_that_is_gone_are_placed_again() -> None:
         (RetireRanks(ranks=(0, 1)), "rank 0 cannot be retired"),
         (RetireRanks(ranks=(3,)), "rank 3 is not active"),
         (RetireRanks(ranks=(-1, 9)), "ranks -1, 9 are not active"),
-        (RetireRanks(ranks=(1, 1)), "named twice"),
+        (RetireRanks(ranks=(1, 1)), "is repeated"),
     ],
 )
 def test_an_impossible_target_says_what_is_allowed(target: Target, sentence: str) -> None:

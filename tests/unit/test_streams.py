@@ -14,7 +14,7 @@ from benchmarks.demo.figures import figures
 from benchmarks.demo.scenario import Change, Progress
 from benchmarks.demo.settings import Settings
 from benchmarks.streams import Ask, Load, StreamClient, StreamRecord, unequal
-from elasticmoe_sglang.api.types import Operation, Phase, Timings
+from elasticmoe_sglang.coordinator.status import Operation, Phase, Timings
 
 ASK = Ask(key="a", prompt="def", tokens=3)
 Answer = Callable[[web.StreamResponse], Awaitable[None]]

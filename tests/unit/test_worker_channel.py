@@ -49,12 +49,12 @@ def test_an_exit_reaches_everybody_who_waits_and_whoever_asks_later() -> None:
         await asyncio.sleep(0)
         hub._deliver(EXIT)
         for task in waiting:
-            with pytest.raises(WorkerError, match="the process of rank 1"):
+            with pytest.raises(WorkerError, match="the worker of rank 1"):
                 await task
-        with pytest.raises(WorkerError, match="the process of rank 1"):
+        with pytest.raises(WorkerError, match="the worker of rank 1"):
             await hub.wait_for(Pulled, rank=1, operation_id="late")
         assert await hub.wait_for(WorkerExited, rank=1, exits=False) == EXIT
-        hub.forget(lambda message: getattr(message, "rank", None) == 1)  # another process takes the rank
+        hub.forget(lambda message: getattr(message, "rank", None) == 1)  # another worker takes the rank
         hub._deliver(resumed(2))
         assert await hub.wait_for(Resumed, rank=1) == resumed(2)
         assert not other.done()

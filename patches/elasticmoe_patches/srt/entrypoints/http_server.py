@@ -17,32 +17,28 @@ HOOKS = hook = Hooks(__name__, MAIN)
     expires="SGLang lets plugins add routes.",
 )
 def before_setup_and_run(*args: Any, **kwargs: Any) -> None:
-    """Mounts the scale and status endpoints on SGLang's port.
+    """Mounts the scale and status endpoints on SGLang's port, in front of SGLang's own.
 
     All first ranks serve by then, so the coordinator starts here too.
     """
+    from fastapi import Depends
     from sglang.srt.entrypoints.http_server import app
+    from sglang.srt.utils.auth import AuthLevel, auth_level
 
     from elasticmoe_patches.services import services
+    from elasticmoe_sglang.api.router import build_router, mount
 
     verify_for_process("main")
     tokenizer_manager = kwargs["tokenizer_manager"] if "tokenizer_manager" in kwargs else args[1]
-    mount(app, services().start_coordinator(tokenizer_manager), tokenizer_manager)
-
-
-def mount(app: Any, handle: Any, tokenizer_manager: Any) -> None:
-    """Same admin key as SGLang's own endpoint; the first matching route wins."""
-    from fastapi import Depends
-    from sglang.srt.utils.auth import AuthLevel, auth_level
-
-    from elasticmoe_sglang.api.router import build_router
-    from elasticmoe_sglang.api.router import mount as mount_first
 
     async def with_tokenizer_loop() -> None:
-        # Commands are sent and fences received in this loop; SGLang starts it with the first request otherwise.
+        # Commands are sent and fences received in this event loop; SGLang starts it only with the first request.
         tokenizer_manager.auto_create_handle_loop()
 
     router = build_router(
-        handle, protect=auth_level(AuthLevel.ADMIN_OPTIONAL), dependencies=[Depends(with_tokenizer_loop)]
+        services().start_coordinator(tokenizer_manager),
+        protect=auth_level(AuthLevel.ADMIN_OPTIONAL),  # the level of SGLang's own scaling endpoint
+        dependencies=[Depends(with_tokenizer_loop)],
+        loop=services().loop,
     )
-    mount_first(app, router)
+    mount(app, router)

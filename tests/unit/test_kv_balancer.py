@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.coordinator.kv_pools import KvPools
+from elasticmoe_sglang.coordinator.kv_balancer import KvBalancer
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.planner import Placement, ScalePlan, ScaleTo, initial_placement, plan_scale
-from elasticmoe_sglang.wire.to_coordinator import KvState
 from elasticmoe_sglang.wire.to_hmm import DeviceUsage, ModelSpec
-from elasticmoe_sglang.wire.to_worker import ResizeKv
 
 CHUNK = 1 << 20
 COLUMN = 3 * CHUNK
@@ -40,22 +38,24 @@ class World:
         self.kv: dict[int, int] = {}
         self.asked: list[tuple[int, int]] = []
         self.broken: set[int] = set()
-        self.pools = KvPools(self.config, self, self, resize_s=1.0)  # type: ignore[arg-type]
+        self.balancer = KvBalancer(self.config, self, self, resize_s=1.0)  # type: ignore[arg-type]
         for rank in members:
             self.boots(rank, 1)
 
     def boots(self, rank: int, chunks: int) -> None:
         self.kv[rank] = chunks
-        state = KvState(token_bytes=1024, page_tokens=1, chunk_bytes=CHUNK, cap_tokens=None, chunks=chunks)
-        self.pools.learn(rank, state)
+        state = to_coordinator.KvState(
+            token_bytes=1024, page_tokens=1, chunk_bytes=CHUNK, cap_tokens=None, chunks=chunks
+        )
+        self.balancer.learn(rank, state)
 
     def headroom(self, chunks: int) -> None:
         self.config = dataclasses.replace(self.config, headroom=str(chunks * CHUNK))
-        self.pools._config = self.config
+        self.balancer._config = self.config
 
     async def fill(self, plan: ScalePlan | None = None) -> None:
         after = (plan.after.ranks, plan.placement_after) if plan else (self.membership.ranks, self.placement)
-        await self.pools.fill(lambda: after)
+        await self.balancer.grow_kv(lambda: after)
 
     def placed(self, placement: Placement) -> set[tuple[int, int]]:
         """(device, column): ranks of a device share a column's memory."""
@@ -73,19 +73,17 @@ class World:
         assert used <= BUDGET, f"device {device} has {used} of {BUDGET} in use"
         return DeviceUsage(device=device, budget=BUDGET, used=used, by_kind=by_kind, peak=used)
 
-    async def status(self) -> Any:
+    def status(self) -> Any:
         devices = [self.usage(device) for device in range(self.config.num_devices)]
         return SimpleNamespace(devices=devices, model=MODEL, granularity=4096)
 
-    async def tell_worker(self, rank: int, message: ResizeKv) -> None:
+    async def ask(self, rank: int, message: to_worker.ResizeKv, reply: type) -> Any:
         self.asked.append((rank, message.chunks))
-        if rank not in self.broken:
-            self.kv[rank] = message.chunks
-            self.usage(self.config.device_of(rank))
-
-    async def wait_for(self, kind: type, *, rank: int, operation_id: str) -> Any:
+        await asyncio.sleep(0)
         if rank in self.broken:
             raise WorkerError("it cannot let go", rank=rank)
+        self.kv[rank] = message.chunks
+        self.usage(self.config.device_of(rank))
         return SimpleNamespace(chunks=self.kv[rank])
 
 
@@ -94,8 +92,10 @@ def test_a_change_has_room_at_every_moment_and_ends_full() -> None:
         world = World(tuple(range(size)), share)
         await world.fill()
         plan = plan_scale(world.membership, world.placement, ScaleTo(size=new))
-        before = world.pools.sizes()
-        first = await world.pools.shrink_kv(plan, ranks=plan.after.ranks, joining=plan.joining, retiring=plan.retiring)
+        before = world.balancer.sizes()
+        first = await world.balancer.shrink_kv(
+            plan, ranks=plan.after.ranks, joining=plan.joining, retiring=plan.retiring
+        )
         for rank in plan.joining:
             world.boots(rank, first[rank])
         world.columns |= world.placed(plan.placement_after)
@@ -104,7 +104,7 @@ def test_a_change_has_room_at_every_moment_and_ends_full() -> None:
         world.columns = world.placed(plan.placement_after)
         for rank in plan.retiring:
             del world.kv[rank]
-            world.pools.forget(rank)
+            world.balancer.forget(rank)
         await world.fill(plan)
         for device in range(world.config.num_devices):
             if any(world.config.device_of(rank) == device for rank in plan.after.ranks):
@@ -133,7 +133,7 @@ def test_nobody_is_asked_for_what_they_have() -> None:
 def test_nothing_is_filled_while_a_change_goes_on() -> None:
     async def main() -> None:
         world = World((0, 1))
-        await world.pools.fill(lambda: None)
+        await world.balancer.grow_kv(lambda: None)
         assert world.asked == []
 
     asyncio.run(main())
@@ -147,10 +147,10 @@ def test_between_changes_ranks_only_grow() -> None:
         world.boots(0, world.kv[0])
         world.headroom(20)  # what rank 1 has would be too much
         world.asked.clear()
-        await world.pools.fill(lambda: ((0, 1), world.placement), only_grow=True)
+        await world.balancer.grow_kv(lambda: ((0, 1), world.placement), only_grow=True)
         assert world.asked == []
         world.headroom(0)
-        await world.pools.fill(lambda: ((0, 1), world.placement), only_grow=True)
+        await world.balancer.grow_kv(lambda: ((0, 1), world.placement), only_grow=True)
         assert sorted(rank for rank, _ in world.asked) == [0, 1]
 
     asyncio.run(main())
@@ -160,12 +160,12 @@ def test_a_rank_that_cannot_let_go_is_an_error_and_the_others_are_known() -> Non
     async def main() -> None:
         world = World((0, 1, 2, 3))
         await world.fill()
-        before = world.pools.sizes()
+        before = world.balancer.sizes()
         world.broken = {1}
         plan = plan_scale(world.membership, world.placement, ScaleTo(size=2))
         with pytest.raises(WorkerError, match="let go"):
-            await world.pools.shrink_kv(plan, ranks=plan.after.ranks, joining=(), retiring=plan.retiring)
-        assert world.pools.sizes()[0] < before[0] and world.pools.sizes()[1] == before[1]
+            await world.balancer.shrink_kv(plan, ranks=plan.after.ranks, joining=(), retiring=plan.retiring)
+        assert world.balancer.sizes()[0] < before[0] and world.balancer.sizes()[1] == before[1]
         world.broken = set()
         await world.fill()
         assert world.kv == before
@@ -177,11 +177,11 @@ def test_a_server_whose_kv_is_its_own_is_left_alone() -> None:
     async def main() -> None:
         world = World((0, 1))
         for rank in (0, 1):
-            world.pools.learn(rank, None)
+            world.balancer.learn(rank, None)
         plan = plan_scale(world.membership, world.placement, ScaleTo(size=4))
-        assert await world.pools.shrink_kv(plan, ranks=plan.after.ranks, joining=plan.joining) == {}
+        assert await world.balancer.shrink_kv(plan, ranks=plan.after.ranks, joining=plan.joining) == {}
         await world.fill()
-        assert (world.asked, world.pools.least_bytes()) == ([], 0)
+        assert (world.asked, world.balancer.least_bytes()) == ([], 0)
 
     asyncio.run(main())
 
@@ -192,14 +192,14 @@ def test_ranks_of_one_device_share_it_through_any_sequence(sizes: list[int]) -> 
         world = World((0,), ranks_per_device=4)
         for size in sizes:
             plan = plan_scale(world.membership, world.placement, ScaleTo(size=size))
-            first = await world.pools.shrink_kv(
+            first = await world.balancer.shrink_kv(
                 plan, ranks=plan.after.ranks, joining=plan.joining, retiring=plan.retiring
             )
             for rank in plan.joining:
                 world.boots(rank, first[rank])
             for rank in plan.retiring:
                 del world.kv[rank]
-                world.pools.forget(rank)
+                world.balancer.forget(rank)
             world.membership, world.placement = plan.after, plan.placement_after
             await world.fill(plan)
             assert len({world.kv[rank] for rank in plan.after.ranks}) == 1

@@ -1,14 +1,15 @@
-"""The coordinator's `MemoryPort` over the real HMM."""
+"""The coordinator's `MemoryPort` on the HMM, and releasing memory that nothing uses."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Collection, Sequence
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.status import DeviceMemory, MemoryStatus
 from elasticmoe_sglang.errors import HmmUnavailable, TransactionError
-from elasticmoe_sglang.hmm.client import AsyncHmmClient, HmmClient
+from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.vmm.base import round_up
 from elasticmoe_sglang.planner import Placement
 
@@ -17,15 +18,15 @@ logger = logging.getLogger(__name__)
 
 class HmmMemory:
     """Args:
-    client: connected to the server's HMM.
+    client: of the server's HMM; its calls run in threads.
     """
 
-    def __init__(self, client: AsyncHmmClient) -> None:
+    def __init__(self, client: HmmClient) -> None:
         self._client = client
-        self._instances: dict[str, str | None] = {}  # of open transactions: the HMM that has them
+        self._instances: dict[str, str | None] = {}  # open transaction -> HMM instance
 
     async def status(self) -> MemoryStatus:
-        status = await self._client.status()
+        status = await asyncio.to_thread(self._client.status)
         devices = [
             DeviceMemory(
                 device=device.device,
@@ -42,57 +43,56 @@ class HmmMemory:
             endpoint=self._client.endpoint,
             pid=status.pid,
             devices=devices,
-            # As the ledger charges them.
+            # Rounded up, as the ledger counts them.
             column_bytes=round_up(model.column_bytes, status.granularity) if model else None,
             dense_bytes=round_up(model.dense_bytes, status.granularity) if model else None,
         )
 
     async def begin(self, operation_id: str) -> str:
-        txn = await self._client.begin(operation_id)
+        txn = await asyncio.to_thread(self._client.begin, operation_id)
         self._instances[txn] = self._client.attached_to()
         return txn
 
     async def commit(self, txn: str) -> Sequence[int]:
         del self._instances[txn]
-        return (await self._client.commit(txn)).peak_bytes
+        return (await asyncio.to_thread(self._client.commit, txn)).peak_bytes
 
     async def rollback(self, txn: str) -> Sequence[int]:
         instance = self._instances.pop(txn)
         try:
-            return (await self._client.rollback(txn)).peak_bytes
+            return (await asyncio.to_thread(self._client.rollback, txn)).peak_bytes
         except (HmmUnavailable, TransactionError) as error:
-            # With its HMM the transaction has ended, and nobody else has its memory: the ranks have unmapped it.
+            # The transaction ended with its HMM, and its memory is free: the workers have unmapped it already.
             if instance is not None and self._client.attached_to() == instance:
                 raise
-            logger.warning("transaction %s went with its HMM: %s", txn, error)
+            logger.warning("transaction %s ended with its HMM: %s", txn, error)
             return ()
 
 
 def drop_kv(client: HmmClient) -> int:
-    """Before a server's first rank boots: give back the KV of an earlier server on this HMM. Returns the blocks."""
+    """Release the KV that an earlier server left in this HMM, before the first worker boots. Returns the number of
+    blocks."""
     blocks = client.lookup(kind="kv")
     if blocks:
         client.release([block.block_id for block in blocks])
     return len(blocks)
 
 
-async def release_leftovers(
-    client: AsyncHmmClient, placement: Placement, ranks: Collection[int], config: ElasticConfig
-) -> int:
-    """Give back what nobody uses: weights of an earlier server or change, and KV of ranks that are not active.
+def release_leftovers(client: HmmClient, placement: Placement, ranks: Collection[int], config: ElasticConfig) -> int:
+    """Release what no rank uses: weights of an earlier server or change, and KV of inactive ranks.
 
     Returns:
-        Number of blocks given back.
+        Number of released blocks.
     """
     columns = [
         block.block_id
-        for block in await client.lookup(kind="column")
+        for block in client.lookup(kind="column")
         if block.column is not None and config.device_of(placement.owners[block.column]) != block.device
     ]
     devices = {config.device_of(rank) for rank in ranks}
-    dense = [block.block_id for block in await client.lookup(kind="dense") if block.device not in devices]
-    kv = [block.block_id for block in await client.lookup(kind="kv") if block.rank not in ranks]
+    dense = [block.block_id for block in client.lookup(kind="dense") if block.device not in devices]
+    kv = [block.block_id for block in client.lookup(kind="kv") if block.rank not in ranks]
     leftovers = [*columns, *dense, *kv]
     if leftovers:
-        await client.release(leftovers)
+        client.release(leftovers)
     return len(leftovers)
