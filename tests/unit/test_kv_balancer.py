@@ -16,6 +16,7 @@ from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.kv_balancer import KvBalancer
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.planner import Placement, ScalePlan, ScaleTo, initial_placement, plan_scale
+from elasticmoe_sglang.wire import to_coordinator, to_worker
 from elasticmoe_sglang.wire.to_hmm import DeviceUsage, ModelSpec
 
 CHUNK = 1 << 20
