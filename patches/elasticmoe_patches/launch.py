@@ -35,6 +35,10 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "elastic_ep_backend": (None, "SGLang's own elastic EP and this plugin exclude each other"),
     "enable_eplb": (False, "expert placement is this plugin's"),
     "ep_num_redundant_experts": (0, "redundant experts are not supported"),
+    "init_expert_location": ("trivial", "expert placement is this plugin's"),
+    "ep_dispatch_algorithm": (None, "every expert exists once"),
+    "expert_distribution_recorder_mode": (None, "it takes an equal run of experts for each rank's"),
+    "expert_balancedness_report_mode": ("off", "it takes an equal run of experts for each rank's"),
     "speculative_algorithm": (None, "draft models are not supported"),
     "enable_lora": (None, "LoRA adapters are not supported"),
     "enable_hierarchical_cache": (False, "the hierarchical cache is not supported"),
@@ -74,6 +78,7 @@ def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
                 hint=f"Leave {option} out: it is set to the number of ranks",
             )
         setattr(args, name, capacity)
+    _refuse_empty_shares(args, capacity)
     args.enable_dp_attention = True
     args.enable_dp_lm_head = True
     args.moe_dense_tp_size = 1
@@ -92,6 +97,26 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
             raise UserInputError(
                 f"--{name.replace('_', '-')} {value} is not supported by an elastic server: {why}",
                 hint="Leave the flag out",
+            )
+
+
+def _refuse_empty_shares(args: argparse.Namespace, capacity: int) -> None:
+    """SGLang divides these limits by the capacity; a share of nothing fails when ranks boot, or means no limit at all.
+
+    Raises:
+        UserInputError: a limit has less than one request, or one page of a chunk, for each rank.
+    """
+    page = args.page_size or 1
+    pages = "token" if page == 1 else f"page of {page} tokens"
+    for name, least, what in (
+        ("max_running_requests", capacity, "request"),
+        ("chunked_prefill_size", capacity * page, pages),
+    ):
+        value = getattr(args, name)
+        if value is not None and 0 < value < least:
+            raise UserInputError(
+                f"--{name.replace('_', '-')} {value} is less than one {what} for each of {capacity} ranks",
+                hint=f"Give {least} or more: it is divided by --elasticmoe-max-ep-size, however many ranks are active",
             )
 
 

@@ -28,7 +28,8 @@ from elasticmoe_sglang.runtime import ENV_CONFIG
 logger = logging.getLogger(__name__)
 
 PROCESS_ENV = "ELASTICMOE_PROCESS"
-"""Environment variable with the name of a child process (main, dpc, rank or standby); a child without it is a rank."""
+"""Environment variable with the name of a child process (main, dpc, worker or standby); without it a child is a
+worker."""
 _named: Process | None = None
 
 
@@ -65,7 +66,7 @@ def install_for_platform(process: Process) -> tuple[HookSpec, ...]:
 def install_for_process(process: Process) -> tuple[HookSpec, ...]:
     """Install all hooks of an elastic launch which a process of this name needs; ends the process on a mismatch.
 
-    Idempotent, and additive: a standby that becomes a rank calls it again with the new name. Returns the hooks that
+    Idempotent, and additive: a standby that is assigned a rank calls it again with the new name. Returns the hooks that
     this call installed.
     """
     global _named
@@ -99,7 +100,7 @@ def process_name() -> Process:
     """The name of this process.
 
     What it, or the parent it was forked from, last called `install_for_process` with; else what PROCESS_ENV says; else
-    `rank` in a child started by multiprocessing and `main` elsewhere.
+    `worker` in a child started by multiprocessing and `main` elsewhere.
 
     Raises:
         HookError: PROCESS_ENV names no process.
@@ -108,7 +109,7 @@ def process_name() -> Process:
         return _named
     name = os.environ.get(PROCESS_ENV)
     if name is None:
-        return "main" if multiprocessing.parent_process() is None else "rank"
+        return "main" if multiprocessing.parent_process() is None else "worker"
     if name not in PROCESSES:
         raise HookError(f"{PROCESS_ENV}={name!r} names no process", hint=f"It must be one of {', '.join(PROCESSES)}")
     return name

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args
 from elasticmoe_sglang import SUPPORTED_SGLANG
 
 Kind = Literal["before", "after", "around", "replace", "attribute"]
-Process = Literal["main", "dpc", "rank", "standby", "any"]
+Process = Literal["main", "dpc", "worker", "standby", "any"]
 Scope = Literal["flags", "platform", "elastic", "both"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -25,7 +25,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 MAIN: frozenset[Process] = frozenset(("main",))
 DPC: frozenset[Process] = frozenset(("dpc",))
-RANKS: frozenset[Process] = frozenset(("rank", "standby"))
+WORKERS: frozenset[Process] = frozenset(("worker", "standby"))
 
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 
@@ -111,13 +111,14 @@ class Hooks:
         return iter(self._specs)
 
     def __call__(
-        self, kind: Kind, target: str, *, expires: str, scope: Scope | None = None
+        self, kind: Kind, target: str, *, expires: str, scope: Scope | None = None, rebind: tuple[str, ...] = ()
     ) -> Callable[[_FunctionT], _FunctionT]:
         """Declare the decorated function as a hook. The first paragraph of its docstring is the hook's reason.
 
         Args:
             target: name and signature in SGLang's module, `Class.method(self, x=1)`; `name: type` for what cannot be
                 called.
+            rebind: see `HookSpec`.
         """
         name = target.partition("(")[0].partition(":")[0]
 
@@ -132,6 +133,7 @@ class Hooks:
                 expires=expires,
                 scope=scope or self._scope,
                 processes=self._processes,
+                rebind=rebind,
             )
             self._specs.append(spec)
             return function

@@ -133,9 +133,9 @@ def test_a_malformed_declaration_is_refused(field: str, value: object) -> None:
 
 
 def test_the_processes_say_where_a_hook_runs() -> None:
-    spec = real_spec(processes=frozenset({"rank", "standby"}))
-    assert [name for name in ("main", "dpc", "rank", "standby", "any") if spec.runs_in(name)] == [
-        "rank",
+    spec = real_spec(processes=frozenset({"worker", "standby"}))
+    assert [name for name in ("main", "dpc", "worker", "standby", "any") if spec.runs_in(name)] == [
+        "worker",
         "standby",
         "any",
     ]
@@ -322,7 +322,7 @@ def test_every_kind_of_hook_takes_effect(fake: Fake) -> None:
         ),
         fake.spec("LIMIT", "attribute", lambda value: value + 1, signature="int"),
     ]
-    assert set(preflight.install(specs, "rank")) == set(specs)
+    assert set(preflight.install(specs, "worker")) == set(specs)
     thing = fake.module.Thing()
     assert fake.module.double(2) == ("around", 4)
     assert fake.importer.double(2) == ("around", 4)
@@ -332,7 +332,7 @@ def test_every_kind_of_hook_takes_effect(fake: Fake) -> None:
     assert fake.module.Thing.helper(3) == ("replaced", 3)
     assert thing.size == 8
     assert fake.module.LIMIT == 4
-    preflight.verify_installed(specs, "rank")
+    preflight.verify_installed(specs, "worker")
 
 
 def test_a_class_is_replaced_before_its_methods_are_wrapped(fake: Fake) -> None:
@@ -342,17 +342,17 @@ def test_a_class_is_replaced_before_its_methods_are_wrapped(fake: Fake) -> None:
 
     wrap = fake.spec("Thing.method", "after", after, signature="(self, x, *, y=1)")
     swap = fake.spec("Thing", "replace", Better, signature="()")
-    preflight.install([wrap, swap], "rank")
+    preflight.install([wrap, swap], "worker")
     assert fake.module.Thing is Better
     assert fake.module.Thing().method(1) == ("after", "better")
-    preflight.verify_installed([wrap, swap], "rank")
+    preflight.verify_installed([wrap, swap], "worker")
 
 
 def test_installing_twice_wraps_once_and_other_processes_hooks_stay_out(fake: Fake) -> None:
     spec = fake.spec("double", "around", around)
     other = fake.spec("Thing.method", "around", around, signature="(self, x, *, y=1)", processes=frozenset({"dpc"}))
-    assert preflight.install([spec, other], "rank") == (spec,)
-    assert preflight.install([spec, other], "rank") == ()
+    assert preflight.install([spec, other], "worker") == (spec,)
+    assert preflight.install([spec, other], "worker") == ()
     assert fake.module.double(2) == ("around", 4)
     assert fake.module.Thing().method(1) == 2
 
@@ -528,7 +528,7 @@ def test_what_counts_as_using_our_flags(monkeypatch: pytest.MonkeyPatch) -> None
 def broken_hook(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> Fake:
     """The catalogue has one elastic and one flags hook, and the elastic one does not fit."""
     flags = fake.spec("Thing.method", "after", after, signature="(self, x, *, y=1)", scope="flags")
-    broken = fake.spec("double", "around", around, signature="(x)", processes=frozenset({"rank"}))
+    broken = fake.spec("double", "around", around, signature="(x)", processes=frozenset({"worker"}))
     monkeypatch.setattr(plugin, "all_hooks", lambda: (flags, broken))
     monkeypatch.setattr(
         plugin,
@@ -560,7 +560,7 @@ def test_with_our_flags_a_rank_hook_that_does_not_fit_ends_the_launch_in_the_mai
     assert broken_hook.module.Thing().method(1) == 2
 
 
-@pytest.mark.parametrize(("process", "ends"), [("rank", True), ("dpc", False)])
+@pytest.mark.parametrize(("process", "ends"), [("worker", True), ("dpc", False)])
 def test_a_child_process_checks_what_it_needs_itself(
     monkeypatch: pytest.MonkeyPatch, broken_hook: Fake, process: str, ends: bool
 ) -> None:

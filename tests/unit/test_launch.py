@@ -61,11 +61,38 @@ def test_the_users_choice_stays_where_it_is_possible(model: Path) -> None:
         (("--quantization", "fp8"), "unquantised"),
         (("--elastic-ep-backend", "mooncake"), "exclude each other"),
         (("--load-balance-method", "follow_bootstrap_room"), "routes by rank"),
+        (("--init-expert-location", "map.json"), "placement is this plugin's"),
+        (("--ep-dispatch-algorithm", "dynamic"), "every expert exists once"),
+        (("--expert-distribution-recorder-mode", "stat"), "equal run of experts"),
+        (("--expert-balancedness-report-mode", "server_log"), "equal run of experts"),
+        (("--max-running-requests", "3"), "--max-running-requests 3 is less than one request for each of 4 ranks"),
+        (("--chunked-prefill-size", "3"), "less than one token for each of 4 ranks"),
+        (("--chunked-prefill-size", "60", "--page-size", "16"), "one page of 16 tokens for each of 4 ranks.*Give 64"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(model: Path, flags: tuple[str, ...], words: str) -> None:
     with pytest.raises(UserInputError, match=words):
         shape_arguments(sglang_arguments(model, *flags), CONFIG)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--max-running-requests", "4"),
+        ("--chunked-prefill-size", "64", "--page-size", "16"),
+        ("--chunked-prefill-size", "-1", "--page-size", "16"),
+    ],
+)
+def test_limits_with_a_share_for_each_rank_are_fine(model: Path, flags: tuple[str, ...]) -> None:
+    shape_arguments(sglang_arguments(model, *flags), CONFIG)
+
+
+@pytest.mark.parametrize("capacity", range(2, 17))
+def test_no_capacity_is_refused_for_what_it_does_not_divide(model: Path, capacity: int) -> None:
+    """16 experts, 8 heads or 4096 tokens: any capacity up to the number of experts."""
+    args = sglang_arguments(model)
+    shape_arguments(args, ElasticConfig(ep_size=2, max_ep_size=capacity))
+    assert (args.tp_size, args.dp_size, args.ep_size) == (capacity, capacity, capacity)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +110,11 @@ def test_models_that_cannot_be_served_are_refused(model: Path, config: dict[str,
     write(model, **config)
     with pytest.raises(UserInputError, match=words):
         shape_arguments(sglang_arguments(model), CONFIG)
+
+
+def test_more_ranks_than_experts(model: Path) -> None:
+    with pytest.raises(UserInputError, match=r"16 experts, fewer than the 17 .*max-ep-size 16 or less"):
+        shape_arguments(sglang_arguments(model), ElasticConfig(ep_size=2, max_ep_size=17))
 
 
 def test_one_rank_has_nothing_to_scale_to(model: Path) -> None:

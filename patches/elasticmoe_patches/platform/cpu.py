@@ -93,7 +93,7 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
         sdpa_backend.register()
         BaseFusedOp.register_oot_forward(UnquantizedFusedMoEMethod, unquant.forward, DISPATCH_KEY)
-        install_for_platform("rank")
+        install_for_platform("worker")
 
 
 def kv_is_chosen() -> bool:

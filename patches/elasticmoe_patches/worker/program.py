@@ -48,7 +48,7 @@ def worker_main(channel: StandbyChannel, enter: Enter) -> int:
     """
     from elasticmoe_patches.worker.worker import RankRetired, start_worker
 
-    install_for_process("rank")
+    install_for_process("worker")
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     from elasticmoe_patches.srt.managers.io_struct import register_types

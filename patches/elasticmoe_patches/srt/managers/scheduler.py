@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from elasticmoe_patches.plugin import verify_for_process
-from elasticmoe_patches.spec import RANKS, Hooks
+from elasticmoe_patches.spec import WORKERS, Hooks
 from elasticmoe_patches.worker.commit import accept_command, apply_commit, receive_migrated, resume_ready
 from elasticmoe_patches.worker.kv import publish_first_capacity, run_kv_jobs
 from elasticmoe_patches.worker.migration import ORIGIN
@@ -16,7 +16,7 @@ from elasticmoe_sglang.errors import CollectiveError, CommitError
 from elasticmoe_sglang.wire.to_coordinator import Paused
 from elasticmoe_sglang.wire.to_worker import COMMIT
 
-HOOKS = hook = Hooks(__name__, RANKS)
+HOOKS = hook = Hooks(__name__, WORKERS)
 
 
 @hook("after", "Scheduler.init_request_dispatcher(self)", expires="SGLang lets plugins register control messages.")
@@ -57,7 +57,7 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
     worker = current_worker()
     if worker.cuda is not None:
         warm_up(original, scheduler, worker)
-    verify_for_process("rank")
+    verify_for_process("worker")
     publish_first_capacity(scheduler, worker)
     for socket in (scheduler.ipc_channels.recv_from_tokenizer, scheduler.ipc_channels.recv_from_rpc):
         worker.idle.watch(socket)

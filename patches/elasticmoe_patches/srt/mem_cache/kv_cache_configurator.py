@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from elasticmoe_patches.spec import RANKS, Hooks
+from elasticmoe_patches.spec import WORKERS, Hooks
 from elasticmoe_patches.worker.kv import open_kv
 from elasticmoe_patches.worker.worker import current_worker
 
-HOOKS = hook = Hooks(__name__, RANKS)
+HOOKS = hook = Hooks(__name__, WORKERS)
 
 _NO_LIMIT = 1 << 50
 _EXPIRES = "SGLang lets a platform supply the size of a pool that can change."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from elasticmoe_patches.spec import RANKS, Hooks
+from elasticmoe_patches.spec import WORKERS, Hooks
 
-HOOKS = hook = Hooks(__name__, RANKS, scope="platform")
+HOOKS = hook = Hooks(__name__, WORKERS, scope="platform")
 
 
 @hook(

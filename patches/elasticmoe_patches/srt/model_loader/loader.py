@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from elasticmoe_patches.spec import RANKS, Hooks
+from elasticmoe_patches.spec import WORKERS, Hooks
 from elasticmoe_sglang.errors import UserInputError
 
-HOOKS = hook = Hooks(__name__, RANKS)
+HOOKS = hook = Hooks(__name__, WORKERS)
 
 
 @hook(

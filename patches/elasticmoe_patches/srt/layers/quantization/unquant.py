@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from elasticmoe_patches.spec import RANKS, Hooks
+from elasticmoe_patches.spec import WORKERS, Hooks
 from elasticmoe_patches.srt.layers.moe.moe_runner import ascend
 from elasticmoe_sglang.errors import UnsupportedFeature
 
-HOOKS = hook = Hooks(__name__, RANKS)
+HOOKS = hook = Hooks(__name__, WORKERS)
 
 
 # forward_native too: SGLANG_FORCE_FUSED_OP_BACKEND selects it, and it is the method that serves float32 on a GPU.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from elasticmoe_patches.spec import RANKS, Hooks
+from elasticmoe_patches.spec import WORKERS, Hooks
 
-HOOKS = hook = Hooks(__name__, RANKS)
+HOOKS = hook = Hooks(__name__, WORKERS)
 
 
 @hook(
