@@ -33,6 +33,10 @@ class ElasticConfig:
     ranks_per_device: int = 1
     """Ranks that share one device: rank i sits on device i // ranks_per_device."""
 
+    multiprocessor_share: str = "equal"
+    """Of a GPU that ranks share, what each may compute on: equal (one part of ranks_per_device), all (the whole GPU for
+    everybody), or a percentage such as 40. Given to NVIDIA's MPS; more ranks then mean more compute on one GPU."""
+
     standbys: int = 1
     """Processes kept warm (SGLang imported, waiting), so that a joining rank does not pay for the start of one."""
 
@@ -86,6 +90,7 @@ class ElasticConfig:
             _is_duration(self, name)
         _are_ablations(self.ablate)
         self.headroom_bytes(1 << 40)
+        self.mps_percentage()
         if self.ep_size > self.max_ep_size:
             raise UserInputError(
                 f"{flag('ep_size')} {self.ep_size} is larger than {flag('max_ep_size')} {self.max_ep_size}",
@@ -96,6 +101,19 @@ class ElasticConfig:
                 f"{flag('hmm_endpoint')} {self.hmm_endpoint!r} is not an endpoint",
                 hint="Write it like ipc:///run/user/1000/elasticmoe/hmm.sock",
             )
+
+    def mps_percentage(self) -> int | None:
+        """Percentage of a GPU's multiprocessors that a rank may use; None: no limit."""
+        if self.ranks_per_device == 1 or self.multiprocessor_share == "all":
+            return None
+        if self.multiprocessor_share == "equal":
+            return max(1, 100 // self.ranks_per_device)
+        if self.multiprocessor_share.isdecimal() and 1 <= int(self.multiprocessor_share) <= 100:
+            return int(self.multiprocessor_share)
+        raise UserInputError(
+            f"{flag('multiprocessor_share')} {self.multiprocessor_share!r} is not a share",
+            hint="Give equal, all, or a whole percentage from 1 to 100",
+        )
 
     def headroom_bytes(self, budget: int) -> int:
         """Bytes of a device of `budget` bytes that KV caches leave unused."""

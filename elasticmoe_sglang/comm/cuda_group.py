@@ -1,8 +1,8 @@
 """The elastic process group for CUDA tensors: the CPU group's contract (`group.py`), carried out by kernels.
 
-CPU tensors go the CPU group's way, CUDA tensors through the windows of `cuda_fabric.py`. A collective on CUDA tensors
+CPU tensors go the CPU group's way, CUDA tensors through the windows of `cuda_region.py`. A collective on CUDA tensors
 is queued on the current stream and may be captured in a graph; nothing waits for the device. What a kernel reports
-later (a rank that did not come) is raised by the next eager collective, and by `CudaFabric.check`.
+later (a rank that did not come) is raised by the next eager collective, and by `CudaRegion.check`.
 
 Carried: all_gather and broadcast of any dtype; all_reduce, reduce and reduce_scatter (SUM, AVG of floats, MIN, MAX) of
 bfloat16, float16, float32, float64, int32, int64; gather. The rest is refused by the CPU group.
@@ -10,6 +10,8 @@ bfloat16, float16, float32, float64, int32, int64; gather. The rest is refused b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from elasticmoe_kernels.triton import collectives
 from elasticmoe_sglang.comm.cuda_region import CudaRegion
 from elasticmoe_sglang.comm.group import ElasticProcessGroup
-from elasticmoe_sglang.comm.header import Op, Reduction
+from elasticmoe_sglang.comm.header import DTYPE_FIELD, Op, Reduction, pack_header
 from elasticmoe_sglang.comm.options import reduction_of, work_of
 from elasticmoe_sglang.comm.region import CollectiveRegion
 from elasticmoe_sglang.comm.work import FinishedWork
@@ -30,6 +32,10 @@ _REDUCTIONS = {
     Reduction.MIN: collectives.MINIMUM,
     Reduction.MAX: collectives.MAXIMUM,
 }
+
+
+_SUMMED = (torch.bfloat16, torch.float32)
+"""What SGLang sums: the model's values, and float32."""
 
 
 def install_cuda_groups(region: CollectiveRegion, device: CudaRegion) -> None:
@@ -60,10 +66,18 @@ class CudaProcessGroup(ElasticProcessGroup):
         super().__init__(region, ranks, channel, timeout_s)
         self._device = device
         self._group = device.group(ranks) if len(ranks) > 1 else None
+        device.serve_replays(self.engine)
+        if self._group is not None:
+            collectives.load_kernels(device.windows, self._group, _SUMMED)
 
     @property
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cpu"), torch.device("cuda")]
+
+    def _rendezvous(self, op: Op, tensor: Tensor) -> Callable[[], None]:
+        """For `collectives`: the hosts meet once the kernels are loaded."""
+        header = pack_header(Op.LAUNCH, dtype_field=DTYPE_FIELD.get(tensor.dtype, 0), nbytes=tensor.nbytes, root=op)
+        return partial(self._device.rendezvous, self.engine, header)
 
     # Reductions
 
@@ -89,8 +103,15 @@ class CudaProcessGroup(ElasticProcessGroup):
         if self._group is None or not inp.nbytes:
             return
         target, source = out.contiguous(), inp.contiguous()
-        collectives.all_reduce(self._device.windows, self._group, target, source, reduction=reduction)
-        _migrate(target, out)
+        collectives.all_reduce(
+            self._device.windows,
+            self._group,
+            target,
+            source,
+            reduction=reduction,
+            rendezvous=self._rendezvous(Op.ALLREDUCE, inp),
+        )
+        _copy_back(target, out)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> FinishedWork:
         """output [n] = the combined row "my rank" of the inputs [size * n]."""
@@ -103,8 +124,15 @@ class CudaProcessGroup(ElasticProcessGroup):
             output.copy_(input.view(output.shape))
         elif output.nbytes:
             target, source = output.contiguous(), input.contiguous()
-            collectives.reduce_scatter(self._device.windows, self._group, target, source, reduction=reduction)
-            _migrate(target, output)
+            collectives.reduce_scatter(
+                self._device.windows,
+                self._group,
+                target,
+                source,
+                reduction=reduction,
+                rendezvous=self._rendezvous(Op.REDUCE_SCATTER, output),
+            )
+            _copy_back(target, output)
         return work_of(opts, [output])
 
     _reduce_scatter_base = reduce_scatter_single
@@ -126,8 +154,14 @@ class CudaProcessGroup(ElasticProcessGroup):
         for tensor in tensors:
             if self._group is not None and tensor.nbytes:
                 target = tensor.contiguous()
-                collectives.broadcast(self._device.windows, self._group, target, root=opts.rootRank)
-                _migrate(target, tensor)
+                collectives.broadcast(
+                    self._device.windows,
+                    self._group,
+                    target,
+                    root=opts.rootRank,
+                    rendezvous=self._rendezvous(Op.BROADCAST, tensor),
+                )
+                _copy_back(target, tensor)
         return work_of(opts, tensors)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> FinishedWork:
@@ -141,8 +175,15 @@ class CudaProcessGroup(ElasticProcessGroup):
         elif input.nbytes:
             target, source = output.contiguous(), input.contiguous()
             zero = output.dtype.is_floating_point
-            collectives.all_gather(self._device.windows, self._group, target, source, zero_absent=zero)
-            _migrate(target, output)
+            collectives.all_gather(
+                self._device.windows,
+                self._group,
+                target,
+                source,
+                zero_absent=zero,
+                rendezvous=self._rendezvous(Op.ALLGATHER, input),
+            )
+            _copy_back(target, output)
         return work_of(opts, [output])
 
     _allgather_base = all_gather_single
@@ -192,6 +233,6 @@ def _reduction(opts: Any, tensor: Tensor) -> int:
     return _REDUCTIONS[reduction]
 
 
-def _migrate(made: Tensor, wanted: Tensor) -> None:
+def _copy_back(made: Tensor, wanted: Tensor) -> None:
     if made is not wanted:
         wanted.copy_(made)
