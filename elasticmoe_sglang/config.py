@@ -223,6 +223,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
     add("ep_size", int, "N", "Ranks active at the start: the first expert-parallel size.")
     add("max_ep_size", int, "N", "Ranks that exist: the largest size the server can be scaled to. Fixed at launch.")
     add("ranks_per_device", int, "N", f"Ranks that share one device. Default: {defaults['ranks_per_device']}.")
+    add(
+        "multiprocessor_share",
+        str,
+        "SHARE",
+        "What each rank may use of a GPU that ranks share: equal, all, or a percentage. Default: equal.",
+    )
     add("standbys", int, "N", f"Warm processes kept ready to take a rank. Default: {defaults['standbys']}.")
     add("hmm_endpoint", str, "ENDPOINT", "Use the HMM that runs there (ipc://PATH) instead of starting one.")
     add(

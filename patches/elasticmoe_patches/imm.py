@@ -30,9 +30,6 @@ def preload() -> None:
     import sglang.srt.model_loader.loader
     import sglang.srt.models.registry  # noqa: F401  (imports every model: seconds that a joining rank need not wait for)
 
-    if os.environ.get("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND") != "python":
-        import sglang.srt.mem_cache.rust_tree_core.adapter
-
     import elasticmoe_patches.srt.mem_cache.allocator
     import elasticmoe_patches.worker.loader
     import elasticmoe_patches.worker.recovery
