@@ -33,6 +33,10 @@ class ElasticConfig:
     ranks_per_device: int = 1
     """Ranks that share one device: rank i uses device i // ranks_per_device."""
 
+    multiprocessor_share: str = "equal"
+    """Of a GPU that ranks share, what each may compute on: equal (one part of ranks_per_device), all (the whole GPU for
+    everybody), or a percentage such as 40. Given to NVIDIA's MPS; more ranks then mean more compute on one GPU."""
+
     standbys: int = 1
     """Standby workers (SGLang imported, waiting), so that a joining rank does not wait for the start of a process."""
 
@@ -86,6 +90,7 @@ class ElasticConfig:
             _is_duration(self, name)
         _are_ablations(self.ablate)
         self.headroom_bytes(1 << 40)
+        self.mps_percentage()
         if self.ep_size > self.max_ep_size:
             raise UserInputError(
                 f"{flag('ep_size')} {self.ep_size} is larger than {flag('max_ep_size')} {self.max_ep_size}",
@@ -96,6 +101,19 @@ class ElasticConfig:
                 f"{flag('hmm_endpoint')} {self.hmm_endpoint!r} is not an endpoint",
                 hint="Write it like ipc:///run/user/1000/elasticmoe/hmm.sock",
             )
+
+    def mps_percentage(self) -> int | None:
+        """Percentage of a GPU's multiprocessors that a rank may use; None: no limit."""
+        if self.ranks_per_device == 1 or self.multiprocessor_share == "all":
+            return None
+        if self.multiprocessor_share == "equal":
+            return max(1, 100 // self.ranks_per_device)
+        if self.multiprocessor_share.isdecimal() and 1 <= int(self.multiprocessor_share) <= 100:
+            return int(self.multiprocessor_share)
+        raise UserInputError(
+            f"{flag('multiprocessor_share')} {self.multiprocessor_share!r} is not a share",
+            hint="Give equal, all, or a whole percentage from 1 to 100",
+        )
 
     def headroom_bytes(self, budget: int) -> int:
         """Bytes of a device of `budget` bytes that KV caches leave unused."""
@@ -205,6 +223,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
     add("ep_size", int, "N", "Active ranks at the start: the initial expert-parallel size.")
     add("max_ep_size", int, "N", "All ranks: the largest size the server can be scaled to. Fixed at launch.")
     add("ranks_per_device", int, "N", f"Ranks that share one device. Default: {defaults['ranks_per_device']}.")
+    add(
+        "multiprocessor_share",
+        str,
+        "SHARE",
+        "What each rank may use of a GPU that ranks share: equal, all, or a percentage. Default: equal.",
+    )
     add("standbys", int, "N", f"Standby workers kept ready for joining ranks. Default: {defaults['standbys']}.")
     add("hmm_endpoint", str, "ENDPOINT", "Use the HMM at this endpoint (ipc://PATH) instead of starting one.")
     add(

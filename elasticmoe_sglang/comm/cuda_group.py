@@ -10,6 +10,8 @@ floats, MIN, MAX) of bfloat16, float16, float32, float64, int32, int64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from elasticmoe_kernels.triton import collectives
 from elasticmoe_sglang.comm.cuda_region import CudaRegion
-from elasticmoe_sglang.comm.header import Op, Reduction
+from elasticmoe_sglang.comm.header import DTYPE_FIELD, Op, Reduction, pack_header
 from elasticmoe_sglang.comm.process_group import ElasticProcessGroup, FinishedWork, reduction_of, work_of
 from elasticmoe_sglang.comm.region import CollectiveRegion
 from elasticmoe_sglang.errors import UserInputError
@@ -28,6 +30,10 @@ _REDUCTIONS = {
     Reduction.MIN: collectives.MINIMUM,
     Reduction.MAX: collectives.MAXIMUM,
 }
+
+
+_SUMMED = (torch.bfloat16, torch.float32)
+"""What SGLang sums: the model's values, and float32."""
 
 
 def install_cuda_groups(region: CollectiveRegion, device: CudaRegion) -> None:
@@ -57,10 +63,18 @@ class CudaProcessGroup(ElasticProcessGroup):
         super().__init__(region, ranks, channel, timeout_s)
         self._device = device
         self._group = device.group(ranks) if len(ranks) > 1 else None
+        device.serve_replays(self.engine)
+        if self._group is not None:
+            collectives.load_kernels(device.windows, self._group, _SUMMED)
 
     @property
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cpu"), torch.device("cuda")]
+
+    def _rendezvous(self, op: Op, tensor: Tensor) -> Callable[[], None]:
+        """For `collectives`: the hosts meet once the kernels are loaded."""
+        header = pack_header(Op.LAUNCH, dtype_field=DTYPE_FIELD.get(tensor.dtype, 0), nbytes=tensor.nbytes, root=op)
+        return partial(self._device.rendezvous, self.engine, header)
 
     # Reductions
 
@@ -86,7 +100,14 @@ class CudaProcessGroup(ElasticProcessGroup):
         if self._group is None or not inp.nbytes:
             return
         target, source = out.contiguous(), inp.contiguous()
-        collectives.all_reduce(self._device.windows, self._group, target, source, reduction=reduction)
+        collectives.all_reduce(
+            self._device.windows,
+            self._group,
+            target,
+            source,
+            reduction=reduction,
+            rendezvous=self._rendezvous(Op.ALLREDUCE, inp),
+        )
         _copy_back(target, out)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> FinishedWork:
@@ -100,7 +121,14 @@ class CudaProcessGroup(ElasticProcessGroup):
             output.copy_(input.view(output.shape))
         elif output.nbytes:
             target, source = output.contiguous(), input.contiguous()
-            collectives.reduce_scatter(self._device.windows, self._group, target, source, reduction=reduction)
+            collectives.reduce_scatter(
+                self._device.windows,
+                self._group,
+                target,
+                source,
+                reduction=reduction,
+                rendezvous=self._rendezvous(Op.REDUCE_SCATTER, output),
+            )
             _copy_back(target, output)
         return work_of(opts, [output])
 
@@ -116,7 +144,13 @@ class CudaProcessGroup(ElasticProcessGroup):
         for tensor in tensors:
             if self._group is not None and tensor.nbytes:
                 target = tensor.contiguous()
-                collectives.broadcast(self._device.windows, self._group, target, root=opts.rootRank)
+                collectives.broadcast(
+                    self._device.windows,
+                    self._group,
+                    target,
+                    root=opts.rootRank,
+                    rendezvous=self._rendezvous(Op.BROADCAST, tensor),
+                )
                 _copy_back(target, tensor)
         return work_of(opts, tensors)
 
@@ -131,7 +165,14 @@ class CudaProcessGroup(ElasticProcessGroup):
         elif input.nbytes:
             target, source = output.contiguous(), input.contiguous()
             zero = output.dtype.is_floating_point
-            collectives.all_gather(self._device.windows, self._group, target, source, zero_absent=zero)
+            collectives.all_gather(
+                self._device.windows,
+                self._group,
+                target,
+                source,
+                zero_absent=zero,
+                rendezvous=self._rendezvous(Op.ALLGATHER, input),
+            )
             _copy_back(target, output)
         return work_of(opts, [output])
 

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Callable
 
 import torch
 
 from elasticmoe_kernels.triton import windows as w
 from elasticmoe_kernels.triton.collectives import Group
 from elasticmoe_sglang.comm.control_page import WINDOW_BLOCK
-from elasticmoe_sglang.comm.header import Op
+from elasticmoe_sglang.comm.engine import GroupEngine
+from elasticmoe_sglang.comm.header import Op, pack_header
 from elasticmoe_sglang.comm.membership import ranks_to_mask
 from elasticmoe_sglang.comm.region import CollectiveRegion
 from elasticmoe_sglang.errors import (
@@ -39,6 +41,7 @@ from elasticmoe_sglang.hmm.vmm.tensors import MappedRange, tensor_in
 
 _LONGEST_S = 3600.0
 _LOOK_S = 0.001
+_REPLAY = pack_header(Op.REPLAY)
 _HINT = "The group works again after the next membership."
 
 
@@ -50,6 +53,7 @@ class CudaRegion:
         region: says which ranks take part. From here on its changes reach the device.
         device: number of the device this rank computes on.
         layout: the same on all ranks; None for the default with the region's capacity.
+        device_of: rank -> its device; None: all ranks are on one device.
         attach_s: how long a peer may take to name its window.
 
     Raises:
@@ -64,12 +68,15 @@ class CudaRegion:
         *,
         device: int,
         layout: w.WindowLayout | None = None,
+        device_of: Callable[[int], int] | None = None,
         attach_s: float = 60.0,
     ) -> None:
         self.region = region
         self.layout = layout or w.WindowLayout(capacity=region.capacity)
         assert self.layout.capacity == region.capacity
         self._client = client
+        self._device_of = device_of or (lambda _rank: 0)
+        self._everybody: GroupEngine | None = None
         self._attach_s = attach_s
         backend = client.backend
         self.device = torch.device(backend.torch_device(device))
@@ -204,6 +211,41 @@ class CudaRegion:
             mask=members - (1 << 64) if members >> 63 else members,
             global_ranks=torch.tensor(ranks, dtype=torch.int32, device=self.device),
         )
+
+    # Launching ---------------------------------------------------------------------------------------------------
+
+    def rendezvous(self, engine: GroupEngine, header: int) -> None:
+        """Return when the hosts of all active ranks of a group have reached the launch that `header` describes.
+
+        A kernel that waits for a peer holds its place on the device. If that peer's host then calls the driver for
+        anything that waits for the device (Triton loads a module, torch's pool grows), also from another process
+        under MPS, neither ever ends. So the ranks of a device launch a collective only when all of them have reached
+        it, and nothing lies between this call and the launch. One rank a device need not: its driver waits for its
+        own kernels alone, and the rank that is furthest behind can always go on. A capture launches nothing.
+
+        Raises:
+            PeerDied, PeerTimeout, CollectiveMismatch: as any collective of the group.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
+        engine.refresh()
+        if not engine.local and self._crowded(engine):
+            engine.barrier(header=header)
+
+    def _crowded(self, engine: GroupEngine) -> bool:
+        """Whether two active ranks of the group are on one device: a fact of the epoch, the same for all members."""
+        devices = [self._device_of(engine.ranks[rank]) for rank in engine.present]
+        return len(set(devices)) < len(devices)
+
+    def serve_replays(self, engine: GroupEngine) -> None:
+        """The group through which hosts meet before a graph is replayed: the first that has all ranks."""
+        if self._everybody is None and engine.size == self.region.capacity:
+            self._everybody = engine
+
+    def rendezvous_for_replay(self) -> None:
+        """Before a captured graph with collectives in it is replayed; see `rendezvous`."""
+        if self._everybody is not None:
+            self.rendezvous(self._everybody, _REPLAY)
 
     # Failures ----------------------------------------------------------------------------------------------------
 

@@ -111,10 +111,10 @@ class GroupEngine:
             self._views[key] = view
         return view
 
-    def barrier(self, timeout_s: float | None = None) -> None:
-        """Return when every present rank has come."""
+    def barrier(self, timeout_s: float | None = None, header: int = pack_header(Op.BARRIER)) -> None:
+        """Return when every present rank has come with the same header."""
         if not self.local:
-            self.channel.meet(pack_header(Op.BARRIER), self.timeout_s if timeout_s is None else timeout_s)
+            self.channel.meet(header, self.timeout_s if timeout_s is None else timeout_s)
 
     def all_gather(self, source: int, nbytes: int, targets: Sequence[int], header: int) -> None:
         """targets[r] = rank r's `nbytes` bytes, for every present rank.

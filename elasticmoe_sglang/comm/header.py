@@ -22,6 +22,10 @@ class Op(IntEnum):
     GATHER = 5
     REDUCE = 6
     BARRIER = 7
+    LAUNCH = 8
+    """Of a collective on the device: its hosts meet before they launch it."""
+    REPLAY = 9
+    """Of a captured graph with collectives in it."""
 
 
 class Reduction(IntEnum):
@@ -84,25 +88,32 @@ def pack_header(op: Op, *, dtype_field: int = 0, nbytes: int = 0, root: int = 0,
     """Args:
     dtype_field: from `DTYPE_FIELD`.
     nbytes: size of one rank's whole message, below 4 TiB.
-    root: group rank of the root or source.
+    root: group rank of the root or source; for LAUNCH the `Op` that is launched.
     reduction: a `Reduction`.
     """
     return op << _OP_SHIFT | reduction << _REDUCTION_SHIFT | root << _ROOT_SHIFT | dtype_field | nbytes
 
 
+def _name(op: int) -> str:
+    return Op(op).name.lower() if op in Op._value2member_map_ else f"operation {op}"
+
+
 def describe_header(header: int) -> str:
     """A header in words, such as `broadcast(root=0, dtype=int64, 8 bytes)`."""
     op = header >> _OP_SHIFT
-    name = Op(op).name.lower() if op in Op._value2member_map_ else f"operation {op}"
+    name = _name(op)
+    root = header >> _ROOT_SHIFT & ((1 << _ROOT_BITS) - 1)
+    if op == Op.LAUNCH:
+        name = f"launch of {_name(root)}"
     parts = []
     reduction = header >> _REDUCTION_SHIFT & ((1 << _REDUCTION_BITS) - 1)
     if reduction:
         parts.append(Reduction(reduction).name.lower())
     if op in (Op.BROADCAST, Op.GATHER, Op.REDUCE):
-        parts.append(f"root={header >> _ROOT_SHIFT & ((1 << _ROOT_BITS) - 1)}")
+        parts.append(f"root={root}")
     dtype = header >> _DTYPE_SHIFT & ((1 << _DTYPE_BITS) - 1)
     if dtype:
         parts.append(f"dtype={str(_DTYPES[dtype - 1]).removeprefix('torch.')}")
-    if op != Op.BARRIER:
+    if op not in (Op.BARRIER, Op.REPLAY):
         parts.append(f"{header & ((1 << _NBYTES_BITS) - 1)} bytes")
     return f"{name}({', '.join(parts)})"

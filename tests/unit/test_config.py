@@ -32,6 +32,7 @@ def test_flags_reach_their_fields() -> None:
         "ep_size": ("2", 2),
         "max_ep_size": ("6", 6),
         "ranks_per_device": ("2", 2),
+        "multiprocessor_share": ("40", "40"),
         "standbys": ("0", 0),
         "hmm_endpoint": ("ipc:///tmp/x.sock", "ipc:///tmp/x.sock"),
         "device_budget": ("2GiB", 2 << 30),
@@ -64,6 +65,18 @@ def test_short_names_on_request() -> None:
     parsed = parser.parse_args(["--ep-size", "1", "--max-ep-size", "3", "--commit-deadline", "2", "--standbys=2"])
     expected = ElasticConfig(ep_size=1, max_ep_size=3, commit_deadline_s=2.0, standbys=2)
     assert ElasticConfig.from_namespace(parsed) == expected
+
+
+def test_the_share_of_a_gpu() -> None:
+    def share(text: str, ranks: int = 4) -> int | None:
+        return ElasticConfig(
+            ep_size=1, max_ep_size=4, ranks_per_device=ranks, multiprocessor_share=text
+        ).mps_percentage()
+
+    assert (share("equal"), share("all"), share("40"), share("equal", 8), share("40", 1)) == (25, None, 40, 12, None)
+    for text in ("half", "0", "101", "-5", "12.5"):
+        with pytest.raises(UserInputError, match="multiprocessor-share"):
+            share(text)
 
 
 def test_help_names_every_field() -> None:

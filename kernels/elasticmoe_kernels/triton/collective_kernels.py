@@ -16,7 +16,9 @@ from elasticmoe_kernels.triton.meet import data_at, finish_step, has, meet, memb
 
 ROWS = tl.constexpr(8)
 """Rows that a program of an all-gather has under way at once."""
-_RUNTIME = ["count", "stride", "header", "rank", "root", "me", "group"]
+_RUNTIME = ["out", "inp", "values", "count", "stride", "header", "rank", "root", "me", "group"]
+"""Never specialised: FACTOR already says how addresses are aligned, so a specialisation would only be one more module
+to load while other ranks wait."""
 
 
 @triton.jit

@@ -1,20 +1,26 @@
-"""All-gather, reduce-scatter, all-reduce and broadcast among the present ranks of a group: one launch each, capturable.
+"""All-gather, reduce-scatter, all-reduce and broadcast among the present ranks of a group, by capturable launches.
 
 Rows and roots are numbered by group rank, windows by global rank (`windows.py`). Nothing is read for absent ranks.
 Reductions go in rank order, in float32 (float64 for float64, the type itself for integers), rounded once, so that every
 rank gets the same bits. A message larger than a window goes in several launches.
 
 All tensors are contiguous, on the windows' device. Nothing here waits for the device or allocates.
+
+Every call takes `rendezvous`. It is called once, after the kernels of the call are loaded and before the first of them
+is launched; between it and the last launch nothing calls the driver but the launches. Ranks that share a device pass a
+barrier among their hosts: a kernel that waits for a peer may keep that peer's driver calls waiting (loading a module
+does, also across processes under MPS), so no such kernel may run before every host has its own ready to launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 from elasticmoe_kernels.errors import ShapeError
 from elasticmoe_kernels.triton import collective_kernels as kernels
@@ -108,62 +114,162 @@ def _pieces(nbytes: int, room: int) -> Iterator[tuple[int, int]]:
         yield start, min(room, nbytes - start)
 
 
-def _launch(kernel: Any, windows: Windows, group: Group, shape: _Shape, *arguments: Any, **options: Any) -> None:
+Rendezvous = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One launch of a collective kernel: positional arguments, and the constants it is compiled for."""
+
+    kernel: Any
+    blocks: int
+    arguments: tuple[int, ...]
+    constants: dict[str, Any]
+
+    def load(self) -> None:
+        """Compile the kernel and load its module, so that `run` calls the driver for the launch alone."""
+        if not isinstance(self.kernel, JITFunction):  # Triton's interpreter loads nothing
+            return
+        widths = tuple(-(1 << 31) <= value < 1 << 31 for value in self.arguments)  # Triton compiles for each width
+        key = (torch.cuda.current_device(), self.kernel, self.blocks, widths, *map(str, self.constants.values()))
+        if key not in _loaded:
+            self.kernel.warmup(*self.arguments, grid=(self.blocks,), **self.constants)[(self.blocks,)]
+            _loaded.add(key)
+
+    def run(self) -> None:
+        self.kernel[(self.blocks,)](*self.arguments, **self.constants)
+
+
+_loaded: set[tuple[Any, ...]] = set()
+"""Kernels whose module is loaded in this process: device, kernel, programs, argument widths, constants."""
+
+
+def _prepared(kernel: Any, windows: Windows, group: Group, shape: _Shape, *arguments: int, **constants: Any) -> _Launch:
     layout = windows.layout
-    kernel[(layout.blocks,)](
-        *arguments,
-        group.mask,
-        windows.control,
-        windows.base,
-        windows.pitch,
-        group.global_ranks.data_ptr(),
-        windows.rank,
-        channel=group.channel,
-        T=shape.kind,
-        FACTOR=shape.factor,
-        LEAST=max(1, _LEAST_BYTES // shape.unit),
-        TILE=_TILE_BYTES // shape.item,
-        CAPACITY=layout.capacity,
-        RANKS=next_power_of_2(layout.capacity),
-        BLOCKS=layout.blocks,
-        HEADERS=layout.headers_offset,
-        DATA_OFFSET=layout.data_offset,
-        DATA_BYTES=layout.data_bytes,
-        num_warps=_WARPS,
-        **options,
+    return _Launch(
+        kernel,
+        layout.blocks,
+        (
+            *arguments,
+            group.mask,
+            windows.control,
+            windows.base,
+            windows.pitch,
+            group.global_ranks.data_ptr(),
+            windows.rank,
+        ),
+        {
+            "channel": group.channel,
+            "T": shape.kind,
+            "FACTOR": shape.factor,
+            "LEAST": max(1, _LEAST_BYTES // shape.unit),
+            "TILE": _TILE_BYTES // shape.item,
+            "CAPACITY": layout.capacity,
+            "RANKS": next_power_of_2(layout.capacity),
+            "BLOCKS": layout.blocks,
+            "HEADERS": layout.headers_offset,
+            "DATA_OFFSET": layout.data_offset,
+            "DATA_BYTES": layout.data_bytes,
+            "num_warps": _WARPS,
+            **constants,
+        },
     )
 
 
-def all_gather(windows: Windows, group: Group, out: torch.Tensor, inp: torch.Tensor, *, zero_absent: bool) -> None:
+def _run(launches: list[_Launch], rendezvous: Rendezvous | None) -> None:
+    for launch in launches:
+        launch.load()
+    if rendezvous is not None:
+        rendezvous()
+    for launch in launches:
+        launch.run()
+
+
+def load_kernels(windows: Windows, group: Group, dtypes: Sequence[torch.dtype]) -> int:
+    """Load what a group's collectives use for aligned tensors, so that no module is loaded at a first use.
+
+    Args:
+        dtypes: of the values that are summed.
+
+    Returns:
+        Number of kernels.
+    """
+    wide, narrow = _bytes_shape(_WIDE), _bytes_shape(1)
+    launches = [
+        _prepared(kernels.all_gather_kernel, windows, group, shape, _WIDE << 32, _WIDE << 32, 1, 1, 1 << 60, 0,
+                  SIZE=group.size, ZERO=zero)
+        for shape in (wide, narrow)
+        for zero in (True, False)
+    ]  # fmt: skip
+    launches += [
+        _prepared(kernels.broadcast_kernel, windows, group, shape, _WIDE << 32, 1, 1 << 60, 0)
+        for shape in (wide, narrow)
+    ]
+    summed = [kernels.all_reduce_kernel, kernels.reduce_scatter_kernel]
+    if group.size > 2:
+        summed.append(kernels.all_reduce_sliced_kernel)
+    for dtype in dtypes:
+        shape = _values_shape(dtype, _WIDE)
+        launches += [
+            _prepared(kernel, windows, group, shape, _WIDE << 32, _WIDE << 32, 1, 0, 1 << 60, 0,
+                      SIZE=group.size, OP=SUM, ACC=shape.accumulator)
+            for kernel in summed
+        ]  # fmt: skip
+    for launch in launches:
+        launch.load()
+    return len(launches)
+
+
+def all_gather(
+    windows: Windows,
+    group: Group,
+    out: torch.Tensor,
+    inp: torch.Tensor,
+    *,
+    zero_absent: bool,
+    rendezvous: Rendezvous | None = None,
+) -> None:
     """out [size * n]: row r = rank r's inp [n]; rows of absent ranks become zero or stay as they are."""
     nbytes = inp.nbytes
     _require(out.nbytes == nbytes * group.size, out, inp)
     to, of = out.data_ptr(), inp.data_ptr()
     shape = _bytes_shape(nbytes, to, of)
-    for start, piece in _pieces(nbytes, windows.layout.data_bytes):
-        _launch(
+    launches = [
+        _prepared(
             kernels.all_gather_kernel, windows, group, shape,
             to + start, of + start, piece // shape.unit, nbytes // shape.unit,
             _header(ALL_GATHER, None, 0, 0, nbytes), group.rank,
             SIZE=group.size, ZERO=zero_absent,
-        )  # fmt: skip
+        )
+        for start, piece in _pieces(nbytes, windows.layout.data_bytes)
+    ]  # fmt: skip
+    _run(launches, rendezvous)
 
 
 def reduce_scatter(
-    windows: Windows, group: Group, out: torch.Tensor, inp: torch.Tensor, *, reduction: int = SUM
+    windows: Windows,
+    group: Group,
+    out: torch.Tensor,
+    inp: torch.Tensor,
+    *,
+    reduction: int = SUM,
+    rendezvous: Rendezvous | None = None,
 ) -> None:
     """out [n] = row "my rank" of the present ranks' inp [size * n], combined."""
     nbytes = out.nbytes
     _require(inp.nbytes == nbytes * group.size, out, inp)
     to, of = out.data_ptr(), inp.data_ptr()
     shape = _values_shape(out.dtype, nbytes, to, of)
-    for start, piece in _pieces(nbytes, windows.layout.data_bytes // group.size):
-        _launch(
+    launches = [
+        _prepared(
             kernels.reduce_scatter_kernel, windows, group, shape,
             to + start, of + start, piece // shape.unit, nbytes // shape.unit,
             _header(REDUCE_SCATTER, out.dtype, reduction, 0, nbytes), group.rank,
             SIZE=group.size, OP=reduction, ACC=shape.accumulator,
-        )  # fmt: skip
+        )
+        for start, piece in _pieces(nbytes, windows.layout.data_bytes // group.size)
+    ]  # fmt: skip
+    _run(launches, rendezvous)
 
 
 def all_reduce(
@@ -174,6 +280,7 @@ def all_reduce(
     *,
     reduction: int = SUM,
     sliced: bool | None = None,
+    rendezvous: Rendezvous | None = None,
 ) -> None:
     """out [n] = the present ranks' inp [n] combined. out may be inp.
 
@@ -186,24 +293,32 @@ def all_reduce(
     if sliced is None:
         sliced = group.size > 2 and nbytes >= _SLICED_BYTES
     kernel: Callable[..., Any] = kernels.all_reduce_sliced_kernel if sliced else kernels.all_reduce_kernel
-    for start, piece in _pieces(nbytes, windows.layout.data_bytes):
-        _launch(
+    launches = [
+        _prepared(
             kernel, windows, group, shape,
             to + start, of + start, piece // shape.unit, 0,
             _header(ALL_REDUCE, out.dtype, reduction, 0, nbytes), group.rank,
             SIZE=group.size, OP=reduction, ACC=shape.accumulator,
-        )  # fmt: skip
+        )
+        for start, piece in _pieces(nbytes, windows.layout.data_bytes)
+    ]  # fmt: skip
+    _run(launches, rendezvous)
 
 
-def broadcast(windows: Windows, group: Group, values: torch.Tensor, *, root: int) -> None:
+def broadcast(
+    windows: Windows, group: Group, values: torch.Tensor, *, root: int, rendezvous: Rendezvous | None = None
+) -> None:
     """values [n] = the root rank's; unchanged when this rank is alone or the root absent."""
     nbytes, at = values.nbytes, values.data_ptr()
     shape = _bytes_shape(nbytes, at)
-    for start, piece in _pieces(nbytes, windows.layout.data_bytes):
-        _launch(
+    launches = [
+        _prepared(
             kernels.broadcast_kernel, windows, group, shape,
             at + start, piece // shape.unit, _header(BROADCAST, None, 0, root, nbytes), root,
-        )  # fmt: skip
+        )
+        for start, piece in _pieces(nbytes, windows.layout.data_bytes)
+    ]  # fmt: skip
+    _run(launches, rendezvous)
 
 
 def _require(fits: bool, out: torch.Tensor, inp: torch.Tensor) -> None:

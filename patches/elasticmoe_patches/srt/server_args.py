@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from elasticmoe_patches.device import check_devices
+from elasticmoe_patches.device import check_devices, on_cuda
 from elasticmoe_patches.launch import shape_arguments
 from elasticmoe_patches.plugin import install_for_process
 from elasticmoe_patches.spec import MAIN, Hooks
@@ -53,4 +53,8 @@ def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
     if config.ranks_per_device > 1:
         # Free memory of a device that ranks share differs while they boot.
         os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "false"
+    share = config.mps_percentage()
+    if share is not None and on_cuda():
+        # Read by the driver when a process makes its context; the IMM and the workers inherit it.
+        os.environ.setdefault("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", str(share))
     install_for_process("main")

@@ -164,8 +164,7 @@ class Worker:
     def init_world(self, *, world_size: int, rank: int) -> None:
         """Initialise torch.distributed over the collective region. On a GPU SGLang has set the device by now."""
         if self._on_gpu:
-            attach_s = self.runtime.config.prepare_deadline_s
-            self.cuda = open_windows(self.client, self.region, device=self.device, attach_s=attach_s)
+            self.cuda = open_windows(self.client, self.region, self.runtime.config, device=self.device)
         install_backend(self.region)
         init_elastic(self.region, rank=rank, world_size=world_size)
 

@@ -1,0 +1,1 @@
+"""Mirrors the SGLang package of the same name."""
