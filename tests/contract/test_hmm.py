@@ -601,6 +601,13 @@ def select_readable(sock: socket.socket) -> bool:
     return bool(select.select([sock], [], [], 0)[0])
 
 
+def test_a_return_that_is_refused_answers_nothing_else(client: HmmClient) -> None:
+    [block] = client.allocate(0, "kv", nbytes=PAGE)
+    client._attached(client._deadline()).return_leases([block.block_id])  # which it does not hold
+    [handle] = client.handles([block.block_id])
+    client.backend.close(handle)
+
+
 def test_a_client_that_never_reads_its_handles_is_dropped(hmm: HmmProcess, client: HmmClient) -> None:
     [block] = client.allocate(0, "kv", nbytes=PAGE)
     sock = new_socket()
