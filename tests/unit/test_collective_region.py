@@ -193,7 +193,7 @@ def test_headers_tell_all_apart(op: Op, dtype: object, nbytes: int, root: int, r
     assert header < 1 << 64
     text = describe_header(header)
     assert text.startswith(op.name.lower()) and reduction.name.lower() in text
-    assert f"{nbytes} bytes" in text or op is Op.BARRIER
+    assert f"{nbytes} bytes" in text or op in (Op.BARRIER, Op.REPLAY)
     others = (
         pack_header(op, dtype_field=DTYPE_FIELD[dtype], nbytes=nbytes ^ 1, root=root, reduction=reduction),  # type: ignore[index]
         pack_header(op, dtype_field=DTYPE_FIELD[dtype], nbytes=nbytes, root=root ^ 1, reduction=reduction),  # type: ignore[index]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from elasticmoe_patches import catalogue, hookdocs, plugin, preflight, targets
-from elasticmoe_patches.spec import RANKS, Hooks, HookSpec
+from elasticmoe_patches.spec import WORKERS, Hooks, HookSpec
 from elasticmoe_sglang.errors import HookError
 from elasticmoe_sglang.runtime import ENV_CONFIG
 
@@ -116,7 +116,7 @@ def real_spec(**fields: Any) -> HookSpec:
     [
         ("kind", "instead"),
         ("scope", "sometimes"),
-        ("processes", frozenset({"worker"})),
+        ("processes", frozenset({"rank"})),
         ("processes", frozenset()),
         ("hook", "module.function"),
         ("target", "module"),
@@ -143,7 +143,7 @@ def test_the_processes_say_where_a_hook_runs() -> None:
 
 
 def test_a_hook_is_declared_by_decorating_its_function() -> None:
-    hook = Hooks("elasticmoe_patches.srt.managers.scheduler", RANKS, scope="platform")
+    hook = Hooks("elasticmoe_patches.srt.managers.scheduler", WORKERS, scope="platform")
 
     @hook("after", "Scheduler.f(self, x='a(b)', *, y=1)", expires="never")
     @hook("attribute", "_is_cpu: bool", scope="both", expires="soon")
@@ -163,7 +163,7 @@ def test_a_hook_is_declared_by_decorating_its_function() -> None:
         reason="Why it is needed.",
         expires="never",
         scope="platform",
-        processes=RANKS,
+        processes=WORKERS,
     )
     assert (attribute.target, attribute.signature) == ("sglang.srt.managers.scheduler._is_cpu", "bool")
     assert (attribute.kind, attribute.scope, attribute.expires) == ("attribute", "both", "soon")
@@ -171,7 +171,7 @@ def test_a_hook_is_declared_by_decorating_its_function() -> None:
 
 def test_a_hook_without_a_reason_is_refused() -> None:
     with pytest.raises(ValueError, match="reason must not be empty"):
-        Hooks("elasticmoe_patches.srt.server_args", RANKS)("after", "f()", expires="never")(lambda result: None)
+        Hooks("elasticmoe_patches.srt.server_args", WORKERS)("after", "f()", expires="never")(lambda result: None)
 
 
 def test_signature_text_has_no_annotations_and_no_addresses(fake: Fake) -> None:
