@@ -1,5 +1,38 @@
-"""The errors that this project raises: classes below ElasticMoEError, as the HTTP API and the command line tell them
-apart."""
+"""The errors that this project raises. The HTTP API and the command line tell them apart by class.
+
+ElasticMoEError
+├── UserInputError (also ValueError)      a request or setting is malformed or impossible; HTTP 400
+│   ├── PlanError                         the target is no legal membership
+│   ├── UnsupportedFeature                the model or a flag is not supported; refused at launch
+│   └── BudgetExceeded                    experts or KV do not fit the devices' budgets
+├── OperationInProgress                   a change is running; HTTP 409
+├── HmmError                              the memory sidecar refused or failed
+│   ├── HmmUnavailable                    no HMM answers at its endpoint; HTTP 503
+│   ├── ModelMismatch                     the HMM holds another model, dtype or revision
+│   ├── BlockNotFound                     no such block, or it was released
+│   ├── RegionMismatch                    a shared region exists with another size
+│   ├── SealTimeout                       awaited blocks were not filled in time
+│   ├── TransactionError                  a transaction is unknown, over, expired or another client's
+│   │   └── UndoFailed                    a step could not be undone; the ledger needs a look
+│   └── ProtocolError                     a malformed or unexpected message
+│       └── MalformedMessage              bytes that are no valid message
+├── VmmError                              a virtual-memory call failed
+│   └── DriverError                       a device driver answered with an error code
+│       ├── BadDriverCall                 the call broke a rule of the driver
+│       ├── OutOfDeviceMemory             the device has no room left
+│       ├── DriverRefused                 the process may not do that
+│       ├── DriverUnsupported             the driver or the device cannot do that
+│       └── DeviceFault                   the device or its driver is broken
+├── CollectiveError                       a collective among the ranks failed
+│   ├── PeerTimeout                       a rank did not come within the deadline
+│   ├── PeerDied                          a rank's worker is gone
+│   ├── CollectiveMismatch                ranks called different collectives, or with different sizes
+│   └── RankInactive                      a root or peer is not among the active ranks
+├── CommitError                           the commit barrier was not passed; the change is rolled back
+├── PhaseTimeout                          a phase of a change took longer than its deadline
+├── WorkerError                           a worker failed to boot, join or retire
+└── HookError                             SGLang is not what the hooks were written for; ends the launch
+"""
 
 from __future__ import annotations
 
