@@ -12,14 +12,14 @@ from typing import Protocol
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.coordinator.status import CommitReport, MemoryStatus, PullReport, RankInfo
 from elasticmoe_sglang.planner import ColumnMove, ScalePlan
-from elasticmoe_sglang.wire.to_worker import JoinSpec
+from elasticmoe_sglang.wire.to_worker import CommitCommand, JoinSpec
 
 
 class SglangPort(Protocol):
     """SGLang's message path from the tokenizer to the schedulers, and the end of a worker."""
 
-    async def send_command(self, command: bytes) -> None:
-        """Broadcast an encoded CommitCommand to all ranks, after control requests in progress have been answered."""
+    async def send_command(self, command: CommitCommand) -> None:
+        """Broadcast a commit to all ranks, after control requests in progress have been answered."""
 
     async def send_route(self, ranks: Sequence[int]) -> None:
         """Route new requests to these ranks only."""

@@ -182,7 +182,7 @@ class Workers:
         for rank in plan.retiring:
             self._departures[rank] = Departure(operation_id=operation_id, survivors=plan.survivors)
         try:
-            await self._sglang.send_command(to_worker.COMMIT.pack(command))
+            await self._sglang.send_command(command)
             reports = await asyncio.gather(
                 *(
                     self._channel.wait_for(to_coordinator.Committed, rank=rank, operation_id=operation_id)

@@ -154,7 +154,9 @@ class HmmLink:
         while self._owed and not self.dead:
             batch = self._take_owed()
             # An id of its own: should the HMM object, that is no answer to a request that is waited for.
-            request = Envelope(request_id=new_request_id(), body=to_hmm.ReturnLeases(block_ids=batch))
+            request: Envelope[to_hmm.LinkRequest] = Envelope(
+                request_id=new_request_id(), body=to_hmm.ReturnLeases(block_ids=batch)
+            )
             try:
                 send_packet(self._sock, to_hmm.LINK_REQUESTS.encode(request))
             except BlockingIOError:

@@ -222,4 +222,3 @@ Reply = Pulled | Dropped | KvResized | Resumed | Recovered | Offered | Failed
 
 REQUESTS: Codec[Request] = Codec(Request)
 ENTER: Codec[Enter] = Codec(Enter)
-COMMIT: Codec[CommitCommand] = Codec(CommitCommand)

@@ -36,6 +36,7 @@ from elasticmoe_sglang.imm.client import ImmClient, start_imm
 from elasticmoe_sglang.planner import initial_placement
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.wire.to_coordinator import Hello
+from elasticmoe_sglang.wire.to_worker import CommitCommand
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class SglangRouter:
         self._answers: Answers = getattr(tokenizer_manager, ATTRIBUTE)
         self.rank_lost = on_rank_lost
 
-    async def send_command(self, command: bytes) -> None:
+    async def send_command(self, command: CommitCommand) -> None:
         from elasticmoe_patches.srt.managers.io_struct import ElasticCommandReq
 
         async def send() -> None:

@@ -20,7 +20,7 @@ from elasticmoe_sglang.imm.client import ImmClient
 from elasticmoe_sglang.runtime import current_runtime
 from elasticmoe_sglang.wire.to_coordinator import WorkerExited, WorkerNote
 from elasticmoe_sglang.wire.to_imm import Assign, Refused, Register
-from elasticmoe_sglang.wire.to_worker import COMMIT, JoinSpec
+from elasticmoe_sglang.wire.to_worker import JoinSpec
 
 HOOKS = hook = Hooks(__name__, DPC)
 
@@ -134,7 +134,7 @@ def _on_command(self: Any, request: Any) -> None:
 
     from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
 
-    command = COMMIT.unpack(request.command)
+    command = request.command
     route_to(self, [rank for rank in command.before if rank in command.members])
     for rank in command.retiring:
         sock_send(self.workers[rank], ElasticFenceReq(operation_id=command.operation_id, rank=rank))

@@ -17,11 +17,13 @@ from sglang.srt.managers.io_struct import (
     hook_custom_types,
 )
 
+from elasticmoe_sglang.wire.to_worker import CommitCommand
+
 
 class ElasticCommandReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Coordinator -> controller -> all ranks: `command` is an encoded `wire.to_worker.CommitCommand`."""
+    """Coordinator -> controller -> all ranks: the commit."""
 
-    command: bytes
+    command: CommitCommand
 
 
 class ElasticRouteReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]

@@ -14,7 +14,6 @@ from elasticmoe_patches.worker.warm_up import warm_up
 from elasticmoe_patches.worker.worker import current_worker
 from elasticmoe_sglang.errors import CollectiveError, CommitError
 from elasticmoe_sglang.wire.to_coordinator import Paused
-from elasticmoe_sglang.wire.to_worker import COMMIT
 
 HOOKS = hook = Hooks(__name__, WORKERS)
 
@@ -27,7 +26,7 @@ def after_init_request_dispatcher(_result: None, self: Any) -> None:
     from elasticmoe_patches.srt.managers.io_struct import ElasticCommandReq
 
     def accept(request: Any) -> None:
-        accept_command(current_worker(), COMMIT.unpack(request.command))
+        accept_command(current_worker(), request.command)
 
     self._request_dispatcher += TypeBasedDispatcher([(ElasticCommandReq, accept)])
 
