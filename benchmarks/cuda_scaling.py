@@ -7,6 +7,7 @@ once, since starting takes most of the time; then the sections measure one after
 exceeds its limit is recorded as such, and the others continue; the JSON is written after each.
 
 - changes: 1 -> 2 -> 4 -> 2 -> 1 repeatedly while streams decode.
+- growth: throughput and TTFT at 1, 2 and 4 ranks of one server, closed loop, each rank with its share of the GPU.
 - static: tokens/s of one rank against plain SGLang without the plugin, batch 1, 16, 64.
 - capacity: tokens/s of 2 ranks of 8 against 2 of 2, and each rank's share of memory.
 - tokens: float32 tiny model, without graphs: tokens through changes equal those of a server that never changed.
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -39,12 +42,16 @@ from elasticmoe_sglang.tiny_model import make_tiny_model
 MODEL = Path(__file__).parent.parent / "configs" / "models" / "qwen3-30b-a3b.json"
 SIZES = (2, 4, 2, 1)
 BATCHES = (1, 16, 64)
+LOADS = {"prefill": (32, 1000, 8), "mixed": (64, 500, 64), "decode": (64, 32, 200)}
+"""Closed loops of section growth: requests at a time, prompt tokens, output tokens of each."""
 _REST = {
     "model_type": "qwen3_moe", "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
     "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "norm_topk_prob": True, "attention_bias": False,
     "decoder_sparse_step": 1, "mlp_only_layers": [], "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16",
 }  # fmt: skip
 _AROUND_S = 0.3
+PROMPTS = (32, 200, 1000, 60, 2000, 400)
+"""Lengths of prompts under which sizes change."""
 
 
 def write_shape(folder: Path, layers: int) -> Path:
@@ -123,6 +130,12 @@ class Servers:
 
 def ids(seed: int, length: int = 32) -> tuple[int, ...]:
     return tuple((seed * 7919 + 31 * i) % 1000 + 5 for i in range(length))
+
+
+def fresh(seed: int, length: int) -> tuple[int, ...]:
+    """A prompt that shares no prefix with another seed's, so that no cache answers for it."""
+    dice = random.Random(seed)
+    return tuple(dice.randrange(10, 100_000) for _ in range(length))
 
 
 async def rate(instance: Instance, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
@@ -214,7 +227,14 @@ async def standbys(instance: Instance, wanted: int, limit_s: float) -> float:
 
 async def changes(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
     instance = await servers.get("elastic-4")
-    load = Load(instance.client, lambda lane, n: Ask(key="", prompt=ids(lane * 100 + n), tokens=settings.stream_tokens))
+    load = Load(
+        instance.client,
+        lambda lane, n: Ask(
+            key="",
+            prompt=fresh(lane * 1_000_003 + n, PROMPTS[(lane + n) % len(PROMPTS)]),
+            tokens=settings.stream_tokens,
+        ),
+    )
     lanes = asyncio.ensure_future(load.run(settings.streams))
     rows = record["rows"] = []
     try:
@@ -229,6 +249,99 @@ async def changes(servers: Servers, settings: argparse.Namespace, record: dict[s
         await lanes
         record["lost"] = [lost.failure for lost in load.lost]
         record["requests"] = len(load.records)
+
+
+async def closed_loop(instance: Instance, load: tuple[int, int, int], seconds: float, seed: int) -> dict[str, Any]:
+    """`load` without a break for `seconds`, after two rounds that are not counted.
+
+    TTFT is the latency of requests for one token among the others, one after the other.
+    """
+    lanes, prompt, tokens = load
+    done: list[float] = []
+    first: list[tuple[float, float]] = []
+    numbers = itertools.count(seed)
+    stopping = False
+
+    async def ask(session: aiohttp.ClientSession, count: int) -> None:
+        sampling = {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}
+        body = {"input_ids": fresh(next(numbers), prompt), "sampling_params": sampling}
+        async with session.post("/generate", json=body) as response:
+            answer = await response.json()
+        assert len(answer["output_ids"]) == count, f"{len(answer['output_ids'])} tokens, not {count}"
+
+    async def lane(session: aiohttp.ClientSession) -> None:
+        while not stopping:
+            await ask(session, tokens)
+            done.append(time.monotonic())
+
+    async def probe(session: aiohttp.ClientSession) -> None:
+        while not stopping:
+            started = time.monotonic()
+            await ask(session, 1)
+            first.append((started, time.monotonic() - started))
+
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(instance.url, connector=connector, timeout=timeout) as session:
+        tasks = [asyncio.ensure_future(lane(session)) for _ in range(lanes)]
+        tasks.append(asyncio.ensure_future(probe(session)))
+        try:
+            while len(done) < 2 * lanes:
+                for task in tasks:
+                    if task.done():
+                        task.result()
+                await asyncio.sleep(0.02)
+            started = time.monotonic()
+            await asyncio.sleep(seconds)
+            ended = time.monotonic()
+        finally:
+            stopping = True
+            await asyncio.gather(*tasks)
+    count = sum(started <= at < ended for at in done)
+    times = sorted(taken for at, taken in first if at >= started)
+    return {
+        "requests": count,
+        "seconds": round(ended - started, 2),
+        "tokens_per_s": round(count * tokens / (ended - started), 1),
+        "prompt_tokens_per_s": round(count * prompt / (ended - started), 1),
+        "ttft_ms": {"n": len(times), "p50": _quantile(times, 0.5), "p99": _quantile(times, 0.99)},
+    }
+
+
+def _quantile(times: Sequence[float], share: float) -> float | None:
+    """In milliseconds, of seconds in ascending order."""
+    return round(times[min(len(times) - 1, int(share * len(times)))] * 1e3, 1) if times else None
+
+
+async def growth(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
+    instance = await servers.get("elastic-4")
+    record["loads"] = {
+        name: dict(zip(("requests", "prompt", "output"), load, strict=True)) for name, load in LOADS.items()
+    }
+    rows = record["rows"] = []
+    for repetition in range(settings.growth_repetitions):
+        for size in (1, 2, 4):
+            await resize(instance, size, settings.section_s)
+            for index, (name, load) in enumerate(LOADS.items()):
+                seed = ((repetition * 8 + size) * len(LOADS) + index) * 1_000_003
+                found = await closed_loop(instance, load, settings.growth_s, seed)
+                rows.append({"repetition": repetition, "ranks": size, "load": name, **found})
+                print(json.dumps(rows[-1]), flush=True)
+        await resize(instance, 1, settings.section_s)
+
+
+async def resize(instance: Instance, size: int, limit_s: float) -> None:
+    """Change to `size` ranks, with enough warm standbys, unless the server has that size."""
+    async with aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session:
+        async with session.get("/elastic_ep/status") as response:
+            now = (await response.json())["ep_size"]
+        if now == size:
+            return
+        await standbys(instance, size - now, limit_s)
+        async with session.post("/scale_elastic_ep", json={"new_ep_size": size, "wait": True}) as response:
+            operation = await response.json()
+    if operation.get("phase") != "done":
+        raise RuntimeError(f"the change to {size} ended as {json.dumps(operation)[:1500]}")
 
 
 async def static(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
@@ -263,7 +376,13 @@ async def tokens(servers: Servers, settings: argparse.Namespace, record: dict[st
 
 
 Section = Callable[[Servers, argparse.Namespace, dict[str, Any], Device], Awaitable[None]]
-SECTIONS: dict[str, Section] = {"changes": changes, "static": static, "capacity": capacity, "tokens": tokens}
+SECTIONS: dict[str, Section] = {
+    "changes": changes,
+    "growth": growth,
+    "static": static,
+    "capacity": capacity,
+    "tokens": tokens,
+}
 
 
 def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) -> None:
@@ -277,7 +396,7 @@ def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) 
         sizes = ["--ep-size", str(first), "--max-ep-size", str(ranks), "--ranks-per-device", str(ranks)]
         servers.start(name, [*sizes, "--standbys", str(max(ready, first)), *args], env=env)
 
-    if "changes" in settings.sections:
+    if {"changes", "growth"} & set(settings.sections):
         elastic("elastic-4", 1, 4, settings.standbys, *dummy, *graphs)
     if "static" in settings.sections:
         elastic("elastic-1-of-2", 1, 2, 0, *dummy, *graphs)
@@ -353,7 +472,9 @@ def main() -> int:
     parser.add_argument("--graph-sizes", type=lambda text: list(map(int, text.split(","))), default=[1, 4, 16, 64])
     parser.add_argument("--kv-tokens", type=int, default=65536)
     parser.add_argument("--repetitions", type=int, default=5, help="of 1 -> 2 -> 4 -> 2 -> 1")
-    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--growth-repetitions", type=int, default=3, help="of 1, 2, 4 ranks")
+    parser.add_argument("--growth-s", type=float, default=5.0, help="seconds of each closed loop")
+    parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--stream-tokens", type=int, default=400)
     parser.add_argument("--standbys", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128, help="of each request in static and capacity")
