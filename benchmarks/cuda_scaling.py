@@ -251,9 +251,10 @@ async def changes(servers: Servers, settings: argparse.Namespace, record: dict[s
         record["requests"] = len(load.records)
 
 
-async def closed_loop(instance: Instance, load: tuple[int, int, int], seconds: float, seed: int) -> dict[str, Any]:
-    """`load` without a break for `seconds`, after two rounds that are not counted.
+async def closed_loop(instance: Instance, load: tuple[int, int, int], rounds: int, seed: int) -> dict[str, Any]:
+    """`rounds` requests a lane without a break, of which the first is not counted.
 
+    Requests of equal length end together, so whole rounds are timed: from the end of the first to the end of the last.
     TTFT is the latency of requests for one token among the others, one after the other.
     """
     lanes, prompt, tokens = load
@@ -270,7 +271,7 @@ async def closed_loop(instance: Instance, load: tuple[int, int, int], seconds: f
         assert len(answer["output_ids"]) == count, f"{len(answer['output_ids'])} tokens, not {count}"
 
     async def lane(session: aiohttp.ClientSession) -> None:
-        while not stopping:
+        for _ in range(rounds):
             await ask(session, tokens)
             done.append(time.monotonic())
 
@@ -283,21 +284,14 @@ async def closed_loop(instance: Instance, load: tuple[int, int, int], seconds: f
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(instance.url, connector=connector, timeout=timeout) as session:
-        tasks = [asyncio.ensure_future(lane(session)) for _ in range(lanes)]
-        tasks.append(asyncio.ensure_future(probe(session)))
+        probing = asyncio.ensure_future(probe(session))
         try:
-            while len(done) < 2 * lanes:
-                for task in tasks:
-                    if task.done():
-                        task.result()
-                await asyncio.sleep(0.02)
-            started = time.monotonic()
-            await asyncio.sleep(seconds)
-            ended = time.monotonic()
+            await asyncio.gather(*(lane(session) for _ in range(lanes)))
         finally:
             stopping = True
-            await asyncio.gather(*tasks)
-    count = sum(started <= at < ended for at in done)
+            await probing
+    started, ended = done[lanes - 1], done[-1]
+    count = len(done) - lanes
     times = sorted(taken for at, taken in first if at >= started)
     return {
         "requests": count,
@@ -324,7 +318,7 @@ async def growth(servers: Servers, settings: argparse.Namespace, record: dict[st
             await resize(instance, size, settings.section_s)
             for index, (name, load) in enumerate(LOADS.items()):
                 seed = ((repetition * 8 + size) * len(LOADS) + index) * 1_000_003
-                found = await closed_loop(instance, load, settings.growth_s, seed)
+                found = await closed_loop(instance, load, settings.growth_rounds, seed)
                 rows.append({"repetition": repetition, "ranks": size, "load": name, **found})
                 print(json.dumps(rows[-1]), flush=True)
         await resize(instance, 1, settings.section_s)
@@ -473,7 +467,7 @@ def main() -> int:
     parser.add_argument("--kv-tokens", type=int, default=65536)
     parser.add_argument("--repetitions", type=int, default=5, help="of 1 -> 2 -> 4 -> 2 -> 1")
     parser.add_argument("--growth-repetitions", type=int, default=3, help="of 1, 2, 4 ranks")
-    parser.add_argument("--growth-s", type=float, default=5.0, help="seconds of each closed loop")
+    parser.add_argument("--growth-rounds", type=int, default=4, help="requests of each lane of a closed loop")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--stream-tokens", type=int, default=400)
     parser.add_argument("--standbys", type=int, default=3)
