@@ -29,9 +29,9 @@ POINTS = (
     "commit.received",  # the commit was read from SGLang's broadcast
     "barrier.before",
     "barrier.after",
-    "leave.sending",  # a retiring rank is about to hand its requests over
-    "leave.sent",
-    "adopt.before",  # a survivor is about to go on with a retiring rank's requests
+    "retire.sending",  # a retiring rank is about to send its requests
+    "retire.sent",
+    "resume.before",  # a survivor is about to resume a retiring rank's requests
 )
 
 

@@ -23,7 +23,7 @@ from elasticmoe_sglang.hmm.client import HmmClient, RegionHandle
 CHANNELS = 16
 """Process groups of more than one rank that a server can have."""
 _MAX_EPOCH = 1 << 22
-_NAME_PREFIX = "collective region-"
+_NAME_PREFIX = "collective-region-"
 
 
 class CollectiveRegion:

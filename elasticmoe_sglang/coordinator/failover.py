@@ -53,9 +53,9 @@ class FailoverController:
         logger.error("%s; survivors continue without it", why)
         self._dead.add(rank)
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._heal())
+            self._task = asyncio.get_running_loop().create_task(self._fail_over())
 
-    async def _heal(self) -> None:
+    async def _fail_over(self) -> None:
         started = time.monotonic()
         hold = OperationInProgress(
             "survivors are recovering from a worker's death", hint="Try again in a second or two"

@@ -21,7 +21,7 @@ class KvState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """This process sits in the rank and has booted: it serves, or waits at the commit barrier.
+    """The worker of the rank has booted: it serves, or waits at the commit barrier.
 
     columns: the model's expert columns in all. checkpoint_bytes: read of the checkpoint; pulled_bytes: copied from
         other devices.

@@ -54,7 +54,7 @@ DEATHS = (
     Death(start=2, end=4, phase="finishing", point="barrier.after", rank=1),
     Death(start=4, end=2, phase="preparing", point="pull.started", rank=1),
     Death(start=4, end=2, phase="committing", point="barrier.before", rank=3),
-    Death(start=4, end=2, phase="finishing", point="leave.sent", rank=3),
+    Death(start=4, end=2, phase="finishing", point="retire.sent", rank=3),
 )
 
 

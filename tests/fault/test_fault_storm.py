@@ -43,11 +43,11 @@ _DOWN = (
     "commit.received",
     "barrier.before",
     "barrier.after",
-    "leave.sending",
-    "leave.sent",
-    "adopt.before",
+    "retire.sending",
+    "retire.sent",
+    "resume.before",
 )
-_OF_JOINING_RANKS, _OF_RETIRING_RANKS = ("boot.attached", "boot.barrier"), ("leave.sending", "leave.sent")
+_OF_JOINING_RANKS, _OF_RETIRING_RANKS = ("boot.attached", "boot.barrier"), ("retire.sending", "retire.sent")
 _RAISING = ("boot.attached", "pull.started", "pull.done")
 """Points at which the rank's own code may fail; at the others nothing of a rank's can but its process."""
 

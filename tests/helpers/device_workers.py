@@ -115,7 +115,7 @@ class DevicePool:
     layout: of the windows.
     timeout_s: the collective region's deadline for a late member.
     budget: bytes of each of the HMM's devices.
-    ranks_per_device: rank i sits on device i // this; None puts all on device 0.
+    ranks_per_device: rank i is on device i // this; None puts all on device 0.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""An IMM whose ranks are small programs, for tests of the IMM itself: same zygote, no SGLang.
+"""An IMM whose ranks are small programs, for tests of the IMM itself: the same server, no SGLang.
 
 Arguments: the socket, the number of standbys and, for standbys that become ready late, a folder: each waits there for a
 file with its pid as name.

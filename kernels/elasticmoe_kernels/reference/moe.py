@@ -22,7 +22,7 @@ def moe_experts(
 
     Args:
         x: [T, H] activations.
-        w13: [S, 2I, H]; rows 0..I-1 of a slot are the commit barrier, rows I..2I-1 the up projection.
+        w13: [S, 2I, H]; rows 0..I-1 of a slot are the gate projection, rows I..2I-1 the up projection.
         w2: [S, H, I].
         topk_slots: [T, K] int; -1 contributes nothing. Slots that no token names are not read.
         topk_weights: [T, K]; not read where the slot is -1.

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator, no-untyped-call"
 """First grouped product and SwiGLU in one kernel: h[row] = silu(x @ gate.T) * (x @ up.T), slot by slot.
 
-A program loads the commit barrier tile and the up tile of the same BLOCK_N columns, so that the [rows, 2I] product
+A program loads the gate tile and the up tile of the same BLOCK_N columns, so that the [rows, 2I] product
 never goes to memory. In fp8 the activations are quantized while they are loaded (small batches), or come quantized
 (prefill); then the result leaves quantized as well, since a program that owns 128 columns owns a whole scale group.
 """

@@ -72,12 +72,12 @@ def _retire(scheduler: Any, worker: Worker, command: CommitCommand) -> None:
     _read_until_fence(scheduler, worker, command.operation_id)
     survivors = _receivers(worker, command)
     load = migrated_requests(scheduler, in_hmm=worker.kv is not None)
-    worker.fault_point("leave.sending")
+    worker.fault_point("retire.sending")
     dealt = {survivor: load[index :: len(survivors)] for index, survivor in enumerate(survivors)}
     _send(worker, command.operation_id, dealt)
     send_fence(scheduler, command.operation_id, worker.rank)
     _flush(scheduler)
-    worker.fault_point("leave.sent")
+    worker.fault_point("retire.sent")
     worker.agent.post(
         Retired(
             rank=worker.rank,
@@ -208,7 +208,7 @@ def resume_ready(scheduler: Any, worker: Worker) -> None:
     for message in sent_again:
         _resume(scheduler, worker, (message, None, []))
     for retiring_rank in worker.inbox.ready():
-        worker.fault_point("adopt.before")
+        worker.fault_point("resume.before")
         migrated, window = worker.inbox.pop(retiring_rank)
         with_kv = sum(_resume(scheduler, worker, frames, window) for frames in migrated)
         resumed = Resumed(
