@@ -38,7 +38,6 @@ CODECS: tuple[Codec[Any], ...] = (
     to_imm.REQUESTS,
     to_worker.REQUESTS,
     to_worker.ENTER,
-    to_worker.COMMIT,
     to_coordinator.FROM_WORKER,
     to_coordinator.FROM_IMM,
 )
