@@ -196,12 +196,6 @@ UNNUMBERED: list[tuple[Codec[Any], Message]] = [
         to_worker.PullColumns(operation_id="o", txn="t", sources={5: 0}),
     ),
     (
-        to_worker.COMMIT,
-        to_worker.CommitCommand(
-            operation_id="o", before=(0, 1), members=(0, 2), epoch=3, attempt=1, placement=(0, 2), expires=1.5
-        ),
-    ),
-    (
         to_coordinator.FROM_WORKER,
         to_coordinator.Retired(rank=1, operation_id="o", migrated={0: 2}, kv_chunks={0: (3, 4)}, kv_tokens=9),
     ),
