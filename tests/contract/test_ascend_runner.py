@@ -110,6 +110,7 @@ PLACEMENTS = {
 }
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("gemm", ["triton", "grouped_matmul"])
 @pytest.mark.parametrize("tokens", [1, 37])
@@ -127,6 +128,7 @@ def test_the_layer(sglang_moe, triton_as_linalg, monkeypatch, gemm: str, tokens:
     assert (out.double() - wanted).abs().max() <= 1e-5
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize("gemm", ["triton", "grouped_matmul"])
 def test_a_changed_table_is_seen_by_the_next_batch(sglang_moe, triton_as_linalg, monkeypatch, gemm: str) -> None:
     monkeypatch.setenv("ELASTICMOE_NPU_GEMM", gemm)
@@ -140,6 +142,7 @@ def test_a_changed_table_is_seen_by_the_next_batch(sglang_moe, triton_as_linalg,
         assert (out.double() - wanted).abs().max() <= 1e-5
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize("gemm", ["triton", "grouped_matmul"])
 def test_rows_of_absent_ranks_name_no_expert(sglang_moe, triton_as_linalg, monkeypatch, gemm: str) -> None:
     monkeypatch.setenv("ELASTICMOE_NPU_GEMM", gemm)
