@@ -19,14 +19,13 @@ from tests.helpers import npu_ops
 from tests.helpers.triton_ascend.execute import ToolMissing, tool, triton_ascend_python
 from tests.helpers.triton_ascend.launch import LinalgKernel
 
-pytest.importorskip("sglang")
-
 EXPERTS, HIDDEN, INTER, TOP_K = 8, 64, 32, 2
 SMALL = Tiles(block_m=16, block_n=32, block_k=32, block_h=64, block_i=32)
 
 
 @pytest.fixture(scope="module")
 def sglang_moe() -> Iterator[SimpleNamespace]:
+    pytest.importorskip("sglang")
     from elasticmoe_patches.platform import torchvision_ops
 
     torchvision_ops.declare_if_unloadable()
