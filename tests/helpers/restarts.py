@@ -44,13 +44,13 @@ class Start:
 class Site:
     """The HMM, a model, and the server that runs on them now."""
 
-    def __init__(self, hmm: HmmClient, model: Path, logs: Path) -> None:
+    def __init__(self, hmm: HmmClient, model: Path, logs: Path, run_dir: Path) -> None:
         self.hmm = hmm
         self.model = model
         self.weights = model / "model.safetensors"
         self.starts: list[Start] = []
         """Of all servers so far; the first one found no weights in the HMM."""
-        self.run_dir = Path()
+        self.run_dir = run_dir
         self._logs = logs
         self._server: ElasticServer | None = None
 
@@ -59,8 +59,12 @@ class Site:
     def opened(cls, folder: Path) -> Iterator[Site]:
         model = make_tiny_model(folder / "model", hidden=HIDDEN)
         endpoint = f"ipc://{folder}/h/hmm.sock"
-        with spawn_hmm(endpoint, [BUDGET] * 4) as process, HmmClient(endpoint, name="test") as client:
-            site = cls(client, model, folder)
+        with (
+            tempfile.TemporaryDirectory(prefix="em-", ignore_cleanup_errors=True) as short,  # it holds sockets
+            spawn_hmm(endpoint, [BUDGET] * 4) as process,
+            HmmClient(endpoint, name="test") as client,
+        ):
+            site = cls(client, model, folder, Path(short, "run"))
             try:
                 yield site
             finally:
@@ -81,11 +85,10 @@ class Site:
         return self._server
 
     def next(self) -> ElasticServer:
-        """Another server in a run folder of its own, started while the checkpoint is in no cache."""
+        """Another server in an empty run folder, started while the checkpoint is in no cache."""
         self.stop()
         drop(self.weights)
         droppable = resident(self.weights) == 0
-        self.run_dir = Path(tempfile.mkdtemp(prefix="em-"))  # a short path: it holds sockets
         server = self.server(self.model, f"server-{len(self.starts)}.log")
         server.__enter__()
         self._server = server
@@ -104,7 +107,9 @@ class Site:
         return server
 
     def server(self, model: Path, log: str) -> ElasticServer:
-        """One that is not started, in the run folder of the last."""
+        """One that is not started."""
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        self.run_dir.mkdir()
         args = ["--elasticmoe-hmm-endpoint", self.hmm.endpoint, "--elasticmoe-run-dir", str(self.run_dir)]
         return ElasticServer(model, args, log=self._logs / log, env={ENV_FAULTS: "1"})
 
@@ -112,7 +117,6 @@ class Site:
         if self._server is not None:
             self._server.stop()
             self._server = None
-            shutil.rmtree(self.run_dir, ignore_errors=True)
 
 
 def loading(status: dict[str, Any]) -> tuple[int, float]:
