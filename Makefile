@@ -18,7 +18,7 @@ TORCH := torch==2.13.0
 TORCHVISION := torchvision==0.28.0
 SGLANG := sglang==0.5.21
 
-.PHONY: help venv demo test check hooks-doc format soak gpu-test gpu-test-nvlink clean distclean
+.PHONY: help venv demo quick test check hooks-doc format soak gpu-test gpu-test-nvlink clean distclean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,11 @@ $(VENV)/.installed: requirements-sglang-cpu.txt requirements-dev.txt pyproject.t
 demo: $(STAMP) ## Serve a small MoE and change its EP size while streams decode.
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.demo $(ARGS)
 
-test: $(STAMP) ## Run the tests that CI runs (ARGS="-k name" selects).
-	@$(PYTEST) -m "not soak and not gpu" $(ARGS)
+quick: $(STAMP) ## Run the tests that start no process: under 60 seconds.
+	@$(PYTEST) -m "pure and not soak and not gpu" --at-most 60 $(ARGS)
+
+test: $(STAMP) ## Run the tests that CI runs: about 12 minutes on two cores (ARGS="-k name" selects).
+	@$(if $(CI),ELASTICMOE_REQUIRE=all) $(PYTEST) -m "not soak and not gpu" $(ARGS)
 
 # All of them run, so that one failure does not hide the next.
 check: $(STAMP) ## Check linters, types, import directions, generated pages.
@@ -60,7 +63,7 @@ format: $(STAMP) ## Format the code and sort its imports.
 	@$(VENV)/bin/ruff check --fix-only --quiet .
 	@$(VENV)/bin/ruff format .
 
-soak: $(STAMP) ## Run the long tests: many random changes under load.
+soak: $(STAMP) ## Run the rest: long tests, and more servers with other flags.
 	@$(PYTEST) -m soak $(ARGS)
 
 gpu-test: ## Run the tests on an NVIDIA GPU; skipped with the reason where there is none.

@@ -1,8 +1,12 @@
-"""For the examples: changes the server's EP size in the background, while the foreground sends requests."""
+"""For the examples: changes the server's EP size in the background, while the foreground sends requests.
+
+Where the server has an admin key, ELASTICMOE_ADMIN_KEY names it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 import urllib.request
@@ -42,7 +46,10 @@ class BackgroundScaling:
         for size in self._sizes:
             time.sleep(self._pause_s)
             body = json.dumps({"new_ep_size": size, "wait": True}).encode()
-            request = urllib.request.Request(self._url, data=body, headers={"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json"}
+            if key := os.environ.get("ELASTICMOE_ADMIN_KEY"):
+                headers["Authorization"] = f"Bearer {key}"
+            request = urllib.request.Request(self._url, data=body, headers=headers)
             with urllib.request.urlopen(request, timeout=300) as answer:
                 self.operations.append(json.load(answer))
 

@@ -13,6 +13,8 @@ import pytest
 from elasticmoe_sglang.hmm.vmm import acl
 from tests.helpers import torch_npu_wheel
 
+pytestmark = pytest.mark.toolchain
+
 STRUCTS = {"aclrtMemLocation": acl.MemLocation, "aclrtPhysicalMemProp": acl.PhysicalMemProp}
 
 ENUMERATORS = {

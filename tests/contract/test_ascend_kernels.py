@@ -22,6 +22,8 @@ from elasticmoe_kernels.registry import BACKENDS
 from tests.helpers.triton_ascend.execute import TYPES, Job, ToolMissing, lower, tool, triton_ascend_python
 from tests.helpers.triton_ascend.launch import LinalgKernel, job_for
 
+pytestmark = pytest.mark.toolchain
+
 NAMES = ("gather_rows", "grouped_gemm", "swiglu", "combine")
 SMALL = Tiles(block_m=16, block_n=32, block_k=32, block_h=64, block_i=32)
 CORES = moe.Cores(cube=3, vector=5)

@@ -19,14 +19,13 @@ from tests.helpers import npu_ops
 from tests.helpers.triton_ascend.execute import ToolMissing, tool, triton_ascend_python
 from tests.helpers.triton_ascend.launch import LinalgKernel
 
-pytest.importorskip("sglang")
-
 EXPERTS, HIDDEN, INTER, TOP_K = 8, 64, 32, 2
 SMALL = Tiles(block_m=16, block_n=32, block_k=32, block_h=64, block_i=32)
 
 
 @pytest.fixture(scope="module")
 def sglang_moe() -> Iterator[SimpleNamespace]:
+    pytest.importorskip("sglang")
     from elasticmoe_patches.platform import torchvision_ops
 
     torchvision_ops.declare_if_unloadable()
@@ -113,6 +112,7 @@ PLACEMENTS = {
 }
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("gemm", ["triton", "grouped_matmul"])
 @pytest.mark.parametrize("tokens", [1, 37])
@@ -130,6 +130,7 @@ def test_the_layer(sglang_moe, triton_as_linalg, monkeypatch, gemm: str, tokens:
     assert (out.double() - wanted).abs().max() <= 1e-5
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize("gemm", ["triton", "grouped_matmul"])
 def test_a_changed_table_is_seen_by_the_next_batch(sglang_moe, triton_as_linalg, monkeypatch, gemm: str) -> None:
     monkeypatch.setenv("ELASTICMOE_NPU_GEMM", gemm)
@@ -143,6 +144,7 @@ def test_a_changed_table_is_seen_by_the_next_batch(sglang_moe, triton_as_linalg,
         assert (out.double() - wanted).abs().max() <= 1e-5
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize("gemm", ["triton", "grouped_matmul"])
 def test_rows_of_absent_ranks_name_no_expert(sglang_moe, triton_as_linalg, monkeypatch, gemm: str) -> None:
     monkeypatch.setenv("ELASTICMOE_NPU_GEMM", gemm)

@@ -11,6 +11,8 @@ import pytest
 from tests.helpers import cann_standin, torch_npu_wheel
 from tests.helpers.torch_npu_wheel import ROOT
 
+pytestmark = pytest.mark.toolchain
+
 SUITE = ROOT / "tests/helpers/npu_suite"
 
 

@@ -18,6 +18,8 @@ from elasticmoe_sglang.errors import BadDriverCall, DeviceFault, DriverRefused, 
 from elasticmoe_sglang.hmm.vmm.acl import HBM_MEM_HUGE, Acl, MemLocation, PhysicalMemProp
 from tests.helpers import cann, cann_standin
 
+pytestmark = pytest.mark.toolchain
+
 M = 2 << 20
 PARAM, DEVICE_ID, CONTEXT, UNALIGNED, MEMORY_TYPE, HANDLE = 107000, 107001, 107002, 107008, 107016, 107017
 OUT_OF_MEMORY, UNSUPPORTED, NO_PERMISSION, DRIVER = 207001, 207000, 207006, 507899

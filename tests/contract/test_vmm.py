@@ -26,7 +26,10 @@ from tests.helpers.vmm_rigs import RIGS, Rig
 NOTHING = VmmUsage(reserved_bytes=0, mapped_bytes=0, mappings=0, open_handles=0)
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gpu if name == "cuda" else ()) for name in sorted(RIGS)])
+MARKS = {"cpu": pytest.mark.process, "npu": pytest.mark.toolchain, "cuda": (pytest.mark.process, pytest.mark.gpu)}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=MARKS[name]) for name in sorted(RIGS)])
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     with RIGS[request.param]() as rig:
         yield rig

@@ -16,6 +16,8 @@ from elasticmoe_sglang.hmm.vmm import acl
 from elasticmoe_sglang.hmm.vmm.ascend import AscendBackend
 from tests.helpers import cann, cann_standin
 
+pytestmark = pytest.mark.toolchain
+
 M = 2 << 20
 
 

@@ -6,21 +6,22 @@ import pytest
 
 from elasticmoe_sglang.tiny_model import Arch
 from tests.helpers.corpus import Corpus, make_corpus
+from tests.helpers.shared import Shared
 
 
 class Corpora:
     """Makes a model's corpus when it is first asked for."""
 
-    def __init__(self, factory: pytest.TempPathFactory) -> None:
-        self._factory = factory
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
         self._made: dict[Arch, Corpus] = {}
 
     def __getitem__(self, arch: Arch) -> Corpus:
         if arch not in self._made:
-            self._made[arch] = make_corpus(self._factory.mktemp(f"corpus-{arch}"), arch)
+            self._made[arch] = make_corpus(self._shared.plain(arch))
         return self._made[arch]
 
 
 @pytest.fixture(scope="session")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Corpora:
-    return Corpora(tmp_path_factory)
+def corpora(shared: Shared) -> Corpora:
+    return Corpora(shared)

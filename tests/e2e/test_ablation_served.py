@@ -9,7 +9,8 @@ import pytest
 from elasticmoe_sglang.tiny_model import make_tiny_model
 from tests.helpers.server import SglangServer
 
-pytestmark = pytest.mark.e2e
+# A server of its own for what only benchmarks ask for; tests/contract/test_ablation.py is in every test run.
+pytestmark = [pytest.mark.server, pytest.mark.soak]
 
 
 def test_a_joining_rank_that_does_without(tmp_path: Path) -> None:

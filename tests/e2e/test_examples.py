@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from elasticmoe_sglang.tiny_model import make_tiny_model
-from tests.helpers.server import SglangServer
+from tests.helpers.elastic import ElasticServer
+from tests.helpers.shared import KEY, Shared
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.server, pytest.mark.shared("steady")]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHANGES = "4,1,3"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
-    folder = tmp_path_factory.mktemp("examples")
-    model = make_tiny_model(folder / "model")
-    args = ["--model-path", model, "--device", "cpu", "--max-total-tokens", "8192", "--skip-server-warmup"]
-    args += ["--elasticmoe-ep-size", "2", "--elasticmoe-max-ep-size", "4"]
-    with SglangServer(args, log=folder / "server.log", start_timeout_s=400) as server:
-        yield server
+@pytest.fixture
+def server(shared: Shared) -> ElasticServer:
+    return shared.steady()
 
 
-def run_example(name: str, server: SglangServer, sizes: str) -> dict[str, Any]:
+def run_example(name: str, server: ElasticServer, sizes: str) -> dict[str, Any]:
     command = [sys.executable, str(EXAMPLES / name), "--url", server.url, "--sizes", sizes, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    environment = {**os.environ, "ELASTICMOE_ADMIN_KEY": KEY}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{server.log_tail()}"
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
 
 @pytest.mark.parametrize("name", ["frontend_program.py", "openai_stream.py"])
-def test_an_example_gives_the_same_while_the_server_scales(server: SglangServer, name: str) -> None:
+def test_an_example_gives_the_same_while_the_server_scales(server: ElasticServer, name: str) -> None:
     reference = run_example(name, server, "")
     assert reference["changes"] == []
     found = run_example(name, server, CHANGES)
@@ -49,8 +45,6 @@ def test_an_example_gives_the_same_while_the_server_scales(server: SglangServer,
     assert [change["new_ep_size"] for change in found["changes"]] == [4, 1, 3]
     assert found["different"] == 0 and found["runs"] >= 1
     _check_content(name, found["results"])
-    # The next example starts where this one did.
-    assert server.post("/scale_elastic_ep", {"new_ep_size": 2, "wait": True}).json()["phase"] == "done"
 
 
 def _check_content(name: str, results: list[Any]) -> None:

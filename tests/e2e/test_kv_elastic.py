@@ -21,7 +21,7 @@ from tests.helpers.elastic import ElasticServer
 from tests.helpers.load import Load, Stream
 from tests.helpers.record import record
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 CHECKED = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
 """SGLang's own check that every row of KV is free, cached or a request's: after each iteration, not only when idle."""

@@ -21,7 +21,7 @@ from tests.helpers.load import Load, Pump, Stream, settled
 from tests.helpers.record import record
 from tests.helpers.server import SglangServer
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.soak]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.soak]
 
 SIZES = (3, 1, 4, 2)
 TOKENS = 80

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +16,27 @@ import requests
 from elasticmoe_sglang.tiny_model import make_tiny_model
 from tests.helpers.elastic import RANKS, ElasticServer
 from tests.helpers.load import settled
+from tests.helpers.shared import EXPERTS, KEY, Shared
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.server, pytest.mark.shared("steady"), pytest.mark.timeout(300)]
 
-KEY = "open-sesame"
-EXPERTS = 16
 PROMPT = [5, 6, 7, 8]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"), experts=EXPERTS)
-
-
-@pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ElasticServer]:
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    with ElasticServer(model, ["--admin-api-key", KEY], log=log, admin_key=KEY) as server:
-        yield server
+@pytest.fixture
+def two_ranks(shared: Shared) -> ElasticServer:
+    """The server with ranks 0 and 1 active, whatever the test before has left."""
+    return shared.steady()
 
 
 @pytest.fixture
-def two_ranks(server: ElasticServer) -> ElasticServer:
-    """The server with ranks 0 and 1 active, whatever the test before has left."""
-    status = server.status()
-    if status["running"]:
-        server.ended(status["running"]["operation_id"])
-    if status["membership"] != [0, 1]:
-        server.must_scale(1)
-        server.must_scale(2)
-    return server
+def server(two_ranks: ElasticServer) -> ElasticServer:
+    return two_ranks
+
+
+@pytest.fixture
+def model(two_ranks: ElasticServer) -> Path:
+    return Path(two_ranks.args[1])
 
 
 def scale(server: ElasticServer, body: object) -> requests.Response:
@@ -343,8 +333,9 @@ def test_command_without_a_server() -> None:
     assert done.returncode == 3 and "no server answers" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_impossible_launches_end_with_one_message(model: Path, tmp_path: Path) -> None:
+def test_impossible_launches_end_with_one_message(tmp_path: Path) -> None:
     """In real launches, side by side: each imports SGLang first."""
+    model = make_tiny_model(tmp_path / "model")
     foreign = make_tiny_model(tmp_path / "foreign", layers=1, experts=2)
     config = json.loads((foreign / "config.json").read_text())
     (foreign / "config.json").write_text(json.dumps(config | {"architectures": ["MixtralForCausalLM"]}))

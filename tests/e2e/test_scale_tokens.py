@@ -18,19 +18,15 @@ import pytest
 from elasticmoe_sglang.tiny_model import Arch
 from tests.e2e.conftest import Corpora
 from tests.helpers.corpus import LONG, TOKENS, Case, Corpus
-from tests.helpers.elastic import RANKS, ElasticServer, commit_time
+from tests.helpers.elastic import ElasticServer, commit_time
 from tests.helpers.load import Load, Stream
+from tests.helpers.shared import LIMITS, SLOTS, Shared
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
 SIZES = (3, 1, 4, 2)
-SLOTS = 4
-"""Requests that run together on one rank; what comes on top waits in its queue."""
-CHUNK = 64
-"""Tokens of one prefill step on one rank: a long prompt takes ten of them."""
 DURING = 10
 """Requests sent at most while a change goes on."""
-_LIMITS = ["--max-running-requests", str(SLOTS * RANKS), "--chunked-prefill-size", str(CHUNK * RANKS)]
 _PAGED = ["--page-size", "16", "--incremental-streaming-output"]
 _NO_OVERLAP = "--disable-overlap-schedule"
 
@@ -44,7 +40,8 @@ class Setup:
 
 
 SETUPS = (
-    pytest.param(Setup(arch="qwen3_moe"), id="qwen3_moe-overlap"),
+    pytest.param(None, id="shared", marks=pytest.mark.shared("steady", "first")),
+    pytest.param(Setup(arch="qwen3_moe"), id="qwen3_moe-overlap", marks=pytest.mark.soak),
     pytest.param(
         Setup(arch="deepseek_v2", args=(*_PAGED, _NO_OVERLAP)),
         id="deepseek_v2-paged-no-overlap",
@@ -68,12 +65,18 @@ class Running:
 
 @pytest.fixture(scope="module", params=SETUPS)
 def running(
-    request: pytest.FixtureRequest, corpora: Corpora, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, shared: Shared, corpora: Corpora, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
-    setup: Setup = request.param
-    corpus = corpora[setup.arch]
+    setup: Setup | None = request.param
+    corpus = corpora[setup.arch if setup else "qwen3_moe"]
+    if setup is None:
+        server = shared.steady()
+        with Load(server.url, headers=server.headers) as load:
+            yield Running(server=server, corpus=corpus, load=load)
+        return
+    shared.close()
     log = tmp_path_factory.mktemp("server") / "server.log"
-    args = [*_LIMITS, *setup.args]
+    args = [*LIMITS, *setup.args]
     with (
         ElasticServer(corpus.model, args, log=log) as server,
         Load(server.url, incremental="--incremental-streaming-output" in args) as load,
@@ -122,6 +125,7 @@ def test_same_tokens_at_a_fixed_size(running: Running) -> None:
 
 
 def test_same_tokens_through_every_change(running: Running) -> None:
+    epoch = running.server.status()["epoch"]
     for number, size in enumerate(SIZES, start=1):
         before = len(running.server.status()["membership"])
         wave = Wave(running, seed=number)
@@ -142,7 +146,7 @@ def test_same_tokens_through_every_change(running: Running) -> None:
         check_mixture(operation, [stream for stream, _ in wave.sent])
         assert all(stream.first_at > commit_time(operation) for stream in after)
         status = running.server.status()
-        assert status["membership"] == operation["ranks_after"] and status["epoch"] == number
+        assert status["membership"] == operation["ranks_after"] and status["epoch"] == epoch + number
         ranks = {rank for stream in after for rank in stream.ranks}
         assert ranks == set(status["membership"]), "new requests go to all active ranks and to no other"
 

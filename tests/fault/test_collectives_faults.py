@@ -12,6 +12,8 @@ from elasticmoe_sglang.errors import CollectiveError, CollectiveMismatch, PeerDi
 from tests.helpers import fault_cases as cases
 from tests.helpers.workers import Failed, WorkerPool
 
+pytestmark = pytest.mark.process
+
 DEADLINE_S = 2.0
 
 

@@ -10,34 +10,25 @@ ledger equalled the placement and every rank had a living process, counted from 
 from __future__ import annotations
 
 import os
-import random
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
 
-from elasticmoe_sglang.faults import ENV_FAULTS
-from elasticmoe_sglang.tiny_model import VOCAB, make_tiny_model
-from tests.helpers.corpus import Case as Prompt
-from tests.helpers.corpus import ask
-from tests.helpers.elastic import ElasticServer
 from tests.helpers.faults import SETTLED_WITHIN_S, arm, armed, change, imbalance, whole
-from tests.helpers.load import Load, Pump, Stream, longest_gap, settled
+from tests.helpers.load import Pump, longest_gap, settled
 from tests.helpers.record import record
+from tests.helpers.shared import FAULTY_TOKENS, Faulty, Shared
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.server, pytest.mark.shared("faulty"), pytest.mark.timeout(600)]
 
 Role = Literal["joining rank", "survivor", "retiring rank", "rank 0", "HMM"]
 Way = Literal["2 -> 4", "4 -> 2"]
 Phase = Literal["preparing", "committing", "finishing"]
 
-TOKENS = 96
 STREAMS = 4
 # The target is 2 s on a quiet machine, and tests share theirs with others. Whoever waits for a dead process until a
 # deadline of the hand-over is over waits 5 s.
@@ -135,44 +126,16 @@ class Row:
         }
 
 
-@dataclass
-class Bench:
-    """The server under test, with prompts and the tokens that must follow."""
-
-    server: ElasticServer
-    load: Load
-    prompts: list[Prompt]
-    run_dir: Path
-    rows: list[Row] = field(default_factory=list)
-    rng: random.Random = field(default_factory=lambda: random.Random(3))
-
-    def request(self, load: Load) -> Stream:
-        prompt = self.rng.choice(self.prompts)
-        stream = load.start(prompt.prompt, self.rng.randint(TOKENS // 2, TOKENS))
-        self.expected[stream.rid] = prompt.ids
-        return stream
-
-    expected: dict[str, list[int]] = field(default_factory=dict)
+@pytest.fixture
+def bench(shared: Shared) -> Faulty:
+    return shared.faulty()
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder = tmp_path_factory.mktemp("matrix")
-    run_dir = Path(tempfile.mkdtemp(prefix="em-"))  # a short path: it holds sockets
-    model = make_tiny_model(folder / "model", arch="qwen3_moe")
-    rng = random.Random(11)
-    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((2, 17, 64)))] for _ in range(20)]
-    args = ["--elasticmoe-run-dir", str(run_dir)]
-    try:
-        with (
-            ElasticServer(model, args, log=folder / "server.log", env={ENV_FAULTS: "1"}) as server,
-            Load(server.url) as load,
-        ):
-            found = Bench(server=server, load=load, prompts=ask(load, prompts, TOKENS), run_dir=run_dir)
-            yield found
-            _publish(found.rows)
-    finally:
-        shutil.rmtree(run_dir, ignore_errors=True)
+def rows() -> Iterator[list[Row]]:
+    found: list[Row] = []
+    yield found
+    _publish(found)
 
 
 def _publish(rows: list[Row]) -> None:
@@ -194,7 +157,7 @@ def _publish(rows: list[Row]) -> None:
         record("fault-matrix", row.fault.id, row.facts())
 
 
-def cast(bench: Bench, fault: Fault) -> dict[Role, int]:
+def cast(bench: Faulty, fault: Fault) -> dict[Role, int]:
     """Which rank has which part in the coming change."""
     members = bench.server.status()["membership"]
     empty = [rank for rank in range(4) if rank not in members]
@@ -203,7 +166,7 @@ def cast(bench: Bench, fault: Fault) -> dict[Role, int]:
     return {"rank 0": 0, "survivor": members[1], "retiring rank": members[-1]}
 
 
-def victim_pid(bench: Bench, fault: Fault, parts: dict[Role, int]) -> int | None:
+def victim_pid(bench: Faulty, fault: Fault, parts: dict[Role, int]) -> int | None:
     status = bench.server.status()
     if fault.victim == "HMM":
         return int(status["memory"]["pid"])
@@ -211,12 +174,12 @@ def victim_pid(bench: Bench, fault: Fault, parts: dict[Role, int]) -> int | None
     return None if pid is None else int(pid)
 
 
-def arm_for(bench: Bench, fault: Fault, parts: dict[Role, int]) -> None:
+def arm_for(bench: Faulty, fault: Fault, parts: dict[Role, int]) -> None:
     action = "self" if fault.victim == fault.at else f"kill:{victim_pid(bench, fault, parts)}"
     arm(bench.run_dir, fault.point, parts[fault.at], action)
 
 
-def begin(bench: Bench, fault: Fault) -> tuple[str, float]:
+def begin(bench: Faulty, fault: Fault) -> tuple[str, float]:
     """Starts the change with the fault armed; its operation and when the fault happened."""
     parts = cast(bench, fault)
     booted = (
@@ -238,7 +201,7 @@ def begin(bench: Bench, fault: Fault) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("fault", list(_params()))
-def test_killed_in_a_change(bench: Bench, fault: Fault) -> None:
+def test_killed_in_a_change(bench: Faulty, rows: list[Row], fault: Fault) -> None:
     server = bench.server
     start = int(fault.way[0])
     change(server, start)
@@ -263,7 +226,7 @@ def test_killed_in_a_change(bench: Bench, fault: Fault) -> None:
         stream.check(bench.expected[stream.rid])
     gap, _ = longest_gap(pump.streams, at - 0.2, at + whole_s)
     gaps = [gap for stream in pump.streams for gap in stream.gaps()]
-    bench.rows.append(
+    rows.append(
         Row(
             fault=fault,
             phase=operation["phase"],
@@ -282,7 +245,7 @@ def test_killed_in_a_change(bench: Bench, fault: Fault) -> None:
     settled(lambda: imbalance(server.status()) is None, SETTLED_WITHIN_S, "the ledger agrees after the next change")
 
 
-def test_an_old_abort_does_not_reach_what_is_sent_again(bench: Bench) -> None:
+def test_an_old_abort_does_not_reach_what_is_sent_again(bench: Faulty) -> None:
     change(bench.server, 3)
     assert bench.server.post("/abort_request", {"abort_all": True}).status_code == 200
     # SGLang answers at once and tells rank 0 first: at the other ranks the abort may come after requests sent after it.
@@ -298,7 +261,7 @@ def test_an_old_abort_does_not_reach_what_is_sent_again(bench: Bench) -> None:
     settled(lambda: whole(bench.server), SETTLED_WITHIN_S, "the server is whole again")
 
 
-def test_without_an_hmm_changes_are_refused_and_serving_goes_on(bench: Bench) -> None:
+def test_without_an_hmm_changes_are_refused_and_serving_goes_on(bench: Faulty) -> None:
     """A stopped process cannot be replaced before it is gone, so there is time to ask."""
     change(bench.server, 2)
     pid = bench.server.status()["memory"]["pid"]
@@ -306,8 +269,8 @@ def test_without_an_hmm_changes_are_refused_and_serving_goes_on(bench: Bench) ->
     response = bench.server.post("/scale_elastic_ep", {"new_ep_size": 3, "wait": True})
     assert response.status_code == 503, response.text
     assert "HMM" in response.json()["error"] and "Serving goes on" in response.json()["error"]
-    prompt = bench.prompts[0]
-    stream = bench.load.start(prompt.prompt, TOKENS).wait(60)
+    prompt = bench.cases[0]
+    stream = bench.load.start(prompt.prompt, FAULTY_TOKENS).wait(60)
     stream.check(prompt.ids)
     change(bench.server, 3)
     assert bench.server.status()["memory"]["pid"] != pid

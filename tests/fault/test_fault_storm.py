@@ -30,7 +30,7 @@ from tests.helpers.footprint import leaves_nothing, rest
 from tests.helpers.load import Load, Pump, settled
 from tests.helpers.record import record
 
-pytestmark = [pytest.mark.e2e, pytest.mark.soak]
+pytestmark = [pytest.mark.server, pytest.mark.soak]
 
 CHANGES = 200
 STREAMS = 6

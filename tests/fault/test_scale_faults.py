@@ -9,110 +9,44 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
-import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import pytest
-from safetensors import safe_open
 
-from elasticmoe_sglang.faults import ENV_FAULTS
 from elasticmoe_sglang.hmm.client import HmmClient
-from elasticmoe_sglang.tiny_model import VOCAB, make_tiny_model
-from tests.helpers.corpus import Case, ask
 from tests.helpers.elastic import ElasticServer
 from tests.helpers.faults import arm, armed
-from tests.helpers.load import Load, Pump, Stream, settled
+from tests.helpers.load import Pump, Stream, settled
+from tests.helpers.shared import FAULTY_TOKENS, Faulty, Shared, faulty_server, standby_pid
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.server, pytest.mark.shared("faulty"), pytest.mark.timeout(300)]
 
-EXPERTS = 16
-ROOM = 12
-TOKENS = 72
 STREAMS = 4
 PREPARE_DEADLINE_S = 15.0
 COMMIT_DEADLINE_S = 3.0
 
 
-@dataclass
-class Bench:
-    """The server under test, with prompts and the tokens that must follow."""
-
-    server: ElasticServer
-    load: Load
-    cases: list[Case]
-    run_dir: Path
-    rng: random.Random = field(default_factory=lambda: random.Random(5))
-    expected: dict[str, list[int]] = field(default_factory=dict)
-
-    def request(self, load: Load) -> Stream:
-        case = self.rng.choice(self.cases)
-        stream = load.start(case.prompt, self.rng.randint(TOKENS // 3, TOKENS))
-        self.expected[stream.rid] = case.ids
-        return stream
-
-    def arm(self, point: str, rank: int, action: str) -> None:
-        arm(self.run_dir, point, rank, action)
-
-    def happened(self) -> bool:
-        return not armed(self.run_dir)
-
-    def at_two(self) -> None:
-        """Ranks 0 and 1 are active and a standby waits."""
-        status = self.server.status()
-        if status["membership"] != [0, 1]:
-            if status["ep_size"] == 2:
-                self.server.must_scale(4)
-            self.server.must_scale(retire=[rank for rank in (2, 3) if rank in self.server.status()["membership"]])
-        settled(lambda: standby_pid(self.server) is not None, 60, "a standby")
-
-
-def standby_pid(server: ElasticServer) -> int | None:
-    pids = [rank["pid"] for rank in server.status()["ranks"] if rank["state"] == "standby"]
-    return pids[0] if pids else None
-
-
-def dense_bytes(model: Path) -> int:
-    """Bytes of everything that is not a routed expert."""
-    with safe_open(model / "model.safetensors", framework="pt") as file:
-        names = [name for name in file.keys() if ".experts." not in name]  # noqa: SIM118 (it is no dict)
-        return sum(file.get_tensor(name).nbytes for name in names)
-
-
-def column_bytes(model: Path) -> int:
-    config = json.loads((model / "config.json").read_text())
-    return int(config["num_hidden_layers"] * 3 * config["hidden_size"] * config["moe_intermediate_size"] * 4)
+@pytest.fixture
+def bench(shared: Shared) -> Faulty:
+    return shared.faulty()
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder = tmp_path_factory.mktemp("faults")
-    run_dir = Path(tempfile.mkdtemp(prefix="em-"))  # a short path: it holds sockets
-    model = make_tiny_model(folder / "model", experts=EXPERTS)
-    budget = dense_bytes(model) + ROOM * column_bytes(model) + column_bytes(model) // 2
-    rng = random.Random(13)
-    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((2, 17, 64)))] for _ in range(16)]
-    args = ["--elasticmoe-run-dir", str(run_dir), "--elasticmoe-device-budget", str(budget)]
-    args += ["--elasticmoe-prepare-deadline", str(PREPARE_DEADLINE_S)]
-    args += ["--elasticmoe-commit-deadline", str(COMMIT_DEADLINE_S)]
-    try:
-        with (
-            ElasticServer(model, args, log=folder / "server.log", env={ENV_FAULTS: "1"}) as server,
-            Load(server.url) as load,
-        ):
-            yield Bench(server=server, load=load, cases=ask(load, prompts, TOKENS), run_dir=run_dir)
-    finally:
-        shutil.rmtree(run_dir, ignore_errors=True)
+def impatient(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
+    """The same with short deadlines, for what comes late."""
+    shared.close()
+    prepare = ("--elasticmoe-prepare-deadline", str(PREPARE_DEADLINE_S))
+    commit = ("--elasticmoe-commit-deadline", str(COMMIT_DEADLINE_S))
+    with faulty_server(tmp_path_factory.mktemp("impatient"), (*prepare, *commit)) as bench:
+        yield bench
 
 
 def snapshot(server: ElasticServer) -> dict[str, Any]:
@@ -128,7 +62,7 @@ def snapshot(server: ElasticServer) -> dict[str, Any]:
 
 
 @contextmanager
-def untouched(bench: Bench) -> Iterator[list[Stream]]:
+def untouched(bench: Faulty) -> Iterator[list[Stream]]:
     """Streams run before, during and after the block, complete and right; and all is as before."""
     before = snapshot(bench.server)
     with Pump(bench.load, bench.request, STREAMS) as pump:
@@ -145,10 +79,10 @@ def untouched(bench: Bench) -> Iterator[list[Stream]]:
     settled(lambda: snapshot(bench.server) == before, 10, f"everything is as before: {before}")
 
 
-def next_change_works(bench: Bench) -> None:
+def next_change_works(bench: Faulty) -> None:
     bench.server.must_scale(3)
     case = bench.cases[0]
-    streams = [bench.load.start(case.prompt, TOKENS) for _ in range(3)]
+    streams = [bench.load.start(case.prompt, FAULTY_TOKENS) for _ in range(3)]
     bench.load.wait(streams)
     for stream in streams:
         stream.check(case.ids)
@@ -156,7 +90,7 @@ def next_change_works(bench: Bench) -> None:
     bench.server.must_scale(2)
 
 
-def test_a_size_that_does_not_fit_is_refused_with_numbers(bench: Bench) -> None:
+def test_a_size_that_does_not_fit_is_refused_with_numbers(bench: Faulty) -> None:
     bench.at_two()
     with untouched(bench):
         response = bench.server.post("/scale_elastic_ep", {"new_ep_size": 1, "wait": True})
@@ -194,14 +128,15 @@ FAULTS = {
 
 @pytest.mark.soak
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_a_failure_before_the_commit_is_undone(bench: Bench, fault: Fault) -> None:
+def test_a_failure_before_the_commit_is_undone(impatient: Faulty, fault: Fault) -> None:
+    bench = impatient
     bench.at_two()
     if fault.start != 2:
         bench.server.must_scale(fault.start)
     with untouched(bench):
-        bench.arm(fault.point, fault.rank, fault.action)
+        arm(bench.run_dir, fault.point, fault.rank, fault.action)
         operation = bench.server.scale(fault.size)
-        assert bench.happened(), "the fault did not happen"
+        assert not armed(bench.run_dir), "the fault did not happen"
         assert operation["phase"] == "rolled_back", f"{operation['error']}\n{bench.server.log_tail(100)}"
         assert all(word in operation["error"] for word in fault.words), operation["error"]
         assert bench.server.operation(operation["operation_id"]) == operation
@@ -211,12 +146,12 @@ def test_a_failure_before_the_commit_is_undone(bench: Bench, fault: Fault) -> No
     next_change_works(bench)
 
 
-def test_a_joining_rank_is_killed_while_it_boots(bench: Bench) -> None:
+def test_a_joining_rank_is_killed_while_it_boots(bench: Faulty) -> None:
     bench.at_two()
     with untouched(bench):
-        bench.arm("boot.attached", 2, "stall:20")
+        arm(bench.run_dir, "boot.attached", 2, "stall:20")
         accepted = bench.server.scale(3, wait=False)
-        settled(bench.happened, 60, "the joining rank boots")
+        settled(lambda: not armed(bench.run_dir), 60, "the joining rank boots")
         [joining_rank] = [rank for rank in bench.server.status()["ranks"] if rank["state"] == "joining"]
         assert joining_rank["rank"] == 2
         os.kill(joining_rank["pid"], signal.SIGKILL)
@@ -226,15 +161,15 @@ def test_a_joining_rank_is_killed_while_it_boots(bench: Bench) -> None:
     next_change_works(bench)
 
 
-def test_memory_runs_out_inside_prepare(bench: Bench) -> None:
+def test_memory_runs_out_inside_prepare(bench: Faulty) -> None:
     """The check of the budget has passed; somebody else takes the memory before the survivor asks for it."""
     bench.at_two()
     bench.server.must_scale(4)
     memory = bench.server.status()["memory"]
     with HmmClient(memory["endpoint"], name="greedy") as client, untouched(bench):
-        bench.arm("pull.started", 1, "stall:2")
+        arm(bench.run_dir, "pull.started", 1, "stall:2")
         accepted = bench.server.scale(2, wait=False)
-        settled(bench.happened, 60, "the survivor begins to pull")
+        settled(lambda: not armed(bench.run_dir), 60, "the survivor begins to pull")
         device = client.status().devices[1]
         blocks = client.allocate(1, "other", nbytes=(device.budget - device.used) // 4096 * 4096)
         operation = bench.server.ended(accepted["operation_id"])
@@ -246,7 +181,7 @@ def test_memory_runs_out_inside_prepare(bench: Bench) -> None:
 
 
 @pytest.mark.soak
-def test_the_hmm_does_not_answer(bench: Bench) -> None:
+def test_the_hmm_does_not_answer(bench: Faulty) -> None:
     bench.at_two()
     with untouched(bench):
         pid = bench.server.status()["memory"]["pid"]
@@ -265,7 +200,7 @@ def test_the_hmm_does_not_answer(bench: Bench) -> None:
 
 
 @pytest.mark.soak
-def test_a_standby_is_killed(bench: Bench) -> None:
+def test_a_standby_is_killed(bench: Faulty) -> None:
     bench.at_two()
     with untouched(bench):
         pid = standby_pid(bench.server)
@@ -277,7 +212,7 @@ def test_a_standby_is_killed(bench: Bench) -> None:
 
 
 @pytest.mark.soak
-def test_the_client_of_a_waiting_request_leaves(bench: Bench) -> None:
+def test_the_client_of_a_waiting_request_leaves(bench: Faulty) -> None:
     bench.at_two()
     operation_id = f"left-alone-{time.time_ns()}"
     body = json.dumps({"new_ep_size": 3, "wait": True, "operation_id": operation_id}).encode()
@@ -292,5 +227,5 @@ def test_the_client_of_a_waiting_request_leaves(bench: Bench) -> None:
     bench.server.must_scale(2)
 
 
-def known(bench: Bench, operation_id: str) -> Callable[[], bool]:
+def known(bench: Faulty, operation_id: str) -> Callable[[], bool]:
     return lambda: bench.server.get(f"/elastic_ep/operations/{operation_id}").status_code == 200

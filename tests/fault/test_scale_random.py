@@ -22,26 +22,27 @@ from tests.helpers.elastic import RANKS, ElasticServer
 from tests.helpers.footprint import Footprint, leaves_nothing, rest, to_two, trouble
 from tests.helpers.load import Load, Pump, settled
 from tests.helpers.record import record
+from tests.helpers.shared import STRICT, Shared
 
-pytestmark = [pytest.mark.e2e]
+pytestmark = pytest.mark.server
 
 STREAMS = 8
 FEW = 7
 MANY = 50
-_STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ElasticServer]:
     model = make_tiny_model(tmp_path / "model", arch="qwen3_moe")
     args = ["--page-size", "4", "--max-running-requests", str(6 * RANKS), "--chunked-prefill-size", str(64 * RANKS)]
-    with ElasticServer(model, args, log=tmp_path / "server.log", env=_STRICT) as server:
+    with ElasticServer(model, args, log=tmp_path / "server.log", env=STRICT) as server:
         yield server
 
 
+@pytest.mark.shared("steady", "last")  # it ends the server
 @pytest.mark.timeout(600)
-def test_a_few_random_changes(server: ElasticServer) -> None:
-    random_changes(server, FEW, seed=12)
+def test_a_few_random_changes(shared: Shared) -> None:
+    random_changes(shared.steady(), FEW, seed=12)
 
 
 @pytest.mark.soak
@@ -60,7 +61,7 @@ def random_changes(server: ElasticServer, count: int, *, seed: int) -> dict[str,
     rank_zero = server.worker_pids()[0]
     # What SGLang says while starting is not ours: its own first request may come before its port is open.
     booted = server.log.stat().st_size
-    with Load(server.url) as load:
+    with Load(server.url, headers=server.headers) as load:
         chaos = Chaos(cases=ask(load, prompts, TOKENS), rng=rng)
         with Pump(load, chaos.request, STREAMS):
             for size in (4, 1, 2):  # every rank was used once before anything is counted

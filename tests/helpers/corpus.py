@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,18 @@ class Corpus:
     features: list[Feature]
 
 
-def make_corpus(folder: Path, arch: Arch) -> Corpus:
-    """Make the float32 tiny model in `folder` and ask plain SGLang, whose log stays there."""
+@contextmanager
+def plain_server(folder: Path, arch: Arch) -> Iterator[SglangServer]:
+    """Plain SGLang with the float32 tiny model, both in `folder`. Chunks of a prefill are mixed with decoding."""
     model = make_tiny_model(folder / "model", arch=arch)
     args = ["--model-path", str(model), "--device", "cpu", "--skip-server-warmup", "--max-total-tokens", "32768"]
-    args.append("--disable-overlap-schedule")
+    args += ["--disable-overlap-schedule", "--chunked-prefill-size", "32", "--enable-mixed-chunk"]
+    with SglangServer(args, log=folder / "plain.log", start_timeout_s=400) as server:
+        yield server
+
+
+def make_corpus(server: SglangServer) -> Corpus:
+    """Ask a plain server."""
     rng = random.Random(7)
 
     def prompt(length: int) -> list[int]:
@@ -106,12 +114,12 @@ def make_corpus(folder: Path, arch: Arch) -> Corpus:
     short = [prompt(rng.choice((1, 2, 5, 17, 31, 64, 120))) for _ in range(_CANDIDATES)]
     long = [prompt(LONG) for _ in range(_LONG_CANDIDATES)]
     feature_prompts = [prompt(length) for length in (9, 40)]
-    with SglangServer(args, log=folder / "plain.log", start_timeout_s=400) as server, Load(server.url) as load:
+    with Load(server.url) as load:
         cases = ask(load, short, TOKENS)
         long_cases = ask(load, long, _LONG_TOKENS)
         features = [_ask_feature(load, name, each) for name in (*_FEATURES, "stop") for each in feature_prompts]
     assert len(cases) >= 16 and len(long_cases) >= 3, "too few prompts whose answer is certain"
-    return Corpus(model=model, cases=cases, long=long_cases, features=features)
+    return Corpus(model=Path(server.args[1]), cases=cases, long=long_cases, features=features)
 
 
 def ask(load: Load, prompts: Sequence[list[int]], tokens: int) -> list[Case]:

@@ -65,6 +65,11 @@ class SglangServer:
         self.stop()
 
     @property
+    def running(self) -> bool:
+        """Its main process lives."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def pid(self) -> int:
         assert self._process is not None, "the server was not started"
         return self._process.pid

@@ -388,6 +388,7 @@ def test_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "hidden" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_client_commands_start_without_torch_and_fastapi() -> None:
     code = (
         "import sys; from elasticmoe_sglang.cli.main import main\n"

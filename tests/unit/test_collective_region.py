@@ -77,6 +77,7 @@ def test_impossible_geometry_is_refused(region: int, geometry: dict[str, int]) -
         CollectiveRegion.format(region, **{**GEOMETRY, **geometry})
 
 
+@pytest.mark.process
 def test_control_page_in_any_process(region: int) -> None:
     control = CollectiveRegion.format(region, capacity=4, **GEOMETRY)
     assert not control.has_membership
@@ -96,6 +97,7 @@ def test_control_page_in_any_process(region: int) -> None:
         os.close(write)
 
 
+@pytest.mark.process
 def test_a_reader_never_sees_half_a_membership(region: int) -> None:
     control = CollectiveRegion.format(region, capacity=4, **GEOMETRY)
     choices = [(0, 1), (0, 1, 2, 3), (0, 3), (0,)]
@@ -114,6 +116,7 @@ def test_a_reader_never_sees_half_a_membership(region: int) -> None:
     os.waitpid(child, 0)
 
 
+@pytest.mark.process
 def test_the_page_names_each_ranks_worker_and_whether_it_lives(region: int) -> None:
     control = CollectiveRegion.format(region, capacity=4, **GEOMETRY)
     assert not control.alive(2) and control.worker(2).pid == 0
@@ -226,6 +229,7 @@ def test_futex_times_out_wakes_and_counts() -> None:
     assert word.value == 0
 
 
+@pytest.mark.process
 def test_additions_of_many_processes_are_not_lost(region: int) -> None:
     shared = SharedMemory(region)
     children = []

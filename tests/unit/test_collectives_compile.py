@@ -40,6 +40,7 @@ def ptx_of(kernel: Any, **constants: Any) -> str:
     return str(made.asm["ptx"])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("kernel", "constants", "width"),
     [

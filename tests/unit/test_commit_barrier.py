@@ -18,6 +18,8 @@ from tests.helpers import barrier_cases as cases
 from tests.helpers.barrier_cases import DEADLINE_S, GRACE_S
 from tests.helpers.workers import Failed, WorkerPool
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def pool(tmp_path: Any) -> Iterator[WorkerPool]:

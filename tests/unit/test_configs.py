@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@pytest.mark.process
 def test_the_arguments_are_known_to_sglang_and_to_us(config: LaunchConfig, parser: argparse.ArgumentParser) -> None:
     argv = config.to_argv()
     assert argv[:6] == [

@@ -21,6 +21,7 @@ from elasticmoe_sglang.errors import (
     UserInputError,
 )
 from elasticmoe_sglang.planner import RetireRanks, ScaleTo, Target
+from tests.helpers import clock
 from tests.helpers.fake_cluster import COLUMN, DENSE, KV_CHUNKS, FakeCluster
 
 SHORT = {"prepare_deadline_s": 1.0, "commit_deadline_s": 0.5, "finish_deadline_s": 1.0}
@@ -36,7 +37,7 @@ def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 20))
+    clock.run(asyncio.wait_for(main, 20))
 
 
 async def change(coordinator: Coordinator, target: Target) -> Operation:

@@ -79,6 +79,7 @@ def arguments(**changes: object) -> SimpleNamespace:
     return SimpleNamespace(**{**defaults, **sizes, "enable_dp_attention": False, **changes})
 
 
+@pytest.mark.process
 def test_server_defaults(tmp_path: Path) -> None:
     # SGLang first: importing the class before would find SGLang looking for it half-way.
     from sglang.srt.platforms import current_platform

@@ -41,12 +41,14 @@ def test_the_cpus_devices_share_the_machines_memory() -> None:
     device.check_devices(SHARED)
 
 
+@pytest.mark.process
 def test_ranks_share_a_gpu_where_mps_answers(one_gpu: Path) -> None:
     control(one_gpu, 0)
     assert device.memory_backend() == "cuda"
     device.check_devices(SHARED)
 
 
+@pytest.mark.process
 def test_mps_that_does_not_answer_is_named_with_the_way_to_start_it(one_gpu: Path) -> None:
     control(one_gpu, 1)
     with pytest.raises(UserInputError, match="MPS") as refused:

@@ -115,6 +115,7 @@ def test_the_backend_check_gives_everything_back(no_leaks: None) -> None:
     assert check.ok, check.found
 
 
+@pytest.mark.process
 def test_devices_come_from_the_drivers_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho '0, NVIDIA H200, 143771 MiB'\necho '1, NVIDIA H200, 143771 MiB'\n")
@@ -132,6 +133,7 @@ def test_only_required_checks_decide() -> None:
     assert "warn compilers" in text and "apt-get install -y gcc" in text
 
 
+@pytest.mark.process
 @pytest.mark.timeout(200)
 def test_preflight_as_a_program_reports_the_real_hooks() -> None:
     report = doctor_checks.hooks()
@@ -139,6 +141,7 @@ def test_preflight_as_a_program_reports_the_real_hooks() -> None:
     assert {"target", "kind", "scope", "processes", "hook", "ok", "problem"} == set(report.rows[0])
 
 
+@pytest.mark.process
 def test_the_module_does_not_import_sglang() -> None:
     code = "import sys, elasticmoe_sglang.cli.doctor; sys.exit('sglang' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

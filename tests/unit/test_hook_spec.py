@@ -22,6 +22,8 @@ from elasticmoe_patches.spec import WORKERS, Hooks, HookSpec
 from elasticmoe_sglang.errors import HookError
 from elasticmoe_sglang.runtime import ENV_CONFIG
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).parents[2]
 REAL_TARGET = "sglang.srt.server_args.ServerArgs.from_cli_args"
 REAL_SIGNATURE = "(cls, args)"

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from elasticmoe_sglang.errors import WorkerError
 
+pytestmark = pytest.mark.process
+
 PAGES = 96
 ROWS = 64
 """Rows of the table of requests."""

@@ -12,6 +12,8 @@ from elasticmoe_patches.launch import shape_arguments
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
 
+pytestmark = pytest.mark.process
+
 CONFIG = ElasticConfig(ep_size=2, max_ep_size=4)
 
 

@@ -12,6 +12,7 @@ import pytest
 from tests.helpers.leaks import no_leaks
 
 
+@pytest.mark.process
 def test_nothing_left_behind_passes() -> None:
     with no_leaks(settle_s=0.2):
         os.close(os.memfd_create("short-lived"))
@@ -47,6 +48,7 @@ def test_a_shared_memory_file_is_seen() -> None:
         path.unlink()
 
 
+@pytest.mark.process
 def test_a_child_that_runs_or_was_not_waited_for_is_seen() -> None:
     child = None
     try:

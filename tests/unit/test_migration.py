@@ -18,6 +18,8 @@ from elasticmoe_patches.worker import commit
 from elasticmoe_patches.worker.migration import MigrationInbox
 from elasticmoe_sglang.coordinator.migration import Departure, OutputFences, migrations_done
 
+pytestmark = pytest.mark.process
+
 
 def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(main, 5))

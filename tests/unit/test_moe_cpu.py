@@ -208,6 +208,7 @@ def _run_with_holes(touch):
     print("whole")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("touch", [False, True], ids=["layer", "control"])
 def test_unmapped_slots_are_never_touched(touch):
     """The control reads one element of an unmapped slot and must die: the holes are real."""

@@ -12,6 +12,8 @@ import torch
 from elasticmoe_patches.platform import torchvision_ops
 from elasticmoe_patches.srt.sampling.penaltylib.orchestrator import after_init
 
+pytestmark = pytest.mark.process
+
 VOCAB = 12
 PENALTIES = {"frequency_penalty": 0.3, "presence_penalty": 0.5, "repetition_penalty": 1.7, "min_new_tokens": 6}
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 
+import pytest
 import torch
+
+pytestmark = pytest.mark.process
 
 PAGE = 4
 PAGES = 64

@@ -68,6 +68,7 @@ def test_every_folder_with_code_is_a_package(package: str) -> None:
     assert bare == [], "without __init__.py a folder is not installed"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("pattern", [MACHINE_PATHS, REGISTRY_HOSTS], ids=["machine paths", "registry hosts"])
 def test_tracked_files_name_no_machine(pattern: re.Pattern[str]) -> None:
     found = [line for path in tracked_text_files() if path != Path(__file__) for line in occurrences(pattern, path)]

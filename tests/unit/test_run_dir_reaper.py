@@ -8,8 +8,11 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from elasticmoe_sglang import run_dir_reaper
+
+pytestmark = pytest.mark.process
 
 
 def reapers(folder: Path) -> list[int]:

@@ -197,6 +197,7 @@ def runner(**layer: object) -> SimpleNamespace:
     return SimpleNamespace(spec_algorithm=none, token_to_kv_pool=pool, dtype=torch.float32, model=model)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("layer", "need"),
     [({"sliding_window_size": 128}, "sliding window"), ({"logit_cap": 30.0}, "logit cap")],
@@ -210,6 +211,7 @@ def test_models_that_need_more_are_refused(layer: dict[str, object], need: str) 
         refuse_unsupported(runner(**layer))
 
 
+@pytest.mark.process
 def test_flags_that_need_more_are_refused() -> None:
     from elasticmoe_patches.platform.sdpa_backend import refuse_unsupported
 

@@ -45,6 +45,7 @@ class Scheduler:
         vocab_size = 11
 
 
+@pytest.mark.process
 def test_rounds_follow_each_other_and_then_it_ends() -> None:
     scheduler = Scheduler()
     warm = WarmUp([[(4, 1)], [(1, 3), (1, 5)]])

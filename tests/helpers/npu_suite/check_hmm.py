@@ -13,6 +13,8 @@ from elasticmoe_sglang.hmm.process import spawn_hmm
 from elasticmoe_sglang.hmm.vmm import get_backend
 from elasticmoe_sglang.wire.to_hmm import ModelSpec
 
+pytestmark = pytest.mark.toolchain
+
 M = 2 << 20
 
 

@@ -14,6 +14,8 @@ from elasticmoe_sglang.errors import PeerTimeout
 from elasticmoe_sglang.hmm.vmm import get_backend
 from tests.helpers.npu_ops import SCHEMAS
 
+pytestmark = pytest.mark.toolchain
+
 M = 2 << 20
 ND = 2  # ACL_FORMAT_ND
 

@@ -11,6 +11,8 @@ from elasticmoe_sglang.hmm.space import ColumnSpace
 from elasticmoe_sglang.hmm.vmm import get_backend
 from tests.helpers.tensors import tensor_from_handle
 
+pytestmark = pytest.mark.toolchain
+
 M = 2 << 20
 SHAPE = (1024, 1024)  # bfloat16: one granule
 

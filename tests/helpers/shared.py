@@ -1,0 +1,173 @@
+"""Servers that tests of several files share, because starting one takes longer than most of these tests.
+
+At most one of them runs. `tests/conftest.py` puts tests that are marked `shared` with the same name next to each other.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from elasticmoe_sglang.faults import ENV_FAULTS
+from elasticmoe_sglang.tiny_model import VOCAB, Arch, make_tiny_model
+from tests.helpers.corpus import Case, ask, plain_server
+from tests.helpers.elastic import RANKS, ElasticServer
+from tests.helpers.faults import SETTLED_WITHIN_S, ask_for, change, whole
+from tests.helpers.load import Load, Stream, settled
+from tests.helpers.restarts import Site
+from tests.helpers.server import ServerFailed, SglangServer
+
+KEY = "open-sesame"
+"""The admin key of the steady server."""
+SLOTS = 4
+"""Requests that run together on one rank; what comes on top waits in its queue."""
+CHUNK = 64
+"""Tokens of one prefill step on one rank: a long prompt takes ten of them."""
+LIMITS = ("--max-running-requests", str(SLOTS * RANKS), "--chunked-prefill-size", str(CHUNK * RANKS))
+STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
+"""SGLang's own checks of its memory pools, after every batch and when idle; one that fails ends the worker."""
+EXPERTS = 16
+ROOM = 12
+"""Columns that fit a device of the faulty server beside the dense weights: one rank alone cannot hold all."""
+FAULTY_TOKENS = 96
+
+
+@dataclass
+class Faulty:
+    """A server in which faults can be armed, with prompts and the tokens that must follow."""
+
+    server: ElasticServer
+    load: Load
+    cases: list[Case]
+    run_dir: Path
+    rng: random.Random = field(default_factory=lambda: random.Random(3))
+    expected: dict[str, list[int]] = field(default_factory=dict)
+
+    def request(self, load: Load) -> Stream:
+        case = self.rng.choice(self.cases)
+        stream = load.start(case.prompt, self.rng.randint(FAULTY_TOKENS // 2, FAULTY_TOKENS))
+        self.expected[stream.rid] = case.ids
+        return stream
+
+    def at_two(self) -> None:
+        """Ranks 0 and 1 are active, a standby waits, nobody is missing."""
+        settled(lambda: whole(self.server), SETTLED_WITHIN_S, "the server is whole")
+        if self.server.status()["membership"] != [0, 1]:
+            if len(self.server.status()["membership"]) != RANKS:
+                change(self.server, RANKS)
+            operation = ask_for(self.server, {"retire_ranks": [2, 3], "wait": True})
+            assert operation["phase"] == "done", operation["error"]
+        settled(lambda: standby_pid(self.server) is not None, 60, "a standby")
+
+
+def standby_pid(server: ElasticServer) -> int | None:
+    pids = [rank["pid"] for rank in server.status()["ranks"] if rank["state"] == "standby"]
+    return pids[0] if pids else None
+
+
+class Shared:
+    """The servers by name. Each is started when it is first asked for, and ended when another one is."""
+
+    def __init__(self, make_folder: Callable[[str], Path]) -> None:
+        self._make_folder = make_folder
+        self._stack = ExitStack()
+        self._name = ""
+        self._held: Any = None
+        self._failed: dict[str, str] = {}
+
+    def close(self) -> None:
+        self._name, self._held = "", None
+        self._stack.close()
+
+    def _get(self, name: str, start: Callable[[Path], AbstractContextManager[Any]]) -> Any:
+        server = self._held if isinstance(self._held, SglangServer) else getattr(self._held, "server", None)
+        # A test may have ended it: the next one then gets another, so that one failure does not become many.
+        ended = isinstance(server, SglangServer) and not server.running
+        if self._name == name and not ended:
+            return self._held
+        self.close()
+        if name in self._failed:
+            raise ServerFailed(f"the server did not start before: {self._failed[name]}")
+        try:
+            self._held = self._stack.enter_context(start(self._make_folder(name.replace(" ", "-"))))
+        except Exception as error:
+            self._failed[name] = str(error)
+            raise
+        self._name = name
+        return self._held
+
+    def plain(self, arch: Arch) -> SglangServer:
+        """Plain SGLang, one rank, no flag of ours."""
+        server: SglangServer = self._get(f"plain {arch}", lambda folder: plain_server(folder, arch))
+        return server
+
+    def steady(self) -> ElasticServer:
+        """Two of four ranks, small pages, SGLang's checks on, an admin key: for everything that kills nothing."""
+        server: ElasticServer = self._get("steady", _steady)
+        status = server.status()
+        if status["running"]:
+            server.ended(status["running"]["operation_id"])
+        if server.status()["membership"] != [0, 1]:
+            server.must_scale(1)
+            server.must_scale(2)
+        return server
+
+    def faulty(self) -> Faulty:
+        """Two of four ranks, no room for all columns on one device."""
+        faulty: Faulty = self._get("faulty", faulty_server)
+        return faulty
+
+    def site(self) -> Site:
+        """An HMM that outlives servers."""
+        site: Site = self._get("site", Site.opened)
+        return site
+
+
+@contextmanager
+def _steady(folder: Path) -> Iterator[ElasticServer]:
+    model = make_tiny_model(folder / "model", experts=EXPERTS)
+    args = [*LIMITS, "--page-size", "4", "--admin-api-key", KEY]
+    with ElasticServer(model, args, log=folder / "server.log", env=STRICT, admin_key=KEY) as server:
+        yield server
+
+
+@contextmanager
+def faulty_server(folder: Path, args: tuple[str, ...] = ()) -> Iterator[Faulty]:
+    """Args:
+    args: more flags.
+    """
+    run_dir = Path(tempfile.mkdtemp(prefix="em-"))  # a short path: it holds sockets
+    model = make_tiny_model(folder / "model", experts=EXPERTS)
+    budget = dense_bytes(model) + ROOM * column_bytes(model) + column_bytes(model) // 2
+    rng = random.Random(11)
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((2, 17, 64)))] for _ in range(20)]
+    own = ["--elasticmoe-run-dir", str(run_dir), "--elasticmoe-device-budget", str(budget), *args]
+    try:
+        with (
+            ElasticServer(model, own, log=folder / "server.log", env={ENV_FAULTS: "1"}) as server,
+            Load(server.url) as load,
+        ):
+            yield Faulty(server=server, load=load, cases=ask(load, prompts, FAULTY_TOKENS), run_dir=run_dir)
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def dense_bytes(model: Path) -> int:
+    """Bytes of everything that is not a routed expert."""
+    with safe_open(model / "model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if ".experts." not in name]  # noqa: SIM118 (it is no dict)
+        return sum(file.get_tensor(name).nbytes for name in names)
+
+
+def column_bytes(model: Path) -> int:
+    config = json.loads((model / "config.json").read_text())
+    return int(config["num_hidden_layers"] * 3 * config["hidden_size"] * config["moe_intermediate_size"] * 4)
