@@ -15,13 +15,17 @@ from elasticmoe_sglang.imm.server import ImmServer, die_with_parent
 from elasticmoe_sglang.runtime import current_runtime
 from elasticmoe_sglang.worker.idle import create_doorbells
 
+logger = logging.getLogger("elasticmoe_patches.imm")  # this file is __main__
+
 
 def preload() -> None:
     """Import what a scheduler imports, also what it imports only when it starts; nothing here may start a thread or
     touch a device."""
-    from elasticmoe_patches.plugin import install_for_process
+    from elasticmoe_patches.demote import demoted
+    from elasticmoe_patches.plugin import install_for_process, report_hooks
 
     install_for_process("standby")
+    report_hooks("standby")
     import sglang.srt.constrained.xgrammar_backend
     import sglang.srt.distributed.device_communicators.custom_all_reduce
     import sglang.srt.dllm.algorithm
@@ -29,7 +33,10 @@ def preload() -> None:
     import sglang.srt.managers.scheduler
     import sglang.srt.mem_cache.rust_tree_core.adapter
     import sglang.srt.model_loader.loader
-    import sglang.srt.models.registry  # noqa: F401  (imports every model: seconds that a joining rank need not wait for)
+
+    with demoted("sglang.srt.models.registry", logging.WARNING) as skipped:  # each by its name
+        import sglang.srt.models.registry  # noqa: F401  (every model: seconds that a joining rank need not wait for)
+    logger.debug("%d of SGLang's model files cannot be imported on this machine", skipped.count)
 
 
 def main() -> None:

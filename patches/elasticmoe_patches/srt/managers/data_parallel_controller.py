@@ -67,6 +67,9 @@ def launch_workers(
     """Instead of one process a rank: register every rank's arguments with the IMM and start the first members."""
     from sglang.srt.server_args import PortArgs
 
+    from elasticmoe_patches.plugin import report_hooks
+
+    report_hooks("dpc")
     runtime = current_runtime()
     assert runtime is not None
     config = runtime.config
