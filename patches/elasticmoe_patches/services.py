@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import logging
 import os
 import signal
@@ -70,6 +71,8 @@ class Services:
         self._tokenizer: Any = None
         self._early: list[Incoming] = []
         self._workers: Workers | None = None
+        self._closing: concurrent.futures.Future[None] | None = None
+        self._ends = False
         self._channel = WorkerChannel(
             runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._deliver, self._end_server
         )
@@ -235,8 +238,30 @@ class Services:
     # -- the end --------------------------------------------------------------------------------------------------
 
     def _ending(self) -> bool:
-        """SGLang shuts down in good order (SIGTERM): all processes end, and none is to be replaced."""
-        return self._tokenizer is not None and bool(self._tokenizer.gracefully_exit)
+        """All processes end, and none is to be replaced."""
+        return self._ends
+
+    def refuse_changes(self) -> None:
+        """The server is to stop when its requests have ended. Until then a worker or an HMM that dies is replaced; a
+        change that is still preparing is rolled back."""
+        if self.coordinator is not None:
+            self._closing = self.call(self.coordinator.close())
+
+    async def begin_to_end(self) -> None:
+        """The last request has ended. Returns when no change runs, so that all workers can be told to end."""
+        if self._closing is not None:
+            deadline_s = self.runtime.config.commit_deadline_s
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(self._closing), deadline_s)
+            except asyncio.TimeoutError:
+                logger.warning("the change that runs did not end within %g s and is given up", deadline_s)
+                self.ends()
+                self._imm.kill()
+        self.ends()
+
+    def ends(self) -> None:
+        """From here on nobody is missed."""
+        self._ends = True
 
     def _end_server(self, sentence: str) -> None:
         """SGLang's own way of ending: its handler of this signal ends the process tree."""
@@ -260,6 +285,12 @@ def start_services() -> Services:
     assert _services is None, "one elastic server a process"
     _services = Services(runtime)
     return _services
+
+
+def server_ends() -> None:
+    """SGLang ends this server's processes, whatever the reason."""
+    if _services is not None:
+        _services.ends()
 
 
 def services() -> Services:

@@ -20,7 +20,7 @@ from elasticmoe_sglang.hmm.vmm import cuda_driver
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-ENDPOINT = ["--endpoint", "ipc:///tmp/nowhere/hmm.sock"]
+ENDPOINT = ["--endpoint", "ipc:///nowhere/hmm.sock"]
 GPUS = [80 << 30, 141 << 30]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 from elasticmoe_patches.spec import HookSpec, Process
@@ -23,20 +25,23 @@ def before_setup_and_run(*args: Any, **kwargs: Any) -> None:
 
 def mount(app: Any, handle: Any, tokenizer_manager: Any) -> None:
     """Same admin key as SGLang's own endpoint; the first matching route wins."""
-    from fastapi import Depends
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
     from elasticmoe_sglang.api.router import build_router
     from elasticmoe_sglang.api.router import mount as put_in_front
 
-    async def with_tokenizer_loop() -> None:
-        # Commands leave, and fences arrive, in this loop; SGLang starts it with the first request otherwise.
-        tokenizer_manager.auto_create_handle_loop()
+    put_in_front(app, build_router(handle, protect=auth_level(AuthLevel.ADMIN_OPTIONAL)))
+    lifespan = app.router.lifespan_context
 
-    router = build_router(
-        handle, protect=auth_level(AuthLevel.ADMIN_OPTIONAL), dependencies=[Depends(with_tokenizer_loop)]
-    )
-    put_in_front(app, router)
+    @contextlib.asynccontextmanager
+    async def with_tokenizer_loop(app: Any) -> AsyncIterator[Any]:
+        # Commands leave, fences arrive and signals to stop are handled in this loop; SGLang starts it with the first
+        # request otherwise.
+        tokenizer_manager.auto_create_handle_loop()
+        async with lifespan(app) as state:
+            yield state
+
+    app.router.lifespan_context = with_tokenizer_loop
 
 
 HOOKS = (

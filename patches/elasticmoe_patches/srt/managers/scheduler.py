@@ -67,6 +67,7 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
     while True:
         try:
             original(scheduler)
+            current_worker().left = True  # SGLang ends its event loop only when the server is stopped
             return
         except (
             CollectiveError,
