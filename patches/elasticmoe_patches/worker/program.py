@@ -1,8 +1,8 @@
 """A worker that is a program of its own, not a fork of the IMM: `python -m elasticmoe_patches.worker.program`.
 
 It takes the place of a forked child and keeps its pid, so that neither the IMM nor anybody else sees a difference but
-the time. Two uses: standbys on NVIDIA GPUs, because SGLang's kernels initialise CUDA when they are imported and CUDA
-does not survive a fork; and a joining rank without a standby, for the ablation of that name.
+the time. Standbys on NVIDIA GPUs are such programs, because SGLang's kernels initialise CUDA when they are imported and
+CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.server import StandbyChannel
 from elasticmoe_sglang.runtime import current_runtime
 from elasticmoe_sglang.wire import to_imm as m
-from elasticmoe_sglang.wire.join_spec import decode_join_spec
 from elasticmoe_sglang.worker.idle import ENV_DOORBELLS
 
 
 def become_standby(channel: StandbyChannel) -> NoReturn:
     """In the forked child: a program that imports what a rank needs and then waits at the channel."""
-    _become(channel, [])
+    exec_worker("elasticmoe_patches.worker.program", channel)
 
 
 def never_here(channel: StandbyChannel, enter: m.Enter) -> int:
@@ -30,33 +29,22 @@ def never_here(channel: StandbyChannel, enter: m.Enter) -> int:
     raise WorkerError("a forked child was put into a rank", rank=enter.rank)
 
 
-def fresh_worker_main(channel: StandbyChannel, enter: m.Enter) -> int:
-    """In the forked child: the server's first ranks run as ever, a joining rank becomes a program of its own."""
-    from elasticmoe_patches.worker.worker import worker_main
-
-    if not decode_join_spec(enter.join_spec).joining_rank:
-        return worker_main(channel, enter)
-    frame_fd = os.memfd_create("enter", 0)
-    os.write(frame_fd, m.encode(enter))
-    os.lseek(frame_fd, 0, os.SEEK_SET)
-    _become(channel, [frame_fd])
-
-
-def _become(channel: StandbyChannel, frames: list[int]) -> NoReturn:
+def exec_worker(module: str, channel: StandbyChannel, *fds: int) -> NoReturn:
+    """Go on as `python -m module CHANNEL FD…`, with these descriptors and the doorbells kept open."""
     bells = [int(fd) for fd in os.environ[ENV_DOORBELLS].split(",")]
-    for fd in (channel.sock.fileno(), *frames, *bells):
+    for fd in (channel.sock.fileno(), *fds, *bells):
         os.set_inheritable(fd, True)
-    program = [sys.executable, "-m", "elasticmoe_patches.worker.program", str(channel.sock.fileno()), *map(str, frames)]
+    program = [sys.executable, "-m", module, str(channel.sock.fileno()), *map(str, fds)]
     os.execv(program[0], program)
 
 
 def main() -> None:
-    channel = StandbyChannel(socket.socket(fileno=int(sys.argv[1])))
-    enter: m.Message | None = None
-    if len(sys.argv) > 2:
-        frame_fd = int(sys.argv[2])
-        enter = m.decode(os.read(frame_fd, m.MAX_FRAME))
-        os.close(frame_fd)
+    serve(StandbyChannel(socket.socket(fileno=int(sys.argv[1]))))
+
+
+def serve(channel: StandbyChannel, enter: m.Enter | None = None) -> None:
+    """Import what a rank needs and run it, in the rank that `enter` or, later, the channel assigns. Returns only where
+    the IMM has gone before that."""
     from elasticmoe_patches.imm import preload
 
     preload()
@@ -67,7 +55,6 @@ def main() -> None:
         enter = channel.wait_to_enter()
     if enter is None:
         return
-    assert isinstance(enter, m.Enter)
     status = worker_main(channel, enter)
     sys.stdout.flush()
     sys.stderr.flush()

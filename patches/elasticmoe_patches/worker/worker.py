@@ -26,13 +26,13 @@ from elasticmoe_sglang.comm.region import CollectiveRegion
 from elasticmoe_sglang.comm.server_region import open_region
 from elasticmoe_sglang.errors import CommitError, ElasticMoEError, WorkerError
 from elasticmoe_sglang.faults import point
+from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.imm.server import StandbyChannel
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.wire import to_worker as sm
 from elasticmoe_sglang.wire.join_spec import JoinSpec, decode_join_spec
 from elasticmoe_sglang.wire.to_hmm import ModelSpec
 from elasticmoe_sglang.wire.to_imm import Enter
-from elasticmoe_sglang.worker.ablation import connect
 from elasticmoe_sglang.worker.agent import WorkerAgent
 from elasticmoe_sglang.worker.idle import IdleWait
 from elasticmoe_sglang.worker.kv import WorkerKv
@@ -76,7 +76,7 @@ class Worker:
         self.rank = join_spec.rank
         self.device = config.device_of(join_spec.rank)
         self.started = time.monotonic()
-        self.client = connect(runtime.hmm_endpoint, name=f"rank-{self.rank}", ablations=config.ablations)
+        self.client = HmmClient(runtime.hmm_endpoint, name=f"rank-{self.rank}")
         region = open_region(self.client, config, runtime.run_id)
         self.region = CollectiveRegion(region.fd, self.rank, timeout_s=config.collective_deadline_s)
         region.close()
@@ -94,7 +94,6 @@ class Worker:
             device=self.device,
             bytes_per_second=config.pull_bandwidth,
             deadline_s=config.prepare_deadline_s,
-            peers="peer-copy" not in config.ablations,
         )
         self.idle = IdleWait(self.region)
         self.pause = PauseMeter()
