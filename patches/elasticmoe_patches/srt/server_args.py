@@ -9,7 +9,7 @@ from typing import Any
 
 from elasticmoe_patches.spec import HookSpec
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
-from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.errors import HmmUnavailable, UserInputError
 
 
 def after_add_cli_args(_result: Any, parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def after_add_cli_args(_result: Any, parser: argparse.ArgumentParser) -> None:
 
 def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
     """Shape the arguments and put the runtime into the environment, where every process of the server finds it."""
-    from elasticmoe_patches.device import check_devices
+    from elasticmoe_patches.device import check_devices, check_hmm
     from elasticmoe_patches.launch import shape_arguments
     from elasticmoe_patches.plugin import install_for_process
     from elasticmoe_sglang.runtime import new_runtime
@@ -29,8 +29,9 @@ def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
             return
         shape_arguments(args, config)
         check_devices(config)
+        check_hmm(config)
         runtime = new_runtime(config)
-    except UserInputError as error:
+    except (UserInputError, HmmUnavailable) as error:
         print(f"elasticmoe: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     runtime.export()
