@@ -12,8 +12,6 @@ from elasticmoe_sglang.units import parse_bytes
 
 FLAG_PREFIX = "--elasticmoe-"
 _ENDPOINT_SCHEMES = ("ipc://", "tcp://")
-ABLATIONS = ("standby", "handles", "zero-copy", "peer-copy")
-"""Mechanisms that `--elasticmoe-ablate` switches off, to measure the effect of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +72,6 @@ class ElasticConfig:
     window_bytes: int = 4 << 20
     """Bytes of one rank's window in the shared region of a process group; larger messages are split."""
 
-    ablate: str = ""
-    """Names from `ABLATIONS`, comma-separated: mechanisms that joining ranks do not use. For measurements only."""
-
     def __post_init__(self) -> None:
         _at_least(self, "ep_size", 1)
         _at_least(self, "max_ep_size", 1)
@@ -88,7 +83,6 @@ class ElasticConfig:
                 _at_least(self, name, 1)
         for name in ("prepare_deadline_s", "commit_deadline_s", "finish_deadline_s", "collective_deadline_s"):
             _is_duration(self, name)
-        _are_ablations(self.ablate)
         self.headroom_bytes(1 << 40)
         self.mps_percentage()
         if self.ep_size > self.max_ep_size:
@@ -133,11 +127,6 @@ class ElasticConfig:
     def device_of(self, rank: int) -> int:
         """The device of `rank`."""
         return rank // self.ranks_per_device
-
-    @property
-    def ablations(self) -> frozenset[str]:
-        """`ablate` as a set."""
-        return frozenset(filter(None, self.ablate.split(",")))
 
     @property
     def num_devices(self) -> int:
@@ -247,7 +236,6 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         "Bytes per second that one rank may pull during a change, like 1GiB. Default: no limit.",
     )
     add("window_bytes", _size, "SIZE", "Shared window of one rank for collectives. Default: 4MiB.")
-    group.add_argument(flag("ablate"), dest=_destination("ablate"), default=None, help=argparse.SUPPRESS)
     for field, what in (
         ("prepare_deadline_s", "boot and column pulls of a change before it is rolled back"),
         ("commit_deadline_s", "all ranks to meet at the commit barrier"),
@@ -272,15 +260,6 @@ def _at_least(config: ElasticConfig, name: str, least: int) -> None:
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserInputError(f"{flag(name)} must be a whole number of at least {least}, not {value!r}")
-
-
-def _are_ablations(text: str) -> None:
-    names = text.split(",") if text else []
-    known = f"Known: {', '.join(ABLATIONS)}, comma-separated"
-    if unknown := [name for name in names if name not in ABLATIONS]:
-        raise UserInputError(f"{flag('ablate')} does not know {', '.join(map(repr, unknown))}", hint=known)
-    if {"handles", "zero-copy"} <= set(names):
-        raise UserInputError(f"{flag('ablate')} takes either handles or zero-copy", hint="They exclude each other")
 
 
 def _is_duration(config: ElasticConfig, name: str) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from benchmarks.scaling.ablation import ABLATIONS
 from benchmarks.scaling.figures import Slo
 from benchmarks.scaling.runner import RunPlan
 from benchmarks.scaling.schedule import Schedule
 from benchmarks.scaling.servers import ServerSettings
 from benchmarks.scaling.workload import Lengths, Workload
-from elasticmoe_sglang.config import ABLATIONS, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,4 +178,4 @@ class Experiment:
             boot_limit_s=self.boot_limit_s,
             args=self.server_args,
         )
-        return replace(settings, elastic_args=(flag("ablate"), ablation)) if ablation else settings
+        return replace(settings, without=(ablation,)) if ablation else settings

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.scaling.ablation import environment
 from benchmarks.scaling.clock import Clock
 from benchmarks.scaling.records import ChangeRecord, DevicePeak, Holding
 from benchmarks.scaling.servers import Instance, ServerSettings
@@ -117,7 +118,10 @@ class Method(ABC):
     def _instance(self, args: list[str], *, plain: bool, size: int) -> Instance:
         log = self.settings.log_dir / f"{self.name}-{self._generation}.log"
         limit = self.settings.boot_limit_s if self._generation else FIRST_BOOT_S
-        instance = Instance(args, plain=plain, generation=self._generation, size=size, log=log, start_timeout_s=limit)
+        env = {} if plain else environment(self.settings.without)
+        instance = Instance(
+            args, plain=plain, generation=self._generation, size=size, log=log, start_timeout_s=limit, env=env
+        )
         self._generation += 1
         return instance
 

@@ -18,7 +18,7 @@ class ServerSettings:
     Attributes:
         kv_tokens: size of each rank's KV pool.
         args: further SGLang flags.
-        elastic_args: further flags of `elasticmoe serve`, for the elastic method only.
+        without: mechanisms that joining ranks do without, for the elastic method only.
         log_dir: each server's output goes there.
         boot_limit_s: for a server that starts during the run; the change is given up then.
     """
@@ -28,7 +28,7 @@ class ServerSettings:
     kv_tokens: int
     log_dir: Path
     args: tuple[str, ...] = ()
-    elastic_args: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     boot_limit_s: float = 150.0
 
     def common(self, kv_tokens: int) -> list[str]:
@@ -51,7 +51,7 @@ class ServerSettings:
 
     def elastic(self, size: int, capacity: int) -> list[str]:
         sizes = ["--ep-size", str(size), "--max-ep-size", str(capacity)]
-        return [*sizes, *self.elastic_args, *self.common(self.kv_tokens)]
+        return [*sizes, *self.common(self.kv_tokens)]
 
 
 class Instance(ElasticServer):

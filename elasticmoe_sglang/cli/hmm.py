@@ -23,4 +23,4 @@ def run(args: argparse.Namespace) -> int:
     """Run until a signal ends it."""
     from elasticmoe_sglang.hmm.__main__ import main
 
-    return main(args.rest)
+    return main(args.rest, prog="elasticmoe hmm")

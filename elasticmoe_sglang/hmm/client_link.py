@@ -201,7 +201,7 @@ class HmmLink:
         except OSError as error:
             raise HmmUnavailable(
                 f"no HMM answers at {self._endpoint.url}: {error.strerror}",
-                hint=f"Start one: elasticmoe hmm --endpoint {self._endpoint.url} --budget 2GiB",
+                hint=f"Start one: elasticmoe hmm --endpoint {self._endpoint.url}",
             ) from error
 
     def _exchange(

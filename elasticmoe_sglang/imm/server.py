@@ -39,7 +39,10 @@ _FROM_CHILD: Codec[to_imm.StandbyReady | WorkerNote] = Codec(to_imm.StandbyReady
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends."""
+    """Ask the kernel to kill this process when its parent ends, and leave it to the parent when that is: Ctrl-C and a
+    supervisor's SIGTERM may go to the whole process group, and running requests need this process until they end."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -182,10 +185,8 @@ class ImmServer:
 
     def _forget_parent_state(self) -> None:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, *_CHILD_COMPLAINTS, signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGCHLD, *_CHILD_COMPLAINTS):
             signal.signal(number, signal.SIG_DFL)
-        # Ctrl-C goes to the whole foreground group; the launcher decides what ends when.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._selector.close()
         self._listener.close()
         os.close(self._wake_read)

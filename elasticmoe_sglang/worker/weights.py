@@ -46,7 +46,6 @@ class WorkerWeights:
     client: this process's HMM client.
     rank, device: whose memory this is.
     bytes_per_second: limit for copies during a change; None for no limit.
-    peers: copy from other devices what they hold; without (an ablation), a joining rank reads the checkpoint instead.
     """
 
     def __init__(
@@ -57,14 +56,12 @@ class WorkerWeights:
         device: int,
         bytes_per_second: int | None,
         deadline_s: float,
-        peers: bool = True,
     ) -> None:
         self._client = client
         self._rank = rank
         self._device = device
         self._limit = bytes_per_second
         self._deadline_s = deadline_s
-        self._peers = peers
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._pending_seal: list[int] = []
@@ -103,13 +100,12 @@ class WorkerWeights:
         self.columns = ColumnSpace(backend, spec.num_columns, columns.column_bytes, device=self._device)
         self.dense = DenseSpace(backend, dense, device=self._device)
         self.slot_table = torch.full((spec.num_columns + 1,), -1, dtype=torch.int32, device=table_device)
-        joining_rank = txn is not None
-        load_dense = self._attach_dense(txn, dense_source, fill_dense, self._peers or not joining_rank)
+        load_dense = self._attach_dense(txn, dense_source, fill_dense)
         load_columns = self._attach_columns(owned, txn)
         self.switch(owned)
         return Attached(load_columns=load_columns, load_dense=load_dense)
 
-    def _attach_dense(self, txn: str | None, source_device: int, fill: bool, peers: bool) -> bool:
+    def _attach_dense(self, txn: str | None, source_device: int, fill: bool) -> bool:
         if txn is None and not fill and source_device == self._device:
             self._await_block()  # at a server's start the rank that fills it allocates it
         [block, new] = self._dense_block(txn)
@@ -118,9 +114,6 @@ class WorkerWeights:
         if not new:
             self._client.wait_sealed([block.block_id], self._deadline_s)
             return False
-        if not peers:
-            self._pending_seal.append(block.block_id)
-            return True
         sources = [
             other for other in self._client.lookup(kind="dense") if other.device != self._device and other.sealed
         ]
@@ -166,9 +159,7 @@ class WorkerWeights:
     def _attach_columns(self, owned: Sequence[int], txn: str | None) -> frozenset[int]:
         known = self._client.lookup(kind="column", columns=list(owned)) if owned else []
         here = {block.column: block for block in known if block.device == self._device and block.sealed}
-        elsewhere = {
-            block.column: block for block in known if self._peers and block.device != self._device and block.sealed
-        }
+        elsewhere = {block.column: block for block in known if block.device != self._device and block.sealed}
         self._map(list(here.values()))
         missing = [column for column in owned if column not in here]
         self.pull({column: elsewhere[column].device for column in missing if column in elsewhere}, txn)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.hmm.client import HmmClient
 
 _MPS_CONTROL = "nvidia-cuda-mps-control"
 _MPS_FOLDERS = ("/usr/bin", "/usr/local/nvidia/bin")
@@ -62,6 +63,31 @@ def check_devices(config: ElasticConfig) -> None:
             f"{config.ranks_per_device} ranks a GPU need NVIDIA's MPS, which is not running: the ranks' kernels would "
             "run in turns, each waiting for the others' time slices",
             hint=_START_MPS,
+        )
+
+
+def check_hmm(config: ElasticConfig) -> None:
+    """Looks at an HMM that was started apart.
+
+    Raises:
+        UserInputError: it has another kind of memory than the server computes on, or fewer devices than the ranks take.
+        HmmUnavailable: nobody answers there.
+    """
+    if config.hmm_endpoint is None:
+        return
+    with HmmClient(config.hmm_endpoint, name="launch") as client:
+        backend, found = client.connect().backend, len(client.status().devices)
+    if backend != memory_backend():
+        raise UserInputError(
+            f"the HMM at {config.hmm_endpoint} has memory of kind {backend}, and the server needs {memory_backend()}",
+            hint=f"Start the HMM with --backend {memory_backend()}",
+        )
+    if found < config.num_devices:
+        raise UserInputError(
+            f"{config.max_ep_size} ranks, {config.ranks_per_device} a device, need {config.num_devices} devices, and "
+            f"the HMM at {config.hmm_endpoint} has {found}",
+            hint=f"Start the HMM with --devices {config.num_devices}, or put more ranks on a device: "
+            "--elasticmoe-ranks-per-device",
         )
 
 

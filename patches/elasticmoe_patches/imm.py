@@ -11,10 +11,12 @@ import os
 import sys
 
 from elasticmoe_patches.worker.preload import preload
-from elasticmoe_patches.worker.program import become_standby, fresh_worker_main, never_forked, worker_main
+from elasticmoe_patches.worker.program import become_standby, never_forked, worker_main
 from elasticmoe_sglang.imm.server import ImmServer, die_with_parent
 from elasticmoe_sglang.runtime import current_runtime
 from elasticmoe_sglang.worker.idle import create_doorbells
+
+logger = logging.getLogger("elasticmoe_patches.imm")  # this file is __main__
 
 
 def main() -> None:
@@ -27,12 +29,10 @@ def main() -> None:
     config = runtime.config
     create_doorbells(config.max_ep_size)
     path, capacity = runtime.paths.imm_socket, config.max_ep_size
-    cold = "standby" in config.ablations
     if sys.argv[1:] == ["cuda"]:
-        standbys = 0 if cold else config.standbys
-        ImmServer(path, never_forked, standbys=standbys, capacity=capacity, become=become_standby).serve()
+        ImmServer(path, never_forked, standbys=config.standbys, capacity=capacity, become=become_standby).serve()
     preload()
-    ImmServer(path, fresh_worker_main if cold else worker_main, standbys=config.standbys, capacity=capacity).serve()
+    ImmServer(path, worker_main, standbys=config.standbys, capacity=capacity).serve()
 
 
 if __name__ == "__main__":

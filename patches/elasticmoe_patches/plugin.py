@@ -79,11 +79,21 @@ def install_for_process(process: Process) -> tuple[HookSpec, ...]:
 
 
 def verify_for_process(process: Process) -> None:
-    """Check once the server is up that every hook is in place; ends the process and its children where one is not."""
+    """Check once the server is up that every hook is in place, and log it; ends the process and its children where one
+    is not."""
     try:
         preflight.verify_installed(select(process, elastic_scopes()), process)
     except HookError as error:
         preflight.end_process(error)
+    report_hooks(process)
+
+
+def report_hooks(process: Process) -> None:
+    """The one line in the log of each process that says what is in place; to be called where logging is set up."""
+    from elasticmoe_patches.device import memory_backend
+
+    version, count = preflight.sglang_version(), len(select(process, elastic_scopes()))
+    logger.info("%s: %d hooks in SGLang %s, memory backend %s", process, count, version, memory_backend())
 
 
 def elastic_scopes() -> tuple[Scope, ...]:

@@ -15,6 +15,7 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import sys
 import threading
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from elasticmoe_patches.demote import demoted
 from elasticmoe_patches.spec import HookSpec, Process
 from elasticmoe_patches.targets import Target, resolve, resolve_loaded, signature_text
 from elasticmoe_sglang import SUPPORTED_SGLANG
@@ -266,7 +268,8 @@ def _apply(spec: HookSpec) -> _Installed:
     source = HookSource(plugin_name="elasticmoe", dist_name="elasticmoe-sglang")
     # Not register() + apply_hooks(): that swallows errors, and marks the target as patched, after which neither a later
     # hook of ours nor one of another plugin on the same target would ever be applied.
-    HookRegistry._apply_target(spec.target, [(HookType(spec.kind), _load_hook(spec), source)])
+    with demoted(HookRegistry.__module__, logging.INFO):  # a line a hook; `plugin.report_hooks` says it in one
+        HookRegistry._apply_target(spec.target, [(HookType(spec.kind), _load_hook(spec), source)])
     after = resolve(spec.target)
     setattr(after.function, MARK, (*_marks(after), spec.hook))
     _rebind(spec, after.raw)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import logging
 import os
 import signal
@@ -138,7 +139,10 @@ class Services:
         self._tokenizer: Any = None
         self._early: list[Incoming] = []
         self._workers: Workers | None = None
+        self._coordinator: Coordinator | None = None
         self._failover: FailoverController | None = None
+        self._closing: concurrent.futures.Future[None] | None = None
+        self._ends = False
         self._channel = WorkerChannel(
             runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._deliver, self._end_server
         )
@@ -177,7 +181,8 @@ class Services:
         """Called before the HTTP server starts, when all first ranks serve. The coordinator runs in `loop`."""
         self._tokenizer = tokenizer_manager
         self._channel_open.result(_HELLO_DEADLINE_S)
-        return self._call(self._make_coordinator()).result(_HELLO_DEADLINE_S)
+        self._coordinator = self._call(self._make_coordinator()).result(_HELLO_DEADLINE_S)
+        return self._coordinator
 
     async def _make_coordinator(self) -> Coordinator:
         config = self.runtime.config
@@ -245,8 +250,30 @@ class Services:
     # -- the end --------------------------------------------------------------------------------------------------
 
     def _ending(self) -> bool:
-        """Whether SGLang is shutting down gracefully (SIGTERM): all processes end, and none is to be replaced."""
-        return self._tokenizer is not None and bool(self._tokenizer.gracefully_exit)
+        """All processes end, and none is to be replaced."""
+        return self._ends
+
+    def refuse_changes(self) -> None:
+        """The server is to stop when its requests have ended. Until then a worker or an HMM that dies is replaced; a
+        change that is still preparing is rolled back."""
+        if self._coordinator is not None:
+            self._closing = self._call(self._coordinator.close())
+
+    async def begin_to_end(self) -> None:
+        """The last request has ended. Returns when no change runs, so that all workers can be told to end."""
+        if self._closing is not None:
+            deadline_s = self.runtime.config.commit_deadline_s
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(self._closing), deadline_s)
+            except asyncio.TimeoutError:
+                logger.warning("the change that runs did not end within %g s and is given up", deadline_s)
+                self.ends()
+                self._imm.kill()
+        self.ends()
+
+    def ends(self) -> None:
+        """From here on nobody is missed."""
+        self._ends = True
 
     def _end_server(self, sentence: str) -> None:
         """End the server through SGLang's handler of SIGQUIT, which kills the process tree."""
@@ -270,6 +297,12 @@ def start_services() -> Services:
     assert _services is None, "one elastic server a process"
     _services = Services(runtime)
     return _services
+
+
+def server_ends() -> None:
+    """SGLang ends this server's processes, whatever the reason."""
+    if _services is not None:
+        _services.ends()
 
 
 def services() -> Services:

@@ -111,14 +111,21 @@ class Hooks:
         return iter(self._specs)
 
     def __call__(
-        self, kind: Kind, target: str, *, expires: str, scope: Scope | None = None, rebind: tuple[str, ...] = ()
+        self,
+        kind: Kind,
+        target: str,
+        *,
+        expires: str,
+        scope: Scope | None = None,
+        processes: frozenset[Process] | None = None,
+        rebind: tuple[str, ...] = (),
     ) -> Callable[[_FunctionT], _FunctionT]:
         """Declare the decorated function as a hook. The first paragraph of its docstring is the hook's reason.
 
         Args:
             target: name and signature in SGLang's module, `Class.method(self, x=1)`; `name: type` for what cannot be
                 called.
-            rebind: see `HookSpec`.
+            scope, processes: of this hook; None: the module's. rebind: see `HookSpec`.
         """
         name = target.partition("(")[0].partition(":")[0]
 
@@ -132,7 +139,7 @@ class Hooks:
                 reason=" ".join(reason.split()),
                 expires=expires,
                 scope=scope or self._scope,
-                processes=self._processes,
+                processes=processes or self._processes,
                 rebind=rebind,
             )
             self._specs.append(spec)

@@ -752,7 +752,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     from elasticmoe_sglang.hmm.__main__ import parse_config
 
     endpoint = f"ipc://{tmp_path}/h"
-    config = parse_config(["--endpoint", endpoint, "--budget", "2GiB", "--devices", "3"])
+    config = parse_config(["--endpoint", endpoint, "--budget", "2GiB", "--devices", "3", "--backend", "cpu"])
     assert config == HmmConfig(endpoint=endpoint, budgets=(2 << 30,) * 3)
     assert parse_config(["--endpoint", endpoint, "--budget", "1MiB,2MiB"]).budgets == (MIB, 2 * MIB)
     assert parse_config(["--endpoint", endpoint, "--budget", "1MiB", "--exit-with-parent"]).exit_with_parent

@@ -128,6 +128,19 @@ def test_a_killed_rank_reports_its_signal(imm) -> None:
     assert (exited.pid, exited.status) == (pid, -signal.SIGKILL)
 
 
+def test_signals_to_the_whole_group_end_neither_the_imm_nor_its_children(imm) -> None:
+    """Ctrl-C and a supervisor's SIGTERM: running requests need them until the launcher ends."""
+    process, client = imm
+    assign(client, 1, "hang")
+    expect(client, WorkerNote)
+    found = population(client, lambda p: len(p.standbys) == STANDBYS)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for pid in (process.pid, *found.ranks.values(), *found.standbys):
+            os.kill(pid, number)
+    time.sleep(0.2)
+    assert population(client) == found and process.poll() is None
+
+
 def test_many_ends_at_once_do_not_harm_the_imm(imm) -> None:
     """Line closed and death noticed in one round of the loop once ended the IMM, and with it every rank."""
     process, client = imm

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.scaling.ablation import environment
 from elasticmoe_sglang.tiny_model import make_tiny_model
 from tests.helpers.server import SglangServer
 
@@ -17,8 +18,8 @@ def test_a_joining_rank_that_does_without(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model")
     args = ["--model-path", model, "--device", "cpu", "--max-total-tokens", "4096", "--skip-server-warmup"]
     args += ["--elasticmoe-ep-size", "1", "--elasticmoe-max-ep-size", "2"]
-    args += ["--elasticmoe-ablate", "standby,peer-copy,handles"]
-    with SglangServer(args, log=tmp_path / "server.log", start_timeout_s=400) as server:
+    env = environment(["standby", "peer-copy", "handles"])
+    with SglangServer(args, log=tmp_path / "server.log", start_timeout_s=400, env=env) as server:
         prompts = [f"import os  # {number}" for number in range(4)]
         expected = [server.generate(prompt, 16)["output_ids"] for prompt in prompts]
         change = server.post("/scale_elastic_ep", {"new_ep_size": 2, "wait": True}, timeout_s=300).json()

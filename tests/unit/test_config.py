@@ -45,7 +45,6 @@ def test_flags_reach_their_fields() -> None:
         "pull_bandwidth": ("1GiB", 1 << 30),
         "collective_deadline_s": ("9", 9.0),
         "window_bytes": ("64KiB", 64 << 10),
-        "ablate": ("standby,peer-copy", "standby,peer-copy"),
     }
     assert values.keys() == {field.name for field in fields(ElasticConfig)}
     config = parse(*(part for name, (text, _) in values.items() for part in (flag(name), text)))
@@ -83,7 +82,7 @@ def test_help_names_every_field() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     text = parser.format_help()
-    assert all(flag(field.name) in text for field in fields(ElasticConfig) if field.name != "ablate")
+    assert all(flag(field.name) in text for field in fields(ElasticConfig))
 
 
 def test_flag_names() -> None:
@@ -154,17 +153,3 @@ def test_a_bad_size_ends_argparse_with_its_sentence(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         parse("--elasticmoe-device-budget", "lots")
     assert "'lots' is not a size" in capsys.readouterr().err
-
-
-def test_ablations() -> None:
-    assert ElasticConfig(ep_size=1, max_ep_size=2).ablations == frozenset()
-    assert ElasticConfig(ep_size=1, max_ep_size=2, ablate="handles,standby").ablations == {"handles", "standby"}
-    for wrong in ("cache", "standby,", "handles,zero-copy"):
-        with pytest.raises(UserInputError, match="ablate"):
-            ElasticConfig(ep_size=1, max_ep_size=2, ablate=wrong)
-
-
-def test_ablations_are_not_shown_to_users() -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    assert flag("ablate") not in parser.format_help()

@@ -9,7 +9,8 @@ import pytest
 
 from elasticmoe_patches import device
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.errors import HmmUnavailable, UserInputError
+from elasticmoe_sglang.hmm.process import spawn_hmm
 
 SHARED = ElasticConfig(ep_size=1, max_ep_size=4, ranks_per_device=4)
 
@@ -67,3 +68,18 @@ def test_a_rank_a_gpu_needs_no_mps_but_as_many_gpus(one_gpu: Path) -> None:
     device.check_devices(ElasticConfig(ep_size=1, max_ep_size=1))
     with pytest.raises(UserInputError, match="need 4 GPUs, not 1"):
         device.check_devices(ElasticConfig(ep_size=1, max_ep_size=4))
+
+
+def test_an_hmm_of_ones_own_must_fit_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = f"ipc://{tmp_path}/h/hmm.sock"
+    four = ElasticConfig(ep_size=1, max_ep_size=4, hmm_endpoint=endpoint)
+    with pytest.raises(HmmUnavailable, match="elasticmoe hmm --endpoint"):
+        device.check_hmm(four)
+    with spawn_hmm(endpoint, [1 << 20]):
+        with pytest.raises(UserInputError, match=r"need 4 devices, and the HMM at .* has 1\b.*--devices 4"):
+            device.check_hmm(four)
+        device.check_hmm(ElasticConfig(ep_size=1, max_ep_size=4, ranks_per_device=4, hmm_endpoint=endpoint))
+        monkeypatch.setattr(device, "on_cuda", lambda: True)
+        with pytest.raises(UserInputError, match="memory of kind cpu, and the server needs cuda"):
+            device.check_hmm(four)
+    device.check_hmm(SHARED)

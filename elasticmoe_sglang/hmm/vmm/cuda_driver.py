@@ -108,3 +108,11 @@ def load() -> CudaDriver:
     except RuntimeError as error:  # how cuda-bindings says that libcuda.so.1 cannot be loaded
         raise DeviceFault(f"there is no NVIDIA driver: {error}", code=0, hint=_NO_DRIVER) from error
     return driver
+
+
+def total_memory() -> list[int]:
+    """Bytes of each GPU that this process sees, device number = index. Makes no context. Raises DriverError as `load`
+    does."""
+    driver = load()
+    count = int(driver("cuDeviceGetCount"))
+    return [int(driver("cuDeviceTotalMem", driver("cuDeviceGet", device))) for device in range(count)]

@@ -7,12 +7,12 @@ import os
 import sys
 from typing import Any
 
-from elasticmoe_patches.device import check_devices, on_cuda
+from elasticmoe_patches.device import check_devices, check_hmm, on_cuda
 from elasticmoe_patches.launch import shape_arguments
 from elasticmoe_patches.plugin import install_for_process
 from elasticmoe_patches.spec import MAIN, Hooks
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
-from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.errors import HmmUnavailable, UserInputError
 from elasticmoe_sglang.runtime import new_runtime
 
 HOOKS = hook = Hooks(__name__, MAIN, scope="flags")
@@ -36,8 +36,9 @@ def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
             return
         shape_arguments(args, config)
         check_devices(config)
+        check_hmm(config)
         runtime = new_runtime(config)
-    except UserInputError as error:
+    except (UserInputError, HmmUnavailable) as error:
         print(f"elasticmoe: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     runtime.export()

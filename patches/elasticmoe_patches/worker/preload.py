@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from elasticmoe_patches.plugin import install_for_process
+import logging
+
+from elasticmoe_patches.demote import demoted
+from elasticmoe_patches.plugin import install_for_process, report_hooks
+
+logger = logging.getLogger(__name__)
 
 
 def preload() -> None:
     """Import what a scheduler imports, also what it imports only when it starts; nothing here may start a thread or
     touch a device."""
     install_for_process("standby")
+    report_hooks("standby")
     import sglang.srt.constrained.xgrammar_backend
     import sglang.srt.distributed.device_communicators.custom_all_reduce
     import sglang.srt.dllm.algorithm
     import sglang.srt.layers.moe.fused_moe_triton.layer
     import sglang.srt.managers.scheduler
     import sglang.srt.model_loader.loader
-    import sglang.srt.models.registry  # every model: seconds that a joining rank need not wait for
+
+    with demoted("sglang.srt.models.registry", logging.WARNING) as skipped:  # each by its name
+        import sglang.srt.models.registry  # every model: seconds that a joining rank need not wait for
+    logger.debug("%d of SGLang's model files cannot be imported on this machine", skipped.count)
 
     if tree_core() == "rust":
         import sglang.srt.mem_cache.rust_tree_core.adapter  # noqa: F401

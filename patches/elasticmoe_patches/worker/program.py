@@ -1,9 +1,9 @@
 """The worker's process: what a standby does once it is assigned a rank, as a fork of the IMM or a program of its own.
 
 The program, `python -m elasticmoe_patches.worker.program`, replaces a forked child and keeps its pid, so that neither
-the IMM nor anybody else sees a difference but the time. Two uses: standbys on NVIDIA GPUs, because SGLang's kernels
-initialise CUDA when they are imported and CUDA does not survive a fork; and a joining rank without a standby, for the
-ablation of that name. SGLang is imported inside functions only: an IMM for GPUs imports this module and not SGLang.
+the IMM nor anybody else sees a difference but the time. Standbys on NVIDIA GPUs are such programs, because SGLang's
+kernels initialise CUDA when they are imported and CUDA does not survive a fork. SGLang is imported inside functions
+only: an IMM for GPUs imports this module and not SGLang.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from elasticmoe_patches.worker.preload import preload
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.server import StandbyChannel
 from elasticmoe_sglang.runtime import current_runtime
-from elasticmoe_sglang.wire.seqpacket import MAX_PACKET_BYTES
-from elasticmoe_sglang.wire.to_worker import ENTER, Enter
+from elasticmoe_sglang.wire.to_worker import Enter
 from elasticmoe_sglang.worker.idle import ENV_DOORBELLS
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,10 @@ class ReadyPipe:
 
 
 def worker_main(channel: StandbyChannel, enter: Enter) -> int:
-    """Run SGLang's scheduler for this rank until it retires. Returns the process's exit status.
+    """Run SGLang's scheduler for this rank until it retires or the server is stopped.
+
+    Returns:
+        The process's exit status.
 
     Raises:
         WorkerError: the scheduler ended in another way.
@@ -77,12 +79,14 @@ def worker_main(channel: StandbyChannel, enter: Enter) -> int:
         return 0
     finally:
         worker.close()
+    if worker.stopped:
+        return 0
     raise WorkerError("the scheduler ended", rank=rank, hint="Its traceback is above")
 
 
 def become_standby(channel: StandbyChannel) -> NoReturn:
     """In the forked child: run the program, which imports what a rank needs and then waits at the channel."""
-    _become(channel, [])
+    exec_worker("elasticmoe_patches.worker.program", channel)
 
 
 def never_forked(channel: StandbyChannel, enter: Enter) -> int:
@@ -92,32 +96,23 @@ def never_forked(channel: StandbyChannel, enter: Enter) -> int:
     )
 
 
-def fresh_worker_main(channel: StandbyChannel, enter: Enter) -> int:
-    """In the forked child: the server's first ranks run here, a joining rank becomes a program of its own."""
-    if not enter.join_spec.joining_rank:
-        return worker_main(channel, enter)
-    frame_fd = os.memfd_create("enter", 0)
-    os.write(frame_fd, ENTER.pack(enter))
-    os.lseek(frame_fd, 0, os.SEEK_SET)
-    _become(channel, [frame_fd])
-
-
-def _become(channel: StandbyChannel, frames: list[int]) -> NoReturn:
+def exec_worker(module: str, channel: StandbyChannel, *fds: int) -> NoReturn:
+    """Become `python -m module CHANNEL FD…`, with these descriptors and the doorbells kept open."""
     bells = [int(fd) for fd in os.environ[ENV_DOORBELLS].split(",")]
-    for fd in (channel.sock.fileno(), *frames, *bells):
+    for fd in (channel.sock.fileno(), *fds, *bells):
         os.set_inheritable(fd, True)
-    program = [sys.executable, "-m", "elasticmoe_patches.worker.program", str(channel.sock.fileno()), *map(str, frames)]
+    program = [sys.executable, "-m", module, str(channel.sock.fileno()), *map(str, fds)]
     os.execv(program[0], program)
 
 
 def main() -> None:
-    """The program; its arguments are the descriptors of the channel and, where a rank is assigned already, of that."""
-    channel = StandbyChannel(socket.socket(fileno=int(sys.argv[1])))
-    enter: Enter | None = None
-    if len(sys.argv) > 2:
-        frame_fd = int(sys.argv[2])
-        enter = ENTER.unpack(os.read(frame_fd, MAX_PACKET_BYTES))
-        os.close(frame_fd)
+    """The program; its argument is the descriptor of the channel."""
+    serve(StandbyChannel(socket.socket(fileno=int(sys.argv[1]))))
+
+
+def serve(channel: StandbyChannel, enter: Enter | None = None) -> None:
+    """Import what a rank needs and serve the rank that `enter` or, later, the channel assigns. Returns only if the IMM
+    is gone before that."""
     preload()
     _warm_device()
     if enter is None:

@@ -26,11 +26,11 @@ from elasticmoe_sglang.comm.process_group import init_elastic, install_backend
 from elasticmoe_sglang.comm.region import CollectiveRegion, open_region
 from elasticmoe_sglang.errors import CommitError, ElasticMoEError, WorkerError
 from elasticmoe_sglang.faults import point
+from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.runtime import Runtime
 from elasticmoe_sglang.wire import to_coordinator, to_worker
 from elasticmoe_sglang.wire.to_hmm import ModelSpec
 from elasticmoe_sglang.wire.to_worker import JoinSpec
-from elasticmoe_sglang.worker.ablation import connect
 from elasticmoe_sglang.worker.agent import WorkerAgent
 from elasticmoe_sglang.worker.idle import IdleWait
 from elasticmoe_sglang.worker.kv import WorkerKv
@@ -96,7 +96,8 @@ class Worker:
     inbox, recovery: what other ranks, the coordinator and the tokenizer have sent for the scheduler's thread.
     peer: the socket on which retiring ranks send requests, from `enter_service` on.
     warm_up: called with the scheduler at the top of an iteration instead of reading input; None once it serves.
-    agent: the line to the coordinator.
+    stopped: SGLang left its event loop, because the server is being stopped.
+    agent: the connection to the coordinator.
     """
 
     model: LoadedModel
@@ -109,7 +110,7 @@ class Worker:
         self.rank = join_spec.rank
         self.device = config.device_of(join_spec.rank)
         self._started = time.monotonic()
-        self.client = connect(runtime.hmm_endpoint, name=f"rank-{self.rank}", ablations=config.ablations)
+        self.client = HmmClient(runtime.hmm_endpoint, name=f"rank-{self.rank}")
         region = open_region(self.client, config, runtime.run_id)
         self.region = CollectiveRegion(region.fd, self.rank, timeout_s=config.collective_deadline_s)
         region.close()
@@ -129,7 +130,6 @@ class Worker:
             device=self.device,
             bytes_per_second=config.pull_bandwidth,
             deadline_s=config.prepare_deadline_s,
-            peers="peer-copy" not in config.ablations,
         )
         self.kv: WorkerKv | None = None
         self.idle = IdleWait(self.region)
@@ -140,6 +140,7 @@ class Worker:
         self.inbox = MigrationInbox()
         self.recovery = RecoveryInbox()
         self.warm_up: Callable[[Any], None] | None = None
+        self.stopped = False
         self.agent = WorkerAgent(
             runtime.paths.coordinator_endpoint,
             self.rank,

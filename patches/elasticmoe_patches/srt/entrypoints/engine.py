@@ -41,6 +41,9 @@ def around_launch_detokenizers(
 
 def controller_process(*args: Any, **kwargs: Any) -> None:
     """SGLang's data-parallel controller with our hooks installed; runs in a spawned process."""
+    from elasticmoe_sglang.imm.server import die_with_parent
+
+    die_with_parent()
     install_for_process("dpc")
     from sglang.srt.managers.data_parallel_controller import run_data_parallel_controller_process
 
@@ -67,6 +70,7 @@ def detokenizer_process(server_args: Any, port_args: Any) -> None:
     from sglang.utils import TypeBasedDispatcher
 
     from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq, register_types
+    from elasticmoe_sglang.imm.server import die_with_parent
 
     class ElasticDetokenizerManager(DetokenizerManager):  # type: ignore[misc]
         def init_request_dispatcher(self) -> None:
@@ -74,4 +78,5 @@ def detokenizer_process(server_args: Any, port_args: Any) -> None:
             self._request_dispatcher += TypeBasedDispatcher([(ElasticFenceReq, lambda fence: fence)])
 
     register_types()
+    die_with_parent()
     run_detokenizer_process(server_args, port_args, detokenizer_manager_class=ElasticDetokenizerManager)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 from elasticmoe_patches.plugin import verify_for_process
@@ -21,7 +23,6 @@ def before_setup_and_run(*args: Any, **kwargs: Any) -> None:
 
     All first ranks serve by then, so the coordinator starts here too.
     """
-    from fastapi import Depends
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
@@ -31,14 +32,20 @@ def before_setup_and_run(*args: Any, **kwargs: Any) -> None:
     verify_for_process("main")
     tokenizer_manager = kwargs["tokenizer_manager"] if "tokenizer_manager" in kwargs else args[1]
 
-    async def with_tokenizer_loop() -> None:
-        # Commands are sent and fences received in this event loop; SGLang starts it only with the first request.
-        tokenizer_manager.auto_create_handle_loop()
-
     router = build_router(
         services().start_coordinator(tokenizer_manager),
         protect=auth_level(AuthLevel.ADMIN_OPTIONAL),  # the level of SGLang's own scaling endpoint
-        dependencies=[Depends(with_tokenizer_loop)],
         loop=services().loop,
     )
     mount(app, router)
+    lifespan = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def with_tokenizer_loop(app: Any) -> AsyncIterator[Any]:
+        # Commands leave, fences arrive and signals to stop are handled in this loop; SGLang starts it with the first
+        # request otherwise.
+        tokenizer_manager.auto_create_handle_loop()
+        async with lifespan(app) as state:
+            yield state
+
+    app.router.lifespan_context = with_tokenizer_loop

@@ -74,6 +74,9 @@ def launch_workers(
     """Ranks are forked by the IMM and supervised there; inactive ranks are registered and not started."""
     from sglang.srt.server_args import PortArgs
 
+    from elasticmoe_patches.plugin import report_hooks
+
+    report_hooks("dpc")
     runtime = current_runtime()
     assert runtime is not None
     config = runtime.config

@@ -66,6 +66,7 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
     while True:
         try:
             original(scheduler)
+            worker.stopped = True  # SGLang leaves its event loop only when the server is stopped
             return
         except (CollectiveError, CommitError) as error:  # a rank died in a collective, or the leader at the barrier
             recover(scheduler, worker, error)

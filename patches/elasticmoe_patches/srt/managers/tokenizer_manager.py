@@ -1,13 +1,20 @@
-"""The tokenizer keeps what it sent, and hears the fence behind a retiring rank's last output."""
+"""The tokenizer keeps what it sent, hears the fence behind a retiring rank's last output, and stops the server."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import signal
 from typing import Any
 
 from elasticmoe_patches.journal import remember
 from elasticmoe_patches.spec import MAIN, Hooks
 
 HOOKS = hook = Hooks(__name__, MAIN)
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.1
 
 
 @hook(
@@ -47,3 +54,80 @@ async def around_send_batch_request(original: Any, self: Any, tokenized_objs: An
     for tokenized_obj in tokenized_objs:
         remember(self, tokenized_obj)
     await original(self, tokenized_objs)
+
+
+@hook(
+    "around",
+    "TokenizerManager.auto_create_handle_loop(self)",
+    expires="SGLang's tokenizer handles SIGINT as it handles SIGTERM.",
+)
+def around_auto_create_handle_loop(original: Any, self: Any) -> None:
+    """SIGINT stops the server as SIGTERM does, after its running requests and with our coordinator knowing.
+
+    SGLang leaves SIGINT to uvicorn, which ends by KeyboardInterrupt while our coordinator still serves.
+    """
+    started = self.event_loop is not None
+    original(self)
+    if not started:
+        self.event_loop.add_signal_handler(signal.SIGINT, stop, self)
+
+
+def stop(tokenizer_manager: Any) -> None:
+    """As SIGTERM does: once running requests have ended. A second time they are aborted."""
+    if tokenizer_manager.gracefully_exit:
+        logger.warning("SIGINT again: running requests are aborted")
+        tokenizer_manager.abort_request(abort_all=True)
+    else:
+        logger.warning("SIGINT: the server stops when running requests have ended")
+        tokenizer_manager.gracefully_exit = True
+
+
+@hook(
+    "around",
+    "TokenizerManager.sigterm_watchdog(self)",
+    expires="SGLang waits for the signal instead of polling every five seconds, and tells plugins.",
+)
+async def around_sigterm_watchdog(original: Any, self: Any) -> None:
+    """A server that is stopped ends soon after its last request, and our coordinator knows that its processes end
+    because of that.
+
+    SGLang looks every five seconds whether it is to stop, and as often whether requests still run. Called when it is
+    and none do, it continues at once.
+    """
+    from elasticmoe_patches.services import services
+
+    while not self.gracefully_exit:
+        await asyncio.sleep(_LOOK_S)
+    services().refuse_changes()
+    if self.rid_to_state and not _at_once(self):
+        logger.info("%d requests still run; the server stops when they have ended", len(self.rid_to_state))
+    while self.rid_to_state and not _at_once(self):
+        await asyncio.sleep(_LOOK_S)
+    await services().begin_to_end()
+    await original(self)
+
+
+@hook("around", "TokenizerManager.create_abort_task(self, obj)", expires="SGLang looks before it waits.")
+def around_create_abort_task(original: Any, self: Any, obj: Any) -> Any:
+    """A server that is stopped need not wait two seconds for requests that were answered.
+
+    SGLang waits so long after every streamed response before it looks what is left of the request to abort, and the
+    HTTP server waits for that before it ends.
+    """
+    from fastapi import BackgroundTasks
+
+    async def abort_what_is_left() -> None:
+        if any(rid in self.rid_to_state for rid in ([obj.rid] if obj.is_single else obj.rid)):
+            await original(self, obj)()
+
+    background = BackgroundTasks()
+    background.add_task(abort_what_is_left)
+    return background
+
+
+def _at_once(tokenizer_manager: Any) -> bool:
+    """SGLang's own reasons not to wait for requests."""
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+    from sglang.srt.utils import get_bool_env_var
+
+    return bool(tokenizer_manager.server_status == ServerStatus.UnHealthy or get_bool_env_var("SGL_FORCE_SHUTDOWN"))

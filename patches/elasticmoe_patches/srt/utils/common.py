@@ -1,10 +1,11 @@
-"""Object broadcasts of a rank that is alone."""
+"""Object broadcasts of a rank that is alone, and the end of the process tree."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from elasticmoe_patches.spec import WORKERS, Hooks
+from elasticmoe_patches.spec import MAIN, WORKERS, Hooks
 from elasticmoe_patches.worker.worker import current_worker
 
 HOOKS = hook = Hooks(__name__, WORKERS)
@@ -24,3 +25,18 @@ def around_broadcast_pyobj(original: Any, data: list[Any], *args: Any, **kwargs:
         return data or []
     result: list[Any] = original(data, *args, **kwargs)
     return result
+
+
+@hook(
+    "before",
+    "kill_process_tree(parent_pid, include_parent=True, skip_pid=None, wait_timeout=60)",
+    expires="SGLang tells plugins that it shuts down.",
+    processes=MAIN,
+)
+def before_kill_process_tree(parent_pid: int | None, *_args: Any, **_kwargs: Any) -> None:
+    """However SGLang ends the server: the coordinator must not take the end of the HMM and the IMM for a fault and
+    start them anew."""
+    from elasticmoe_patches.services import server_ends
+
+    if parent_pid in (None, os.getpid()):
+        server_ends()

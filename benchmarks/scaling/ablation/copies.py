@@ -55,19 +55,17 @@ def _memory(address: int, nbytes: int) -> memoryview:
     return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
-def connect(endpoint: str, *, name: str, ablations: Set[str]) -> HmmClient:
-    """A rank's client of the HMM, with the backend that the ablations select.
+def chosen_copies(without: Set[str]) -> CpuBackend | None:
+    """The backend that leaves out what is named; None where copies are made as ever."""
+    dearer = {"zero-copy": StagedCopies, "handles": StreamedCopies}
+    return next((backend() for name, backend in dearer.items() if name in without), None)
 
-    Raises:
-        UserInputError: an ablation of copies, but the HMM's backend is not the CPU.
-    """
-    slower = {"zero-copy": StagedCopies, "handles": StreamedCopies}
-    chosen = next((backend for ablation, backend in slower.items() if ablation in ablations), None)
-    client = HmmClient(endpoint, name=name, backend=chosen() if chosen is not None else None)
-    if chosen is not None and (backend := client.connect().backend) != "cpu":
+
+def require_cpu(client: HmmClient) -> None:
+    """Raises UserInputError where the HMM's memory is not the CPU's."""
+    if (backend := client.connect().backend) != "cpu":
         client.close()
         raise UserInputError(
-            f"--elasticmoe-ablate {','.join(sorted(ablations))} works with the CPU backend only, not with {backend}",
-            hint="Leave it out: it is for measurements",
+            f"handles and zero-copy can be left out on the CPU's memory, not on {backend}",
+            hint="Leave --without out: it is for measurements",
         )
-    return client

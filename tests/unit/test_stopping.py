@@ -1,0 +1,146 @@
+"""Stopping a server, without one: what the main process does between the signal and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from elasticmoe_patches import services as services_module
+from elasticmoe_patches.services import Services
+from elasticmoe_patches.srt.entrypoints.http_server import mount
+from elasticmoe_patches.srt.managers import tokenizer_manager as hooks
+from elasticmoe_patches.srt.utils.common import before_kill_process_tree
+from elasticmoe_sglang.config import ElasticConfig
+from tests.helpers.fake_cluster import FakeCluster
+
+
+class Tokenizer:
+    """As much of SGLang's as the hooks touch."""
+
+    def __init__(self) -> None:
+        self.gracefully_exit = False
+        self.rid_to_state: dict[str, object] = {}
+        self.server_status = "Up"
+        self.event_loop: Any = None
+        self.aborted = False
+        self.loops = 0
+
+    def abort_request(self, *, abort_all: bool) -> None:
+        self.aborted = abort_all
+
+    def auto_create_handle_loop(self) -> None:
+        self.loops += 1
+
+
+def make_services(closing: concurrent.futures.Future[None] | None) -> Services:
+    """Services that have started nothing."""
+    services = object.__new__(Services)
+    services.runtime = SimpleNamespace(config=ElasticConfig(ep_size=1, max_ep_size=2, commit_deadline_s=0.2))  # type: ignore[assignment]
+    services.coordinator = None
+    services._closing = closing
+    services._ends = False
+    services._imm = SimpleNamespace(kill=lambda: killed.append("imm"))  # type: ignore[assignment]
+    return services
+
+
+killed: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def services(monkeypatch: pytest.MonkeyPatch) -> Services:
+    killed.clear()
+    made = make_services(None)
+    monkeypatch.setattr(services_module, "_services", made)
+    return made
+
+
+def test_requests_are_waited_for_and_then_sglang_goes_on_at_once(services: Services) -> None:
+    async def run() -> list[str]:
+        tokenizer, seen = Tokenizer(), []
+
+        async def original(_self: Tokenizer) -> None:
+            seen.append(f"requests {len(tokenizer.rid_to_state)}, ending {services._ending()}")
+
+        task = asyncio.create_task(hooks.around_sigterm_watchdog(original, tokenizer))
+        tokenizer.rid_to_state["a"] = object()
+        await asyncio.sleep(0.3)
+        hooks.stop(tokenizer)
+        await asyncio.sleep(0.3)
+        seen.append("draining" if not services._ending() else "ending")
+        tokenizer.rid_to_state.clear()
+        await asyncio.wait_for(task, 1)
+        return seen
+
+    assert asyncio.run(run()) == ["draining", "requests 0, ending True"]
+
+
+def test_a_second_interrupt_aborts_what_runs() -> None:
+    tokenizer = Tokenizer()
+    hooks.stop(tokenizer)
+    assert tokenizer.gracefully_exit and not tokenizer.aborted
+    hooks.stop(tokenizer)
+    assert tokenizer.aborted
+
+
+def test_sigint_is_handled_from_the_start_of_the_loop() -> None:
+    async def run() -> bool:
+        tokenizer = Tokenizer()
+
+        def original(self: Tokenizer) -> None:
+            self.event_loop = asyncio.get_running_loop()
+
+        hooks.around_auto_create_handle_loop(original, tokenizer)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.1)
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+        return tokenizer.gracefully_exit
+
+    assert asyncio.run(run())
+
+
+def test_the_loop_starts_with_the_server_and_not_with_its_first_request() -> None:
+    app, tokenizer = FastAPI(), Tokenizer()
+    mount(app, FakeCluster().coordinator(), tokenizer)
+    with TestClient(app):
+        assert tokenizer.loops == 1
+
+
+@pytest.mark.parametrize(("left", "waited"), [([], 0), (["b"], 1)])
+def test_a_request_that_was_answered_is_not_waited_for(left: list[str], waited: int) -> None:
+    tokenizer, waits = Tokenizer(), []
+    tokenizer.rid_to_state = dict.fromkeys(left, object())
+
+    def original(_self: Tokenizer, _obj: object) -> Any:
+        async def abort() -> None:
+            waits.append("two seconds")
+
+        return abort
+
+    obj = SimpleNamespace(is_single=False, rid=["a", "b"])
+    asyncio.run(hooks.around_create_abort_task(original, tokenizer, obj)())
+    assert len(waits) == waited
+
+
+def test_a_change_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    services = make_services(concurrent.futures.Future())
+    asyncio.run(services.begin_to_end())
+    assert services._ending() and killed == ["imm"]
+    services = make_services(done := concurrent.futures.Future())
+    done.set_result(None)
+    asyncio.run(services.begin_to_end())
+    assert services._ending() and killed == ["imm"]
+
+
+def test_the_coordinator_knows_when_sglang_kills_its_own_tree(services: Services) -> None:
+    before_kill_process_tree(os.getpid() + 1)
+    assert not services._ending()
+    before_kill_process_tree(os.getpid(), include_parent=False)
+    assert services._ending()
