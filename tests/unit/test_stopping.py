@@ -15,11 +15,12 @@ from fastapi.testclient import TestClient
 
 from elasticmoe_patches import services as services_module
 from elasticmoe_patches.services import Services
-from elasticmoe_patches.srt.entrypoints.http_server import mount
+from elasticmoe_patches.srt.entrypoints.http_server import start_with_server
 from elasticmoe_patches.srt.managers import tokenizer_manager as hooks
 from elasticmoe_patches.srt.utils.common import before_kill_process_tree
 from elasticmoe_sglang.config import ElasticConfig
-from tests.helpers.fake_cluster import FakeCluster
+
+pytestmark = pytest.mark.process
 
 
 class Tokenizer:
@@ -44,7 +45,7 @@ def make_services(closing: concurrent.futures.Future[None] | None) -> Services:
     """Services that have started nothing."""
     services = object.__new__(Services)
     services.runtime = SimpleNamespace(config=ElasticConfig(ep_size=1, max_ep_size=2, commit_deadline_s=0.2))  # type: ignore[assignment]
-    services.coordinator = None
+    services._coordinator = None
     services._closing = closing
     services._ends = False
     services._imm = SimpleNamespace(kill=lambda: killed.append("imm"))  # type: ignore[assignment]
@@ -108,7 +109,7 @@ def test_sigint_is_handled_from_the_start_of_the_loop() -> None:
 
 def test_the_loop_starts_with_the_server_and_not_with_its_first_request() -> None:
     app, tokenizer = FastAPI(), Tokenizer()
-    mount(app, FakeCluster().coordinator(), tokenizer)
+    start_with_server(app, tokenizer.auto_create_handle_loop)
     with TestClient(app):
         assert tokenizer.loops == 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from elasticmoe_patches.plugin import verify_for_process
@@ -38,14 +38,21 @@ def before_setup_and_run(*args: Any, **kwargs: Any) -> None:
         loop=services().loop,
     )
     mount(app, router)
+    start_with_server(app, tokenizer_manager.auto_create_handle_loop)
+
+
+def start_with_server(app: Any, start: Callable[[], None]) -> None:
+    """Call `start` in the event loop of a FastAPI application once it serves.
+
+    For the tokenizer's loop: commands leave, fences arrive and signals to stop are handled there, and SGLang starts it
+    only with the first request.
+    """
     lifespan = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
-    async def with_tokenizer_loop(app: Any) -> AsyncIterator[Any]:
-        # Commands leave, fences arrive and signals to stop are handled in this loop; SGLang starts it with the first
-        # request otherwise.
-        tokenizer_manager.auto_create_handle_loop()
+    async def started(app: Any) -> AsyncIterator[Any]:
+        start()
         async with lifespan(app) as state:
             yield state
 
-    app.router.lifespan_context = with_tokenizer_loop
+    app.router.lifespan_context = started
