@@ -19,7 +19,7 @@ from tests.helpers.corpus import Case
 from tests.helpers.elastic import ElasticServer, commit_time
 from tests.helpers.load import Load, Pump, Stream, settled
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 EXPERTS = 16
 STREAMS = 6

@@ -25,7 +25,7 @@ from elasticmoe_sglang.tiny_model import make_tiny_model
 from tests.helpers.elastic import ElasticServer
 from tests.helpers.load import Load, settled
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 PROMPT = list(range(5, 40))
 TOKENS = 300

@@ -12,6 +12,9 @@ from elasticmoe_patches.srt.configs.update_config import keep_config
 from elasticmoe_patches.srt.eplb.expert_location import around_init_common
 from elasticmoe_sglang.errors import UnsupportedFeature
 
+pytestmark = pytest.mark.process
+
+
 EXPERTS = 16
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from elasticmoe_sglang.wire.to_worker import CommitCommand
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["msgpack", "pickle"])
 def test_the_commit_travels_in_either_encoding_of_sglang(pickled: bool, monkeypatch: pytest.MonkeyPatch) -> None:

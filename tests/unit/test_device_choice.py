@@ -12,6 +12,9 @@ from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import HmmUnavailable, UserInputError
 from elasticmoe_sglang.hmm.process import spawn_hmm
 
+pytestmark = pytest.mark.process
+
+
 SHARED = ElasticConfig(ep_size=1, max_ep_size=4, ranks_per_device=4)
 
 

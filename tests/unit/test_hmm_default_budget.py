@@ -19,6 +19,9 @@ from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.vmm import cuda_driver
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
 
+pytestmark = pytest.mark.process
+
+
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 ENDPOINT = ["--endpoint", "ipc:///nowhere/hmm.sock"]
 GPUS = [80 << 30, 141 << 30]

@@ -10,6 +10,9 @@ import pytest
 
 from elasticmoe_patches.worker import preload
 
+pytestmark = pytest.mark.process
+
+
 BACKEND = "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND"
 
 

@@ -12,6 +12,8 @@ from elasticmoe_patches.worker.migration import MigrationInbox
 from elasticmoe_patches.worker.requests import IterationInput
 from elasticmoe_patches.worker.worker import RecoveryInbox
 
+pytestmark = pytest.mark.process
+
 
 class Rank:
     """A worker and the scheduler's ends of its sockets; `arriving` is read one list a call."""
