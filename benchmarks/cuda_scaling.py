@@ -138,30 +138,52 @@ def fresh(seed: int, length: int) -> tuple[int, ...]:
     return tuple(dice.randrange(10, 100_000) for _ in range(length))
 
 
-async def rate(instance: Instance, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Tokens per second of `batch` requests that start together, whole answers; the first round warms up."""
-    found = []
+async def rate(session: aiohttp.ClientSession, batch: int, tokens: int, number: int) -> float:
+    """Tokens a second of `batch` requests that start together, whole answers; `number` makes their prompts."""
     sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    async with aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=60)) as session:
-        for number in range(rounds + 1):
-            body = {"input_ids": [ids(number * batch + i) for i in range(batch)], "sampling_params": sampling}
-            started = time.monotonic()
-            async with session.post("/generate", json=body) as response:
-                answers = await response.json()
-            seconds = time.monotonic() - started
-            count = sum(len(answer["output_ids"]) for answer in answers)
-            assert count == batch * tokens, f"{count} tokens, not {batch * tokens}"
-            found.append(count / seconds)
-    return {"batch": batch, "tokens_per_s": round(statistics.median(found[1:]), 1), "rounds": [round(x) for x in found]}
+    body = {"input_ids": [ids(number * batch + i) for i in range(batch)], "sampling_params": sampling}
+    started = time.monotonic()
+    async with session.post("/generate", json=body) as response:
+        answers = await response.json()
+    seconds = time.monotonic() - started
+    count = sum(len(answer["output_ids"]) for answer in answers)
+    assert count == batch * tokens, f"{count} tokens, not {batch * tokens}"
+    return count / seconds
 
 
 async def compare(one: Instance, other: Instance, settings: argparse.Namespace) -> list[dict[str, Any]]:
+    """Both in turn, round by round, as servers measured one after the other differ by more than what is looked for.
+
+    The first round of each batch size warms up.
+    """
     rows = []
-    for batch in BATCHES:
-        first = await rate(one, batch, settings.tokens, settings.rounds)
-        second = await rate(other, batch, settings.tokens, settings.rounds)
-        ratio = first["tokens_per_s"] / second["tokens_per_s"]
-        rows.append({"batch": batch, "first": first, "second": second, "ratio": round(ratio, 3), "target": 0.98})
+    timeout = aiohttp.ClientTimeout(total=60)
+    async with (
+        aiohttp.ClientSession(one.url, timeout=timeout) as first,
+        aiohttp.ClientSession(other.url, timeout=timeout) as second,
+    ):
+        for batch in BATCHES:
+            pairs = [
+                (
+                    await rate(first, batch, settings.tokens, number),
+                    await rate(second, batch, settings.tokens, number),
+                )
+                for number in range(settings.rounds + 1)
+            ][1:]
+            ratios = sorted(ours / theirs for ours, theirs in pairs)
+            row = {
+                "batch": batch,
+                "first_tokens_per_s": [round(ours, 1) for ours, _ in pairs],
+                "second_tokens_per_s": [round(theirs, 1) for _, theirs in pairs],
+                "ratio": {
+                    "median": round(statistics.median(ratios), 3),
+                    "least": round(ratios[0], 3),
+                    "most": round(ratios[-1], 3),
+                },
+                "target": 0.98,
+            }
+            print(json.dumps(row), flush=True)
+            rows.append(row)
     return rows
 
 
@@ -383,6 +405,7 @@ def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) 
     shape = str(write_shape(folder / "shape", settings.layers))
     dummy = ["--model-path", shape, "--load-format", "dummy", "--skip-tokenizer-init"]
     graphs = ["--cuda-graph-bs-decode", *map(str, settings.graph_sizes)]
+    whole = ["--multiprocessor-share", "all"]  # as the server beside which it is measured
 
     def elastic(
         name: str, first: int, ranks: int, ready: int, *args: str, env: Mapping[str, str] | None = None
@@ -393,11 +416,11 @@ def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) 
     if {"changes", "growth"} & set(settings.sections):
         elastic("elastic-4", 1, 4, settings.standbys, *dummy, *graphs)
     if "static" in settings.sections:
-        elastic("elastic-1-of-2", 1, 2, 0, *dummy, *graphs)
+        elastic("elastic-1-of-2", 1, 2, 0, *dummy, *graphs, *whole)
         servers.start("plain", [*dummy, *graphs], plain=True)
     if "capacity" in settings.sections:
-        elastic("elastic-8", 2, 8, 0, *dummy, *graphs)
-        elastic("elastic-2", 2, 2, 0, *dummy, *graphs)
+        elastic("elastic-8", 2, 8, 0, *dummy, *graphs, *whole)
+        elastic("elastic-2", 2, 2, 0, *dummy, *graphs, *whole)
     if "tokens" in settings.sections:
         tiny = str(make_tiny_model(folder / "tiny", arch="qwen3_moe"))
         flags = ["--model-path", tiny, "--dtype", "float32", "--skip-tokenizer-init", "--disable-cuda-graph"]
@@ -450,8 +473,8 @@ def show(result: dict[str, Any]) -> None:
         )
     for name in ("static", "capacity"):
         for row in result["sections"].get(name, {}).get("rows", []):
-            rates = f"{row['first']['tokens_per_s']} / {row['second']['tokens_per_s']}"
-            print(f"{name}, batch {row['batch']}: {rates} tokens/s, ratio {row['ratio']}")
+            ours, theirs = (statistics.median(row[f"{which}_tokens_per_s"]) for which in ("first", "second"))
+            print(f"{name}, batch {row['batch']}: {ours} / {theirs} tokens/s, ratio {row['ratio']}")
     print("start, s:", result["boot_s"])
 
 
@@ -472,7 +495,7 @@ def main() -> int:
     parser.add_argument("--stream-tokens", type=int, default=400)
     parser.add_argument("--standbys", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128, help="of each request in static and capacity")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7, help="of each batch in static and capacity")
     parser.add_argument("--boot-s", type=float, default=300.0)
     parser.add_argument("--section-s", type=float, default=240.0)
     parser.add_argument("--impatient", action="store_true", help="measure while other servers still start")
