@@ -30,7 +30,7 @@ def test_a_new_server_gives_back_what_a_dead_one_left(client: HmmClient) -> None
     page = format_region(region, CONFIG)
     region.close()
     assert release_stale_regions(client, "new") == 1
-    assert [block.name for block in client.lookup(kind="window")] == ["collective region-new"]
+    assert [block.name for block in client.lookup(kind="window")] == ["collective-region-new"]
     assert release_stale_regions(client, "new") == 0
     assert page.read_membership().ranks == (0, 1)
 

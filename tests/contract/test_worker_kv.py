@@ -131,7 +131,7 @@ def test_a_scheduler_that_cannot_let_go_keeps_everything(hmm: HmmProcess) -> Non
 def test_a_job_that_came_too_late_never_happens(hmm: HmmProcess) -> None:
     with Worker(hmm.endpoint, 0) as rank:
         rank.kv.open(6, None, WAIT_S)
-        with pytest.raises(WorkerError, match="did not take over"):
+        with pytest.raises(WorkerError, match="did not change its KV capacity"):
             rank.kv.resize(2, 0.05, lambda: None)  # nobody wakes the scheduler
         assert rank.kv.chunks == 6
         rank._wake.set()
