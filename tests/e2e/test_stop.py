@@ -136,5 +136,5 @@ def _check_one_line_a_process(log: str) -> None:
     lines = [line for line in log.splitlines() if " hooks in SGLang " in line]
     assert all("memory backend cpu" in line for line in lines)
     said = Counter(line.split(" hooks in SGLang ")[0].split()[-2] for line in lines)
-    assert said == {"main:": 1, "dpc:": 1, "standby:": 1, "rank:": 2}
+    assert said == {"main:": 1, "dpc:": 1, "standby:": 1, "worker:": 2}
     assert "Applied " not in log and "Ignore import error" not in log
