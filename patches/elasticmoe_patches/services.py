@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
@@ -143,6 +144,7 @@ class Services:
         self._failover: FailoverController | None = None
         self._closing: concurrent.futures.Future[None] | None = None
         self._ends = False
+        self._stopped = False
         self._channel = WorkerChannel(
             runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._deliver, self._end_server
         )
@@ -270,6 +272,19 @@ class Services:
                 self.ends()
                 self._imm.kill()
         self.ends()
+        self._stopped = True
+
+    def leave(self) -> None:
+        """To be called when the HTTP server has ended. If it was stopped, this process exits with status 0.
+
+        What is registered with `atexit` runs; the interpreter's own end is left out, because it would spend up to two
+        seconds on the modules that SGLang has imported.
+        """
+        if self._stopped:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     def ends(self) -> None:
         """From here on nobody is missed."""

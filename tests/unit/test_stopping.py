@@ -6,6 +6,8 @@ import asyncio
 import concurrent.futures
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,7 +49,7 @@ def make_services(closing: concurrent.futures.Future[None] | None) -> Services:
     services.runtime = SimpleNamespace(config=ElasticConfig(ep_size=1, max_ep_size=2, commit_deadline_s=0.2))  # type: ignore[assignment]
     services._coordinator = None
     services._closing = closing
-    services._ends = False
+    services._ends = services._stopped = False
     services._imm = SimpleNamespace(kill=lambda: killed.append("imm"))  # type: ignore[assignment]
     return services
 
@@ -138,6 +140,22 @@ def test_a_change_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch)
     done.set_result(None)
     asyncio.run(services.begin_to_end())
     assert services._ending() and killed == ["imm"]
+
+
+def test_a_stopped_process_runs_what_is_registered_and_leaves() -> None:
+    program = """
+import asyncio, atexit
+from tests.unit.test_stopping import make_services
+services = make_services(None)
+atexit.register(print, "registered")
+services.ends()
+services.leave()
+asyncio.run(services.begin_to_end())
+services.leave()
+print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "registered\n"), done.stderr
 
 
 def test_the_coordinator_knows_when_sglang_kills_its_own_tree(services: Services) -> None:

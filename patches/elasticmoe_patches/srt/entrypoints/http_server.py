@@ -13,13 +13,13 @@ HOOKS = hook = Hooks(__name__, MAIN)
 
 
 @hook(
-    "before",
+    "around",
     "_setup_and_run_http_server(server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, "
     "subprocess_watchdog, execute_warmup_func=<function _execute_server_warmup>, launch_callback=None)",
-    expires="SGLang lets plugins add routes.",
+    expires="SGLang lets plugins add routes, and its main process ends soon after its HTTP server.",
 )
-def before_setup_and_run(*args: Any, **kwargs: Any) -> None:
-    """Mounts the scale and status endpoints on SGLang's port, in front of SGLang's own.
+def around_setup_and_run(original: Any, *args: Any, **kwargs: Any) -> None:
+    """Mounts the scale and status endpoints on SGLang's port, in front of SGLang's own, and ends a stopped server soon.
 
     All first ranks serve by then, so the coordinator starts here too.
     """
@@ -39,6 +39,8 @@ def before_setup_and_run(*args: Any, **kwargs: Any) -> None:
     )
     mount(app, router)
     start_with_server(app, tokenizer_manager.auto_create_handle_loop)
+    original(*args, **kwargs)
+    services().leave()
 
 
 def start_with_server(app: Any, start: Callable[[], None]) -> None:
