@@ -1,13 +1,14 @@
 """The commit barrier: the participants of a change meet, and one decision holds for all of them.
 
 Phase one: the old members and the joining ranks arrive, each by writing the change's proposal (epoch, attempt) into its
-own word. Phase two: the leader (rank 0) decides, COMMIT once all have arrived, ABORT when the deadline passes or a
-participant dies, and the others wait for its decision. With a COMMIT the new membership is published.
+own word. Phase two: the leader (rank 0) decides, COMMIT once all have arrived in time, ABORT when the deadline has
+passed or a participant dies, and the others wait for its decision. With a COMMIT the new membership is published.
 
 There is one decision because it is one word, written under a file lock on the region (the kernel frees it when its
 holder dies) and only when there is none for this proposal yet. So when the leader is gone or stuck, the first follower
-that notices decides ABORT, and a leader that wakes up late finds that and obeys. A proposal is used once: a change that
-is tried again for the same epoch takes the next attempt number.
+that notices decides ABORT, and a leader that wakes up late finds that and obeys. The coordinator, too, writes ABORT
+before it gives a change up (`withdraw`), so that no commit can follow. A proposal is used once: a change that is tried
+again for the same epoch takes the next attempt number.
 
 Joining ranks wait here, asleep, for as long as preparing takes; the leader's proposal wakes them.
 """
@@ -30,7 +31,12 @@ POLL_S = 0.02
 FOLLOWER_GRACE_S = 2.0
 """How much longer than the leader's deadline the others wait for its decision."""
 
+COORDINATOR = -1
+"""In place of a rank, for a process that withdraws proposals and never arrives."""
+
 _ATTEMPT_BITS = 16
+MAX_ATTEMPTS = (1 << _ATTEMPT_BITS) - 1
+"""Tries to reach one epoch."""
 _LOCK_S = 1.0
 # Words, in cache lines of their own: decision | arrivals bell | proposal
 _VERDICT, _VERDICT_MASK, _DECISION_BELL = (BARRIER_WORD + i for i in range(3))
@@ -49,12 +55,16 @@ class _Reason(IntEnum):
     NONE = 0
     LATE = 1
     DIED = 2
+    EXPIRED = 3
+    WITHDRAWN = 4
 
 
 _REASONS = {
     _Reason.NONE: "",
     _Reason.LATE: "rank {rank} did not arrive or decide in time",
     _Reason.DIED: "the process of rank {rank} is gone",
+    _Reason.EXPIRED: "all ranks arrived, but after the deadline",
+    _Reason.WITHDRAWN: "the coordinator has withdrawn the proposal",
 }
 
 
@@ -89,12 +99,27 @@ class _Verdict:
         )
 
 
+class Attempts:
+    """Numbers the proposals for each epoch from 1 on."""
+
+    def __init__(self) -> None:
+        self._epoch = -1
+        self._last = 0
+
+    def next(self, epoch: int) -> int:
+        """Raises CommitError when the epoch has been tried too often for a proposal's word."""
+        self._epoch, self._last = epoch, self._last + 1 if epoch == self._epoch else 1
+        if self._last > MAX_ATTEMPTS:
+            raise CommitError(f"{MAX_ATTEMPTS} attempts have failed", epoch=epoch, hint="Restart the server")
+        return self._last
+
+
 class CommitBarrier:
     """A rank's end of the commit barrier.
 
     Args:
         control: the control page of the server. Its descriptor must stay open: the lock is taken on it.
-        rank: this process's rank, registered (`ControlPage.register_worker`).
+        rank: this process's rank, registered (`ControlPage.register_worker`); COORDINATOR for one that only withdraws.
         alive: tells whether a rank's worker runs; the control page's own check by default.
 
     Attributes:
@@ -174,6 +199,19 @@ class CommitBarrier:
                 raise self._error(f"no change to epoch {epoch} was proposed within {timeout_s:g} s", epoch)
             self._sleep(_PROPOSAL_BELL, bell, 5 * POLL_S)
 
+    def withdraw(self, epoch: int, attempt: int) -> Decision:
+        """Decide ABORT for a proposal that has no decision yet, whether or not it was made.
+
+        Returns:
+            The decision that holds. After COMMIT the new membership is published.
+
+        Raises:
+            CommitError: the decision word's lock was not free in time.
+        """
+        proposal = _proposal(epoch, attempt)
+        self.reason = ""
+        return self._decide(proposal, Decision.ABORT, _Reason.WITHDRAWN, 0, None)
+
     def _decided(self) -> int:
         return self._words[_VERDICT] >> 16
 
@@ -189,10 +227,14 @@ class CommitBarrier:
         while True:
             bell = words[_ARRIVALS_BELL]
             futex.full_fence()
+            if self._decided() >= proposal:
+                return self._obey(proposal)  # a follower or the coordinator decided without this leader
             missing = [rank for rank, word in arrivals.items() if words[word] != proposal]
-            if not missing:
-                return self._decide(proposal, Decision.COMMIT, _Reason.NONE, 0, membership)
             now = time.monotonic()
+            if not missing:
+                if now >= deadline:  # whoever asked for this change may have given it up
+                    return self._decide(proposal, Decision.ABORT, _Reason.EXPIRED, 0, None)
+                return self._decide(proposal, Decision.COMMIT, _Reason.NONE, 0, membership)
             if now >= next_check:
                 next_check = now + POLL_S
                 dead = [rank for rank in missing if not self._alive(rank)]
@@ -200,8 +242,6 @@ class CommitBarrier:
                     return self._decide(proposal, Decision.ABORT, _Reason.DIED, dead[0], membership)
             if now >= deadline:
                 return self._decide(proposal, Decision.ABORT, _Reason.LATE, missing[0], membership)
-            if self._decided() >= proposal:
-                return self._obey(proposal)  # a follower decided without this leader
             self._sleep(_ARRIVALS_BELL, bell, POLL_S)
 
     def _follow(self, proposal: int, deadline: float) -> Decision:
@@ -266,7 +306,8 @@ class CommitBarrier:
                     self._publish(verdict)
             return verdict.decision
         self.reason = _REASONS[verdict.reason].format(rank=verdict.culprit)
-        if verdict.culprit == LEADER and self._rank != LEADER:
+        accused = verdict.reason in (_Reason.LATE, _Reason.DIED)
+        if accused and verdict.culprit == LEADER and self._rank not in (LEADER, COORDINATOR):
             raise CommitError(self.reason, rank=LEADER, epoch=epoch, operation="commit barrier")
         return verdict.decision
 

@@ -214,9 +214,13 @@ def release_stale_regions(client: HmmClient, run_id: str) -> int:
 
 
 def format_region(region: RegionHandle, config: ElasticConfig) -> ControlPage:
-    """Before the first rank starts: no worker registered, and the first membership in epoch 0."""
+    """Before the first rank starts: no worker registered, and the first membership in epoch 0.
+
+    Returns:
+        The control page with a descriptor of its own, which the commit barrier's lock needs.
+    """
     control = CollectiveRegion.format(
         region.fd, capacity=config.max_ep_size, channels=CHANNELS, window_bytes=config.window_bytes
     )
     control.publish_membership(Membership(ranks=tuple(range(config.ep_size)), epoch=0, capacity=config.max_ep_size))
-    return control
+    return ControlPage(SharedMemory(region.fd))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
 
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.ports import MemoryPort, WorkersPort
 from elasticmoe_sglang.coordinator.status import CommitReport, Phase, PullReport, RunningOperation
-from elasticmoe_sglang.errors import ElasticMoEError, PhaseTimeout, WorkerError
+from elasticmoe_sglang.errors import ElasticMoEError, WorkerError
+from elasticmoe_sglang.event_loop import run_together
 from elasticmoe_sglang.planner import ColumnMove, Placement
 from elasticmoe_sglang.undo import UndoLog
 from elasticmoe_sglang.wire.to_worker import JoinSpec
@@ -90,7 +90,7 @@ class Change:
             self._preparing.cancel()
 
     async def _prepare_in_time(self) -> None:
-        await _within(self._config.prepare_deadline_s, "preparing", [self._prepare()])
+        await run_together(self._config.prepare_deadline_s, "preparing", [self._prepare()])
 
     async def _prepare(self) -> None:
         self._operation.memory_before(await self._memory.status())
@@ -100,7 +100,7 @@ class Change:
         kv_chunks = await self._workers.shrink_kv(self._plan)
         boots = [self._boot(rank, txn, kv_chunks.get(rank, 0)) for rank in self._plan.joining]
         pulls = [self._pull(rank, txn, moves) for rank in self._plan.survivors if (moves := self._plan.incoming(rank))]
-        await _within(None, "preparing", [*boots, *pulls])
+        await run_together(None, "preparing", [*boots, *pulls])
 
     async def _boot(self, rank: int, txn: str, kv_chunks: int) -> None:
         plan = self._plan
@@ -141,7 +141,7 @@ class Change:
             reports.append(await self._workers.commit(self._plan, deadline))
 
         try:
-            await _within(deadline + _COMMIT_ANSWER_S, "committing", [commit()])
+            await run_together(deadline + _COMMIT_ANSWER_S, "committing", [commit()])
         except Exception as error:
             logger.warning("operation %s: no report of the commit", self._operation.operation_id, exc_info=True)
             now = self._workers.membership()
@@ -205,7 +205,7 @@ class Change:
 
         async def attempt(what: str, step: Callable[[], Awaitable[object]]) -> str | None:
             try:
-                await _within(self._config.finish_deadline_s, what, [_awaited(step)])
+                await run_together(self._config.finish_deadline_s, what, [_awaited(step)])
             except Exception as error:
                 logger.error("operation %s: could not %s", self._operation.operation_id, what, exc_info=True)
                 return f"could not {what}: {_text(error)}"
@@ -217,34 +217,6 @@ class Change:
 
 async def _awaited(step: Callable[[], Awaitable[object]]) -> None:
     await step()
-
-
-async def _within(seconds: float | None, what: str, steps: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run steps concurrently. After the first failure, the deadline or a cancellation the other steps are cancelled
-    and awaited before it is raised.
-
-    Raises:
-        PhaseTimeout: not all steps ended within `seconds`.
-    """
-    tasks = [asyncio.ensure_future(step) for step in steps]
-    if not tasks:
-        return
-    try:
-        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
-    finally:
-        late = [task for task in tasks if not task.done()]
-        for task in late:
-            task.cancel()
-        if late:
-            await asyncio.wait(late)
-    errors = [task.exception() for task in tasks if not task.cancelled()]
-    for error in errors:
-        if error is not None:
-            raise error
-    if late:
-        raise PhaseTimeout(f"{what} took longer than {seconds:g} s")
-    if len(errors) < len(tasks):
-        raise ElasticMoEError(f"a step of {what} was cancelled")
 
 
 def _text(error: Exception) -> str:

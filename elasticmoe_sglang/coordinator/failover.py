@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.workers import Workers
 from elasticmoe_sglang.errors import ElasticMoEError, OperationInProgress
-from elasticmoe_sglang.planner.recovery import plan_recovery
+from elasticmoe_sglang.planner.recovery import RecoveryPlan, plan_recovery
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 5
-# Shorter than the time that survivors wait for `Recover`.
 _MEMORY_S = 20.0
+_BACKOFF_S, _MOST_BACKOFF_S = 0.1, 2.0
 
 
 class FailoverController:
@@ -24,6 +23,8 @@ class FailoverController:
 
     Args:
         deadline_s: seconds for survivors to meet at the commit barrier, for each attempt.
+        attempt_s: seconds for one attempt, the boot of replacements included. give_up_s: seconds after which no other
+            attempt is made and the server ends; survivors wait longer than both together.
         on_failure: called with a sentence when serving cannot continue.
         memory_whole: waits up to the given seconds while an HMM that ended is being replaced.
         tidy: releases memory that no rank uses, left by a change that the death interrupted.
@@ -35,6 +36,8 @@ class FailoverController:
         workers: Workers,
         *,
         deadline_s: float,
+        attempt_s: float,
+        give_up_s: float,
         on_failure: Callable[[str], None],
         memory_whole: Callable[[float], Awaitable[None]],
         tidy: Callable[[], Awaitable[int]],
@@ -42,56 +45,88 @@ class FailoverController:
         self._coordinator = coordinator
         self._workers = workers
         self._deadline_s = deadline_s
+        self._attempt_s = attempt_s
+        self._give_up_s = give_up_s
         self._on_failure = on_failure
         self._memory_whole = memory_whole
         self._tidy = tidy
-        self._dead: set[int] = set()
+        self._losses: dict[int, int] = {}
         self._task: asyncio.Task[None] | None = None
 
     def rank_lost(self, rank: int, why: str) -> None:
         """Start recovery, or include the rank in the recovery that is running."""
         logger.error("%s; survivors continue without it", why)
-        self._dead.add(rank)
+        self._losses[rank] = self._losses.get(rank, 0) + 1
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._fail_over())
 
     async def _fail_over(self) -> None:
-        started = time.monotonic()
         hold = OperationInProgress(
             "survivors are recovering from a worker's death", hint="Try again in a second or two"
         )
         # A change that is preparing cannot commit without the dead rank, and survivors wait until it has ended.
-        lost = ", ".join(map(str, sorted(self._dead)))
-        await self._coordinator.hold(hold, interrupt=f"rank {lost} was lost meanwhile")
-        problem: Exception | None = None
-        for attempt in range(_ATTEMPTS):
-            dead = set(self._dead)
-            if not dead:
-                break
-            plan = plan_recovery(self._workers.membership(), self._coordinator.placement, dead, replace_all=attempt > 0)
+        lost = ", ".join(map(str, sorted(self._losses)))
+        try:
+            await self._coordinator.hold(hold, interrupt=f"rank {lost} was lost meanwhile")
+            await self._recover_all()
+            await self._tidy()
+        except (ElasticMoEError, OSError) as error:
+            logger.error("memory that no rank uses could not be released: %s", error)
+        except Exception as error:
+            # An error of this program: nobody else would end the hold, nor tell the survivors, who wait.
+            logger.exception("recovery without ranks %s failed", lost)
+            self._on_failure(f"recovery without ranks {lost} failed: {type(error).__name__}: {error}")
+        finally:
+            self._coordinator.resume(hold)
+
+    async def _recover_all(self) -> None:
+        """Recover from every loss, also those that come meanwhile, from the latest committed membership each time."""
+        started = time.monotonic()
+        backoff, failures, unsent = _BACKOFF_S, 0, False
+        while self._losses or unsent:
+            losses = dict(self._losses)
+            plan = plan_recovery(
+                self._workers.membership(), self._coordinator.placement, losses, replace_all=failures % 2 == 1
+            )
             try:
                 await self._memory_whole(_MEMORY_S)
-                sent = await asyncio.wait_for(self._workers.recover(plan, self._deadline_s), 4 * self._deadline_s)
+                if plan.dead:
+                    sent = await asyncio.wait_for(self._workers.recover(plan, self._deadline_s), self._attempt_s)
+                else:  # a recovery committed, and failed before the dead ranks' requests were sent again
+                    sent = await self._workers.resend_open()
             except (ElasticMoEError, OSError, asyncio.TimeoutError) as error:
-                problem = error
-                logger.exception("recovery attempt %d, without ranks %s, failed", attempt + 1, sorted(dead))
+                failures += 1
+                logger.exception("recovery attempt %d, without ranks %s, failed", failures, sorted(losses))
+                unsent = self._take_commit(plan, losses) or unsent
+                if time.monotonic() - started > self._give_up_s:
+                    self._on_failure(f"ranks {sorted(losses)} were lost and could not be replaced: {error}")
+                    return
+                await asyncio.sleep(backoff)
+                backoff = min(2 * backoff, _MOST_BACKOFF_S)
                 continue
-            self._coordinator.adopt(plan.membership, plan.placement)
-            self._dead -= dead
+            unsent = False
+            self._take_commit(plan, losses)
             logger.warning(
                 "ranks %s were lost; epoch %d serves with ranks %s after %.2f s (%d columns moved, %d requests sent "
                 "again)",
                 list(plan.dead),
-                plan.membership.epoch,
-                list(plan.membership.ranks),
+                self._workers.membership().epoch,
+                list(self._workers.membership().ranks),
                 time.monotonic() - started,
                 len(plan.moves),
                 sent,
             )
-        try:
-            await self._tidy()
-        except ElasticMoEError as error:
-            logger.error("memory that no rank uses could not be released: %s", error)
-        if self._dead:
-            self._on_failure(f"ranks {sorted(self._dead)} were lost and could not be replaced: {problem}")
-        self._coordinator.resume(hold)
+
+    def _take_commit(self, plan: RecoveryPlan, losses: Mapping[int, int]) -> bool:
+        """Take a recovery's view over if it has committed, also one that failed afterwards. Returns whether it has.
+
+        A rank that was lost once more since `losses` stays lost.
+        """
+        if plan.dead and self._workers.membership() == plan.membership:
+            self._coordinator.adopt(plan.membership, plan.placement)
+        elif plan.dead:
+            return False
+        for rank, count in losses.items():
+            if self._losses.get(rank) == count:
+                del self._losses[rank]
+        return bool(plan.dead)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from elasticmoe_sglang.comm.commit_barrier import COORDINATOR, Attempts, CommitBarrier, Decision
 from elasticmoe_sglang.comm.control_page import ControlPage
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
@@ -15,7 +16,8 @@ from elasticmoe_sglang.coordinator.migration import Departure, OutputFences, mig
 from elasticmoe_sglang.coordinator.ports import SglangPort
 from elasticmoe_sglang.coordinator.status import CommitReport, PullReport, RankInfo
 from elasticmoe_sglang.coordinator.worker_channel import Incoming, WorkerChannel
-from elasticmoe_sglang.errors import WorkerError
+from elasticmoe_sglang.errors import ElasticMoEError, WorkerError
+from elasticmoe_sglang.event_loop import run_together
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.planner import ColumnMove, Placement, ScalePlan
 from elasticmoe_sglang.planner.recovery import RecoveryPlan
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 _PAUSE_REPORT_S = 0.1
 # A worker that is still alive so long after others missed it in a collective counts as stalled.
 _STALLED_S = 0.3
+_CANCEL_S = 5.0
+NOBODY = -1
+"""In `CountRequests`: no retiring rank died."""
 
 
 class Workers:
@@ -61,7 +66,8 @@ class Workers:
         self._departures: dict[int, Departure] = {}
         self.fences = OutputFences()
         self._resending = asyncio.Lock()
-        self._attempt = 0
+        self._attempts = Attempts()
+        self._barrier = CommitBarrier(control, COORDINATOR)
         self.pauses: dict[int, float] = {}
 
     # -- what is known ------------------------------------------------------------------------------------------
@@ -167,14 +173,14 @@ class Workers:
     # -- commit -------------------------------------------------------------------------------------------------
 
     async def commit(self, plan: ScalePlan, deadline_s: float) -> CommitReport:
-        self._attempt += 1
-        operation_id = f"{plan.after.epoch}.{self._attempt}"
+        attempt = self._attempts.next(plan.after.epoch)
+        operation_id = f"{plan.after.epoch}.{attempt}"
         command = to_worker.CommitCommand(
             operation_id=operation_id,
             before=plan.before.ranks,
             members=plan.after.ranks,
             epoch=plan.after.epoch,
-            attempt=self._attempt,
+            attempt=attempt,
             placement=plan.placement_after.owners,
             expires=time.monotonic() + deadline_s,
         )
@@ -190,8 +196,9 @@ class Workers:
                 )
             )
         except BaseException:
-            # The caller reads from the control page whether the commit has happened.
-            await self._settle(plan, self.membership().epoch == plan.after.epoch)
+            # Who gives up decides: after this no rank can commit, however late it comes.
+            decision = self._barrier.withdraw(plan.after.epoch, attempt)
+            await self._settle(plan, decision is Decision.COMMIT)
             raise
         committed = all(report.committed for report in reports)
         await self._settle(plan, committed)
@@ -239,10 +246,13 @@ class Workers:
         if departure is None or departure.migration is None:
             await self._cancel_join(rank)
             return 0
-        moved = await departure.migration
-        if rank in self._pids:
-            await self._channel.wait_for(to_coordinator.WorkerExited, rank=rank, exits=False)
-        del self._departures[rank]
+        try:
+            moved = await departure.migration
+            if rank in self._pids:
+                await self._channel.wait_for(to_coordinator.WorkerExited, rank=rank, exits=False)
+        finally:
+            # Whatever became of its requests: a later worker of this rank is none that retires.
+            self._departures.pop(rank, None)
         await self._release_dense(rank)
         await self._kv.drop([rank])
         return moved
@@ -283,38 +293,70 @@ class Workers:
         Raises:
             WorkerError: recovery failed, for example because another worker died: make a new plan.
         """
-        self._attempt += 1
-        operation_id = f"recover-{plan.membership.epoch}.{self._attempt}"
+        members = plan.membership.ranks
+        attempt = self._attempts.next(plan.membership.epoch)
+        operation_id = f"recover-{plan.membership.epoch}.{attempt}"
+        try:
+            await self._prepare_recovery(plan, operation_id, attempt)
+            command = to_worker.Recover(
+                operation_id=operation_id,
+                members=members,
+                epoch=plan.membership.epoch,
+                attempt=attempt,
+                placement=plan.placement.owners,
+                expires=time.monotonic() + deadline_s,
+            )
+            for rank in plan.survivors:
+                await self._channel.tell_worker(rank, command)
+            opened = await self._sglang.send_recover_route(operation_id, members)
+            here = await self._recovered(operation_id, members)
+        except BaseException:
+            if self._barrier.withdraw(plan.membership.epoch, attempt) is Decision.COMMIT:
+                self._recovery_committed(plan)
+            else:
+                await self._cancel_joins(plan.replaced)
+            raise
+        self._recovery_committed(plan)
+        sent = await self._sglang.send_again(opened - here)
+        try:
+            await self._release_dead(plan)
+            await self.grow_kv()
+        except (ElasticMoEError, OSError) as error:  # the new epoch serves; its memory is tidied up later
+            logger.error("epoch %d serves, but memory was not released: %s", plan.membership.epoch, error)
+        return sent
+
+    async def _prepare_recovery(self, plan: RecoveryPlan, operation_id: str, attempt: int) -> None:
+        """Boot replacements and pull columns. The first failure ends the other steps."""
         await migrations_done(self._departures.values())
         await self._kv.drop(plan.dead)
         first = await self._kv.shrink_kv(plan, ranks=plan.membership.ranks, joining=plan.replaced)
-        await asyncio.gather(
-            *(self._replace(rank, plan, operation_id, first.get(rank, 0)) for rank in plan.replaced),
-            *(
-                self._pull(rank, moves, operation_id=operation_id, txn="")
-                for rank in plan.survivors
-                if (moves := plan.incoming(rank))
-            ),
-        )
-        members = plan.membership.ranks
-        command = to_worker.Recover(
-            operation_id=operation_id,
-            members=members,
-            epoch=plan.membership.epoch,
-            attempt=self._attempt,
-            placement=plan.placement.owners,
-            expires=time.monotonic() + deadline_s,
-        )
-        for rank in plan.survivors:
-            await self._channel.tell_worker(rank, command)
-        opened = await self._sglang.send_recover_route(operation_id, members)
-        here = await self._recovered(operation_id, members)
+        pulls = [
+            self._pull_for_recovery(rank, moves, operation_id)
+            for rank in plan.survivors
+            if (moves := plan.incoming(rank))
+        ]
+        boots = [self._replace(rank, plan, operation_id, attempt, first.get(rank, 0)) for rank in plan.replaced]
+        await run_together(None, "recovering", [*boots, *pulls])
+
+    async def _pull_for_recovery(self, rank: int, moves: Sequence[ColumnMove], operation_id: str) -> None:
+        await self._pull(rank, moves, operation_id=operation_id, txn="")
+
+    def _recovery_committed(self, plan: RecoveryPlan) -> None:
         self._placement = plan.placement
         self._joining -= set(plan.replaced)
-        sent = await self._sglang.send_again(opened - here)
-        await self._release_dead(plan)
-        await self.grow_kv()
-        return sent
+
+    async def _cancel_joins(self, ranks: Sequence[int]) -> None:
+        """Before another attempt: a replacement that still boots would keep its rank from the next one."""
+        for rank in ranks:
+            try:
+                await asyncio.wait_for(self._cancel_join(rank), _CANCEL_S)
+            except (ElasticMoEError, asyncio.TimeoutError) as error:
+                logger.error("the worker that was to replace rank %d could not be ended: %s", rank, error)
+
+    async def resend_open(self) -> int:
+        """Send again the requests that are open and on no rank; returns how many."""
+        epoch = self.membership().epoch
+        return await self._resend(f"resend-{epoch}.{self._attempts.next(epoch)}", forget=NOBODY)
 
     async def _recovered(self, operation_id: str, members: Sequence[int]) -> set[str]:
         reports = await asyncio.gather(
@@ -327,7 +369,7 @@ class Workers:
         await self.fences.wait(operation_id, members)
         return {rid for report in reports for rid in report.rids}
 
-    async def _replace(self, rank: int, plan: RecoveryPlan, operation_id: str, kv_chunks: int) -> None:
+    async def _replace(self, rank: int, plan: RecoveryPlan, operation_id: str, attempt: int, kv_chunks: int) -> None:
         """Assign a standby worker to the dead rank, whose weights are still in its device's memory."""
         join_spec = to_worker.JoinSpec(
             rank=rank,
@@ -335,7 +377,7 @@ class Workers:
             epoch=plan.membership.epoch,
             joining_rank=True,
             placement=plan.placement.owners,
-            attempt=self._attempt,
+            attempt=attempt,
             kv_chunks=kv_chunks,
             operation_id=operation_id,
         )

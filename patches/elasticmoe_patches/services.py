@@ -232,6 +232,8 @@ class Services:
             coordinator,
             workers,
             deadline_s=config.commit_deadline_s,
+            attempt_s=config.prepare_deadline_s,
+            give_up_s=config.prepare_deadline_s,
             on_failure=self._end_server,
             memory_whole=hmm_failover.whole,
             tidy=hmm_failover.tidy,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elasticmoe_sglang.comm.commit_barrier import Decision
-from elasticmoe_sglang.comm.control_page import BARRIER_ARRIVAL
+from elasticmoe_sglang.comm.commit_barrier import COORDINATOR, MAX_ATTEMPTS, Attempts, CommitBarrier, Decision
+from elasticmoe_sglang.comm.control_page import BARRIER_ARRIVAL, ControlPage, SharedMemory
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.errors import CommitError
 from tests.helpers import barrier_cases as cases
@@ -192,3 +192,54 @@ def test_any_order_of_arrival_gives_one_decision(
         assert result[0] is expected
         assert result[2].epoch == (epoch if absent is None else before.epoch)
         assert result[2].ranks == (participants if absent is None else before.ranks)
+
+
+def withdrawing(pool: WorkerPool) -> CommitBarrier:
+    return CommitBarrier(ControlPage(SharedMemory(pool.fd)), COORDINATOR)
+
+
+def test_a_proposal_past_its_deadline_cannot_commit(pool: WorkerPool) -> None:
+    """The leader is last, and late: the coordinator has given the change up by then."""
+    pool.submit(1, cases.arrive, 1, 0, (0, 1), (0, 1), 0.0, 3.0)
+    _until_arrived(pool, 1)
+    pool.submit(0, cases.arrive, 1, 0, (0, 1), (0, 1), 0.0, 0.0)
+    for rank in (0, 1):
+        decision, reason, membership = pool.result(rank)
+        assert decision is Decision.ABORT and "deadline" in reason
+        assert membership.epoch == 0
+    _committed(pool.run((0, 1), cases.arrive, 1, 1, (0, 1), (0, 1)), (0, 1), 1)
+
+
+def test_who_gives_up_decides(pool: WorkerPool) -> None:
+    """After the coordinator has withdrawn a proposal, nobody can commit it, however late all of them come."""
+    coordinator = withdrawing(pool)
+    assert coordinator.withdraw(1, 5) is Decision.ABORT
+    for decision, reason, membership in pool.run((0, 1), cases.arrive, 1, 5, (0, 1), (0, 1)).values():
+        assert decision is Decision.ABORT and "withdrawn" in reason and membership.epoch == 0
+    _committed(pool.run((0, 1), cases.arrive, 1, 6, (0, 1), (0, 1)), (0, 1), 1)
+    # And what was committed cannot be withdrawn.
+    assert coordinator.withdraw(1, 6) is Decision.COMMIT
+    assert pool.control.read_membership().epoch == 1
+
+
+def test_withdrawing_and_arriving_at_once_end_in_one_decision(lasting: WorkerPool) -> None:
+    coordinator = withdrawing(lasting)
+    for trial in range(20):
+        now = lasting.control.read_membership()
+        attempt = 1000 + trial
+        for rank in (0, 1):
+            lasting.submit(rank, cases.arrive, now.epoch + 1, attempt, (0, 1), (0, 1))
+        time.sleep(trial * 2e-4)
+        decision = coordinator.withdraw(now.epoch + 1, attempt)
+        assert {lasting.result(rank)[0] for rank in (0, 1)} == {decision}
+        assert lasting.control.read_membership().epoch == now.epoch + (decision is Decision.COMMIT)
+
+
+def test_attempts_start_again_with_every_epoch() -> None:
+    attempts = Attempts()
+    assert [attempts.next(4), attempts.next(4), attempts.next(5), attempts.next(5)] == [1, 2, 1, 2]
+    attempts = Attempts()
+    for _ in range(MAX_ATTEMPTS):
+        attempts.next(9)
+    with pytest.raises(CommitError, match="attempts"):
+        attempts.next(9)

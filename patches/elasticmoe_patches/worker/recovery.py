@@ -24,8 +24,8 @@ from elasticmoe_sglang.wire.to_worker import Recovered
 
 logger = logging.getLogger(__name__)
 
-# How long a survivor waits for the coordinator's `Recover` before it gives up, and with it the server.
-_RECOVER_DEADLINE_S = 30.0
+# How much longer than an attempt of the coordinator a survivor waits for its `Recover`. Then the server ends.
+_RECOVER_GRACE_S = 30.0
 _FENCE_DEADLINE_S = 2.0
 # How often a waiting survivor checks for KV to give up (for the dead rank's columns) and for migrated requests.
 _POLL_S = 0.005
@@ -45,7 +45,8 @@ def recover(scheduler: Any, worker: Worker, error: CollectiveError | CommitError
     kept = set_aside(scheduler, worker.iteration)
     culprit = -1 if error.rank is None else error.rank
     worker.agent.post(Broken(rank=worker.rank, culprit=culprit))
-    deadline = time.monotonic() + _RECOVER_DEADLINE_S
+    patience_s = worker.runtime.config.prepare_deadline_s + _RECOVER_GRACE_S
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         run_kv_jobs(scheduler, worker)
         # A change that is finishing waits until its retiring ranks' requests have been resumed; `Recover` comes after.
@@ -59,6 +60,7 @@ def recover(scheduler: Any, worker: Worker, error: CollectiveError | CommitError
             report(scheduler, worker, command.operation_id)
             logger.info("rank %d continues in epoch %d with %d requests set aside", worker.rank, command.epoch, kept)
             return
+        deadline = time.monotonic() + patience_s  # the coordinator makes another attempt
     raise error
 
 
