@@ -113,7 +113,7 @@ class Fault:
 
 
 FAULTS = {
-    "joining rank-fails": Fault(point="boot.attached", rank=2, action="raise", size=3, words=("rank 2", "ended")),
+    "joining rank-fails": Fault(point="boot.attached", rank=2, action="raise", size=3, words=("rank 2", "exited")),
     "joining rank-dies": Fault(point="boot.attached", rank=2, action="self", size=3, words=("rank 2", "-9")),
     "joining rank-dies-at-the-gate": Fault(point="boot.barrier", rank=3, action="self", size=4, words=("rank 3",)),
     "joining rank-is-late": Fault(
