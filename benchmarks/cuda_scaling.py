@@ -10,6 +10,7 @@ exceeds its limit is recorded as such, and the others continue; the JSON is writ
 - growth: throughput and TTFT at 1, 2 and 4 ranks of one server, closed loop, each rank with its share of the GPU.
 - static: tokens/s of one rank against plain SGLang without the plugin, batch 1, 16, 64.
 - capacity: tokens/s of 2 ranks of 8 against 2 of 2, and each rank's share of memory.
+- deaths: workers and the HMM are killed while two or four ranks decode; how long streams stop, and whether any is lost.
 - tokens: float32 tiny model, without graphs: tokens through changes equal those of a server that never changed.
 """
 
@@ -21,6 +22,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,6 +52,10 @@ _REST = {
     "decoder_sparse_step": 1, "mlp_only_layers": [], "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16",
 }  # fmt: skip
 _AROUND_S = 0.3
+DEATHS: tuple[tuple[int, tuple[int | str, ...]], ...] = (
+    (4, (3,)), (4, ("HMM",)), (4, (1, 2)), (2, (0,)), (2, (0, 1)), (2, ("HMM", 1)),
+)  # fmt: skip
+"""The number of ranks, and who is killed together, in section deaths."""
 PROMPTS = (32, 200, 1000, 60, 2000, 400)
 """Lengths of prompts under which sizes change."""
 
@@ -273,6 +279,67 @@ async def changes(servers: Servers, settings: argparse.Namespace, record: dict[s
         record["requests"] = len(load.records)
 
 
+async def deaths(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
+    instance = await servers.get("elastic-4")
+    load = Load(
+        instance.client,
+        lambda lane, n: Ask(key="", prompt=fresh(lane * 1_000_003 + n, 32), tokens=settings.stream_tokens),
+    )
+    lanes = asyncio.ensure_future(load.run(settings.streams))
+    rows = record["rows"] = []
+    try:
+        for size, victims in DEATHS:
+            await resize(instance, size, settings.section_s)
+            waited = await standbys(instance, 4 - size, settings.section_s)
+            rows.append({"waited_for_standbys_s": waited} | await kill(instance, load, victims))
+            print(json.dumps(rows[-1]), flush=True)
+    finally:
+        load.stop()
+        await lanes
+        record["lost"] = [lost.failure for lost in load.lost]
+        record["requests"] = len(load.records)
+
+
+async def status_of(instance: Instance) -> dict[str, Any]:
+    async with (
+        aiohttp.ClientSession(instance.url) as session,
+        session.get("/elastic_ep/status", timeout=aiohttp.ClientTimeout(total=10)) as response,
+    ):
+        status: dict[str, Any] = await response.json()
+        return status
+
+
+async def kill(instance: Instance, load: Load, victims: tuple[int | str, ...]) -> dict[str, Any]:
+    """SIGKILL to the workers of some ranks, or to the HMM, at once; waits until the server is whole again."""
+    await asyncio.sleep(1.0)
+    before = await status_of(instance)
+    hmm = int(before["memory"]["pid"])
+    pids = {rank["rank"]: int(rank["pid"]) for rank in before["ranks"] if rank["state"] == "active"}
+    at = time.monotonic()
+    for victim in victims:
+        os.kill(hmm if victim == "HMM" else pids[int(victim)], signal.SIGKILL)
+    while True:
+        status = await status_of(instance)
+        active = {rank["rank"]: rank["pid"] for rank in status["ranks"] if rank["state"] == "active"}
+        survived = all(victim == "HMM" or active.get(int(victim)) != pids[int(victim)] for victim in victims)
+        remembered = status["memory"]["available"] and ("HMM" not in victims or status["memory"]["pid"] != hmm)
+        if survived and remembered and set(active) == set(status["membership"]):
+            break
+        if time.monotonic() - at > 60:
+            raise RuntimeError(f"not whole 60 s after {victims} died: {json.dumps(status)[:1500]}")
+        await asyncio.sleep(0.02)
+    whole = time.monotonic()
+    await asyncio.sleep(1.0)
+    gaps = [max((gap for t, gap in each.gaps() if t >= at and t - gap <= whole), default=0.0) for each in load.records]
+    return {
+        "killed": list(victims),
+        "ranks_after": status["membership"],
+        "whole_s": round(whole - at, 3),
+        "longest_gap_ms": round(max(gaps) * 1e3, 1),
+        "lost": len(load.lost),
+    }
+
+
 async def closed_loop(instance: Instance, load: tuple[int, int, int], rounds: int, seed: int) -> dict[str, Any]:
     """`rounds` requests a lane without a break, of which the first is not counted.
 
@@ -397,6 +464,7 @@ SECTIONS: dict[str, Section] = {
     "growth": growth,
     "static": static,
     "capacity": capacity,
+    "deaths": deaths,
     "tokens": tokens,
 }
 
@@ -413,7 +481,7 @@ def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) 
         sizes = ["--ep-size", str(first), "--max-ep-size", str(ranks), "--ranks-per-device", str(ranks)]
         servers.start(name, [*sizes, "--standbys", str(max(ready, first)), *args], env=env)
 
-    if {"changes", "growth"} & set(settings.sections):
+    if {"changes", "growth", "deaths"} & set(settings.sections):
         elastic("elastic-4", 1, 4, settings.standbys, *dummy, *graphs)
     if "static" in settings.sections:
         elastic("elastic-1-of-2", 1, 2, 0, *dummy, *graphs, *whole)
@@ -475,6 +543,11 @@ def show(result: dict[str, Any]) -> None:
         for row in result["sections"].get(name, {}).get("rows", []):
             ours, theirs = (statistics.median(row[f"{which}_tokens_per_s"]) for which in ("first", "second"))
             print(f"{name}, batch {row['batch']}: {ours} / {theirs} tokens/s, ratio {row['ratio']}")
+    for row in result["sections"].get("deaths", {}).get("rows", []):
+        print(
+            f"{row['killed']} killed: whole after {row['whole_s']:.2f} s with ranks {row['ranks_after']}, longest gap "
+            f"{row['longest_gap_ms']} ms, lost {row['lost']}"
+        )
     print("start, s:", result["boot_s"])
 
 
