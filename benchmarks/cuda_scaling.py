@@ -321,7 +321,8 @@ async def kill(instance: Instance, load: Load, victims: tuple[int | str, ...]) -
     while True:
         status = await status_of(instance)
         active = {rank["rank"]: rank["pid"] for rank in status["ranks"] if rank["state"] == "active"}
-        survived = all(victim == "HMM" or active.get(int(victim)) != pids[int(victim)] for victim in victims)
+        dead = {pids[int(victim)] for victim in victims if victim != "HMM"}
+        survived = not dead or (status["epoch"] > before["epoch"] and not dead & set(active.values()))
         remembered = status["memory"]["available"] and ("HMM" not in victims or status["memory"]["pid"] != hmm)
         if survived and remembered and set(active) == set(status["membership"]):
             break

@@ -18,8 +18,11 @@ from elasticmoe_sglang.wire.to_hmm import HOST, Block, Kind
 
 @dataclass(kw_only=True)
 class _Entry:
+    """fd: of an adopted block, the descriptor it was imported from; drivers export no imported memory again."""
+
     block: Block
     handle: VmmHandle
+    fd: int | None = None
     leases: int = 0
     retired: bool = False
 
@@ -95,7 +98,7 @@ class BlockTable:
             raise
         # The transaction it may have been allocated in ended with its HMM.
         adopted = msgspec.structs.replace(block, txn=None)
-        self._entries[block.block_id] = _Entry(block=adopted, handle=handle, leases=1)
+        self._entries[block.block_id] = _Entry(block=adopted, handle=handle, fd=os.dup(fd), leases=1)
         self.adopted += 1
         return True
 
@@ -129,7 +132,7 @@ class BlockTable:
     def lease(self, block_id: int) -> int:
         """Counts one lease and returns a descriptor of the memory, which the caller closes."""
         entry = self._live(block_id)
-        fd = self._backend.export(entry.handle)
+        fd = self._backend.export(entry.handle) if entry.fd is None else os.dup(entry.fd)
         entry.leases += 1
         return fd
 
@@ -153,16 +156,21 @@ class BlockTable:
     def close(self) -> None:
         """Closes every handle; what clients have mapped lives on with them."""
         for entry in self._entries.values():
-            self._backend.close(entry.handle)
+            self._free(entry)
         self._entries.clear()
 
     def _settle(self, entry: _Entry) -> None:
         if not entry.retired or entry.leases:
             return
         del self._entries[entry.block.block_id]
-        self._backend.close(entry.handle)
+        self._free(entry)
         if entry.block.device != HOST:
             self._ledger.refund(entry.block.device, entry.block.kind, entry.block.nbytes)
+
+    def _free(self, entry: _Entry) -> None:
+        self._backend.close(entry.handle)
+        if entry.fd is not None:
+            os.close(entry.fd)
 
     def _replace(self, block_ids: Iterable[int], **changes: object) -> None:
         for entry in [self._live(i) for i in block_ids]:

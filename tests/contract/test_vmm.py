@@ -102,6 +102,23 @@ def test_an_unmapped_handle_is_free_when_closed(rig: Rig) -> None:
         backend.export(handle)
 
 
+def test_imported_memory_is_not_exported_again(rig: Rig) -> None:
+    backend, size = rig.backend, rig.backend.granularity
+    handle = backend.create(size, 0)
+    fd = backend.export(handle)
+    program = """
+from elasticmoe_sglang.errors import VmmError
+handle = backend.import_(fds[0], G, 0)
+try:
+    backend.export(handle)
+except VmmError as error:
+    print(error)
+"""
+    assert "cannot be exported again" in rig.in_another_process(program, fd)
+    os.close(fd)
+    backend.close(handle)
+
+
 def test_misuse_is_an_exception(rig: Rig) -> None:
     backend, size = rig.backend, rig.backend.granularity
     va, handle = backend.reserve(3 * size), backend.create(2 * size, 0)

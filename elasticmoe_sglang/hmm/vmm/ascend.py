@@ -225,10 +225,6 @@ class AscendBackend(VmmBackend):
         with self._books():
             physical = self._physical[handle.native]
             if physical.token is None:
-                if physical.imported_as is not None:
-                    raise VmmError(
-                        "an imported handle cannot be exported again", hint="Ask the process that made the memory."
-                    )
                 number = ctypes.c_uint64()
                 with self._on(physical.device):
                     self._acl(

@@ -226,8 +226,15 @@ class VmmBackend(ABC):
         return os.fstat(handle.native).st_blocks * 512
 
     def export(self, handle: VmmHandle) -> int:
-        """A descriptor of the memory; the caller closes it."""
+        """A descriptor of the memory; the caller closes it.
+
+        Raises VmmError for imported memory, which neither CUDA nor CANN exports again.
+        """
         self._require_open(handle)
+        if handle.imported:
+            raise VmmError(
+                "an imported handle cannot be exported again", hint="Pass on a copy of the descriptor it came from."
+            )
         return self._export(handle)
 
     def map(self, va: int, handle: VmmHandle) -> None:
