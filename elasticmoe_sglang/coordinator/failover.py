@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.workers import Workers
-from elasticmoe_sglang.errors import ElasticMoEError, OperationInProgress
+from elasticmoe_sglang.errors import ElasticMoEError, OperationInProgress, WorkerError
 from elasticmoe_sglang.planner.recovery import RecoveryPlan, plan_recovery
 
 logger = logging.getLogger(__name__)
@@ -51,12 +51,16 @@ class FailoverController:
         self._memory_whole = memory_whole
         self._tidy = tidy
         self._losses: dict[int, int] = {}
+        self._planned: frozenset[int] = frozenset()  # on whose workers the attempt that runs depends
+        self._overtaken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def rank_lost(self, rank: int, why: str) -> None:
         """Start recovery, or include the rank in the recovery that is running."""
         logger.error("%s; survivors continue without it", why)
         self._losses[rank] = self._losses.get(rank, 0) + 1
+        if rank in self._planned:
+            self._overtaken.set()
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._fail_over())
 
@@ -83,20 +87,20 @@ class FailoverController:
         """Recover from every loss, also those that come meanwhile, from the latest committed membership each time."""
         started = time.monotonic()
         backoff, failures, unsent = _BACKOFF_S, 0, False
+        tried: dict[int, int] = {}
         while self._losses or unsent:
             losses = dict(self._losses)
+            if losses != tried:
+                tried, failures = losses, 0
             plan = plan_recovery(
                 self._workers.membership(), self._coordinator.placement, losses, replace_all=failures % 2 == 1
             )
             try:
                 await self._memory_whole(_MEMORY_S)
-                if plan.dead:
-                    sent = await asyncio.wait_for(self._workers.recover(plan, self._deadline_s), self._attempt_s)
-                else:  # a recovery committed, and failed before the dead ranks' requests were sent again
-                    sent = await self._workers.resend_open()
+                sent = await self._attempt(plan)
             except (ElasticMoEError, OSError, asyncio.TimeoutError) as error:
                 failures += 1
-                logger.exception("recovery attempt %d, without ranks %s, failed", failures, sorted(losses))
+                logger.exception("attempt %d to recover without ranks %s failed", failures, sorted(losses))
                 unsent = self._take_commit(plan, losses) or unsent
                 if time.monotonic() - started > self._give_up_s:
                     self._on_failure(f"ranks {sorted(losses)} were lost and could not be replaced: {error}")
@@ -116,6 +120,33 @@ class FailoverController:
                 len(plan.moves),
                 sent,
             )
+
+    async def _attempt(self, plan: RecoveryPlan) -> int:
+        """Carry a plan out, until another of its ranks is lost. Returns how many requests were sent again.
+
+        Raises:
+            WorkerError: another rank was lost, or the attempt failed for another reason.
+            asyncio.TimeoutError: it did not end in time.
+        """
+        if not plan.dead:  # a recovery committed, and failed before the dead ranks' requests were sent again
+            return await self._workers.resend_open()
+        self._overtaken.clear()
+        self._planned = frozenset(plan.survivors)
+        attempt = asyncio.ensure_future(self._workers.recover(plan, self._deadline_s))
+        overtaken = asyncio.ensure_future(self._overtaken.wait())
+        try:
+            await asyncio.wait({attempt, overtaken}, timeout=self._attempt_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._planned = frozenset()
+            overtaken.cancel()
+            if not attempt.done():
+                attempt.cancel()
+                await asyncio.wait({attempt})
+        if not attempt.cancelled():
+            return attempt.result()
+        if self._overtaken.is_set():
+            raise WorkerError("a survivor was lost too")
+        raise asyncio.TimeoutError(f"no recovery within {self._attempt_s:g} s")
 
     def _take_commit(self, plan: RecoveryPlan, losses: Mapping[int, int]) -> bool:
         """Take a recovery's view over if it has committed, also one that failed afterwards. Returns whether it has.

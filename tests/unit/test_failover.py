@@ -164,6 +164,44 @@ def test_attempts_end_and_say_so() -> None:
     assert any(plan.replaced for plan in cluster.plans) and any(not plan.replaced for plan in cluster.plans)
 
 
+def test_a_survivor_that_is_lost_ends_the_attempt() -> None:
+    """Once the attempt went on until a replacement had booted, and the next one replaced every rank, for 50 s."""
+
+    async def boot(cluster: Cluster, _plan: RecoveryPlan) -> int:
+        asyncio.get_running_loop().call_later(0.05, cluster.controller.rank_lost, 1, "rank 1 exited")
+        await asyncio.sleep(4)
+        raise AssertionError("it was not cancelled")
+
+    async def main() -> Cluster:
+        cluster = Cluster([boot])
+        cluster.controller.rank_lost(0, "rank 0 exited")
+        await cluster.settle()
+        return cluster
+
+    cluster = asyncio.run(main())
+    assert [(plan.dead, plan.replaced) for plan in cluster.plans] == [((0,), (0,)), ((0, 1), (0,))]
+    assert cluster.times[1] - cluster.times[0] < 1
+    cluster.check((0, 2, 3))
+
+
+def test_a_loss_that_comes_after_its_consequence_replaces_nobody() -> None:
+    """A survivor's connection fails before its death is reported; what is left has room for all columns."""
+
+    async def unconnected(cluster: Cluster, _plan: RecoveryPlan) -> int:
+        asyncio.get_running_loop().call_later(0.02, cluster.controller.rank_lost, 2, "rank 2 exited")
+        raise WorkerError("the worker of rank 2 is not connected")
+
+    async def main() -> Cluster:
+        cluster = Cluster([unconnected])
+        cluster.controller.rank_lost(1, "rank 1 exited")
+        await cluster.settle()
+        return cluster
+
+    cluster = asyncio.run(main())
+    assert [(plan.dead, plan.replaced) for plan in cluster.plans] == [((1,), ()), ((1, 2), ())]
+    cluster.check((0, 3))
+
+
 def test_an_error_of_another_kind_ends_the_hold() -> None:
     """Once it ended the task alone, and every later change was refused."""
 
