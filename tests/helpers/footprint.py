@@ -131,7 +131,7 @@ def leaves_nothing(server: ElasticServer, footprint: Footprint) -> None:
     run_dir = Path(server.status()["memory"]["endpoint"].removeprefix("ipc://")).parent
     pids = [process.pid for process in server.processes()]
     server.stop(timeout_s=60)
-    assert server.exit_status == 0
+    assert server.exit_status == 0, f"{server.exit_status}\n{server.log_tail(60)}"
     assert "CRITICAL" not in server.log_tail() and "being restarted" not in server.log_tail(), server.log_tail()
     settled(lambda: not any(psutil.pid_exists(pid) for pid in pids), 20, "all processes end")
     settled(lambda: not run_dir.exists(), 20, "the run folder is removed")
