@@ -93,6 +93,9 @@ def test_a_stop_is_quiet_and_soon(way: Way, model: Path, tmp_path: Path) -> None
         tree = [psutil.Process(server.pid), *server.processes()]
         run_dir = Path(next(found for p in tree[1:] if (found := p.environ().get(ENV_RUN_DIR))))
         assert run_dir.is_dir()
+        # After such a request SGLang has an entry that it never removes, and would wait for.
+        samples = {"input_ids": PROMPT, "sampling_params": {"n": 2, "max_new_tokens": 4}, "stream": True}
+        assert server.post("/generate", samples).status_code == 200
         streams = [load.start(PROMPT, TOKENS) for _ in range(2)]
         for stream in streams:
             stream.wait_for_tokens(4, 60)

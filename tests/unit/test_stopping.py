@@ -73,7 +73,7 @@ def test_requests_are_waited_for_and_then_sglang_goes_on_at_once(services: Servi
             seen.append(f"requests {len(tokenizer.rid_to_state)}, ending {services._ending()}")
 
         task = asyncio.create_task(hooks.around_sigterm_watchdog(original, tokenizer))
-        tokenizer.rid_to_state["a"] = object()
+        tokenizer.rid_to_state["a"] = SimpleNamespace(dispatched=True)
         await asyncio.sleep(0.3)
         hooks.stop(tokenizer)
         await asyncio.sleep(0.3)
@@ -83,6 +83,24 @@ def test_requests_are_waited_for_and_then_sglang_goes_on_at_once(services: Servi
         return seen
 
     assert asyncio.run(run()) == ["draining", "requests 0, ending True"]
+
+
+def test_what_was_never_sent_is_not_waited_for_long(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang leaves an entry behind for each further sample (`n`) of a request; its own loop would never end."""
+    monkeypatch.setattr(hooks, "_TOKENISED_S", 0.2)
+
+    async def run() -> int:
+        tokenizer, seen = Tokenizer(), []
+
+        async def original(_self: Tokenizer) -> None:
+            seen.append(len(tokenizer.rid_to_state))
+
+        tokenizer.rid_to_state["a_1"] = SimpleNamespace(dispatched=False)
+        hooks.stop(tokenizer)
+        await asyncio.wait_for(hooks.around_sigterm_watchdog(original, tokenizer), 2)
+        return seen[0]
+
+    assert asyncio.run(run()) == 0
 
 
 def test_a_second_interrupt_aborts_what_runs() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from typing import Any
 
 from elasticmoe_patches.journal import remember
@@ -15,6 +16,8 @@ HOOKS = hook = Hooks(__name__, MAIN)
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.1
+_TOKENISED_S = 1.0
+"""A request that has arrived is sent to a rank within this time."""
 
 
 @hook(
@@ -99,10 +102,14 @@ async def around_sigterm_watchdog(original: Any, self: Any) -> None:
     while not self.gracefully_exit:
         await asyncio.sleep(_LOOK_S)
     services().refuse_changes()
-    if self.rid_to_state and not _at_once(self):
-        logger.info("%d requests still run; the server stops when they have ended", len(self.rid_to_state))
-    while self.rid_to_state and not _at_once(self):
+    if running := _running(self):
+        logger.info("%d requests still run; the server stops when they have ended", len(running))
+    tokenised_by = time.monotonic() + _TOKENISED_S
+    while not _at_once(self) and (_running(self) or (self.rid_to_state and time.monotonic() < tokenised_by)):
         await asyncio.sleep(_LOOK_S)
+    if not _at_once(self):
+        # SGLang keeps an entry for each further sample (`n`) of a request, which it never sends, and would wait for it.
+        self.rid_to_state.clear()
     await services().begin_to_end()
     await original(self)
 
@@ -123,6 +130,11 @@ def around_create_abort_task(original: Any, self: Any, obj: Any) -> Any:
     background = BackgroundTasks()
     background.add_task(abort_what_is_left)
     return background
+
+
+def _running(tokenizer_manager: Any) -> list[str]:
+    """Requests that were sent to a rank and not answered in full."""
+    return [rid for rid, state in tokenizer_manager.rid_to_state.items() if state.dispatched]
 
 
 def _at_once(tokenizer_manager: Any) -> bool:
