@@ -73,15 +73,19 @@ class FailoverController:
         try:
             await self._coordinator.hold(hold, interrupt=f"rank {lost} was lost meanwhile")
             await self._recover_all()
-            await self._tidy()
-        except (ElasticMoEError, OSError) as error:
-            logger.error("memory that no rank uses could not be released: %s", error)
+            await self._tidy_up()
         except Exception as error:
             # An error of this program: nobody else would end the hold, nor tell the survivors, who wait.
             logger.exception("recovery without ranks %s failed", lost)
             self._on_failure(f"recovery without ranks {lost} failed: {type(error).__name__}: {error}")
         finally:
             self._coordinator.resume(hold)
+
+    async def _tidy_up(self) -> None:
+        try:
+            await self._tidy()
+        except (ElasticMoEError, OSError) as error:
+            logger.error("memory that no rank uses could not be released: %s", error)
 
     async def _recover_all(self) -> None:
         """Recover from every loss, also those that come meanwhile, from the latest committed membership each time."""
@@ -101,7 +105,10 @@ class FailoverController:
             except (ElasticMoEError, OSError, asyncio.TimeoutError) as error:
                 failures += 1
                 logger.exception("attempt %d to recover without ranks %s failed", failures, sorted(losses))
-                unsent = self._take_commit(plan, losses) or unsent
+                if self._take_commit(plan, losses):
+                    unsent = True
+                else:
+                    await self._tidy_up()  # the columns that survivors have copied for this attempt
                 if time.monotonic() - started > self._give_up_s:
                     self._on_failure(f"ranks {sorted(losses)} were lost and could not be replaced: {error}")
                     return

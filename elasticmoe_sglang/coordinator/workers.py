@@ -315,6 +315,7 @@ class Workers:
                 self._recovery_committed(plan)
             else:
                 await self._cancel_joins(plan.replaced)
+                await self._drop_pulled(plan, operation_id)
             raise
         self._recovery_committed(plan)
         sent = await self._sglang.send_again(opened - here)
@@ -352,6 +353,24 @@ class Workers:
                 await asyncio.wait_for(self._cancel_join(rank), _CANCEL_S)
             except (ElasticMoEError, asyncio.TimeoutError) as error:
                 logger.error("the worker that was to replace rank %d could not be ended: %s", rank, error)
+
+    async def _drop_pulled(self, plan: RecoveryPlan, operation_id: str) -> None:
+        """Before another attempt: a survivor cannot pull a column that it has mapped for this one."""
+        dropped = await asyncio.gather(
+            *(
+                asyncio.wait_for(
+                    self._unmap(rank, [move.column for move in moves], operation_id=f"drop-{operation_id}"), _CANCEL_S
+                )
+                for rank in plan.survivors
+                if (moves := plan.incoming(rank))
+            ),
+            return_exceptions=True,
+        )
+        for error in dropped:
+            if isinstance(error, (ElasticMoEError, asyncio.TimeoutError)):
+                logger.warning("columns of the attempt that failed stay mapped: %s", error)
+            elif error is not None:
+                raise error
 
     async def resend_open(self) -> int:
         """Send again the requests that are open and on no rank; returns how many."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 
 from tests.helpers.elastic import RANKS
-from tests.helpers.faults import SETTLED_WITHIN_S, change, imbalance, whole
+from tests.helpers.faults import SETTLED_WITHIN_S, arm, change, imbalance, whole
 from tests.helpers.load import Pump, settled
 from tests.helpers.shared import Faulty, Shared
 
@@ -67,18 +69,36 @@ def kill(bench: Faulty, rank: int, killed: set[int]) -> None:
     "deaths", [pytest.param(case, id=case.id, marks=pytest.mark.soak if case in SOAKED else ()) for case in CASES]
 )
 def test_streams_outlive_deaths_that_overlap(bench: Faulty, deaths: Deaths) -> None:
+    killed: set[int] = set()
+    with streaming(bench, killed):
+        for rank in deaths.ranks:
+            kill(bench, rank, killed)
+            time.sleep(deaths.apart_s)
+    change(bench.server, 3 if bench.server.status()["membership"] != [0, 1, 2] else 2)
+
+
+def test_a_survivor_dies_when_it_has_pulled_columns(bench: Faulty) -> None:
+    """The others have pulled theirs: the next attempt pulls them again, and replaces nobody."""
+    killed: set[int] = set()
+    with streaming(bench, killed):
+        killed.add(bench.server.worker_pids()[2])
+        arm(bench.run_dir, "pull.done", 2, "self")
+        kill(bench, 1, killed)
+    assert bench.server.status()["membership"] == [0, 3]
+
+
+@contextmanager
+def streaming(bench: Faulty, killed: set[int]) -> Iterator[None]:
+    """Four ranks decode; after the block the server becomes whole without the `killed`, and no stream is lost."""
     server = bench.server
     change(server, RANKS)
     settled(lambda: whole(server), SETTLED_WITHIN_S, "the server is whole before")
-    killed: set[int] = set()
     with Pump(bench.load, bench.request, STREAMS) as pump:
         settled(lambda: len(pump.streams) >= STREAMS, 10, "streams start")
         for stream in pump.streams[:STREAMS]:
             stream.wait_for_tokens(4, 60)
         epoch, at = server.status()["epoch"], time.monotonic()
-        for rank in deaths.ranks:
-            kill(bench, rank, killed)
-            time.sleep(deaths.apart_s)
+        yield
         try:
             settled(
                 lambda: (
@@ -91,7 +111,7 @@ def test_streams_outlive_deaths_that_overlap(bench: Faulty, deaths: Deaths) -> N
             )
         except TimeoutError as error:
             raise AssertionError(f"{error}: {imbalance(server.status())}\n{server.log_tail(200)}") from error
-        print(f"{deaths.id}: whole after {time.monotonic() - at:.2f} s, ranks {server.status()['membership']}")
+        print(f"whole after {time.monotonic() - at:.2f} s, ranks {server.status()['membership']}")
         running = [stream for stream in pump.streams if not stream.done.done()]
         for stream, tokens in [(stream, len(stream.ids)) for stream in running]:
             stream.wait_for_tokens(min(tokens + 1, stream.wanted), SETTLED_WITHIN_S)
@@ -99,4 +119,3 @@ def test_streams_outlive_deaths_that_overlap(bench: Faulty, deaths: Deaths) -> N
     for stream in pump.streams:
         stream.check(bench.expected[stream.rid])
     assert sum(stream.lost for stream in pump.streams) == 0
-    change(server, 3 if server.status()["membership"] != [0, 1, 2] else 2)
