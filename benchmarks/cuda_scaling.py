@@ -243,13 +243,11 @@ def tokens_between(load: Load, since: float, until: float) -> float:
 async def standbys(instance: Instance, wanted: int, limit_s: float) -> float:
     """Wait until that many standbys are ready; returns the seconds it took."""
     started = time.monotonic()
-    async with aiohttp.ClientSession(instance.url) as session:
-        while time.monotonic() - started < limit_s:
-            async with session.get("/elastic_ep/status") as response:
-                status = await response.json()
-            if sum(rank["state"] == "standby" for rank in status["ranks"]) >= wanted:
-                return round(time.monotonic() - started, 1)
-            await asyncio.sleep(0.2)
+    while time.monotonic() - started < limit_s:
+        status = await status_of(instance)
+        if sum(rank["state"] == "standby" for rank in status["ranks"]) >= wanted:
+            return round(time.monotonic() - started, 1)
+        await asyncio.sleep(0.2)
     raise RuntimeError(f"no {wanted} standbys within {limit_s:.0f} s: {json.dumps(status)[:800]}")
 
 
@@ -416,14 +414,15 @@ async def growth(servers: Servers, settings: argparse.Namespace, record: dict[st
 
 async def resize(instance: Instance, size: int, limit_s: float) -> None:
     """Change to `size` ranks, with enough warm standbys, unless the server has that size."""
-    async with aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session:
-        async with session.get("/elastic_ep/status") as response:
-            now = (await response.json())["ep_size"]
-        if now == size:
-            return
-        await standbys(instance, size - now, limit_s)
-        async with session.post("/scale_elastic_ep", json={"new_ep_size": size, "wait": True}) as response:
-            operation = await response.json()
+    now = (await status_of(instance))["ep_size"]
+    if now == size:
+        return
+    await standbys(instance, size - now, limit_s)
+    async with (
+        aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session,
+        session.post("/scale_elastic_ep", json={"new_ep_size": size, "wait": True}) as response,
+    ):
+        operation = await response.json()
     if operation.get("phase") != "done":
         raise RuntimeError(f"the change to {size} ended as {json.dumps(operation)[:1500]}")
 

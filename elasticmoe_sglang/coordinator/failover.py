@@ -24,7 +24,7 @@ class FailoverController:
     Args:
         deadline_s: seconds for survivors to meet at the commit barrier, for each attempt.
         attempt_s: seconds for one attempt, the boot of replacements included. give_up_s: seconds after which no other
-            attempt is made and the server ends; survivors wait longer than both together.
+            attempt is made and the server ends.
         on_failure: called with a sentence when serving cannot continue.
         memory_whole: waits up to the given seconds while an HMM that ended is being replaced.
         tidy: releases memory that no rank uses, left by a change that the death interrupted.

@@ -358,9 +358,7 @@ class Workers:
         """Before another attempt: a survivor cannot pull a column that it has mapped for this one."""
         dropped = await asyncio.gather(
             *(
-                asyncio.wait_for(
-                    self._unmap(rank, [move.column for move in moves], operation_id=f"drop-{operation_id}"), _CANCEL_S
-                )
+                asyncio.wait_for(self.drop(rank, operation_id, moves), _CANCEL_S)
                 for rank in plan.survivors
                 if (moves := plan.incoming(rank))
             ),

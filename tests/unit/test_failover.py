@@ -102,18 +102,24 @@ def committed_then(then: Callable[[Cluster], None], error: Exception) -> Outcome
     return outcome
 
 
-def test_a_survivor_dies_between_the_commit_and_its_report() -> None:
-    """Once the next attempt planned from the old placement, and columns stayed with an inactive rank."""
+def recovered(outcomes: list[Outcome], *, lost: int) -> Cluster:
+    """The cluster after it has lost a rank and recovered, or given up."""
 
     async def main() -> Cluster:
-        cluster = Cluster(
-            [committed_then(lambda c: c.controller.rank_lost(2, "rank 2 exited"), WorkerError("rank 2 exited"))]
-        )
-        cluster.controller.rank_lost(3, "rank 3 exited")
+        cluster = Cluster(outcomes)
+        cluster.controller.rank_lost(lost, f"rank {lost} exited")
         await cluster.settle()
         return cluster
 
-    cluster = asyncio.run(main())
+    return asyncio.run(main())
+
+
+def test_a_survivor_dies_between_the_commit_and_its_report() -> None:
+    """Once the next attempt planned from the old placement, and columns stayed with an inactive rank."""
+
+    cluster = recovered(
+        [committed_then(lambda c: c.controller.rank_lost(2, "rank 2 exited"), WorkerError("rank 2 exited"))], lost=3
+    )
     assert [plan.dead for plan in cluster.plans] == [(3,), (2,)]
     if cluster.plans[1].replaced:
         cluster.check((0, 1, 2))
@@ -124,13 +130,7 @@ def test_a_survivor_dies_between_the_commit_and_its_report() -> None:
 def test_a_failure_after_the_commit_is_no_failed_recovery() -> None:
     """The HMM is away while memory is tidied up: the requests are sent again, nobody is recovered twice."""
 
-    async def main() -> Cluster:
-        cluster = Cluster([committed_then(lambda _: None, HmmUnavailable("no HMM answers"))])
-        cluster.controller.rank_lost(3, "rank 3 exited")
-        await cluster.settle()
-        return cluster
-
-    cluster = asyncio.run(main())
+    cluster = recovered([committed_then(lambda _: None, HmmUnavailable("no HMM answers"))], lost=3)
     cluster.check((0, 1, 2))
     assert (len(cluster.plans), cluster.resent) == (1, 1)
 
@@ -138,13 +138,7 @@ def test_a_failure_after_the_commit_is_no_failed_recovery() -> None:
 def test_attempts_wait_for_each_other() -> None:
     """Five attempts were once over within milliseconds, while the replacement of rank 0 booted."""
 
-    async def main() -> Cluster:
-        cluster = Cluster([fail, fail, fail, fail])
-        cluster.controller.rank_lost(0, "rank 0 exited")
-        await cluster.settle()
-        return cluster
-
-    cluster = asyncio.run(main())
+    cluster = recovered([fail, fail, fail, fail], lost=0)
     cluster.check((0, 1, 2, 3))
     gaps = [late - early for early, late in zip(cluster.times, cluster.times[1:], strict=False)]
     assert gaps == sorted(gaps) or min(gaps) > 0.05
@@ -152,13 +146,7 @@ def test_attempts_wait_for_each_other() -> None:
 
 
 def test_attempts_end_and_say_so() -> None:
-    async def main() -> Cluster:
-        cluster = Cluster([fail] * 100)
-        cluster.controller.rank_lost(1, "rank 1 exited")
-        await cluster.settle()
-        return cluster
-
-    cluster = asyncio.run(main())
+    cluster = recovered([fail] * 100, lost=1)
     assert not cluster.holds
     assert len(cluster.failures) == 1 and "[1]" in cluster.failures[0] and "is taken" in cluster.failures[0]
     assert any(plan.replaced for plan in cluster.plans) and any(not plan.replaced for plan in cluster.plans)
@@ -172,13 +160,7 @@ def test_a_survivor_that_is_lost_ends_the_attempt() -> None:
         await asyncio.sleep(4)
         raise AssertionError("it was not cancelled")
 
-    async def main() -> Cluster:
-        cluster = Cluster([boot])
-        cluster.controller.rank_lost(0, "rank 0 exited")
-        await cluster.settle()
-        return cluster
-
-    cluster = asyncio.run(main())
+    cluster = recovered([boot], lost=0)
     assert [(plan.dead, plan.replaced) for plan in cluster.plans] == [((0,), (0,)), ((0, 1), (0,))]
     assert cluster.times[1] - cluster.times[0] < 1
     cluster.check((0, 2, 3))
@@ -191,13 +173,7 @@ def test_a_loss_that_comes_after_its_consequence_replaces_nobody() -> None:
         asyncio.get_running_loop().call_later(0.02, cluster.controller.rank_lost, 2, "rank 2 exited")
         raise WorkerError("the worker of rank 2 is not connected")
 
-    async def main() -> Cluster:
-        cluster = Cluster([unconnected])
-        cluster.controller.rank_lost(1, "rank 1 exited")
-        await cluster.settle()
-        return cluster
-
-    cluster = asyncio.run(main())
+    cluster = recovered([unconnected], lost=1)
     assert [(plan.dead, plan.replaced) for plan in cluster.plans] == [((1,), ()), ((1, 2), ())]
     cluster.check((0, 3))
 
@@ -208,13 +184,7 @@ def test_an_error_of_another_kind_ends_the_hold() -> None:
     async def broken(_cluster: Cluster, _plan: RecoveryPlan) -> int:
         raise TypeError("object of type 'NoneType' has no len()")
 
-    async def main() -> Cluster:
-        cluster = Cluster([broken])
-        cluster.controller.rank_lost(1, "rank 1 exited")
-        await cluster.settle()
-        return cluster
-
-    cluster = asyncio.run(main())
+    cluster = recovered([broken], lost=1)
     assert not cluster.holds
     assert len(cluster.failures) == 1 and "TypeError" in cluster.failures[0]
 
@@ -226,12 +196,6 @@ def test_a_rank_that_is_lost_again_while_it_is_recovered(second: int) -> None:
         cluster.controller.rank_lost(second, f"rank {second} exited")
         return 0
 
-    async def main() -> Cluster:
-        cluster = Cluster([commit_and_lose])
-        cluster.controller.rank_lost(0, "rank 0 exited")
-        await cluster.settle()
-        return cluster
-
-    cluster = asyncio.run(main())
+    cluster = recovered([commit_and_lose], lost=0)
     assert [plan.dead for plan in cluster.plans] == [(0,), (second,)]
     cluster.check((0, 1, 2, 3) if second == 0 else tuple(rank for rank in range(4) if rank != second))
