@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from elasticmoe_sglang.comm.commit_barrier import CommitBarrier, Decision
 from elasticmoe_sglang.comm.membership import Membership
+from elasticmoe_sglang.planner import Placement, View
 from tests.helpers.workers import WorkerContext, WorkerPool
 
 TURNS = 7
@@ -116,8 +117,9 @@ def commits(context: WorkerContext, first_epoch: int, count: int, ranks: tuple[i
     for epoch in range(first_epoch, first_epoch + count):
         time.sleep(2e-3)
         membership = Membership(ranks=ranks, epoch=epoch, capacity=context.region.capacity)
+        view = View(membership=membership, placement=Placement(owners=ranks))
         started = time.perf_counter()
-        decision = barrier.arrive(epoch=epoch, participants=ranks, membership=membership, timeout_s=20)
+        decision = barrier.arrive(epoch=epoch, participants=ranks, view=view, timeout_s=20)
         assert decision is Decision.COMMIT, barrier.reason
         context.region.set_membership(membership)
         times.append(time.perf_counter() - started)

@@ -38,6 +38,9 @@ class ElasticConfig:
     standbys: int = 1
     """Standby workers (SGLang imported, waiting), so that a joining rank does not wait for the start of a process."""
 
+    restore: bool = True
+    """Bring a lost rank back as soon as a standby worker is ready."""
+
     hmm_endpoint: str | None = None
     """Endpoint of a running HMM, ipc://PATH. None: the server starts one and stops it at its end."""
 
@@ -219,6 +222,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         "What each rank may use of a GPU that ranks share: equal, all, or a percentage. Default: equal.",
     )
     add("standbys", int, "N", f"Standby workers kept ready for joining ranks. Default: {defaults['standbys']}.")
+    add("restore", _on_off, "on|off", "Bring lost ranks back as soon as a standby worker is ready. Default: on.")
     add("hmm_endpoint", str, "ENDPOINT", "Use the HMM at this endpoint (ipc://PATH) instead of starting one.")
     add(
         "device_budget",
@@ -250,6 +254,12 @@ def _size(text: str) -> int:
         return parse_bytes(text)
     except UserInputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _on_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"must be on or off, not {text!r}")
+    return text == "on"
 
 
 def _destination(field: str) -> str:

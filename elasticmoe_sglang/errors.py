@@ -29,7 +29,6 @@ ElasticMoEError
 │   ├── CollectiveMismatch                ranks called different collectives, or with different sizes
 │   └── RankInactive                      a root or peer is not among the active ranks
 ├── CommitError                           the commit barrier was not passed; the change is rolled back
-├── PhaseTimeout                          a phase of a change took longer than its deadline
 ├── WorkerError                           a worker failed to boot, join or retire
 └── HookError                             SGLang is not what the hooks were written for; ends the launch
 """
@@ -225,10 +224,6 @@ class RankInactive(CollectiveError):
 
 class CommitError(ElasticMoEError):
     """The commit barrier did not commit; the change is rolled back."""
-
-
-class PhaseTimeout(ElasticMoEError):
-    """A phase of a change took longer than its deadline."""
 
 
 class WorkerError(ElasticMoEError):

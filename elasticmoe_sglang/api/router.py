@@ -130,7 +130,7 @@ def scaling_state(coordinator: Coordinator) -> ScalingState:
     latest = running or coordinator.last
     return ScalingState(
         is_scaling_elastic_ep=running is not None,
-        effective_ep_size=len(coordinator.membership.ranks),
+        effective_ep_size=len(coordinator.view.membership.ranks),
         pending_ep_size=running.new_ep_size if running else None,
         scale_phase=_upstream_phase(latest),
         last_error=latest.error if latest else None,

@@ -2,7 +2,7 @@
 
 Phase one: the old members and the joining ranks arrive, each by writing the change's proposal (epoch, attempt) into its
 own word. Phase two: the leader (rank 0) decides, COMMIT once all have arrived in time, ABORT when the deadline has
-passed or a participant dies, and the others wait for its decision. With a COMMIT the new membership is published.
+passed or a participant dies, and the others wait for its decision. With a COMMIT the new view is published.
 
 There is one decision because it is one word, written under a file lock on the region (the kernel frees it when its
 holder dies) and only when there is none for this proposal yet. So when the leader is gone or stuck, the first follower
@@ -26,6 +26,7 @@ from elasticmoe_sglang.comm import futex
 from elasticmoe_sglang.comm.control_page import BARRIER_ARRIVAL, BARRIER_WORD, ControlPage
 from elasticmoe_sglang.comm.membership import LEADER, Membership, mask_to_ranks, ranks_to_mask
 from elasticmoe_sglang.errors import CommitError
+from elasticmoe_sglang.planner import View
 
 POLL_S = 0.02
 FOLLOWER_GRACE_S = 2.0
@@ -138,7 +139,7 @@ class CommitBarrier:
         *,
         epoch: int,
         participants: tuple[int, ...],
-        membership: Membership,
+        view: View,
         timeout_s: float,
         attempt: int = 0,
         grace_s: float = FOLLOWER_GRACE_S,
@@ -148,7 +149,7 @@ class CommitBarrier:
         Args:
             epoch, attempt: the change; the same on all, and never used before.
             participants: old members and joining ranks, rank 0 among them.
-            membership: what COMMIT makes the committed membership; only the leader's is published.
+            view: what COMMIT makes the committed view; only the leader's is published.
             timeout_s: how long the leader waits for the others.
             grace_s: how much longer the others wait for the leader.
 
@@ -160,11 +161,11 @@ class CommitBarrier:
                 gone on to a later change without this rank.
         """
         assert LEADER in participants and self._rank in participants
-        assert membership.epoch == epoch
+        assert view.epoch == epoch
         proposal = _proposal(epoch, attempt)
         self.reason = ""
         if self._rank == LEADER:
-            return self._lead(proposal, participants, membership, timeout_s)
+            return self._lead(proposal, participants, view, timeout_s)
         self._announce_arrival(proposal)
         return self._follow(proposal, time.monotonic() + timeout_s + grace_s)
 
@@ -172,7 +173,7 @@ class CommitBarrier:
         """For a joining rank: sleep until the leader proposes a change to `epoch` that names this rank, then arrive.
 
         Returns ABORT when that change was aborted; the caller may call again and wait for the next attempt. After
-        COMMIT the membership is `control.read_membership()`.
+        COMMIT the view is `control.read_view()`.
 
         Raises:
             CommitError: no proposal came within `timeout_s`, the leader died, or the epoch was reached without this
@@ -203,7 +204,7 @@ class CommitBarrier:
         """Decide ABORT for a proposal that has no decision yet, whether or not it was made.
 
         Returns:
-            The decision that holds. After COMMIT the new membership is published.
+            The decision that holds. After COMMIT the new view is published.
 
         Raises:
             CommitError: the decision word's lock was not free in time.
@@ -215,7 +216,7 @@ class CommitBarrier:
     def _decided(self) -> int:
         return self._words[_VERDICT] >> 16
 
-    def _lead(self, proposal: int, participants: tuple[int, ...], membership: Membership, timeout_s: float) -> Decision:
+    def _lead(self, proposal: int, participants: tuple[int, ...], view: View, timeout_s: float) -> Decision:
         words = self._words
         words[_PARTICIPANTS] = ranks_to_mask(participants)
         futex.order_stores()
@@ -234,14 +235,14 @@ class CommitBarrier:
             if not missing:
                 if now >= deadline:  # whoever asked for this change may have given it up
                     return self._decide(proposal, Decision.ABORT, _Reason.EXPIRED, 0, None)
-                return self._decide(proposal, Decision.COMMIT, _Reason.NONE, 0, membership)
+                return self._decide(proposal, Decision.COMMIT, _Reason.NONE, 0, view)
             if now >= next_check:
                 next_check = now + POLL_S
                 dead = [rank for rank in missing if not self._alive(rank)]
                 if dead:
-                    return self._decide(proposal, Decision.ABORT, _Reason.DIED, dead[0], membership)
+                    return self._decide(proposal, Decision.ABORT, _Reason.DIED, dead[0], None)
             if now >= deadline:
-                return self._decide(proposal, Decision.ABORT, _Reason.LATE, missing[0], membership)
+                return self._decide(proposal, Decision.ABORT, _Reason.LATE, missing[0], None)
             self._sleep(_ARRIVALS_BELL, bell, POLL_S)
 
     def _follow(self, proposal: int, deadline: float) -> Decision:
@@ -266,13 +267,13 @@ class CommitBarrier:
         self._words[self._control.rank_word(self._rank, BARRIER_ARRIVAL)] = proposal
         futex.add_one_and_wake(self._address(_ARRIVALS_BELL))
 
-    def _decide(
-        self, proposal: int, decision: Decision, reason: _Reason, culprit: int, membership: Membership | None
-    ) -> Decision:
+    def _decide(self, proposal: int, decision: Decision, reason: _Reason, culprit: int, view: View | None) -> Decision:
         words = self._words
         with self._lock(_epoch_of(proposal)):
             if self._decided() < proposal:
-                words[_VERDICT_MASK] = membership.mask if membership is not None else 0
+                if view is not None:
+                    words[_VERDICT_MASK] = view.membership.mask
+                    self._control.stage_owners(view.owners)
                 futex.order_stores()
                 verdict = _Verdict(proposal=proposal, decision=decision, reason=reason, culprit=culprit)
                 words[_VERDICT] = verdict.pack()  # decided from here on
@@ -281,11 +282,11 @@ class CommitBarrier:
         return self._obey(proposal)
 
     def _publish(self, verdict: _Verdict) -> None:
-        """Make a COMMIT's membership the committed one, once. Under the lock."""
+        """Make a COMMIT's view the committed one, once. Under the lock."""
         epoch = _epoch_of(verdict.proposal)
         if verdict.decision is Decision.COMMIT and not self._published(epoch):
             ranks = mask_to_ranks(self._words[_VERDICT_MASK])
-            self._control.publish_membership(Membership(ranks=ranks, epoch=epoch, capacity=self._control.capacity))
+            self._control.publish_staged(Membership(ranks=ranks, epoch=epoch, capacity=self._control.capacity))
 
     def _published(self, epoch: int) -> bool:
         return self._control.has_membership and self._control.read_membership().epoch >= epoch

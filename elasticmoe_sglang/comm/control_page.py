@@ -1,8 +1,9 @@
 """The control page: the words at the start of the collective region that every process of the server may read.
 
-It names the committed membership, the state of the commit barrier, and for each rank the worker that serves it: its
-process, what it says about itself, its KV tokens, its window of device memory. The launcher writes the first membership
-and the leader of the commit barrier the later ones; a worker writes its own line; the coordinator only reads.
+It holds the committed view (membership and placement), the state of the commit barrier, and for each rank the worker
+that serves it: its process, what it says about itself, its KV tokens, its window of device memory. The launcher writes
+the first membership, the coordinator the placement that goes with it, and the commit barrier all later views; a worker
+writes its own line.
 
 All words are 64-bit, aligned, written whole; each has one writer at a time.
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 from elasticmoe_sglang.comm import futex
 from elasticmoe_sglang.comm.membership import MAX_CAPACITY, Membership, mask_to_ranks
 from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.planner import Placement, View
 
 PAGE_BYTES = 4096
 CONTROL_BYTES = 4 * PAGE_BYTES
@@ -25,10 +28,13 @@ CONTROL_BYTES = 4 * PAGE_BYTES
 _MAGIC = 0x454C4153_4D4F4531
 # Word offsets in the page. Words that different processes write often live in cache lines (8 words) of their own.
 _W_MAGIC, _W_CAPACITY, _W_CHANNELS, _W_WINDOW = 0, 1, 2, 3
-_W_VERSION, _W_SLOTS = 8, 9
+_W_VERSION, _W_SLOTS, _SLOT_WORDS = 8, 9, 3
 BARRIER_WORD = 24
 """First of the 32 words that belong to the commit barrier."""
 _W_RANKS, _RANK_WORDS = 64, 8
+_W_OWNERS = 1024
+MAX_COLUMNS = 4096
+"""The most expert columns: the page holds the owners of two views, one byte each."""
 _PID, _START, _STATE = 0, 1, 3
 BARRIER_ARRIVAL = 4
 """Word of a rank's line in which it arrives at the commit barrier."""
@@ -131,18 +137,37 @@ class ControlPage:
     @staticmethod
     def format(shared: SharedMemory, *, capacity: int, channels: int, window_bytes: int) -> None:
         """Clear the page and write the geometry. Before any rank starts."""
-        assert _W_RANKS + _RANK_WORDS * MAX_CAPACITY <= CONTROL_BYTES // 8
+        assert _W_RANKS + _RANK_WORDS * MAX_CAPACITY <= _W_OWNERS
+        assert 8 * _W_OWNERS + 2 * MAX_COLUMNS <= CONTROL_BYTES
         shared.view[:CONTROL_BYTES] = bytes(CONTROL_BYTES)
         words = shared.words(0, CONTROL_BYTES)
         words[_W_CAPACITY], words[_W_CHANNELS], words[_W_WINDOW] = capacity, channels, window_bytes
         words[_W_MAGIC] = _MAGIC
 
-    # Membership. Two slots: the writer fills the one that is not current, then the version word makes it so.
+    # The view. Two slots: the writer fills the one that is not current, then the version word makes it so.
 
-    def publish_membership(self, membership: Membership) -> None:
-        """Make `membership` the committed one. At launch, from then on only in the commit barrier, under its lock."""
+    def publish(self, view: View) -> None:
+        """Make `view` the committed one. At launch; from then on only the commit barrier does, under its lock."""
+        self.stage_owners(view.owners)
+        self.publish_staged(view.membership)
+
+    def stage_owners(self, owners: Sequence[int]) -> None:
+        """Write the owners of the next view.
+
+        Raises:
+            UserInputError: more expert columns than the page has room for.
+        """
+        if len(owners) > MAX_COLUMNS:
+            raise UserInputError(f"{len(owners)} expert columns are more than {MAX_COLUMNS}")
+        slot = (self.words[_W_VERSION] + 1) % 2
+        start = 8 * _W_OWNERS + MAX_COLUMNS * slot
+        self.shared.view[start : start + len(owners)] = bytes(owners)
+        self.words[_W_SLOTS + _SLOT_WORDS * slot + 2] = len(owners)
+
+    def publish_staged(self, membership: Membership) -> None:
+        """Make `membership`, with the owners that were staged last, the committed view."""
         version = self.words[_W_VERSION] + 1
-        slot = _W_SLOTS + 2 * (version % 2)
+        slot = _W_SLOTS + _SLOT_WORDS * (version % 2)
         self.words[slot], self.words[slot + 1] = membership.epoch, membership.mask
         futex.order_stores()
         self.words[_W_VERSION] = version
@@ -153,20 +178,30 @@ class ControlPage:
         return self.words[_W_VERSION] != 0
 
     def read_membership(self) -> Membership:
-        """The committed membership.
+        """The committed membership. Raises UserInputError: none was published yet."""
+        return self._read()[0]
+
+    def read_view(self) -> View:
+        """The committed view.
 
         Raises:
             UserInputError: none was published yet.
         """
+        membership, owners = self._read()
+        return View(membership=membership, placement=Placement(owners=owners))
+
+    def _read(self) -> tuple[Membership, tuple[int, ...]]:
         while True:
             version = self.words[_W_VERSION]
             if version == 0:
                 raise UserInputError("no membership was published yet")
-            slot = _W_SLOTS + 2 * (version % 2)
-            epoch, mask = self.words[slot], self.words[slot + 1]
-            # The slot is rewritten two versions later at the earliest.
+            slot = version % 2
+            epoch, mask, columns = (self.words[_W_SLOTS + _SLOT_WORDS * slot + index] for index in range(_SLOT_WORDS))
+            start = 8 * _W_OWNERS + MAX_COLUMNS * slot
+            owners = tuple(self.shared.view[start : start + columns])
+            # The slot is rewritten two versions later at the earliest, and its owners are staged one version later.
             if self.words[_W_VERSION] == version:
-                return Membership(ranks=mask_to_ranks(mask), epoch=epoch, capacity=self.capacity)
+                return Membership(ranks=mask_to_ranks(mask), epoch=epoch, capacity=self.capacity), owners
 
     # Workers
 

@@ -19,6 +19,7 @@ from elasticmoe_sglang.comm.membership import MAX_CAPACITY, Membership
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.hmm.client import HmmClient, RegionHandle
+from elasticmoe_sglang.planner import Placement, View
 
 CHANNELS = 16
 """Process groups of more than one rank that a server can have."""
@@ -222,5 +223,6 @@ def format_region(region: RegionHandle, config: ElasticConfig) -> ControlPage:
     control = CollectiveRegion.format(
         region.fd, capacity=config.max_ep_size, channels=CHANNELS, window_bytes=config.window_bytes
     )
-    control.publish_membership(Membership(ranks=tuple(range(config.ep_size)), epoch=0, capacity=config.max_ep_size))
+    membership = Membership(ranks=tuple(range(config.ep_size)), epoch=0, capacity=config.max_ep_size)
+    control.publish(View(membership=membership, placement=Placement(owners=())))
     return ControlPage(SharedMemory(region.fd))

@@ -1,4 +1,4 @@
-"""Accepts targets, runs one change at a time and remembers the latest ones."""
+"""Accepts targets, keeps the records of all operations, and runs the engine."""
 
 from __future__ import annotations
 
@@ -7,29 +7,34 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Awaitable, Callable, Mapping
 
-from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.coordinator.change import Change
+from elasticmoe_sglang.coordinator import steps as s
+from elasticmoe_sglang.coordinator.driver import Driver
+from elasticmoe_sglang.coordinator.engine import Deadlines, Engine
 from elasticmoe_sglang.coordinator.ports import MemoryPort, WorkersPort
 from elasticmoe_sglang.coordinator.status import (
+    CommitReport,
     DeviceMemory,
     MemoryStatus,
     Operation,
     Phase,
+    PullReport,
     RunningOperation,
     Status,
     describe_target,
 )
-from elasticmoe_sglang.errors import ElasticMoEError, HmmUnavailable, OperationInProgress, UserInputError
+from elasticmoe_sglang.errors import ElasticMoEError, HmmUnavailable, OperationInProgress, UserInputError, WorkerError
 from elasticmoe_sglang.planner import (
+    Cause,
     DeviceRoom,
     ModelNeeds,
-    Placement,
-    ScalePlan,
     Target,
+    TransitionPlan,
+    View,
     check_budgets,
-    plan_scale,
+    plan_target,
 )
 
 logger = logging.getLogger(__name__)
@@ -43,48 +48,79 @@ class Coordinator:
     """Runs in one event loop, where its coroutines must be called; the other methods may be called from any thread.
 
     Args:
-        membership, placement: those of the server's start.
+        view: that of the server's start. pids: of the workers that serve it.
+        on_end: called with a sentence when serving cannot go on.
+
+    Attributes:
+        await_memory: waits until the HMM's ledger is whole. tidy: releases memory that no rank uses. Both are set by
+            who replaces an HMM that has ended.
+
+    Raises:
+        WorkerError: an active rank has no worker.
     """
 
     def __init__(
         self,
         *,
         config: ElasticConfig,
-        membership: Membership,
-        placement: Placement,
+        view: View,
+        pids: Mapping[int, int],
         memory: MemoryPort,
         workers: WorkersPort,
+        on_end: Callable[[str], None] = logger.critical,
     ) -> None:
+        gone = [rank for rank in view.ranks if rank not in pids]
+        if gone:
+            raise WorkerError(f"the workers of ranks {gone} ended while the server started", hint="Their log says why")
         self._config = config
-        self._membership = membership
-        self._placement = placement
         self._memory = memory
         self._workers = workers
         self._operations: dict[str, RunningOperation] = {}
-        self._latest: RunningOperation | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._change: Change | None = None
         self._submitting = asyncio.Lock()
         self._closed = False
-        self._holds: list[ElasticMoEError] = []
+        self._memory_held: HmmUnavailable | None = None
+        self.await_memory: Callable[[], Awaitable[None]] = _at_once
+        self.tidy: Callable[[], Awaitable[object]] = _at_once
+        deadlines = Deadlines(
+            prepare=config.prepare_deadline_s,
+            commit=config.commit_deadline_s,
+            finish=config.finish_deadline_s,
+            recover=config.prepare_deadline_s,
+            collective=config.collective_deadline_s,
+        )
+        self._engine = Engine(view, dict(pids), deadlines, restore=config.restore)
+        self._driver = Driver(
+            self._engine,
+            memory=memory,
+            workers=workers,
+            check_room=self._check_room,
+            await_memory=lambda: self.await_memory(),
+            tidy=lambda: self.tidy(),
+            on_progress=self._progress,
+            on_result=self._result,
+            on_end=on_end,
+        )
+
+    def post(self, event: s.Event) -> None:
+        """Tell the engine what has happened."""
+        self._driver.post(event)
 
     @property
-    def membership(self) -> Membership:
-        return self._membership
-
-    @property
-    def placement(self) -> Placement:
-        return self._placement
+    def view(self) -> View:
+        """The view committed last."""
+        return self._engine.view
 
     @property
     def running(self) -> Operation | None:
-        """The operation that has not ended yet."""
-        return self._latest.view() if self._latest is not None and not self._latest.phase.ended else None
+        """The operation that has not ended yet; a target rather than what runs before it."""
+        open_ = [operation for operation in self._newest_first() if not operation.phase.ended]
+        targets = [operation for operation in open_ if operation.target is not None]
+        return (targets or open_)[0].view() if open_ else None
 
     @property
     def idle(self) -> bool:
         """No change runs, no rank is being recovered, and the HMM is available."""
-        return self.running is None and not self._holds and not self._closed
+        return self._engine.idle and not self._closed
 
     @property
     def last(self) -> Operation | None:
@@ -97,10 +133,11 @@ class Coordinator:
         """Start a change to `target`, or return the operation that already has this id.
 
         Returns once the change is planned and fits the budgets; if the target is met already, the operation has ended.
+        While survivors recover from a loss the change waits for them; a restore that is preparing makes way for it.
 
         Raises:
             PlanError, BudgetExceeded, UserInputError: the target is impossible, or the id belongs to another target.
-            OperationInProgress: a change is running.
+            OperationInProgress: a change to another target is running, or the server is shutting down.
             HmmUnavailable: the HMM does not answer, so no change is possible; serving is not affected.
         """
         if operation_id is not None and not _OPERATION_ID.fullmatch(operation_id):
@@ -118,7 +155,7 @@ class Coordinator:
     async def _start(self, target: Target, operation_id: str) -> Operation:
         started = time.monotonic()
         running = self.running
-        if running is not None:
+        if running is not None and running.cause is Cause.TARGET:
             raise OperationInProgress(
                 f"a change to EP size {running.new_ep_size} is {running.phase.value}",
                 operation=running.operation_id,
@@ -126,83 +163,102 @@ class Coordinator:
             )
         if self._closed:
             raise OperationInProgress("the server is shutting down")
-        held = self._memory_hold() or next(iter(self._holds), None)
-        if held is not None:
-            raise type(held)(held.what, hint=held.hint)
-        plan = plan_scale(self._membership, self._placement, target)
+        plan = plan_target(self.view, target)
         if not plan.is_noop:
+            if self._memory_held is not None:
+                raise HmmUnavailable(self._memory_held.what, hint=self._memory_held.hint)
             await self._check_room(plan)
         operation = RunningOperation(operation_id, target, plan, started)
         self._remember(operation)
-        if plan.is_noop:
-            operation.end(Phase.DONE)
-        else:
+        if not plan.is_noop:
             logger.info("operation %s: EP size %d -> %d", operation_id, len(plan.before.ranks), len(plan.after.ranks))
-            change = Change(
-                operation,
-                memory=self._memory,
-                workers=self._workers,
-                config=self._config,
-                on_committed=self.adopt,
-            )
-            self._change = change
-            self._task = asyncio.get_running_loop().create_task(self._run(change, operation))
+        self.post(s.Wanted(operation_id=operation_id, target=target, plan=plan))
         return operation.view()
 
-    async def _run(self, change: Change, operation: RunningOperation) -> None:
-        try:
-            await change.run()
-        finally:
-            if not operation.phase.ended:
-                operation.end(Phase.FAILED, "the coordinator failed during the change; see its log")
-            ended = operation.view()
-            log = logger.info if ended.phase is Phase.DONE else logger.error
-            log(
-                "operation %s: %s after %s ms: %s",
-                ended.operation_id,
-                ended.phase.value,
-                ended.timings.total_ms,
-                ended.error,
-            )
-
-    def adopt(self, membership: Membership, placement: Placement) -> None:
-        """Set the current membership and placement."""
-        self._membership = membership
-        self._placement = placement
-
-    async def hold(self, reason: ElasticMoEError, *, interrupt: str | None = None) -> None:
-        """Refuse targets with an error like `reason` until `resume`, and wait until the running change has ended.
-
-        Args:
-            interrupt: if given, a change that is still preparing is rolled back at once with this as its error.
-        """
-        self._holds.append(reason)
-        await self._end_change(interrupt)
-
-    async def _end_change(self, interrupt: str | None) -> None:
-        if self._task is None or self._task.done() or self._latest is None or self._change is None:
+    def _progress(self, effect: s.Opened | s.Advanced) -> None:
+        operation = self._operations.get(effect.operation_id)
+        if isinstance(effect, s.Opened):
+            if operation is None:
+                self._remember(RunningOperation(effect.operation_id, None, effect.plan, time.monotonic()))
+            elif operation.plan != effect.plan or operation.phase is not Phase.PLANNED:
+                operation.begin(effect.plan)
             return
-        if interrupt is not None:
-            if self._latest.phase is Phase.PLANNED:
-                await asyncio.sleep(0)  # let it start preparing
-            self._change.interrupt(interrupt)
-        await asyncio.wait({self._task})
+        assert operation is not None, f"{effect.operation_id} was never opened"
+        operation.advance(effect.phase, effect.error)
+        if effect.phase.ended:
+            self._log_end(operation.view())
 
-    def resume(self, reason: ElasticMoEError) -> None:
-        """End the hold that was given this reason."""
-        self._holds.remove(reason)
+    def _log_end(self, ended: Operation) -> None:
+        level = logging.INFO if ended.phase is Phase.DONE else logging.ERROR
+        if ended.cause is Cause.LOSS and ended.phase is not Phase.ROLLED_BACK:
+            logger.warning(
+                "ranks %s were lost; epoch %d serves with ranks %s after %.2f s (%d columns moved, %d requests sent "
+                "again)",
+                ended.lost,
+                ended.epoch,
+                ended.ranks_after,
+                (ended.timings.total_ms or 0.0) / 1e3,
+                ended.columns_moved,
+                ended.resent_requests,
+            )
+        logger.log(
+            level,
+            "operation %s: %s after %s ms: %s",
+            ended.operation_id,
+            ended.phase.value,
+            ended.timings.total_ms,
+            ended.error,
+        )
 
-    def _memory_hold(self) -> HmmUnavailable | None:
-        return next((hold for hold in self._holds if isinstance(hold, HmmUnavailable)), None)
+    def _result(self, operation_id: str, step: s.Step, result: object) -> None:
+        operation = self._operations.get(operation_id)
+        if operation is None:
+            return
+        match step, result:
+            case (s.Boot(join_spec=spec), PullReport()) if operation.plan.incoming(spec.rank):
+                operation.add_pull(result)
+            case s.Pull(), PullReport():
+                operation.add_pull(result)
+            case s.Commit(), CommitReport():
+                operation.add_pauses(result.pause_ms)
+            case s.Pauses(), Mapping():
+                operation.add_pauses(result)
+            case s.Migrate(), int():
+                operation.add_moved(result)
+            case s.Resend(), int():
+                operation.add_resent(result)
+            case s.ReadMemory(after=False), MemoryStatus():
+                operation.memory_before(result)
+            case s.ReadMemory(), MemoryStatus():
+                operation.memory_after(result)
+            case ((s.CommitMemory() | s.RollBackMemory()), list() | tuple()):
+                operation.memory_peak(result)
+
+    async def hold_memory(self, reason: HmmUnavailable) -> None:
+        """Refuse targets with an error like `reason` until `release_memory`. Returns when no change runs that is not a
+        recovery; a recovery waits for the memory."""
+        self._memory_held = reason
+        self.post(s.MemoryHeld(reason=reason))
+        await self._quiet()
+
+    def release_memory(self) -> None:
+        """The ledger is whole again."""
+        self._memory_held = None
+        self.post(s.MemoryHeld(reason=None))
+
+    async def _quiet(self) -> None:
+        """Wait until no target and no restore runs."""
+        for operation in self._newest_first():
+            if not operation.phase.ended and operation.plan.cause is not Cause.LOSS:
+                await operation.ended.wait()
 
     def _remember(self, operation: RunningOperation) -> None:
-        self._latest = operation
         self._operations[operation.operation_id] = operation
-        # Only ended operations are dropped: at most one runs, and it is the newest.
+        # Only ended operations are dropped: few run, and they are the newest.
         while len(self._operations) > HISTORY:
             del self._operations[next(iter(self._operations))]
 
-    async def _check_room(self, plan: ScalePlan) -> None:
+    async def _check_room(self, plan: TransitionPlan) -> None:
         memory = await self._memory_status()
         if not memory.available:
             raise HmmUnavailable(
@@ -214,7 +270,7 @@ class Coordinator:
         model = ModelNeeds(column_bytes=memory.column_bytes, dense_bytes=memory.dense_bytes, rank_bytes=least)
         check_budgets(plan, model, [self._room(device, plan, least) for device in memory.devices])
 
-    def _room(self, device: DeviceMemory, plan: ScalePlan, least: int) -> DeviceRoom:
+    def _room(self, device: DeviceMemory, plan: TransitionPlan, least: int) -> DeviceRoom:
         ranks = tuple(rank.rank for rank in self._workers.ranks() if rank.device == device.device)
         kv = device.by_kind.get("kv", 0)
         serving = sum(rank in plan.before.ranks for rank in ranks)
@@ -229,7 +285,7 @@ class Coordinator:
 
     async def _memory_status(self) -> MemoryStatus:
         """The HMM's status, or why there is none: the rest of the server's status does not depend on it."""
-        held = self._memory_hold()
+        held = self._memory_held
         if held is not None:
             error = f"{held.what}. {held.hint}"
             return MemoryStatus(available=False, endpoint=self._config.hmm_endpoint, error=error)
@@ -263,13 +319,14 @@ class Coordinator:
     async def status(self) -> Status:
         """The server's current state; waits at most _MEMORY_STATUS_S seconds for the HMM."""
         memory = await self._memory_status()
+        view = self.view
         return Status(
-            ep_size=len(self._membership.ranks),
-            max_ep_size=self._membership.capacity,
-            epoch=self._membership.epoch,
-            membership=list(self._membership.ranks),
+            ep_size=len(view.ranks),
+            max_ep_size=view.membership.capacity,
+            epoch=view.epoch,
+            membership=list(view.ranks),
             ranks=list(self._workers.ranks()),
-            placement=list(self._placement.owners),
+            placement=list(view.owners),
             memory=memory,
             running=self.running,
             last=self.last,
@@ -278,13 +335,19 @@ class Coordinator:
     async def close(self) -> None:
         """Refuse targets from now on. A change that is preparing is rolled back; a later phase is waited for."""
         self._closed = True
-        await self._end_change("the server is shutting down")
+        self.post(s.Closing())
+        await self._quiet()
+
+
+async def _at_once() -> None:
+    return
 
 
 def _same_target(known: RunningOperation, target: Target) -> RunningOperation:
     if known.target != target:
+        used = describe_target(known.target) if known.target is not None else known.plan.cause.value
         raise UserInputError(
-            f"operation_id was used for another target, {describe_target(known.target)}",
+            f"operation_id was used for another target, {used}",
             operation=known.operation_id,
             hint="Use a new operation_id for a new target",
         )

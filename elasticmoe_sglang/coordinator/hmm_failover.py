@@ -60,8 +60,7 @@ class HmmFailover:
 
     async def tidy(self) -> int:
         """Release memory that no rank uses, while no change runs. Returns the number of blocks."""
-        placement, ranks = self._coordinator.placement, self._coordinator.membership.ranks
-        return await asyncio.to_thread(release_leftovers, self._hmm, placement, ranks, self._config)
+        return await asyncio.to_thread(release_leftovers, self._hmm, self._coordinator.view, self._config)
 
     def _look(self) -> bool:
         if self._hmm.attached_to() == self._instance:
@@ -80,12 +79,12 @@ class HmmFailover:
         started = time.monotonic()
         absent = self._absent()
         logger.error("%s", absent)
-        await self._coordinator.hold(absent)
+        await self._coordinator.hold_memory(absent)
         try:
             while not await self._take_over(absent):
                 await asyncio.sleep(_RETRY_S)
         finally:
-            self._coordinator.resume(absent)
+            self._coordinator.release_memory()
         logger.warning("the HMM's ledger is complete again after %.2f s", time.monotonic() - started)
 
     def _absent(self) -> HmmUnavailable:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.worker_channel import WorkerChannel
 from elasticmoe_sglang.errors import ElasticMoEError
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.vmm.base import round_up
-from elasticmoe_sglang.planner import ColumnMove, KvDevice, KvShape, Placement
+from elasticmoe_sglang.planner import KvDevice, KvShape, TransitionPlan, View
 from elasticmoe_sglang.wire import to_coordinator, to_worker
 from elasticmoe_sglang.wire.to_hmm import DeviceUsage, HmmStatus
 from elasticmoe_sglang.worker.kv_share import device_at_rest, others_of, weights_of
@@ -20,13 +19,6 @@ from elasticmoe_sglang.worker.kv_share import device_at_rest, others_of, weights
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 2.0
-
-
-class Moving(Protocol):
-    """The plan of a change or of a recovery."""
-
-    @property
-    def moves(self) -> Sequence[ColumnMove]: ...
 
 
 class KvBalancer:
@@ -76,7 +68,7 @@ class KvBalancer:
         return max((shape.least_chunks * shape.chunk_bytes for shape in self._shapes.values()), default=0)
 
     async def shrink_kv(
-        self, plan: Moving, *, ranks: Sequence[int], joining: Sequence[int], retiring: Sequence[int] = ()
+        self, plan: TransitionPlan, *, ranks: Sequence[int], joining: Sequence[int], retiring: Sequence[int] = ()
     ) -> dict[int, int]:
         """Shrink survivors' KV so that old and new columns fit at the same time.
 
@@ -91,7 +83,7 @@ class KvBalancer:
             return await self._shrink_kv(plan, ranks, joining, retiring)
 
     async def _shrink_kv(
-        self, plan: Moving, ranks: Sequence[int], joining: Sequence[int], retiring: Sequence[int]
+        self, plan: TransitionPlan, ranks: Sequence[int], joining: Sequence[int], retiring: Sequence[int]
     ) -> dict[int, int]:
         if not self._shapes:
             return {}
@@ -115,22 +107,19 @@ class KvBalancer:
         await self._set_sizes({rank: min(self._chunks[rank], wanted[rank]) for rank in staying})
         return {rank: wanted[rank] for rank in joining if rank in wanted}
 
-    async def grow_kv(
-        self, whose: Callable[[], tuple[Sequence[int], Placement] | None], *, only_grow: bool = False
-    ) -> None:
+    async def grow_kv(self, whose: Callable[[], View | None], *, only_grow: bool = False) -> None:
         """Resize each rank's KV to its share of the device, while no column moves.
 
         Args:
-            whose: returns the active ranks and the placement, or None to change nothing; called once no other resize
-                runs.
+            whose: returns the view, or None to change nothing; called once no other resize runs.
             only_grow: skip devices on which a rank would have to shrink.
         """
         async with self._busy:
             asked = whose()
             if asked is not None and self._shapes:
-                await self._grow_kv(*asked, only_grow)
+                await self._grow_kv(asked, only_grow)
 
-    async def run(self, whose: Callable[[], tuple[Sequence[int], Placement] | None]) -> None:
+    async def run(self, whose: Callable[[], View | None]) -> None:
         """Grow KV into memory that is released between changes, every few seconds until cancelled."""
         logged = ""
         while True:
@@ -142,13 +131,13 @@ class KvBalancer:
                 if logged != (logged := str(error)):
                     logger.warning("KV could not grow into all free memory: %s", error)
 
-    async def _grow_kv(self, ranks: Sequence[int], placement: Placement, only_grow: bool) -> None:
+    async def _grow_kv(self, view: View, only_grow: bool) -> None:
         status = await asyncio.to_thread(self._hmm.status)
         model = status.model
         assert model is not None, "the HMM of serving ranks has no model"
         wanted: dict[int, int] = {}
         for usage in status.devices:
-            here = [rank for rank in self._on(usage.device, ranks) if rank in self._shapes]
+            here = [rank for rank in self._on(usage.device, view.ranks) if rank in self._shapes]
             if not here:
                 continue
             device = device_at_rest(
@@ -157,7 +146,7 @@ class KvBalancer:
                 model,
                 granularity=status.granularity,
                 ranks=here,
-                owners=placement.owners,
+                owners=view.owners,
             )
             shares = {}
             for rank in here:
@@ -198,7 +187,7 @@ class KvBalancer:
     def _bytes(self, rank: int) -> int:
         return self._chunks[rank] * self._shapes[rank].chunk_bytes if rank in self._chunks else 0
 
-    def _incoming(self, plan: Moving, usage: DeviceUsage, status: HmmStatus, joining: Sequence[int]) -> int:
+    def _incoming(self, plan: TransitionPlan, usage: DeviceUsage, status: HmmStatus, joining: Sequence[int]) -> int:
         """Bytes that the plan allocates on the device before any are released there."""
         model = status.model
         assert model is not None, "the HMM of serving ranks has no model"

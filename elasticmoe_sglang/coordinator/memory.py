@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.status import DeviceMemory, MemoryStatus
 from elasticmoe_sglang.errors import HmmUnavailable, TransactionError
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.vmm.base import round_up
-from elasticmoe_sglang.planner import Placement
+from elasticmoe_sglang.planner import View
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +54,21 @@ class HmmMemory:
         return txn
 
     async def commit(self, txn: str) -> Sequence[int]:
-        del self._instances[txn]
-        return (await asyncio.to_thread(self._client.commit, txn)).peak_bytes
+        peaks = (await asyncio.to_thread(self._client.commit, txn)).peak_bytes
+        self._instances.pop(txn, None)
+        return peaks
 
     async def rollback(self, txn: str) -> Sequence[int]:
-        instance = self._instances.pop(txn)
+        instance = self._instances.get(txn)
         try:
-            return (await asyncio.to_thread(self._client.rollback, txn)).peak_bytes
+            peaks = (await asyncio.to_thread(self._client.rollback, txn)).peak_bytes
+            self._instances.pop(txn, None)
+            return peaks
         except (HmmUnavailable, TransactionError) as error:
             # The transaction ended with its HMM, and its memory is free: the workers have unmapped it already.
             if instance is not None and self._client.attached_to() == instance:
                 raise
+            self._instances.pop(txn, None)
             logger.warning("transaction %s ended with its HMM: %s", txn, error)
             return ()
 
@@ -78,7 +82,7 @@ def drop_kv(client: HmmClient) -> int:
     return len(blocks)
 
 
-def release_leftovers(client: HmmClient, placement: Placement, ranks: Collection[int], config: ElasticConfig) -> int:
+def release_leftovers(client: HmmClient, view: View, config: ElasticConfig) -> int:
     """Release what no rank uses: weights of an earlier server or change, and KV of inactive ranks.
 
     Returns:
@@ -87,11 +91,11 @@ def release_leftovers(client: HmmClient, placement: Placement, ranks: Collection
     columns = [
         block.block_id
         for block in client.lookup(kind="column")
-        if block.column is not None and config.device_of(placement.owners[block.column]) != block.device
+        if block.column is not None and config.device_of(view.owners[block.column]) != block.device
     ]
-    devices = {config.device_of(rank) for rank in ranks}
+    devices = {config.device_of(rank) for rank in view.ranks}
     dense = [block.block_id for block in client.lookup(kind="dense") if block.device not in devices]
-    kv = [block.block_id for block in client.lookup(kind="kv") if block.rank not in ranks]
+    kv = [block.block_id for block in client.lookup(kind="kv") if block.rank not in view.ranks]
     leftovers = [*columns, *dense, *kv]
     if leftovers:
         client.release(leftovers)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.status import RankInfo, RankState
@@ -20,35 +19,8 @@ logger = logging.getLogger(__name__)
 
 # After this long, requests continue although output of their old rank may still be in the detokenizer.
 OUTPUT_FENCE_S = 5.0
-_LOOK_S = 0.05
 _POLL_S = 0.002
 _REMEMBERED = 64
-
-
-@dataclass
-class Departure:
-    """A retiring rank between its commit and its worker's exit.
-
-    migration: migrates its requests to the survivors; its result is their number.
-    died: its worker exited before all of them were sent.
-    """
-
-    operation_id: str
-    survivors: tuple[int, ...]
-    migration: asyncio.Task[int] | None = None
-    died: bool = False
-
-
-async def migrations_done(departures: Collection[Departure], timeout_s: float = OUTPUT_FENCE_S) -> None:
-    """Wait until survivors have the requests of all retiring ranks, except of those whose workers died."""
-    deadline = time.monotonic() + timeout_s
-    while pending := [d.migration for d in departures if d.migration and not d.died and not d.migration.done()]:
-        if time.monotonic() > deadline:
-            logger.error(
-                "%d retiring ranks have not migrated their requests within %.0f s; continuing", len(pending), timeout_s
-            )
-            return
-        await asyncio.wait(pending, timeout=_LOOK_S)
 
 
 class OutputFences:
@@ -73,16 +45,16 @@ class OutputFences:
         return True
 
 
-async def migrate(channel: WorkerChannel, fences: OutputFences, departure: Departure, retired: Retired) -> int:
+async def migrate(channel: WorkerChannel, fences: OutputFences, retired: Retired) -> int:
     """Have the survivors resume the requests that the retiring rank sent them, and wait until all run there and their
     KV has been copied out of the retiring rank's memory. Returns the number of requests."""
-    await fences.wait(departure.operation_id, [retired.rank])
+    await fences.wait(retired.operation_id, [retired.rank])
     with_kv = 0
 
     async def resumed(survivor: int, migrated: int) -> int:
         nonlocal with_kv
         chunks = retired.kv_chunks.get(survivor, ())
-        release = ReleaseMigrated(operation_id=departure.operation_id, retiring_rank=retired.rank, kv_chunks=chunks)
+        release = ReleaseMigrated(operation_id=retired.operation_id, retiring_rank=retired.rank, kv_chunks=chunks)
         try:
             await channel.tell_worker(survivor, release)
             message = await channel.wait_for(

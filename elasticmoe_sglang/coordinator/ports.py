@@ -1,7 +1,8 @@
 """What the coordinator needs from the rest of the system, as three protocols.
 
-A call of `MemoryPort` or `WorkersPort` may be cancelled at its deadline and may raise anything; the coordinator then
-undoes the step as written at each method. It never retries: implementations do.
+The driver makes a call of `MemoryPort` or `WorkersPort` for each step of the engine (`steps.py`). A call may be
+cancelled at its deadline and may raise anything; the engine then undoes the step as written at each method. It never
+retries: implementations do.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from elasticmoe_sglang.comm.membership import Membership
-from elasticmoe_sglang.coordinator.status import CommitReport, MemoryStatus, PullReport, RankInfo
-from elasticmoe_sglang.planner import ColumnMove, ScalePlan
+from elasticmoe_sglang.coordinator.status import CommitReport, MemoryStatus, PullReport, RankInfo, Withdrawal
+from elasticmoe_sglang.planner import ColumnMove, TransitionPlan, View
 from elasticmoe_sglang.wire.to_worker import CommitCommand, JoinSpec
 
 
@@ -34,9 +34,6 @@ class SglangPort(Protocol):
     async def send_again(self, rids: set[str]) -> int:
         """Send those of these requests that are still open to active ranks; returns how many."""
 
-    def rank_lost(self, rank: int, reason: str) -> None:
-        """The worker of an active rank exited unexpectedly; `reason` is a sentence."""
-
 
 class MemoryPort(Protocol):
     """The HMM."""
@@ -48,14 +45,14 @@ class MemoryPort(Protocol):
         """Open a transaction. A failed call leaves none open: the HMM rolls back transactions without an owner."""
 
     async def commit(self, txn: str) -> Sequence[int]:
-        """Keep what was allocated in the transaction. Called once, after the workers have committed.
+        """Keep what was allocated in the transaction. Called after the workers have committed; again if it raised.
 
         Returns:
             For each device the most bytes that were in use on it while the transaction was open.
         """
 
     async def rollback(self, txn: str) -> Sequence[int]:
-        """Free everything allocated in the transaction. Called once for each `begin` that returned and is undone.
+        """Free everything allocated in the transaction. Called for each `begin` that is undone; again if it raised.
 
         Returns:
             As `commit`; empty when the HMM of the transaction has ended.
@@ -68,13 +65,19 @@ class WorkersPort(Protocol):
     def ranks(self) -> Sequence[RankInfo]:
         """All ranks, ascending, from what this process knows: sends no message."""
 
-    def membership(self) -> Membership:
-        """The membership committed last, read from the control page: correct even if no report of a commit arrived."""
+    def view(self) -> View:
+        """The view committed last, read from the control page: correct even if no report of a commit arrived."""
+
+    async def kill(self, rank: int, pid: int) -> None:
+        """End the rank's worker, if it is still this process."""
 
     def least_kv_bytes(self) -> int:
         """The least KV memory a rank needs, in bytes."""
 
-    async def shrink_kv(self, plan: ScalePlan) -> Mapping[int, int]:
+    async def drop_kv(self, ranks: Sequence[int]) -> None:
+        """Release the KV memory of ranks whose workers have ended."""
+
+    async def shrink_kv(self, plan: TransitionPlan) -> Mapping[int, int]:
         """Before anything is allocated: shrink survivors' KV by what the columns need that they will receive.
 
         Undone by `grow_kv`, after the HMM's rollback.
@@ -101,22 +104,48 @@ class WorkersPort(Protocol):
     async def drop(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> None:
         """Have a survivor stop pulling and unmap what it pulled of these columns; the HMM's rollback frees them."""
 
-    async def commit(self, plan: ScalePlan, deadline_s: float) -> CommitReport:
-        """Switch all ranks to `plan.after` between the same two batches, or none.
+    async def commit_ranks(self, plan: TransitionPlan, attempt: int, expires: float) -> CommitReport:
+        """Switch all participants to `plan.after` between the same two batches, or none.
 
-        Once this has returned or raised, or `deadline_s` has passed, the commit either has happened or never will: the
-        leader refuses a command that arrives later.
+        When it raises or is cancelled, the outcome is unknown until `withdraw` has returned.
+
+        Args:
+            expires: CLOCK_MONOTONIC seconds after which the leader of the commit barrier refuses.
+        """
+
+    async def withdraw(self, plan: TransitionPlan, attempt: int) -> Withdrawal:
+        """Decide ABORT for this proposal if it has no decision yet.
+
+        Raises:
+            CommitError: no decision could be made or read; call again.
+        """
+
+    async def pauses(self, ranks: Sequence[int]) -> Mapping[int, float]:
+        """The pauses that these ranks have measured since the commit, in milliseconds, as far as they come at once."""
+
+    async def route(self, ranks: Sequence[int]) -> None:
+        """Route new requests to these ranks only."""
+
+    async def migrate(self, rank: int, operation_id: str) -> int:
+        """Have survivors resume the requests of a retiring rank. Returns their number.
+
+        Raises:
+            WorkerError: the retiring rank died, or requests are missing: `resend` what is on no rank.
+        """
+
+    async def resend(self, operation_id: str, forget: int) -> int:
+        """Send open requests that are on no rank again. Returns their number.
+
+        Args:
+            operation_id: a recovery's commit, after which its participants report their requests unasked; "": ask them.
+            forget: a rank that died while it retired, whose requests have arrived in part; -1: none.
         """
 
     async def release(self, rank: int, columns: Sequence[int]) -> None:
         """Release columns that moved away from `rank`: its worker unmaps them if it is active, then the HMM frees them.
 
-        For a retiring rank it is called after `dismiss`, when its worker has exited.
+        For a rank that is not active any more it is called once its worker has exited.
         """
 
-    async def dismiss(self, rank: int) -> int:
-        """End a joining rank's worker, whatever the state of its boot, or wait until a retiring rank's worker exits.
-
-        Returns:
-            Number of requests that a retiring rank migrated.
-        """
+    async def dismiss(self, rank: int) -> None:
+        """End a joining rank's worker, whatever the state of its boot, or wait until a retiring rank's worker exits."""

@@ -10,7 +10,7 @@ from enum import Enum
 
 import msgspec
 
-from elasticmoe_sglang.planner import ColumnMove, RetireRanks, ScalePlan, ScaleTo, Target
+from elasticmoe_sglang.planner import Cause, ColumnMove, RetireRanks, ScaleTo, Target, TransitionPlan
 
 
 class Phase(str, Enum):
@@ -66,14 +66,18 @@ class DevicePeak(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """One change of membership.
+    """One change of the view.
 
     Attributes:
-        target: the fields of the request, {"new_ep_size": n} or {"retire_ranks": [...]}.
+        cause: target (it was asked for), loss (workers died; survivors went on), restore (lost ranks came back).
+        target: the fields of the request, {"new_ep_size": n} or {"retire_ranks": [...]}; empty for the other causes.
+        lost: ranks whose workers had died.
         moves: expert columns that move.
         epoch: the epoch after the change.
         columns_planned, columns_moved, bytes_moved: expert columns in the plan and pulled so far, and their bytes.
         moved_requests: requests migrated from retiring ranks to survivors.
+        resent_requests: requests of a rank that died, sent again to others.
+        attempts: how often it was begun; a loss is tried again until it is committed.
         pause_ms: of each survivor, milliseconds from its last result before the commit to the first after it, less its
             median interval (`worker.pause.PauseMeter`); `max_pause_ms` is the largest.
         memory: each device; empty for a change that needed no memory.
@@ -82,6 +86,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     operation_id: str
+    cause: Cause
     phase: Phase
     message: str
     target: dict[str, int | list[int]]
@@ -91,6 +96,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     ranks_after: list[int]
     joining: list[int]
     retiring: list[int]
+    lost: list[int] = []
     moves: list[ColumnMove]
     epoch: int
     timings: Timings
@@ -99,6 +105,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     columns_moved: int = 0
     bytes_moved: int = 0
     moved_requests: int = 0
+    resent_requests: int = 0
+    attempts: int = 1
     pause_ms: dict[int, float] = {}
     max_pause_ms: float | None = None
     memory: list[DevicePeak] = []
@@ -187,8 +195,21 @@ class CommitReport:
     reason: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Withdrawal:
+    """The end of a proposal that was given up.
+
+    Attributes:
+        committed: it was too late to give it up.
+        absent: participants that have not reported a decision; their workers live.
+    """
+
+    committed: bool
+    absent: tuple[int, ...] = ()
+
+
 _NEXT: dict[Phase, tuple[Phase, ...]] = {
-    Phase.PLANNED: (Phase.PREPARING, Phase.DONE, Phase.ROLLED_BACK),
+    Phase.PLANNED: (Phase.PREPARING, Phase.DONE, Phase.ROLLED_BACK, Phase.FAILED),
     Phase.PREPARING: (Phase.COMMITTING, Phase.ROLLED_BACK, Phase.FAILED),
     Phase.COMMITTING: (Phase.FINISHING, Phase.ROLLED_BACK, Phase.FAILED),
     Phase.FINISHING: (Phase.DONE, Phase.FAILED),
@@ -208,46 +229,53 @@ _MESSAGES: dict[Phase, str] = {
 class RunningOperation:
     """Mutable record of one change; `view()` returns it as an `Operation`."""
 
-    def __init__(self, operation_id: str, target: Target, plan: ScalePlan, started: float) -> None:
+    def __init__(self, operation_id: str, target: Target | None, plan: TransitionPlan, started: float) -> None:
         self.operation_id = operation_id
         self.target = target
+        self.ended = asyncio.Event()
+        self._created_at = time.time()
+        self._started = started
+        self._attempts = 0
+        self.begin(plan, started)
+
+    def begin(self, plan: TransitionPlan, now: float | None = None) -> None:
+        """Begin, or begin again with another plan."""
         self.plan = plan
         self.phase = Phase.PLANNED
         self.error: str | None = None
-        self.ended = asyncio.Event()
-        self._created_at = time.time()
-        self._started = self._phase_started = started
+        self.ended.clear()
+        self._attempts += 1
+        self._phase_started = time.monotonic() if now is None else now
         self._spent: dict[Phase, float] = {}
         self._pulled: list[PullReport] = []
-        self._commit: CommitReport | None = None
-        self._moved = 0
+        self._pauses: dict[int, float] = {}
+        self._moved = self._resent = 0
         self._memory: list[DevicePeak] = []
 
-    def advance(self, phase: Phase) -> None:
-        """Enter the next phase and stop the clock of the previous one."""
+    def advance(self, phase: Phase, error: str | None = None) -> None:
+        """Enter the next phase and stop the clock of the previous one; `error` says why it failed or was undone."""
         assert phase in _NEXT.get(self.phase, ()), f"{self.phase} -> {phase}"
         now = time.monotonic()
         self._spent[self.phase] = now - self._phase_started
-        self.phase, self._phase_started = phase, now
+        self.phase, self._phase_started, self.error = phase, now, error
         if phase.ended:
             self.ended.set()
-
-    def end(self, phase: Phase, error: str | None = None) -> None:
-        """Enter the last phase; `error` says why unless it is DONE."""
-        self.error = error
-        self.advance(phase)
 
     def add_pull(self, report: PullReport) -> None:
         """Count columns that were pulled."""
         self._pulled.append(report)
 
-    def set_commit(self, report: CommitReport) -> None:
-        """Keep the outcome of the commit barrier."""
-        self._commit = report
+    def add_pauses(self, pauses: Mapping[int, float]) -> None:
+        """Keep the ranks' pauses in milliseconds; a later, measured one replaces the time at the commit barrier."""
+        self._pauses |= pauses
 
     def add_moved(self, requests: int) -> None:
         """Count requests that a retiring rank has migrated."""
         self._moved += requests
+
+    def add_resent(self, requests: int) -> None:
+        """Count requests that were sent again because their rank had died."""
+        self._resent += requests
 
     def memory_before(self, status: MemoryStatus) -> None:
         """Record the ledger before anything is allocated."""
@@ -258,31 +286,30 @@ class RunningOperation:
 
     def memory_peak(self, peaks: Sequence[int]) -> None:
         """Record the most bytes in use on each device; empty when unknown."""
-        for index, peak in enumerate(peaks):
-            known = self._memory[index]
+        for index, (known, peak) in enumerate(zip(self._memory, peaks, strict=False)):
             self._memory[index] = msgspec.structs.replace(known, peak=max(known.peak, peak))
 
     def memory_after(self, status: MemoryStatus) -> None:
         """Record the ledger after memory was released and KV has grown into it, which can be the peak."""
-        for index, device in enumerate(status.devices):
-            known = self._memory[index]
+        for index, (known, device) in enumerate(zip(self._memory, status.devices, strict=False)):
             peak = max(known.peak, device.used)
             self._memory[index] = msgspec.structs.replace(known, peak=peak, after=device.used)
 
     def view(self) -> Operation:
-        plan, commit = self.plan, self._commit
-        pause = dict(commit.pause_ms) if commit else {}
+        plan, pause = self.plan, dict(self._pauses)
         return Operation(
             operation_id=self.operation_id,
+            cause=plan.cause,
             phase=self.phase,
             message="Nothing had to change." if plan.is_noop else _MESSAGES[self.phase],
-            target=describe_target(self.target),
+            target=describe_target(self.target) if self.target is not None else {},
             old_ep_size=len(plan.before.ranks),
             new_ep_size=len(plan.after.ranks),
             ranks_before=list(plan.before.ranks),
             ranks_after=list(plan.after.ranks),
             joining=list(plan.joining),
             retiring=list(plan.retiring),
+            lost=list(plan.lost),
             moves=list(plan.moves),
             epoch=plan.after.epoch,
             timings=self._timings(),
@@ -291,6 +318,8 @@ class RunningOperation:
             columns_moved=sum(report.columns for report in self._pulled),
             bytes_moved=sum(report.bytes for report in self._pulled),
             moved_requests=self._moved,
+            resent_requests=self._resent,
+            attempts=self._attempts,
             pause_ms=pause,
             max_pause_ms=max(pause.values(), default=None),
             memory=list(self._memory),

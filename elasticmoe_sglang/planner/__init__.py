@@ -1,16 +1,28 @@
-"""[3] The planner: turns a target into a plan, without any I/O.
+"""[3] The planner: turns a target or a loss into a plan, without any I/O.
 
-Receives the membership, the placement and the target (a size, or ranks to retire) from the coordinator [2] and returns
-a `ScalePlan`: joining ranks, retiring ranks and the moves of expert columns. The new placement is balanced to within
-one column per rank, with the fewest moves that any balanced placement allows. The same arguments give the same plan.
+Receives the view (membership and placement) and a target (a size, ranks to retire) or the ranks whose workers died from
+the engine [2] and returns a `TransitionPlan`: joining ranks, retiring ranks and the moves of expert columns. The new
+placement is balanced to within one column per rank, with the fewest moves that any balanced placement allows. The same
+arguments give the same plan.
 """
 
 from elasticmoe_sglang.planner.budget import DeviceRoom, ModelNeeds, check_budgets, extra_bytes
 from elasticmoe_sglang.planner.kv import KvDevice, KvShape, kv_shape
-from elasticmoe_sglang.planner.placement import Placement, initial_placement
-from elasticmoe_sglang.planner.plan import ColumnMove, RetireRanks, ScalePlan, ScaleTo, Target, plan_scale
+from elasticmoe_sglang.planner.placement import Placement, View, initial_placement
+from elasticmoe_sglang.planner.plan import (
+    Cause,
+    ColumnMove,
+    RetireRanks,
+    ScaleTo,
+    Target,
+    TransitionPlan,
+    plan_loss,
+    plan_restore,
+    plan_target,
+)
 
 __all__ = [
+    "Cause",
     "ColumnMove",
     "DeviceRoom",
     "KvDevice",
@@ -18,12 +30,15 @@ __all__ = [
     "ModelNeeds",
     "Placement",
     "RetireRanks",
-    "ScalePlan",
     "ScaleTo",
     "Target",
+    "TransitionPlan",
+    "View",
     "check_budgets",
     "extra_bytes",
     "initial_placement",
     "kv_shape",
-    "plan_scale",
+    "plan_loss",
+    "plan_restore",
+    "plan_target",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elasticmoe_sglang.errors import BudgetExceeded
-from elasticmoe_sglang.planner.plan import ScalePlan
+from elasticmoe_sglang.planner.plan import TransitionPlan
 from elasticmoe_sglang.units import format_bytes
 
 
@@ -40,7 +40,7 @@ class DeviceRoom:
         return self.budget - self.used
 
 
-def extra_bytes(plan: ScalePlan, model: ModelNeeds, room: DeviceRoom) -> int:
+def extra_bytes(plan: TransitionPlan, model: ModelNeeds, room: DeviceRoom) -> int:
     """Bytes that `plan` allocates on one device before it releases any.
 
     Survivors keep their old columns until the finishing phase, so columns that move away are not subtracted.
@@ -51,7 +51,7 @@ def extra_bytes(plan: ScalePlan, model: ModelNeeds, room: DeviceRoom) -> int:
     return columns * model.column_bytes + dense + len(joining) * model.rank_bytes
 
 
-def check_budgets(plan: ScalePlan, model: ModelNeeds, devices: Sequence[DeviceRoom]) -> None:
+def check_budgets(plan: TransitionPlan, model: ModelNeeds, devices: Sequence[DeviceRoom]) -> None:
     """Refuse a plan that exceeds the budget of a device.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which rank holds which expert column."""
+"""Which rank holds which expert column, and the view: who is active and who holds what, in one value."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.errors import PlanError
 
 
@@ -32,6 +33,42 @@ class Placement:
         counts = self.counts()
         held = [counts.get(rank, 0) for rank in ranks]
         return sum(held) == self.num_columns and max(held) - min(held) <= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What all processes of a server agree on: membership and placement of one epoch, published together.
+
+    Attributes:
+        placement: without owners until the first workers have read how many columns the model has.
+
+    Raises:
+        PlanError: a column belongs to a rank that is not active.
+    """
+
+    membership: Membership
+    placement: Placement
+
+    def __post_init__(self) -> None:
+        strangers = set(self.placement.owners) - set(self.membership.ranks)
+        if strangers:
+            raise PlanError(
+                f"ranks {sorted(strangers)} hold expert columns and are not active", epoch=self.membership.epoch
+            )
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The active ranks, ascending."""
+        return self.membership.ranks
+
+    @property
+    def epoch(self) -> int:
+        return self.membership.epoch
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """owners[c] is the rank that holds expert column c."""
+        return self.placement.owners
 
 
 def initial_placement(num_columns: int, ranks: Sequence[int]) -> Placement:

@@ -1,13 +1,14 @@
-"""From a target to a `ScalePlan`: joining and retiring ranks, and the fewest column moves to a balanced placement."""
+"""From one view to the next: joining and retiring ranks, and the fewest column moves to a balanced placement."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 
-from elasticmoe_sglang.comm.membership import Membership
+from elasticmoe_sglang.comm.membership import LEADER, Membership
 from elasticmoe_sglang.errors import PlanError
-from elasticmoe_sglang.planner.placement import Placement
+from elasticmoe_sglang.planner.placement import Placement, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,30 +37,50 @@ class ColumnMove:
     target: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScalePlan:
-    """One change of membership and placement.
+class Cause(str, Enum):
+    """Why the view changes.
 
-    Attributes:
-        before, after: the membership; after.epoch is before.epoch + 1, unless nothing changes (`is_noop`).
-        joining, retiring, survivors: ranks, ascending.
-        moves: ascending by column.
-        placement_before, placement_after: owners of all columns.
+    target: somebody asked for it. loss: workers of active ranks died, or their collectives failed. restore: ranks that
+    were lost come back, as the last target wants them.
     """
 
-    before: Membership
-    after: Membership
+    TARGET = "target"
+    LOSS = "loss"
+    RESTORE = "restore"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransitionPlan:
+    """The way from one view to the next.
+
+    Attributes:
+        before, after: after.epoch is before.epoch + 1, unless nothing changes (`is_noop`).
+        joining: ranks for which a standby worker boots, ascending: those that become active, and those that are `lost`
+            and stay active.
+        retiring: ranks that hand their requests over and end, ascending.
+        lost: active ranks whose workers have died, ascending.
+        survivors: ranks active before and after whose workers live, ascending.
+        moves: ascending by column. The HMM still holds the columns of lost ranks on their devices.
+    """
+
+    cause: Cause
+    before: View
+    after: View
     joining: tuple[int, ...]
     retiring: tuple[int, ...]
+    lost: tuple[int, ...]
     survivors: tuple[int, ...]
     moves: tuple[ColumnMove, ...]
-    placement_before: Placement
-    placement_after: Placement
 
     @property
     def is_noop(self) -> bool:
-        """Whether nothing has to change: no rank joins or retires and no column moves."""
-        return not (self.joining or self.retiring or self.moves)
+        """Whether nothing has to change: no rank joins or retires, none was lost, and no column moves."""
+        return self.after.epoch == self.before.epoch
+
+    @property
+    def participants(self) -> tuple[int, ...]:
+        """Who meets at the commit barrier."""
+        return tuple(sorted({*self.survivors, *self.joining, *self.retiring}))
 
     def incoming(self, rank: int) -> tuple[ColumnMove, ...]:
         """The moves that end on `rank`."""
@@ -70,7 +91,7 @@ class ScalePlan:
         return tuple(move for move in self.moves if move.source == rank)
 
 
-def plan_scale(membership: Membership, placement: Placement, target: Target) -> ScalePlan:
+def plan_target(view: View, target: Target) -> TransitionPlan:
     """The change to `target`.
 
     A larger size adds the lowest inactive ranks, a smaller one retires the highest active ones, never rank 0.
@@ -80,22 +101,48 @@ def plan_scale(membership: Membership, placement: Placement, target: Target) -> 
     Raises:
         PlanError: the target is no legal membership; the text says what is allowed.
     """
-    ranks = _ranks_after(membership, target)
-    moves = _fewest_moves(placement, ranks)
-    owners = list(placement.owners)
+    return _plan(Cause.TARGET, view, _ranks_after(view.membership, target))
+
+
+def plan_restore(view: View, ranks: Collection[int]) -> TransitionPlan:
+    """The way back to the active ranks of `view` and these."""
+    return _plan(Cause.RESTORE, view, tuple(sorted({*view.ranks, *ranks})))
+
+
+def plan_loss(view: View, lost: Collection[int], *, replace_all: bool = False) -> TransitionPlan:
+    """How to go on after workers of active ranks have died: without their ranks, or with standby workers for them.
+
+    Rank 0 is always replaced, because SGLang's control messages and the commit barrier depend on it.
+
+    Args:
+        lost: ranks of `view`; none when its workers live and their collectives failed: they meet again.
+        replace_all: replace the worker of every lost rank instead of moving its columns to survivors.
+    """
+    dead = tuple(sorted(set(lost) & set(view.ranks)))
+    replaced = dead if replace_all else tuple(rank for rank in dead if rank == LEADER)
+    ranks = tuple(rank for rank in view.ranks if rank not in dead or rank in replaced)
+    return _plan(Cause.LOSS, view, ranks, lost=dead)
+
+
+def _plan(cause: Cause, view: View, ranks: tuple[int, ...], lost: tuple[int, ...] = ()) -> TransitionPlan:
+    # After a loss columns move only from ranks that go: balance is for changes that nobody's streams wait for.
+    gone = set(view.ranks) - set(ranks)
+    moves = _fewest_moves(view.placement, ranks) if gone or cause is not Cause.LOSS else ()
+    owners = list(view.owners)
     for move in moves:
         owners[move.column] = move.target
-    old, new = set(membership.ranks), set(ranks)
-    changed = bool(moves) or old != new
-    return ScalePlan(
-        before=membership,
-        after=Membership(ranks=ranks, epoch=membership.epoch + changed, capacity=membership.capacity),
-        joining=tuple(sorted(new - old)),
-        retiring=tuple(sorted(old - new)),
-        survivors=tuple(sorted(old & new)),
+    old, new = set(view.ranks), set(ranks)
+    changed = bool(moves) or old != new or cause is Cause.LOSS
+    membership = Membership(ranks=ranks, epoch=view.epoch + changed, capacity=view.membership.capacity)
+    return TransitionPlan(
+        cause=cause,
+        before=view,
+        after=View(membership=membership, placement=Placement(owners=tuple(owners))),
+        joining=tuple(sorted((new - old) | (new & set(lost)))),
+        retiring=tuple(sorted(old - new - set(lost))),
+        lost=lost,
+        survivors=tuple(sorted((old & new) - set(lost))),
         moves=moves,
-        placement_before=placement,
-        placement_after=Placement(owners=tuple(owners)),
     )
 
 

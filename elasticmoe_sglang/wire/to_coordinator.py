@@ -66,12 +66,13 @@ class Paused(Message, frozen=True, kw_only=True):
 
 
 class Broken(Message, frozen=True, kw_only=True):
-    """A collective failed; this rank has set its requests aside and waits for `Recover`.
+    """A collective of this epoch failed; this rank has set its requests aside and waits for the commit of the next.
 
-    culprit: the rank that was missing, -1 when unknown.
+    culprit: the rank that was missing, -1 when none is known to be.
     """
 
     rank: int
+    epoch: int
     culprit: int
 
 

@@ -1,7 +1,7 @@
 """What a worker is told, and its replies: by the IMM as a standby, by the coordinator in its rank (ZMQ DEALER/ROUTER).
 
-The commit itself does not come by the coordinator's line: it goes through SGLang's control broadcast, so that all ranks
-get it in the same iteration of their event loops. See `CommitCommand`.
+The commit itself comes by the coordinator's line only after a loss; else it goes through SGLang's control broadcast, so
+that all ranks get it in the same iteration of their event loops. See `CommitCommand`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class JoinSpec(msgspec.Struct, frozen=True, kw_only=True):
             starts with.
         placement: expert column -> rank in that membership. Empty at a server's start: the ranks compute the initial
             placement once the model's number of experts is known.
-        attempt: not 0 for a process that takes a dead rank's place: its try at the commit barrier, to which it comes by
-            itself.
+        attempt: not 0 for a process that takes a lost rank's place: its proposal at the commit barrier, to which it
+            comes by itself; `operation_id` names that proposal then.
         kv_chunks: KV memory to begin with; 0: the rank's share of what the weights leave.
         txn: the HMM transaction that its memory belongs to; empty when the rank opens its own.
         operation_id: the change, for messages; empty at the start of a server.
@@ -124,20 +124,6 @@ class Resumed(Message, frozen=True, kw_only=True):
 # After a death ------------------------------------------------------------------------------------------------------
 
 
-class Recover(Message, frozen=True, kw_only=True):
-    """To a survivor of a rank's death: meet at the commit barrier and go on in this membership.
-
-    It cannot travel through SGLang's broadcast, whose collectives failed with the dead rank.
-    """
-
-    operation_id: str
-    members: tuple[int, ...]
-    epoch: int
-    attempt: int
-    placement: tuple[int, ...]
-    expires: float
-
-
 class CountRequests(Message, frozen=True, kw_only=True):
     """When the fence of this operation has been read, say which requests are here.
 
@@ -148,13 +134,12 @@ class CountRequests(Message, frozen=True, kw_only=True):
     forget: int
 
 
-class Recovered(Message, frozen=True, kw_only=True):
-    """To `Recover` and `CountRequests`: it goes on. `rids`: every request that is here; the others went with the dead
-    rank."""
+class Counted(Message, frozen=True, kw_only=True):
+    """To `CountRequests`, and after the commit of a recovery: `rids` are all requests that are here; the others went
+    with the lost rank."""
 
     rank: int
     operation_id: str
-    committed: bool
     rids: list[str]
 
 
@@ -184,11 +169,12 @@ class Failed(Message, frozen=True, kw_only=True):
 
 
 class CommitCommand(Message, frozen=True, kw_only=True):
-    """The commit, as all ranks receive it in one iteration.
+    """The commit: through SGLang's control broadcast, so that all ranks receive it in one iteration; or, when ranks
+    were lost and with them that broadcast's collectives, by the agents of the survivors, which wait for it.
 
     Attributes:
         members, epoch: the membership after the change.
-        before: the ranks before it.
+        before: the ranks before it. lost: those of them whose workers have died.
         attempt: counts tries to commit; decisions of the commit barrier belong to one attempt.
         placement: expert column -> rank after the change.
         expires: CLOCK_MONOTONIC seconds after which the commit barrier's leader refuses to commit: the coordinator has
@@ -198,6 +184,7 @@ class CommitCommand(Message, frozen=True, kw_only=True):
     operation_id: str
     before: tuple[int, ...]
     members: tuple[int, ...]
+    lost: tuple[int, ...]
     epoch: int
     attempt: int
     placement: tuple[int, ...]
@@ -205,20 +192,21 @@ class CommitCommand(Message, frozen=True, kw_only=True):
 
     @property
     def joining(self) -> tuple[int, ...]:
-        return tuple(sorted(set(self.members) - set(self.before)))
+        """Ranks with a new worker."""
+        return tuple(sorted(set(self.members) - (set(self.before) - set(self.lost))))
 
     @property
     def retiring(self) -> tuple[int, ...]:
-        return tuple(sorted(set(self.before) - set(self.members)))
+        return tuple(sorted(set(self.before) - set(self.members) - set(self.lost)))
 
     @property
     def participants(self) -> tuple[int, ...]:
         """Everybody who has to come to the commit barrier."""
-        return tuple(sorted({*self.before, *self.members}))
+        return tuple(sorted({*self.retiring, *self.members}))
 
 
-Request = PullColumns | DropColumns | ResizeKv | ReleaseMigrated | Recover | CountRequests | OfferMemory
-Reply = Pulled | Dropped | KvResized | Resumed | Recovered | Offered | Failed
+Request = PullColumns | DropColumns | ResizeKv | ReleaseMigrated | CommitCommand | CountRequests | OfferMemory
+Reply = Pulled | Dropped | KvResized | Resumed | Counted | Offered | Failed
 
 REQUESTS: Codec[Request] = Codec(Request)
 ENTER: Codec[Enter] = Codec(Enter)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -25,9 +25,9 @@ from elasticmoe_sglang import run_dir_reaper
 from elasticmoe_sglang.comm.control_page import ControlPage
 from elasticmoe_sglang.comm.region import format_region, open_region, release_stale_regions
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
-from elasticmoe_sglang.coordinator.failover import FailoverController
 from elasticmoe_sglang.coordinator.hmm_failover import HmmFailover
 from elasticmoe_sglang.coordinator.memory import HmmMemory, drop_kv, release_leftovers
+from elasticmoe_sglang.coordinator.steps import Event
 from elasticmoe_sglang.coordinator.worker_channel import Incoming, WorkerChannel
 from elasticmoe_sglang.coordinator.workers import Workers
 from elasticmoe_sglang.errors import ElasticMoEError, WorkerError
@@ -35,7 +35,7 @@ from elasticmoe_sglang.event_loop import run_in
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.imm.client import ImmClient, start_imm
-from elasticmoe_sglang.planner import initial_placement
+from elasticmoe_sglang.planner import View, initial_placement
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.wire.to_coordinator import Hello
 from elasticmoe_sglang.wire.to_worker import CommitCommand
@@ -44,22 +44,19 @@ logger = logging.getLogger(__name__)
 
 _ResultT = TypeVar("_ResultT")
 _HELLO_DEADLINE_S = 60.0
+# For an HMM that takes the place of one that has ended, while survivors of a loss wait for it.
+_MEMORY_S = 20.0
 # The output that a worker sent before its death has passed the detokenizer after this time.
 _LAST_OUTPUT_S = 0.05
 _services: Services | None = None
 
 
 class SglangRouter:
-    """The coordinator's `SglangPort`: sends on SGLang's sockets, in the tokenizer's event loop, which owns them.
+    """The coordinator's `SglangPort`: sends on SGLang's sockets, in the tokenizer's event loop, which owns them."""
 
-    Args:
-        on_rank_lost: called with the rank and a sentence.
-    """
-
-    def __init__(self, tokenizer_manager: Any, on_rank_lost: Callable[[int, str], None]) -> None:
+    def __init__(self, tokenizer_manager: Any) -> None:
         self._tokenizer = tokenizer_manager
         self._answers: Answers = getattr(tokenizer_manager, ATTRIBUTE)
-        self.rank_lost = on_rank_lost
 
     async def send_command(self, command: CommitCommand) -> None:
         from elasticmoe_patches.srt.managers.io_struct import ElasticCommandReq
@@ -141,7 +138,6 @@ class Services:
         self._early: list[Incoming] = []
         self._workers: Workers | None = None
         self._coordinator: Coordinator | None = None
-        self._failover: FailoverController | None = None
         self._closing: concurrent.futures.Future[None] | None = None
         self._ends = False
         self._stopped = False
@@ -183,23 +179,22 @@ class Services:
         """Called before the HTTP server starts, when all first ranks serve. The coordinator runs in `loop`."""
         self._tokenizer = tokenizer_manager
         self._channel_open.result(_HELLO_DEADLINE_S)
-        self._coordinator = self._call(self._make_coordinator()).result(_HELLO_DEADLINE_S)
-        return self._coordinator
+        return self._call(self._make_coordinator()).result(_HELLO_DEADLINE_S)
 
     async def _make_coordinator(self) -> Coordinator:
         config = self.runtime.config
         membership = self.control.read_membership()
         hellos = await asyncio.gather(*(self._channel.wait_for(Hello, rank=rank) for rank in membership.ranks))
-        placement = initial_placement(hellos[0].columns, membership.ranks)
+        view = View(membership=membership, placement=initial_placement(hellos[0].columns, membership.ranks))
+        self.control.publish(view)
         hmm = self._client
-        await asyncio.to_thread(release_leftovers, hmm, placement, membership.ranks, config)
+        await asyncio.to_thread(release_leftovers, hmm, view, config)
         self._workers = workers = Workers(
             config=config,
             channel=self._channel,
             hmm=hmm,
             control=self.control,
-            sglang=SglangRouter(self._tokenizer, self._rank_lost),
-            placement=placement,
+            sglang=SglangRouter(self._tokenizer),
         )
         for message in self._early:
             workers.message(message)
@@ -216,9 +211,15 @@ class Services:
             await workers.grow_kv()
         except ElasticMoEError as error:
             logger.error("KV could not grow into all free memory: %s", error)
-        coordinator = Coordinator(
-            config=config, membership=membership, placement=placement, memory=HmmMemory(hmm), workers=workers
+        self._coordinator = coordinator = Coordinator(
+            config=config,
+            view=view,
+            pids=workers.pids,
+            memory=HmmMemory(hmm),
+            workers=workers,
+            on_end=self._end_server,
         )
+        workers.on_event = self._on_event
         self._kv_task = self.loop.create_task(workers.balance_kv(lambda: coordinator.idle))
         hmm_failover = HmmFailover(
             coordinator,
@@ -228,23 +229,14 @@ class Services:
             restart=None if self.hmm is None else self._start_hmm,
             ending=self._ending,
         )
-        self._failover = FailoverController(
-            coordinator,
-            workers,
-            deadline_s=config.commit_deadline_s,
-            attempt_s=config.prepare_deadline_s,
-            give_up_s=config.prepare_deadline_s,
-            on_failure=self._end_server,
-            memory_whole=hmm_failover.whole,
-            tidy=hmm_failover.tidy,
-        )
+        coordinator.await_memory = lambda: hmm_failover.whole(_MEMORY_S)
+        coordinator.tidy = hmm_failover.tidy
+        workers.announce()
         return coordinator
 
-    def _rank_lost(self, rank: int, reason: str) -> None:
-        if self._failover is None:
-            self._end_server(reason)
-        elif not self._ending():
-            self._failover.rank_lost(rank, reason)
+    def _on_event(self, event: Event) -> None:
+        if self._coordinator is not None and not self._ending():
+            self._coordinator.post(event)
 
     def output_passed(self, operation_id: str, rank: int) -> None:
         """Called in the tokenizer's event loop for the fence behind a rank's last output."""

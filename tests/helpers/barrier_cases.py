@@ -7,10 +7,18 @@ import time
 from elasticmoe_sglang.comm.commit_barrier import CommitBarrier, Decision
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.errors import CommitError
+from elasticmoe_sglang.planner import Placement, View
 from tests.helpers.workers import WorkerContext
 
 DEADLINE_S = 0.6
 GRACE_S = 0.6
+
+
+def view(ranks: tuple[int, ...], epoch: int, capacity: int) -> View:
+    """A view whose placement can be told from that of any other epoch."""
+    owners = tuple(ranks[(column + epoch) % len(ranks)] for column in range(8 + epoch % 5))
+    membership = Membership(ranks=ranks, epoch=epoch, capacity=capacity)
+    return View(membership=membership, placement=Placement(owners=owners))
 
 
 def arrive(
@@ -29,11 +37,13 @@ def arrive(
         epoch=epoch,
         attempt=attempt,
         participants=participants,
-        membership=Membership(ranks=after, epoch=epoch, capacity=context.region.capacity),
+        view=view(after, epoch, context.region.capacity),
         timeout_s=timeout_s,
         grace_s=GRACE_S,
     )
-    return decision, barrier.reason, context.region.control.read_membership()
+    committed = context.region.control.read_view()
+    assert committed == view(committed.ranks, committed.epoch, context.region.capacity)
+    return decision, barrier.reason, committed.membership
 
 
 def join(context: WorkerContext, epoch: int, timeout_s: float) -> tuple[Decision, str, Membership]:

@@ -22,9 +22,11 @@ from elasticmoe_sglang.coordinator.status import (
     PullReport,
     RankInfo,
     RankState,
+    Withdrawal,
 )
+from elasticmoe_sglang.coordinator.steps import WorkerGone, WorkerUp
 from elasticmoe_sglang.errors import HmmUnavailable, WorkerError
-from elasticmoe_sglang.planner import ColumnMove, ScalePlan, initial_placement
+from elasticmoe_sglang.planner import ColumnMove, TransitionPlan, View, initial_placement
 from elasticmoe_sglang.wire.to_worker import JoinSpec
 
 COLUMN = 1000
@@ -52,7 +54,8 @@ class FakeCluster:
 
     def __post_init__(self) -> None:
         placement = initial_placement(self.columns, self.active)
-        self.members = Membership(ranks=tuple(self.active), epoch=0, capacity=self.capacity)
+        membership = Membership(ranks=tuple(self.active), epoch=0, capacity=self.capacity)
+        self.committed = View(membership=membership, placement=placement)
         self.states = [RankState.ACTIVE if rank in self.active else RankState.STANDBY for rank in range(self.capacity)]
         self.held = {(owner, column) for column, owner in enumerate(placement.owners)}
         self.mapped = set(self.held)
@@ -60,11 +63,13 @@ class FakeCluster:
         self.kv = dict.fromkeys(self.active, KV_CHUNKS)
         self.calls: Counter[str] = Counter()
         self.log: list[str] = []
+        self.routed: tuple[int, ...] = ()
 
     def coordinator(self, **deadlines: float) -> Coordinator:
         config = ElasticConfig(ep_size=len(self.active), max_ep_size=self.capacity, **deadlines)  # type: ignore[arg-type]
-        placement = initial_placement(self.columns, self.active)
-        return Coordinator(config=config, membership=self.members, placement=placement, memory=self, workers=self)
+        pids = {rank: 100 + rank for rank in self.active}
+        self.driven = Coordinator(config=config, view=self.committed, pids=pids, memory=self, workers=self)
+        return self.driven
 
     async def _enter(self, call: str) -> str | None:
         """Count the call and do what its fault says has to be done first; returns the fault."""
@@ -123,7 +128,7 @@ class FakeCluster:
     def least_kv_bytes(self) -> int:
         return 2 * self.kv_chunk
 
-    async def shrink_kv(self, plan: ScalePlan) -> dict[int, int]:
+    async def shrink_kv(self, plan: TransitionPlan) -> dict[int, int]:
         how = await self._enter("shrink_kv")
         for rank in plan.survivors:
             self.kv[rank] -= len(plan.incoming(rank))
@@ -136,14 +141,29 @@ class FakeCluster:
     async def grow_kv(self) -> None:
         how = await self._enter("grow_kv")
         assert not self.open, "KV would take what the transaction still has"
-        self.kv = dict.fromkeys(self.members.ranks, KV_CHUNKS)
+        self.kv = dict.fromkeys(self.committed.ranks, KV_CHUNKS)
         await self._leave("grow_kv", how)
 
     def ranks(self) -> list[RankInfo]:
         return [RankInfo(rank=rank, state=state, device=rank, pid=100 + rank) for rank, state in enumerate(self.states)]
 
-    def membership(self) -> Membership:
-        return self.members
+    def view(self) -> View:
+        return self.committed
+
+    async def kill(self, rank: int, pid: int) -> None:
+        raise AssertionError("nobody has stalled")
+
+    async def drop_kv(self, ranks: Sequence[int]) -> None:
+        raise AssertionError("nobody is lost")
+
+    async def resend(self, operation_id: str, forget: int) -> int:
+        raise AssertionError("nobody is lost")
+
+    async def route(self, ranks: Sequence[int]) -> None:
+        self.routed = tuple(ranks)
+
+    async def pauses(self, ranks: Sequence[int]) -> dict[int, float]:
+        return {rank: 1.0 + rank for rank in ranks}
 
     async def boot(self, join_spec: JoinSpec) -> PullReport:
         rank = join_spec.rank
@@ -151,6 +171,7 @@ class FakeCluster:
         how = await self._enter(call)
         assert self.states[rank] is RankState.STANDBY
         self.states[rank] = RankState.JOINING
+        self.driven.post(WorkerUp(rank=rank, pid=100 + rank))
         assert rank in join_spec.members and join_spec.joining_rank
         holders = {column: holder for holder, column in sorted(self.held)}
         columns = [column for column, owner in enumerate(join_spec.placement) if owner == rank]
@@ -181,35 +202,39 @@ class FakeCluster:
         self.mapped -= {(rank, move.column) for move in moves}
         await self._leave(f"drop {rank}", how)
 
-    async def commit(self, plan: ScalePlan | str, deadline_s: float = 0) -> CommitReport | list[int]:  # type: ignore[override]
-        if isinstance(plan, str):
-            return await self._commit_memory(plan)
+    async def commit_ranks(self, plan: TransitionPlan, attempt: int, expires: float) -> CommitReport:
         how = await self._enter("ranks.commit")
         if self.commit_verdict is not None:
             return CommitReport(committed=False, reason=self.commit_verdict)
         if how == "hang":
             await self._leave("ranks.commit", how)
-        for column, owner in enumerate(plan.placement_after.owners):
+        for column, owner in enumerate(plan.after.owners):
             assert (owner, column) in self.mapped, "a table would point at a column that is not there"
-        self.members = plan.after
+        self.committed = plan.after
         for rank in plan.joining:
             self.states[rank] = RankState.ACTIVE
         for rank in plan.retiring:
             self.states[rank] = RankState.RETIRING
         await self._leave("ranks.commit", how)
-        pause = {rank: 1.0 + rank for rank in plan.after.ranks}
-        return CommitReport(committed=True, pause_ms=pause)
+        return CommitReport(committed=True, pause_ms=dict.fromkeys(plan.before.ranks, 0.5))
 
-    async def _commit_memory(self, txn: str) -> list[int]:
+    async def withdraw(self, plan: TransitionPlan, attempt: int) -> Withdrawal:
+        return Withdrawal(committed=self.committed == plan.after)
+
+    async def commit(self, txn: str) -> list[int]:
         how = await self._enter("hmm.commit")
         del self.open[txn]
         await self._leave("hmm.commit", how)
         return [0] * self.capacity
 
+    async def migrate(self, rank: int, operation_id: str) -> int:
+        assert self.states[rank] is RankState.RETIRING
+        return 1
+
     async def release(self, rank: int, columns: Sequence[int]) -> None:
         how = await self._enter(f"release {rank}")
         blocks = {(rank, column) for column in columns}
-        assert blocks and blocks <= self.held
+        assert blocks <= self.held
         if self.states[rank] is RankState.ACTIVE:
             assert blocks <= self.mapped
             self.mapped -= blocks
@@ -218,26 +243,25 @@ class FakeCluster:
         self.held -= blocks
         await self._leave(f"release {rank}", how)
 
-    async def dismiss(self, rank: int) -> int:
+    async def dismiss(self, rank: int) -> None:
         how = await self._enter(f"dismiss {rank}")
         if self.states[rank] is RankState.ACTIVE:
             raise WorkerError("an active rank was dismissed", rank=rank)
-        moved = int(self.states[rank] is RankState.RETIRING)
         self.states[rank] = RankState.STANDBY
         self.mapped = {block for block in self.mapped if block[0] != rank}
+        self.driven.post(WorkerGone(rank=rank, pid=100 + rank))
         await self._leave(f"dismiss {rank}", how)
-        return moved
 
     def check_settled(self, coordinator: Coordinator) -> None:
         """No transaction is open, and what is held and mapped is what the placement says, no more and no less."""
-        placed = {(owner, column) for column, owner in enumerate(coordinator.placement.owners)}
+        placed = {(owner, column) for column, owner in enumerate(coordinator.view.owners)}
         assert not self.open
         assert self.mapped == placed
-        assert self.kv == dict.fromkeys(self.members.ranks, KV_CHUNKS)
+        assert self.kv == dict.fromkeys(self.committed.ranks, KV_CHUNKS)
         assert self.held == placed
-        assert coordinator.membership == self.members
+        assert coordinator.view == self.committed and self.routed in ((), self.committed.ranks)
         active = [rank for rank, state in enumerate(self.states) if state is RankState.ACTIVE]
-        assert tuple(active) == self.members.ranks
+        assert tuple(active) == self.committed.ranks
         others = {state for state in self.states if state is not RankState.ACTIVE}
         assert others <= {RankState.STANDBY}
         assert self.calls["begin"] >= self.calls["rollback"] + self.calls["hmm.commit"]

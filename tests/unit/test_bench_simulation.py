@@ -22,7 +22,7 @@ from benchmarks.scaling.simulation import (
 )
 from benchmarks.scaling.validation import Point, check, fit
 from elasticmoe_sglang.comm.membership import Membership
-from elasticmoe_sglang.planner import ScaleTo, initial_placement, plan_scale
+from elasticmoe_sglang.planner import ScaleTo, View, initial_placement, plan_target
 
 ZERO = assumed(0.0, "test")
 BARE = replace(
@@ -65,9 +65,9 @@ def test_two_at_a_time() -> None:
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(64, 256))
 def test_moves_are_as_few_as_the_planner_s(old: int, new: int, columns: int) -> None:
     ranks = tuple(range(old))
-    plan = plan_scale(
-        Membership(ranks=ranks, epoch=0, capacity=64), initial_placement(columns, ranks), ScaleTo(size=new)
-    )
+    membership = Membership(ranks=ranks, epoch=0, capacity=64)
+    view = View(membership=membership, placement=initial_placement(columns, ranks))
+    plan = plan_target(view, ScaleTo(size=new))
     assert len(moves_between(columns, old, new)) == len(plan.moves)
     assert placement_after(columns, old, new).is_balanced_over(range(new))
 

@@ -18,6 +18,7 @@ from elasticmoe_sglang.comm.header import DTYPE_FIELD, Op, Reduction, describe_h
 from elasticmoe_sglang.comm.membership import Membership, mask_to_ranks, ranks_to_mask
 from elasticmoe_sglang.comm.region import CollectiveRegion
 from elasticmoe_sglang.errors import ElasticMoEError, UserInputError
+from tests.helpers.barrier_cases import view
 
 GEOMETRY = {"channels": 2, "window_bytes": 64 << 10}
 
@@ -84,7 +85,7 @@ def test_control_page_in_any_process(region: int) -> None:
     with pytest.raises(UserInputError):
         control.read_membership()
     for epoch, ranks in enumerate(((0, 1), (0, 1, 3), (0,))):
-        control.publish_membership(Membership(ranks=ranks, epoch=epoch, capacity=4))
+        control.publish(view(ranks, epoch, 4))
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
@@ -98,19 +99,19 @@ def test_control_page_in_any_process(region: int) -> None:
 
 
 @pytest.mark.process
-def test_a_reader_never_sees_half_a_membership(region: int) -> None:
+def test_a_reader_never_sees_half_a_view(region: int) -> None:
     control = CollectiveRegion.format(region, capacity=4, **GEOMETRY)
     choices = [(0, 1), (0, 1, 2, 3), (0, 3), (0,)]
-    control.publish_membership(Membership(ranks=choices[0], epoch=0, capacity=4))
+    control.publish(view(choices[0], 0, 4))
     child = os.fork()
     if child == 0:
         page = ControlPage(SharedMemory(region))
         for epoch in range(1, 20_000):
-            page.publish_membership(Membership(ranks=choices[epoch % 4], epoch=epoch, capacity=4))
+            page.publish(view(choices[epoch % 4], epoch, 4))
         os._exit(0)
     while True:
-        seen = control.read_membership()
-        assert seen.ranks == choices[seen.epoch % 4]
+        seen = control.read_view()
+        assert seen == view(choices[seen.epoch % 4], seen.epoch, 4)
         if seen.epoch == 19_999:
             break
     os.waitpid(child, 0)
@@ -133,7 +134,7 @@ def test_the_page_names_each_ranks_worker_and_whether_it_lives(region: int) -> N
     assert (info.pid, info.state) == (child, WorkerState.JOINING)
     assert control.alive(2)
     os.kill(child, 9)
-    time.sleep(0.05)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     assert not control.alive(2), "a zombie is dead"
     os.waitpid(child, 0)
     assert not control.alive(2)
@@ -150,7 +151,7 @@ def test_the_view_changes_only_forward_and_only_by_itself(region: int) -> None:
     assert region.is_solo and region.members == (1,) and region.epoch == 0
     region.set_membership(Membership(ranks=(0, 1), epoch=0, capacity=4))
     version = region.version
-    region.control.publish_membership(Membership(ranks=(0, 1, 2), epoch=5, capacity=4))
+    region.control.publish(view((0, 1, 2), 5, 4))
     assert region.members == (0, 1) and region.version == version
     region.solo()
     assert region.is_solo and region.version > version
@@ -168,7 +169,7 @@ def test_the_view_changes_only_forward_and_only_by_itself(region: int) -> None:
 
 def test_formatting_again_forgets_an_earlier_server(region: int) -> None:
     control = CollectiveRegion.format(region, capacity=4, **GEOMETRY)
-    control.publish_membership(Membership(ranks=(0, 1), epoch=9, capacity=4))
+    control.publish(view((0, 1), 9, 4))
     CollectiveRegion(region, 1).register()
     again = CollectiveRegion.format(region, capacity=4, **GEOMETRY)
     assert not again.has_membership and again.worker(1).pid == 0

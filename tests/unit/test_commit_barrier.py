@@ -24,7 +24,7 @@ pytestmark = pytest.mark.process
 @pytest.fixture
 def pool(tmp_path: Any) -> Iterator[WorkerPool]:
     pool = WorkerPool(4, scratch=str(tmp_path), with_groups=False, channels=1, window_bytes=16 << 10)
-    pool.control.publish_membership(Membership(ranks=(0, 1), epoch=0, capacity=4))
+    pool.control.publish(cases.view((0, 1), 0, 4))
     yield pool
     pool.close()
 
@@ -35,7 +35,7 @@ def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerPool]:
     pool = WorkerPool(
         4, scratch=str(tmp_path_factory.mktemp("barrier")), with_groups=False, channels=1, window_bytes=16 << 10
     )
-    pool.control.publish_membership(Membership(ranks=(0, 1), epoch=0, capacity=4))
+    pool.control.publish(cases.view((0, 1), 0, 4))
     yield pool
     pool.close()
 

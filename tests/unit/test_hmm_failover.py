@@ -112,7 +112,7 @@ def test_own_hmm_is_started_anew_and_changes_wait_for_the_ranks() -> None:
         ranks.let.set()
         await watch.whole(1)
         assert hmm.released == [2, 3] and ranks.offers == 1
-        await eventually(lambda: not coordinator._holds)
+        await eventually(lambda: coordinator._memory_held is None)
         operation = await coordinator.submit(ScaleTo(size=4))
         assert (await coordinator.wait(operation.operation_id)).phase is Phase.DONE
 
@@ -124,11 +124,11 @@ def test_another_ones_hmm_is_waited_for_and_why_it_is_not_taken_is_said() -> Non
         coordinator, hmm, ranks, watch = rig(None)
         ranks.let.set()
         hmm.instance = None
-        await eventually(lambda: coordinator._holds)
+        await eventually(lambda: coordinator._memory_held is not None)
         with pytest.raises(HmmUnavailable, match="start another one at the same endpoint"):
             await coordinator.submit(ScaleTo(size=4))
         hmm.instance, hmm.refusal = "second", ModelMismatch("the HMM holds another model")
-        await eventually(lambda: coordinator._holds and coordinator._holds[0].what == "the HMM holds another model")
+        await eventually(lambda: (held := coordinator._memory_held) and held.what == "the HMM holds another model")
         with pytest.raises(HmmUnavailable, match="the HMM holds another model"):
             await coordinator.submit(ScaleTo(size=4))
         assert ranks.offers == 0
@@ -147,6 +147,6 @@ def test_a_server_that_ends_starts_no_hmm() -> None:
         ending[0] = True
         hmm.instance = None
         await asyncio.wait_for(watch._task, 1)
-        assert not started and not coordinator._holds
+        assert not started and coordinator._memory_held is None
 
     run(main())

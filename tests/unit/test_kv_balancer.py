@@ -15,7 +15,7 @@ from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.kv_balancer import KvBalancer
 from elasticmoe_sglang.errors import WorkerError
-from elasticmoe_sglang.planner import Placement, ScalePlan, ScaleTo, initial_placement, plan_scale
+from elasticmoe_sglang.planner import Placement, ScaleTo, TransitionPlan, View, initial_placement, plan_target
 from elasticmoe_sglang.wire import to_coordinator, to_worker
 from elasticmoe_sglang.wire.to_hmm import DeviceUsage, ModelSpec
 
@@ -33,9 +33,9 @@ class World:
         self.config = ElasticConfig(
             ep_size=len(members), max_ep_size=4, ranks_per_device=ranks_per_device, headroom=str(2 * CHUNK)
         )
-        self.membership = Membership(ranks=members, epoch=0, capacity=4)
-        self.placement = initial_placement(16, members)
-        self.columns = self.placed(self.placement)
+        membership = Membership(ranks=members, epoch=0, capacity=4)
+        self.view = View(membership=membership, placement=initial_placement(16, members))
+        self.columns = self.placed(self.view.placement)
         self.kv: dict[int, int] = {}
         self.asked: list[tuple[int, int]] = []
         self.broken: set[int] = set()
@@ -54,8 +54,8 @@ class World:
         self.config = dataclasses.replace(self.config, headroom=str(chunks * CHUNK))
         self.balancer._config = self.config
 
-    async def fill(self, plan: ScalePlan | None = None) -> None:
-        after = (plan.after.ranks, plan.placement_after) if plan else (self.membership.ranks, self.placement)
+    async def fill(self, plan: TransitionPlan | None = None) -> None:
+        after = plan.after if plan else self.view
         await self.balancer.grow_kv(lambda: after)
 
     def placed(self, placement: Placement) -> set[tuple[int, int]]:
@@ -92,17 +92,17 @@ def test_a_change_has_room_at_every_moment_and_ends_full() -> None:
     async def main(size: int, new: int, share: int) -> None:
         world = World(tuple(range(size)), share)
         await world.fill()
-        plan = plan_scale(world.membership, world.placement, ScaleTo(size=new))
+        plan = plan_target(world.view, ScaleTo(size=new))
         before = world.balancer.sizes()
         first = await world.balancer.shrink_kv(
             plan, ranks=plan.after.ranks, joining=plan.joining, retiring=plan.retiring
         )
         for rank in plan.joining:
             world.boots(rank, first[rank])
-        world.columns |= world.placed(plan.placement_after)
+        world.columns |= world.placed(plan.after.placement)
         for device in range(world.config.num_devices):
             world.usage(device)
-        world.columns = world.placed(plan.placement_after)
+        world.columns = world.placed(plan.after.placement)
         for rank in plan.retiring:
             del world.kv[rank]
             world.balancer.forget(rank)
@@ -148,10 +148,10 @@ def test_between_changes_ranks_only_grow() -> None:
         world.boots(0, world.kv[0])
         world.headroom(20)  # what rank 1 has would be too much
         world.asked.clear()
-        await world.balancer.grow_kv(lambda: ((0, 1), world.placement), only_grow=True)
+        await world.balancer.grow_kv(lambda: world.view, only_grow=True)
         assert world.asked == []
         world.headroom(0)
-        await world.balancer.grow_kv(lambda: ((0, 1), world.placement), only_grow=True)
+        await world.balancer.grow_kv(lambda: world.view, only_grow=True)
         assert sorted(rank for rank, _ in world.asked) == [0, 1]
 
     asyncio.run(main())
@@ -163,7 +163,7 @@ def test_a_rank_that_cannot_let_go_is_an_error_and_the_others_are_known() -> Non
         await world.fill()
         before = world.balancer.sizes()
         world.broken = {1}
-        plan = plan_scale(world.membership, world.placement, ScaleTo(size=2))
+        plan = plan_target(world.view, ScaleTo(size=2))
         with pytest.raises(WorkerError, match="let go"):
             await world.balancer.shrink_kv(plan, ranks=plan.after.ranks, joining=(), retiring=plan.retiring)
         assert world.balancer.sizes()[0] < before[0] and world.balancer.sizes()[1] == before[1]
@@ -179,7 +179,7 @@ def test_a_server_whose_kv_is_its_own_is_left_alone() -> None:
         world = World((0, 1))
         for rank in (0, 1):
             world.balancer.learn(rank, None)
-        plan = plan_scale(world.membership, world.placement, ScaleTo(size=4))
+        plan = plan_target(world.view, ScaleTo(size=4))
         assert await world.balancer.shrink_kv(plan, ranks=plan.after.ranks, joining=plan.joining) == {}
         await world.fill()
         assert (world.asked, world.balancer.least_bytes()) == ([], 0)
@@ -192,7 +192,7 @@ def test_ranks_of_one_device_share_it_through_any_sequence(sizes: list[int]) -> 
     async def main() -> None:
         world = World((0,), ranks_per_device=4)
         for size in sizes:
-            plan = plan_scale(world.membership, world.placement, ScaleTo(size=size))
+            plan = plan_target(world.view, ScaleTo(size=size))
             first = await world.balancer.shrink_kv(
                 plan, ranks=plan.after.ranks, joining=plan.joining, retiring=plan.retiring
             )
@@ -201,7 +201,7 @@ def test_ranks_of_one_device_share_it_through_any_sequence(sizes: list[int]) -> 
             for rank in plan.retiring:
                 del world.kv[rank]
                 world.balancer.forget(rank)
-            world.membership, world.placement = plan.after, plan.placement_after
+            world.view = plan.after
             await world.fill(plan)
             assert len({world.kv[rank] for rank in plan.after.ranks}) == 1
             assert world.usage(0).used >= 0.96 * BUDGET

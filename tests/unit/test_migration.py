@@ -16,7 +16,7 @@ import zmq
 
 from elasticmoe_patches.worker import commit
 from elasticmoe_patches.worker.migration import MigrationInbox
-from elasticmoe_sglang.coordinator.migration import Departure, OutputFences, migrations_done
+from elasticmoe_sglang.coordinator.migration import OutputFences
 
 pytestmark = pytest.mark.process
 
@@ -52,33 +52,6 @@ def test_what_a_dead_retiring_rank_had_sent_is_dropped_also_when_it_comes_late()
     inbox.all_sent(2, 1)
     inbox.released.add(2)
     assert inbox.ready() == [2]
-
-
-def test_a_dead_retiring_rank_waits_for_the_others_and_two_dead_ones_not_for_each_other() -> None:
-    async def main() -> None:
-        barrier = asyncio.Event()
-
-        async def living() -> int:
-            await barrier.wait()
-            return 3
-
-        departures = [Departure(operation_id="o", survivors=(0,)) for _ in range(3)]
-
-        async def dying(departure: Departure) -> int:
-            departure.died = True
-            await migrations_done(departures)
-            return 0
-
-        departures[0].migration = asyncio.ensure_future(living())
-        for departure in departures[1:]:
-            departure.migration = asyncio.ensure_future(dying(departure))
-        await asyncio.sleep(0.12)
-        assert not any(departure.migration.done() for departure in departures if departure.migration)
-        barrier.set()
-        for departure in departures[1:]:
-            assert departure.migration is not None and await departure.migration == 0
-
-    run(main())
 
 
 def test_fences_are_waited_for_by_operation_and_rank() -> None:

@@ -14,16 +14,23 @@ from elasticmoe_sglang.errors import PlanError
 from elasticmoe_sglang.planner import (
     Placement,
     RetireRanks,
-    ScalePlan,
     ScaleTo,
     Target,
+    TransitionPlan,
+    View,
     initial_placement,
-    plan_scale,
+    plan_loss,
+    plan_restore,
+    plan_target,
 )
 
 
 def members(*ranks: int, capacity: int = 4, epoch: int = 7) -> Membership:
     return Membership(ranks=tuple(ranks), epoch=epoch, capacity=capacity)
+
+
+def plan(membership: Membership, placement: Placement, target: Target) -> TransitionPlan:
+    return plan_target(View(membership=membership, placement=placement), target)
 
 
 @st.composite
@@ -74,22 +81,22 @@ def fewest_moves_by_trying(placement: Placement, ranks: tuple[int, ...]) -> int:
     )
 
 
-def check(plan: ScalePlan) -> None:
+def check(plan: TransitionPlan) -> None:
     """What holds for every plan, whatever was wished."""
-    assert plan.placement_after.is_balanced_over(plan.after.ranks)
+    assert plan.after.placement.is_balanced_over(plan.after.ranks)
     assert plan.after.ranks == tuple(sorted(set(plan.after.ranks))) and plan.after.ranks[0] == 0
     assert set(plan.joining) == set(plan.after.ranks) - set(plan.before.ranks)
     assert set(plan.retiring) == set(plan.before.ranks) - set(plan.after.ranks)
     assert set(plan.survivors) == set(plan.before.ranks) & set(plan.after.ranks)
     moved = {move.column: move for move in plan.moves}
     assert len(moved) == len(plan.moves)
-    for column, (old, new) in enumerate(zip(plan.placement_before.owners, plan.placement_after.owners, strict=True)):
+    for column, (old, new) in enumerate(zip(plan.before.placement.owners, plan.after.placement.owners, strict=True)):
         assert (old != new) == (column in moved)
         if old != new:
             assert (moved[column].source, moved[column].target) == (old, new)
     assert plan.is_noop == (plan.before == plan.after)
     assert plan.after.epoch == plan.before.epoch + (not plan.is_noop)
-    assert plan.after.capacity == plan.before.capacity
+    assert plan.after.membership.capacity == plan.before.membership.capacity
 
 
 @given(questions())
@@ -97,17 +104,17 @@ def check(plan: ScalePlan) -> None:
 def test_plan_is_balanced_deterministic_and_moves_as_few_columns_as_a_flow(
     question: tuple[Membership, Placement, Target],
 ) -> None:
-    plan = plan_scale(*question)
-    check(plan)
-    assert plan == plan_scale(*question)
-    assert len(plan.moves) == fewest_moves_by_flow(plan.placement_before, plan.after.ranks)
+    made = plan(*question)
+    check(made)
+    assert made == plan(*question)
+    assert len(made.moves) == fewest_moves_by_flow(made.before.placement, made.after.ranks)
 
 
 @given(questions(max_capacity=4, max_columns=6))
 @settings(max_examples=60, deadline=None)
 def test_moves_equal_the_best_of_all_placements(question: tuple[Membership, Placement, Target]) -> None:
-    plan = plan_scale(*question)
-    assert len(plan.moves) == fewest_moves_by_trying(plan.placement_before, plan.after.ranks)
+    made = plan(*question)
+    assert len(made.moves) == fewest_moves_by_trying(made.before.placement, made.after.ranks)
 
 
 @given(memberships(), st.integers(1, 200), st.data())
@@ -116,10 +123,10 @@ def test_a_chain_of_changes_stays_balanced(membership: Membership, num_columns: 
     placement = initial_placement(num_columns, membership.ranks)
     for _ in range(6):
         size = data.draw(st.integers(1, membership.capacity))
-        plan = plan_scale(membership, placement, ScaleTo(size=size))
-        check(plan)
-        assert len(plan.after.ranks) == size
-        membership, placement = plan.after, plan.placement_after
+        made = plan(membership, placement, ScaleTo(size=size))
+        check(made)
+        assert len(made.after.ranks) == size
+        membership, placement = made.after.membership, made.after.placement
 
 
 @given(memberships(), st.integers(1, 300))
@@ -136,42 +143,72 @@ def test_uneven_split_of_128_columns_over_3_ranks() -> None:
 
 
 def test_growth_takes_the_lowest_empty_ranks() -> None:
-    plan = plan_scale(members(0, 2, capacity=5), initial_placement(8, (0, 2)), ScaleTo(size=4))
-    assert plan.joining == (1, 3)
-    assert len(plan.moves) == 4
+    made = plan(members(0, 2, capacity=5), initial_placement(8, (0, 2)), ScaleTo(size=4))
+    assert made.joining == (1, 3)
+    assert len(made.moves) == 4
 
 
 def test_shrinking_by_size_retires_the_highest_ranks() -> None:
-    plan = plan_scale(members(0, 1, 3), initial_placement(9, (0, 1, 3)), ScaleTo(size=1))
-    assert plan.retiring == (1, 3) and plan.after.ranks == (0,)
-    assert {move.source for move in plan.moves} == {1, 3}
+    made = plan(members(0, 1, 3), initial_placement(9, (0, 1, 3)), ScaleTo(size=1))
+    assert made.retiring == (1, 3) and made.after.ranks == (0,)
+    assert {move.source for move in made.moves} == {1, 3}
 
 
 def test_retiring_an_inner_rank_moves_its_columns_alone() -> None:
     placement = initial_placement(12, (0, 1, 2, 3))
-    plan = plan_scale(members(0, 1, 2, 3), placement, RetireRanks(ranks=(2,)))
-    assert plan.after.ranks == (0, 1, 3)
-    assert tuple(move.column for move in plan.moves) == placement.columns_of(2)
+    made = plan(members(0, 1, 2, 3), placement, RetireRanks(ranks=(2,)))
+    assert made.after.ranks == (0, 1, 3)
+    assert tuple(move.column for move in made.moves) == placement.columns_of(2)
 
 
 def test_a_receiver_pulls_from_all_sources() -> None:
-    plan = plan_scale(members(0, 1, 2), initial_placement(12, (0, 1, 2)), ScaleTo(size=4))
-    assert sorted(move.source for move in plan.incoming(3)) == [0, 1, 2]
+    made = plan(members(0, 1, 2), initial_placement(12, (0, 1, 2)), ScaleTo(size=4))
+    assert sorted(move.source for move in made.incoming(3)) == [0, 1, 2]
 
 
 def test_the_same_size_is_a_noop_and_keeps_the_epoch() -> None:
-    plan = plan_scale(members(0, 1), initial_placement(8, (0, 1)), ScaleTo(size=2))
-    assert plan.is_noop and plan.after == plan.before and plan.placement_after == plan.placement_before
+    made = plan(members(0, 1), initial_placement(8, (0, 1)), ScaleTo(size=2))
+    assert made.is_noop and made.after == made.before
 
 
 def test_the_same_size_mends_an_unbalanced_placement() -> None:
-    plan = plan_scale(members(0, 1), Placement(owners=(0, 0, 0, 1)), ScaleTo(size=2))
-    assert not plan.is_noop and len(plan.moves) == 1 and plan.after.epoch == 8
+    made = plan(members(0, 1), Placement(owners=(0, 0, 0, 1)), ScaleTo(size=2))
+    assert not made.is_noop and len(made.moves) == 1 and made.after.epoch == 8
 
 
-def test_columns_of_a_rank_that_is_gone_are_placed_again() -> None:
-    plan = plan_scale(members(0, 1), Placement(owners=(0, 1, 3, 3)), ScaleTo(size=2))
-    assert [(move.source, move.target) for move in plan.moves] == [(3, 0), (3, 1)]
+def test_no_view_has_columns_on_a_rank_that_is_not_active() -> None:
+    with pytest.raises(PlanError, match=r"ranks \[3\] hold expert columns and are not active"):
+        View(membership=members(0, 1), placement=Placement(owners=(0, 1, 3, 3)))
+
+
+@given(questions(), st.data())
+@settings(max_examples=150, deadline=None)
+def test_after_a_loss_survivors_keep_what_they_have(
+    question: tuple[Membership, Placement, Target], data: st.DataObject
+) -> None:
+    view = View(membership=question[0], placement=question[1])
+    lost = data.draw(st.sets(st.sampled_from(view.ranks)))
+    replace_all = data.draw(st.booleans())
+    made = plan_loss(view, lost, replace_all=replace_all)
+    assert made.after.epoch == view.epoch + 1 and not made.is_noop and made.lost == tuple(sorted(lost))
+    assert set(made.after.ranks) == set(view.ranks) - (set() if replace_all else lost - {0})
+    assert set(made.joining) == lost & set(made.after.ranks) and made.retiring == ()
+    assert set(made.survivors) == set(view.ranks) - lost
+    assert set(made.participants) == set(made.after.ranks)
+    if set(made.after.ranks) == set(view.ranks):
+        assert made.moves == (), "nothing moves while streams wait"
+
+
+def test_living_ranks_meet_again_in_the_next_epoch_without_a_move() -> None:
+    view = View(membership=members(0, 2), placement=Placement(owners=(0, 0, 0, 2)))
+    made = plan_loss(view, ())
+    assert (made.after.epoch, made.after.owners, made.survivors, made.joining) == (8, view.owners, (0, 2), ())
+
+
+def test_a_restore_brings_back_the_ranks_of_the_last_target() -> None:
+    view = View(membership=members(0, 3), placement=initial_placement(8, (0, 3)))
+    made = plan_restore(view, (2,))
+    assert made.after.ranks == (0, 2, 3) and made.joining == (2,) and made.after.placement.is_balanced_over((0, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -190,12 +227,12 @@ def test_columns_of_a_rank_that_is_gone_are_placed_again() -> None:
 )
 def test_an_impossible_target_says_what_is_allowed(target: Target, sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence):
-        plan_scale(members(0, 1, 2), initial_placement(6, (0, 1, 2)), target)
+        plan(members(0, 1, 2), initial_placement(6, (0, 1, 2)), target)
 
 
 def test_nothing_can_be_retired_from_a_single_rank() -> None:
     with pytest.raises(PlanError, match="Only rank 0 is active"):
-        plan_scale(members(0), initial_placement(6, (0,)), RetireRanks(ranks=(1,)))
+        plan(members(0), initial_placement(6, (0,)), RetireRanks(ranks=(1,)))
 
 
 @pytest.mark.parametrize(("columns", "ranks"), [(0, (0,)), (4, ()), (4, (0, 0))])

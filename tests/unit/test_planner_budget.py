@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.errors import BudgetExceeded, UserInputError
 from elasticmoe_sglang.planner import DeviceRoom, ModelNeeds, ScaleTo, check_budgets, extra_bytes, initial_placement
-from elasticmoe_sglang.planner.plan import ScalePlan, plan_scale
+from elasticmoe_sglang.planner.placement import View
+from elasticmoe_sglang.planner.plan import TransitionPlan, plan_target
 from elasticmoe_sglang.units import format_bytes, parse_bytes
 
 MODEL = ModelNeeds(column_bytes=100, dense_bytes=1000, rank_bytes=10)
 
 
-def scale(old: tuple[int, ...], size: int, columns: int = 8) -> ScalePlan:
+def scale(old: tuple[int, ...], size: int, columns: int = 8) -> TransitionPlan:
     membership = Membership(ranks=old, epoch=0, capacity=4)
-    return plan_scale(membership, initial_placement(columns, old), ScaleTo(size=size))
+    return plan_target(View(membership=membership, placement=initial_placement(columns, old)), ScaleTo(size=size))
 
 
 def room(device: int, ranks: tuple[int, ...], *, free: int, dense: bool = True) -> DeviceRoom:

@@ -2,7 +2,7 @@
 
 A dead rank fails the same collective on every survivor, because no collective completes without all members; the
 leader's death at the commit barrier fails the barrier for all participants. So all survivors stop at the same point:
-each sets its own requests aside, waits for the coordinator's `Recover`, meets the others at the commit barrier, and
+each sets its own requests aside, waits for the coordinator's commit, meets the others at the commit barrier, and
 enters SGLang's event loop again. Requests of the dead rank are sent again by the tokenizer, which knows what their
 clients have received (`journal.py`).
 """
@@ -18,38 +18,32 @@ from elasticmoe_patches.worker.commit import receive_migrated, resume_ready, sen
 from elasticmoe_patches.worker.kv import run_kv_jobs
 from elasticmoe_patches.worker.requests import live_requests, set_aside
 from elasticmoe_patches.worker.worker import Worker
-from elasticmoe_sglang.errors import CollectiveError, CommitError
+from elasticmoe_sglang.errors import CollectiveError, CollectiveMismatch, CommitError
 from elasticmoe_sglang.wire.to_coordinator import Broken
-from elasticmoe_sglang.wire.to_worker import Recovered
+from elasticmoe_sglang.wire.to_worker import Counted
 
 logger = logging.getLogger(__name__)
 
-# How much longer than an attempt of the coordinator a survivor waits for its `Recover`. Then the server ends.
-_RECOVER_GRACE_S = 30.0
 _FENCE_DEADLINE_S = 2.0
 # How often a waiting survivor checks for KV to give up (for the dead rank's columns) and for migrated requests.
 _POLL_S = 0.005
 
 
 def recover(scheduler: Any, worker: Worker, error: CollectiveError | CommitError) -> None:
-    """Set requests aside and return as a member of the next epoch.
-
-    Raises:
-        CollectiveError, CommitError: `error` again, when no recovery was committed in time.
-    """
+    """Set requests aside and return as a member of the next epoch."""
     logger.warning("rank %d: %s", worker.rank, error)
     reason = f"rank {error.rank} was lost" if error.rank is not None else error.what
     if worker.pending is not None:
-        worker.report_commit(worker.pending, committed=False, reason=reason)
+        worker.refuse_commit(worker.pending, reason)
         worker.pending = None
     kept = set_aside(scheduler, worker.iteration)
-    culprit = -1 if error.rank is None else error.rank
-    worker.agent.post(Broken(rank=worker.rank, culprit=culprit))
-    patience_s = worker.runtime.config.prepare_deadline_s + _RECOVER_GRACE_S
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline:
+    # Ranks that do not do the same accuse each other; none of them has stalled.
+    missed = None if isinstance(error, CollectiveMismatch) else error.rank
+    worker.agent.post(Broken(rank=worker.rank, epoch=worker.region.epoch, culprit=-1 if missed is None else missed))
+    # Without a deadline of its own: the coordinator decides when to give up, and ends the server then.
+    while True:
         run_kv_jobs(scheduler, worker)
-        # A change that is finishing waits until its retiring ranks' requests have been resumed; `Recover` comes after.
+        # A change that is finishing waits until its retiring ranks' requests have been resumed; the commit comes after.
         receive_migrated(worker)
         resume_ready(scheduler, worker)
         try:
@@ -60,8 +54,6 @@ def recover(scheduler: Any, worker: Worker, error: CollectiveError | CommitError
             report(scheduler, worker, command.operation_id)
             logger.info("rank %d continues in epoch %d with %d requests set aside", worker.rank, command.epoch, kept)
             return
-        deadline = time.monotonic() + patience_s  # the coordinator makes another attempt
-    raise error
 
 
 def answer_counts(scheduler: Any, worker: Worker) -> None:
@@ -95,4 +87,4 @@ def report(scheduler: Any, worker: Worker, operation_id: str) -> None:
     for migrated in worker.inbox.held.values():
         rids |= {message.request.rid for message, _, _ in migrated}
     send_fence(scheduler, operation_id, worker.rank)
-    worker.agent.post(Recovered(rank=worker.rank, operation_id=operation_id, committed=True, rids=sorted(rids)))
+    worker.agent.post(Counted(rank=worker.rank, operation_id=operation_id, rids=sorted(rids)))

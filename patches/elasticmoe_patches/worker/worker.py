@@ -27,6 +27,7 @@ from elasticmoe_sglang.comm.region import CollectiveRegion, open_region
 from elasticmoe_sglang.errors import CommitError, ElasticMoEError, WorkerError
 from elasticmoe_sglang.faults import point
 from elasticmoe_sglang.hmm.client import HmmClient
+from elasticmoe_sglang.planner import Placement, View
 from elasticmoe_sglang.runtime import Runtime
 from elasticmoe_sglang.wire import to_coordinator, to_worker
 from elasticmoe_sglang.wire.to_hmm import ModelSpec
@@ -70,12 +71,12 @@ class RecoveryInbox:
     """What arrives after a rank's death, until the scheduler's thread gets to it.
 
     Attributes:
-        commands: the membership to continue in, from the coordinator.
+        commands: commits of the view to continue in, from the coordinator.
         counts: operations for which this rank reports which requests it has.
         sent_again: requests of the dead rank (ElasticResumeReq) that resume here.
     """
 
-    commands: queue.SimpleQueue[to_worker.Recover] = field(default_factory=queue.SimpleQueue)
+    commands: queue.SimpleQueue[to_worker.CommitCommand] = field(default_factory=queue.SimpleQueue)
     counts: list[to_worker.CountRequests] = field(default_factory=list)
     sent_again: list[Any] = field(default_factory=list)
 
@@ -150,7 +151,7 @@ class Worker:
                 to_worker.OfferMemory: self._offer_memory,
                 to_worker.ResizeKv: self._resize_kv,
                 to_worker.ReleaseMigrated: self._release_migrated,
-                to_worker.Recover: self._recover,
+                to_worker.CommitCommand: self._recover,
                 to_worker.CountRequests: self._count_requests,
             },
         )
@@ -222,7 +223,7 @@ class Worker:
         return to_worker.KvResized(rank=self.rank, operation_id=message.operation_id, chunks=self.kv.chunks)
 
     def _recover(self, message: to_worker.Request) -> None:
-        assert isinstance(message, to_worker.Recover)
+        assert isinstance(message, to_worker.CommitCommand)
         self.recovery.commands.put(message)
         self.idle.wake_all()
 
@@ -263,19 +264,23 @@ class Worker:
         if self.cuda is not None:  # so that the commit has less to do
             self.cuda.prefetch(tuple(member for member in members if self.region.control.alive(member)))
             self.cuda.drain()
-        if self.join_spec.attempt:  # replaces a dead rank; the survivors come to the commit barrier too
+        patience_s = self.runtime.config.prepare_deadline_s * 4
+        if self.join_spec.attempt:  # it takes a lost rank's place, perhaps the leader's, and comes by itself
+            membership = self._membership(members, epoch)
             decision = self.barrier.arrive(
                 epoch=epoch,
                 attempt=self.join_spec.attempt,
                 participants=members,
-                membership=self._membership(members, epoch),
-                timeout_s=self.runtime.config.commit_deadline_s,
+                view=View(membership=membership, placement=Placement(owners=self.join_spec.placement)),
+                timeout_s=patience_s,
             )
         else:
-            decision = self.barrier.join(epoch, timeout_s=self.runtime.config.prepare_deadline_s * 4)
+            decision = self.barrier.join(epoch, timeout_s=patience_s)
         if decision is not Decision.COMMIT:
             raise CommitError("the change for which this rank was started was given up", rank=self.rank)
-        self._enter(members, epoch)
+        self._enter(self.region.control.read_view(), joining=True)
+        if self.join_spec.attempt:
+            self._report(self.join_spec.operation_id, committed=True)
         self.fault_point("barrier.after")
         logger.info("rank %d joined in epoch %d", self.rank, epoch)
 
@@ -302,85 +307,85 @@ class Worker:
             )
         )
 
-    def _enter(self, members: tuple[int, ...], epoch: int, placement: Sequence[int] = ()) -> None:
-        """Become, or stay, a member. `placement`: of the expert columns; empty where it is in effect already."""
-        self.region.set_membership(self._membership(members, epoch))
-        self.client.epoch = epoch
+    def _enter(self, view: View, *, joining: bool = False) -> None:
+        """Become, or stay, a member. A joining rank's columns are in effect already."""
+        self.region.set_membership(view.membership)
+        self.client.epoch = view.epoch
         self._set_state(WorkerState.ACTIVE)
-        if placement:
-            self.memory.switch([column for column, owner in enumerate(placement) if owner == self.rank])
+        if not joining:
+            self.memory.switch(list(view.placement.columns_of(self.rank)))
 
     # -- commits ------------------------------------------------------------------------------------------------
 
-    def commit(self, command: to_worker.CommitCommand) -> bool:
+    def _meet(self, command: to_worker.CommitCommand) -> bool:
         """Meet the other participants; after COMMIT, switch membership and placement. True when committed.
+
+        Raises:
+            CommitError: the leader died.
+        """
+        membership = self._membership(command.members, command.epoch)
+        decision = self.barrier.arrive(
+            epoch=command.epoch,
+            attempt=command.attempt,
+            participants=command.participants,
+            view=View(membership=membership, placement=Placement(owners=command.placement)),
+            timeout_s=max(0.0, command.expires - time.monotonic()),
+        )
+        if decision is not Decision.COMMIT:
+            return False
+        if self.rank in command.members:
+            view = self.region.control.read_view()
+            assert view.epoch == command.epoch, f"epoch {view.epoch} is published, {command.epoch} was committed"
+            self._enter(view)
+        else:
+            self.region.solo()
+            self._set_state(WorkerState.RETIRING)
+        return True
+
+    def commit(self, command: to_worker.CommitCommand) -> bool:
+        """Carry out a change between two batches. True when committed.
 
         Raises:
             CommitError: the leader died.
         """
         started = time.monotonic()
         self.fault_point("barrier.before")
-        decision = self.barrier.arrive(
-            epoch=command.epoch,
-            attempt=command.attempt,
-            participants=command.participants,
-            membership=self._membership(command.members, command.epoch),
-            timeout_s=max(0.0, command.expires - time.monotonic()),
-        )
-        committed = decision is Decision.COMMIT
-        if committed and self.rank in command.members:
-            self._enter(command.members, command.epoch, command.placement)
-            if command.retiring:
-                self.inbox.expect(command.retiring)
-        elif committed:
-            self.region.solo()
-            self._set_state(WorkerState.RETIRING)
-        self.report_commit(
-            command,
-            committed=committed,
-            barrier_ms=(time.monotonic() - started) * 1e3,
-            reason="" if committed else self.barrier.reason,
-        )
+        committed = self._meet(command)
+        if committed and command.retiring and self.rank in command.members:
+            self.inbox.expect(command.retiring)
+        barrier_ms = (time.monotonic() - started) * 1e3
+        self._report(command.operation_id, committed=committed, barrier_ms=barrier_ms)
         if committed:
             self.pause.committed(command.operation_id)
             self.fault_point("barrier.after")
         return committed
 
-    def report_commit(
-        self, command: to_worker.CommitCommand, *, committed: bool, barrier_ms: float = 0.0, reason: str = ""
-    ) -> None:
-        """Tell the coordinator whether a commit was carried out."""
+    def commit_recovery(self, command: to_worker.CommitCommand) -> bool:
+        """Go on in the next epoch after a loss; False when this attempt was aborted."""
+        try:
+            committed = self._meet(command)
+        except CommitError as error:
+            logger.warning("rank %d: %s", self.rank, error)
+            committed = False
+        if committed:
+            self.inbox.aborted.clear()  # the tokenizer knows of every earlier one when it sends a request again
+        self._report(command.operation_id, committed=committed)
+        return committed
+
+    def refuse_commit(self, command: to_worker.CommitCommand, reason: str) -> None:
+        """Tell the coordinator that a commit is not carried out here."""
+        self._report(command.operation_id, committed=False, reason=reason)
+
+    def _report(self, operation_id: str, *, committed: bool, barrier_ms: float = 0.0, reason: str = "") -> None:
         self.agent.post(
             to_coordinator.Committed(
                 rank=self.rank,
-                operation_id=command.operation_id,
+                operation_id=operation_id,
                 committed=committed,
                 barrier_ms=barrier_ms,
-                reason=reason,
+                reason="" if committed else reason or self.barrier.reason,
             )
         )
-
-    def commit_recovery(self, command: to_worker.Recover) -> bool:
-        """Meet the other survivors; True when this rank is a member of the next epoch."""
-        try:
-            decision = self.barrier.arrive(
-                epoch=command.epoch,
-                attempt=command.attempt,
-                participants=command.members,
-                membership=self._membership(command.members, command.epoch),
-                timeout_s=max(0.0, command.expires - time.monotonic()),
-            )
-        except CommitError as error:
-            logger.warning("rank %d: %s", self.rank, error)
-            decision = Decision.ABORT
-        if decision is Decision.COMMIT:
-            self._enter(command.members, command.epoch, command.placement)
-            self.inbox.aborted.clear()  # the tokenizer knows of every earlier one when it sends a request again
-        else:
-            self.agent.post(
-                to_worker.Recovered(rank=self.rank, operation_id=command.operation_id, committed=False, rids=[])
-            )
-        return decision is Decision.COMMIT
 
     def close(self) -> None:
         self.agent.stop(timeout_s=3.0)

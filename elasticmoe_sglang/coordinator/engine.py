@@ -1,0 +1,740 @@
+"""The engine: every change of the view, whatever its cause, as one state machine. Pure: events in, effects out.
+
+It has no clock (the time comes with each event), no I/O and no randomness, so a run is its events, and a fault is a
+seed (tests/helpers/engine_world.py). `driver.py` carries the effects out.
+
+Targets, losses and restores are transitions from the latest committed view to another one, along one way:
+
+    prepare    transaction, KV, boots, pulls       undone in reverse when a step fails, time is up or a rank is lost
+    commit     one proposal at the commit barrier  who gives up withdraws it first; only then is the outcome known
+    finish     requests, memory                    each step once, a failure of one does not stop another
+
+A loss ends a transition that is preparing and starts another one from the latest view. What is lost is not remembered
+but compared: a rank is lost when the process that serves it in the view is not the one that lives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from elasticmoe_sglang.comm.commit_barrier import Attempts
+from elasticmoe_sglang.coordinator import steps as s
+from elasticmoe_sglang.coordinator.status import CommitReport, Phase, PullReport, Withdrawal
+from elasticmoe_sglang.errors import ElasticMoEError, TransactionError, WorkerError
+from elasticmoe_sglang.planner import Cause, TransitionPlan, View, plan_loss, plan_restore, plan_target
+from elasticmoe_sglang.wire.to_worker import JoinSpec
+
+logger = logging.getLogger(__name__)
+
+COMMIT_ANSWER_S = 1.0
+"""The commit barrier decides within the commit deadline; the workers' reports may arrive this much later."""
+STALLED_S = 0.3
+"""A worker that others have missed in a collective, and that has not missed anybody itself so much later, is killed."""
+_SILENT_S = 1.0
+_WITHDRAW_AGAIN_S = 0.1
+_BACKOFF_S, _MOST_BACKOFF_S = 0.1, 2.0
+_RESTORE_BACKOFF_S, _MOST_RESTORE_BACKOFF_S = 1.0, 60.0
+_MEETINGS, _MEETINGS_S = 3, 60.0
+
+_OWED = (s.Drop, s.Dismiss, s.Release, s.CommitMemory, s.RollBackMemory)
+"""Steps that are done again, later, when they have failed."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadlines:
+    """Seconds.
+
+    Attributes:
+        prepare, commit, finish: of the phases; `finish` also of each step that undoes another.
+        recover: for all attempts to recover from the same losses; then the server ends.
+        collective: after which a rank misses another one in a collective.
+    """
+
+    prepare: float
+    commit: float
+    finish: float
+    recover: float
+    collective: float
+
+
+class _Failed(Exception):
+    """A step failed, the deadline passed, or an event interrupted the steps. `cause`: what a step has raised."""
+
+    def __init__(self, why: str, cause: Exception | None = None) -> None:
+        super().__init__(why)
+        self.cause = cause
+
+
+@dataclass
+class _All:
+    """Run steps concurrently. The first failure, the deadline or an interruption cancels the others; it is raised once
+    all have ended. `each`: a failure does not stop the others, and results and exceptions are returned together."""
+
+    steps: Sequence[s.Step]
+    what: str
+    deadline: float | None
+    each: bool = False
+    interrupted: Callable[[], str | None] = lambda: None
+    numbers: list[int] = field(default_factory=list)
+    ended: dict[int, s.StepEnded] = field(default_factory=dict)
+    broken_by: _Failed | None = None
+    cancelled: bool = False
+
+
+@dataclass
+class _Until:
+    """Wait for a condition, or a time."""
+
+    condition: Callable[[], bool]
+    at: float | None
+
+
+_Program = Generator[_All | _Until, Any, _T]
+
+
+@dataclass
+class _Transition:
+    """The transition that runs.
+
+    Attributes:
+        undo: what undoes the steps of workers, which run together, and then those of memory, in reverse.
+        booted, retiring: pid of the worker that booted for a joining rank, or served a retiring one.
+    absent: participants that had the commit's whole time and did not come to the commit barrier.
+    """
+
+    operation_id: str
+    plan: TransitionPlan
+    attempt: int
+    phase: Phase = Phase.PLANNED
+    undo_workers: list[s.Step] = field(default_factory=list)
+    undo_memory: list[s.Step] = field(default_factory=list)
+    txn: str = ""
+    booted: dict[int, int | None] = field(default_factory=dict)
+    absent: tuple[int, ...] = ()
+    retiring: dict[int, int | None] = field(default_factory=dict)
+
+
+class Engine:
+    """Args:
+    view: the committed view. workers: rank -> pid of the worker that serves it.
+    restore: bring lost ranks back as soon as a standby worker is ready.
+    """
+
+    def __init__(self, view: View, workers: dict[int, int], deadlines: Deadlines, *, restore: bool) -> None:
+        self.view = view
+        self._deadlines = deadlines
+        self._restore = restore
+        self._serving: dict[int, int | None] = {rank: workers.get(rank) for rank in view.ranks}
+        self._alive: dict[int, int] = dict(workers)
+        self._goal = view.ranks  # the ranks of the last target
+        self._broken: dict[int, int] = {}
+        self._broken_since = 0.0
+        self._meetings: list[float] = []
+        self._standbys = 0
+        self._memory: ElasticMoEError | None = None
+        self._closing = False
+        self._wanted: s.Wanted | None = None
+        self._unsent = False
+        self._lingering: dict[int, int | None] = {}
+        self._debts: list[s.Step] = []
+        self._restore_at = 0.0
+        self._restore_backoff = _RESTORE_BACKOFF_S
+        self._names = 0
+        self._attempts = Attempts()
+        self._running: _Transition | None = None
+        self._absent: tuple[int, ...] = ()
+        self._ended = False
+        self._now = 0.0
+        self._numbers = 0
+        self._effects: list[s.Effect] = []
+        self._waiting: _All | _Until | None = None
+        self._program = self._run()
+
+    # -- what others may ask ------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> TransitionPlan | None:
+        """The plan of the transition that runs."""
+        return self._running.plan if self._running is not None else None
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, nothing is lost, and the memory is whole."""
+        free = self._running is None and self._wanted is None and self._memory is None
+        owed = self.lost() or self._broken or self._unsent or self._debts
+        return free and not self._closing and not owed
+
+    @property
+    def recovering(self) -> bool:
+        """A rank is lost, or collectives have failed, and no later view serves yet."""
+        loss = self._running is not None and self._running.plan.cause is Cause.LOSS
+        return loss or bool(self.lost()) or bool(self._broken)
+
+    def lost(self) -> tuple[int, ...]:
+        """Active ranks whose worker has ended."""
+        return tuple(rank for rank in self.view.ranks if self._alive.get(rank) != self._serving[rank])
+
+    def missing(self) -> tuple[int, ...]:
+        """Ranks of the last target that are not active."""
+        return tuple(rank for rank in self._goal if rank not in self.view.ranks)
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def handle(self, event: s.Event, now: float) -> list[s.Effect]:
+        """Take an event at a time, in seconds of a clock that never goes back; returns what is to be done."""
+        assert now >= self._now
+        self._now = now
+        match event:
+            case s.StepEnded(number=number):
+                if isinstance(self._waiting, _All) and number in self._waiting.numbers:
+                    self._waiting.ended[number] = event
+            case s.Wanted():
+                assert self._wanted is None, "one target at a time"
+                self._wanted = event
+            case s.WorkerUp(rank=rank, pid=pid):
+                self._alive[rank] = pid
+            case s.WorkerGone(rank=rank, pid=pid):
+                if self._alive.get(rank) == pid:
+                    del self._alive[rank]
+                    self._broken.pop(rank, None)
+            case s.RankBroken(rank=rank, epoch=epoch, culprit=culprit):
+                if rank in self.view.ranks and epoch == self.view.epoch:
+                    self._broken_since = now if not self._broken else self._broken_since
+                    self._broken[rank] = culprit
+            case s.StandbysReady(count=count):
+                self._standbys = count
+            case s.MemoryHeld(reason=reason):
+                self._memory = reason
+            case s.Closing():
+                self._closing = True
+            case s.Tick():
+                pass
+        self._advance()
+        effects, self._effects = self._effects, []
+        return [*effects, s.WakeAt(time=self._wake_at())]
+
+    def _wake_at(self) -> float | None:
+        match self._waiting:
+            case _All(cancelled=False, deadline=deadline):
+                return deadline
+            case _Until(at=at):
+                return at
+        return None
+
+    # -- running the program ------------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Resume the program for as long as what it waits for has come."""
+        if self._waiting is None and not self._ended:
+            self._resume(lambda: next(self._program))
+        while not self._ended:
+            waiting = self._waiting
+            if isinstance(waiting, _Until):
+                late = waiting.at is not None and self._now >= waiting.at
+                if not late and not waiting.condition():
+                    return
+                self._resume(lambda: self._program.send(None))
+            else:
+                assert waiting is not None
+                if not self._all_ended(waiting):
+                    return
+                self._resume_all(waiting)
+
+    def _resume(self, resume: Callable[[], _All | _Until]) -> None:
+        try:
+            waiting = resume()
+        except StopIteration:
+            self._ended, self._waiting = True, None
+            return
+        self._waiting = waiting
+        if isinstance(waiting, _All):
+            operation = self._running.operation_id if self._running is not None else ""
+            for step in waiting.steps:
+                self._numbers += 1
+                waiting.numbers.append(self._numbers)
+                self._effects.append(s.Start(number=self._numbers, step=step, operation_id=operation))
+
+    def _all_ended(self, waiting: _All) -> bool:
+        if len(waiting.ended) == len(waiting.numbers):
+            return True
+        if waiting.cancelled:
+            return False
+        failed = next((e.error for e in waiting.ended.values() if e.error is not None), None)
+        why = waiting.interrupted()
+        if waiting.deadline is not None and self._now >= waiting.deadline:
+            waiting.broken_by = _Failed(f"{waiting.what} took longer than its deadline")
+        elif failed is not None and not waiting.each:
+            waiting.broken_by = _Failed(text_of(failed), failed)
+        elif why is not None:
+            waiting.broken_by = _Failed(why)
+        if waiting.broken_by is not None:
+            waiting.cancelled = True
+            late = [number for number in waiting.numbers if number not in waiting.ended]
+            self._effects += [s.Cancel(number=number) for number in late]
+        return False
+
+    def _resume_all(self, waiting: _All) -> None:
+        ended = [waiting.ended[number] for number in waiting.numbers]
+        cancelled = _Failed(f"{waiting.what} took longer than its deadline")
+        if waiting.each:
+            outcomes = [cancelled if e.cancelled else e.error or e.result for e in ended]
+            self._resume(lambda: self._program.send(outcomes))
+            return
+        error = next((e.error for e in ended if e.error is not None), None)
+        failed = waiting.broken_by or (_Failed(text_of(error), error) if error is not None else None)
+        if failed is not None:
+            self._resume(lambda: self._program.throw(failed))
+        else:
+            self._resume(lambda: self._program.send([e.result for e in ended]))
+
+    # -- the program --------------------------------------------------------------------------------------------
+
+    def _run(self) -> _Program[None]:
+        while not self._ended:
+            yield _Until(self._work, self._next_time())
+            if self.lost() or self._broken:
+                yield from self._recover()
+            elif self._unsent:
+                yield from self._send_unsent()
+            elif self._wanted is not None:
+                yield from self._reach_target(self._wanted)
+            elif self._debts and self._memory is None:
+                yield from self._settle_debts()
+            elif self._restorable():
+                yield from self._bring_back()
+
+    def _work(self) -> bool:
+        owed = self._unsent or (self._debts and self._memory is None)
+        return bool(self.lost() or self._broken or owed or self._wanted or self._restorable())
+
+    def _next_time(self) -> float | None:
+        return self._restore_at if self._restore and self.missing() and self._now < self._restore_at else None
+
+    def _restorable(self) -> bool:
+        due = self._restore and not self._closing and self._memory is None and self._now >= self._restore_at
+        return due and self._standbys > 0 and bool(self.missing())
+
+    def _loss(self) -> str | None:
+        """Why a transition that prepares cannot go on."""
+        lost = self.lost()
+        if lost:
+            return f"rank {', '.join(map(str, lost))} was lost meanwhile"
+        return "a collective failed meanwhile" if self._broken else None
+
+    # Targets and restores
+
+    def _reach_target(self, wanted: s.Wanted) -> _Program[None]:
+        name = wanted.operation_id
+        try:
+            plan = plan_target(self.view, wanted.target)
+        except ElasticMoEError as error:  # the view has changed since it was asked for
+            self._wanted = None
+            self._effects.append(s.Advanced(operation_id=name, phase=Phase.ROLLED_BACK, error=str(error)))
+            return
+        if plan.is_noop:
+            self._wanted, self._goal = None, plan.after.ranks
+            self._effects += [s.Opened(operation_id=name, plan=plan), s.Advanced(operation_id=name, phase=Phase.DONE)]
+            return
+
+        def interrupted() -> str | None:
+            return "the server is shutting down" if self._closing else self._loss()
+
+        check = plan != wanted.plan
+        committed, _ = yield from self._change(name, plan, self._deadlines.prepare, interrupted, check_room=check)
+        self._wanted = None
+        if committed:
+            self._goal = plan.after.ranks
+            self._restore_backoff, self._restore_at = _RESTORE_BACKOFF_S, self._now
+
+    def _bring_back(self) -> _Program[None]:
+        plan = plan_restore(self.view, self.missing()[: self._standbys])
+
+        def interrupted() -> str | None:
+            if self._closing:
+                return "the server is shutting down"
+            return "another target was set" if self._wanted is not None else self._loss()
+
+        name = self._name("restore")
+        committed, _ = yield from self._change(name, plan, self._deadlines.prepare, interrupted, check_room=True)
+        if committed:
+            self._restore_backoff = _RESTORE_BACKOFF_S
+        elif self._wanted is None:
+            self._restore_at = self._now + self._restore_backoff
+            self._restore_backoff = min(2 * self._restore_backoff, _MOST_RESTORE_BACKOFF_S)
+
+    def _name(self, cause: str) -> str:
+        self._names += 1
+        return f"{cause}-{self._names}"
+
+    # Losses
+
+    def _recover(self) -> _Program[None]:
+        """Go on without the lost ranks, or with standby workers for them; in as many attempts as it takes in time."""
+        name = self._name("loss")
+        tried: tuple[int, ...] | None = None
+        deadline, backoff, failures = 0.0, _BACKOFF_S, 0
+        while self.lost() or self._broken:
+            if not self.lost() and not (yield from self._everybody_waits()):
+                continue
+            lost = self.lost()
+            if lost != tried:
+                tried, failures, deadline = lost, 0, self._now + self._deadlines.recover
+            plan = plan_loss(self.view, lost, replace_all=failures % 2 == 1)
+            committed, error = yield from self._change(name, plan, deadline - self._now, self._overtaken(lost))
+            if committed:
+                name, tried = self._name("loss"), None
+                continue
+            yield from self._kill_absent(plan)
+            failures += 1
+            logger.error("attempt %d to recover without ranks %s failed: %s", failures, list(lost), error)
+            if self._now >= deadline:
+                self._end(f"ranks {list(lost)} were lost and could not be replaced: {error}")
+                return
+            again = min(self._now + backoff, deadline)
+            yield _Until(self._differs_from(lost), again)
+            backoff = min(2 * backoff, _MOST_BACKOFF_S)
+
+    def _kill_absent(self, plan: TransitionPlan) -> _Program[None]:
+        """Survivors that did not come to the commit barrier in all its time have stalled."""
+        absent = [rank for rank in self._absent if rank in plan.survivors]
+        yield from self._kill(absent)
+
+    def _kill(self, ranks: Sequence[int]) -> _Program[None]:
+        kills = [s.Kill(rank=rank, pid=pid) for rank in ranks if (pid := self._serving[rank]) is not None]
+        if kills:
+            yield _All(kills, "ending ranks that have stalled", self._now + self._deadlines.finish, each=True)
+
+    def _overtaken(self, lost: tuple[int, ...]) -> Callable[[], str | None]:
+        return lambda: None if self.lost() == lost else "another rank was lost too"
+
+    def _differs_from(self, lost: tuple[int, ...]) -> Callable[[], bool]:
+        return lambda: self.lost() != lost
+
+    def _everybody_waits(self) -> _Program[bool]:
+        """Collectives have failed, and nobody is known to be lost: kill who is missed and silent. Returns True when all
+        ranks wait, so that they only have to meet again."""
+        yield _Until(lambda: bool(self.lost()), self._broken_since + STALLED_S)
+        if self.lost() or not self._broken:
+            return bool(self.lost())
+        silent = [rank for rank in self.view.ranks if rank not in self._broken]
+        if not silent:
+            since = self._now - _MEETINGS_S
+            self._meetings = [*(time for time in self._meetings if time > since), self._now]
+            if len(self._meetings) > _MEETINGS:
+                self._end("collectives of living ranks fail again and again; the ranks do not do the same")
+            return True
+        missed = [rank for rank in silent if rank in self._broken.values()]
+        late = self._now >= self._broken_since + self._deadlines.collective + _SILENT_S
+        if missed or late:
+            yield from self._kill(missed or silent)
+        count, later = len(self._broken), self._now + _SILENT_S
+        yield _Until(lambda: bool(self.lost()) or len(self._broken) != count, later)
+        return False
+
+    def _send_unsent(self) -> _Program[None]:
+        """Requests may be on no rank: send them again until that has succeeded."""
+        backoff = _BACKOFF_S
+        while self._unsent and not self.lost() and not self._broken:
+            resend = s.Resend(operation_id="", forget=-1)
+            try:
+                if not (yield from self._end_lingering()):
+                    continue
+                yield _All(
+                    [resend], "sending requests again", self._now + self._deadlines.finish, interrupted=self._loss
+                )
+                self._unsent = False
+            except _Failed as error:
+                logger.error("requests could not be sent again: %s", text_of(error))
+                yield _Until(lambda: bool(self.lost() or self._broken), self._now + backoff)
+                backoff = min(2 * backoff, _MOST_BACKOFF_S)
+
+    def _end_lingering(self) -> _Program[bool]:
+        """A retiring rank whose requests are sent again may only be late: it must not answer them any more."""
+        deadline = self._now + self._deadlines.finish
+        for rank, pid in list(self._lingering.items()):
+            while self._alive.get(rank) == pid is not None and self._now < deadline:
+                yield _All([s.Kill(rank=rank, pid=pid)], "ending a late rank", deadline, each=True)
+                yield _Until(self._is_gone(rank, pid), min(self._now + _SILENT_S, deadline))
+            if self._alive.get(rank) != pid:
+                del self._lingering[rank]
+        return not self._lingering
+
+    def _is_gone(self, rank: int, pid: int) -> Callable[[], bool]:
+        return lambda: self._alive.get(rank) != pid
+
+    def _settle_debts(self) -> _Program[None]:
+        """Steps of earlier transitions that have failed: again, until they succeed or something else has to be done."""
+        backoff = _BACKOFF_S
+        while self._debts:
+            try:
+                yield from self._pay_debts(self._now + self._deadlines.finish)
+            except _Failed as error:
+                logger.error("%s is still to be done: %s", s.describe(self._debts[0]), text_of(error))
+                yield _Until(self._pressing, self._now + backoff)
+                backoff = min(2 * backoff, _MOST_BACKOFF_S)
+                if self._pressing():
+                    return
+
+    def _pressing(self) -> bool:
+        return bool(self.lost() or self._broken or self._wanted or self._memory is not None)
+
+    def _pay_debts(self, deadline: float) -> _Program[None]:
+        """In order, because memory must not be freed before it is unmapped. Raises what the first failure raises."""
+        while self._debts:
+            try:
+                yield _All([self._debts[0]], "cleaning up", deadline)
+            except _Failed as error:
+                if not isinstance(error.cause, TransactionError):
+                    raise
+                logger.info("%s: %s", s.describe(self._debts[0]), error)  # it has ended with its HMM
+            del self._debts[0]
+
+    def _end(self, reason: str) -> None:
+        self._ended = True
+        self._effects.append(s.EndServer(reason=reason))
+
+    # One transition
+
+    def _change(
+        self,
+        operation_id: str,
+        plan: TransitionPlan,
+        prepare_s: float,
+        interrupted: Callable[[], str | None],
+        *,
+        check_room: bool = False,
+    ) -> _Program[tuple[bool, str | None]]:
+        """Returns whether the plan was committed, and what failed."""
+        attempt = self._attempts.next(plan.after.epoch)
+        change = self._running = _Transition(operation_id, plan, attempt)
+        self._effects.append(s.Opened(operation_id=operation_id, plan=plan))
+        try:
+            self._enter(change, Phase.PREPARING)
+            try:
+                yield from self._prepare(change, self._now + prepare_s, interrupted, check_room)
+            except _Failed as error:
+                logger.warning("operation %s: prepare failed: %s", operation_id, text_of(error))
+                return False, (yield from self._undo(change, text_of(error)))
+            self._enter(change, Phase.COMMITTING)
+            reason = yield from self._commit(change)
+            if reason is not None:
+                return False, (yield from self._undo(change, reason))
+            self._adopt(change)
+            self._enter(change, Phase.FINISHING)
+            problems = yield from self._finish(change)
+            if problems:
+                held = f"epoch {plan.after.epoch} serves, but cleaning up after the change failed"
+                self._enter(change, Phase.FAILED, f"{held}: {s.joined(problems)}")
+            else:
+                self._enter(change, Phase.DONE)
+            return True, None
+        finally:
+            self._running, self._absent = None, change.absent
+
+    def _enter(self, change: _Transition, phase: Phase, error: str | None = None) -> None:
+        change.phase = phase
+        self._effects.append(s.Advanced(operation_id=change.operation_id, phase=phase, error=error))
+
+    def _prepare(
+        self, change: _Transition, deadline: float, interrupted: Callable[[], str | None], check_room: bool
+    ) -> _Program[None]:
+        plan, lost = change.plan, change.plan.lost
+
+        def run(steps: Sequence[s.Step]) -> _Program[list[Any]]:
+            results: list[Any] = yield _All(steps, "preparing", deadline, interrupted=interrupted)
+            return results
+
+        if plan.cause is Cause.LOSS:
+            yield from run([s.AwaitMemory()])
+        try:
+            yield from self._pay_debts(deadline)
+        except _Failed as error:
+            if plan.cause is not Cause.LOSS:  # after a loss streams wait; what is owed may not stand in the way
+                raise
+            logger.error("%s is still to be done: %s", s.describe(self._debts[0]), text_of(error))
+        if check_room:
+            yield from run([s.CheckRoom(plan=plan)])
+        yield from run([s.ReadMemory(after=False)])
+        change.txn = (yield from run([s.Begin(operation_id=change.operation_id)]))[0]
+        change.undo_memory += [s.GrowKv(), s.RollBackMemory(txn=change.txn)]
+        if lost:
+            yield from run([s.DropKv(ranks=lost)])
+        chunks = (yield from run([s.ShrinkKv(plan=plan)]))[0]
+        boots = [self._boot(change, rank, chunks.get(rank, 0)) for rank in plan.joining]
+        pulls = [
+            s.Pull(rank=rank, txn=change.txn, moves=moves) for rank in plan.survivors if (moves := plan.incoming(rank))
+        ]
+        # Before they start, because a step that failed half-way is undone too.
+        change.undo_workers += [s.Dismiss(rank=rank) for rank in plan.joining]
+        change.undo_workers += [s.Drop(rank=pull.rank, txn=change.txn, moves=pull.moves) for pull in pulls]
+        pulling: list[s.Boot | s.Pull] = [*boots, *pulls]
+        for step, report in zip(pulling, (yield from run(pulling)), strict=True):
+            self._check_report(change, step, report)
+        change.booted = {rank: self._alive.get(rank) for rank in plan.joining}
+
+    def _boot(self, change: _Transition, rank: int, kv_chunks: int) -> s.Boot:
+        plan = change.plan
+        return s.Boot(
+            join_spec=JoinSpec(
+                rank=rank,
+                members=plan.after.ranks,
+                epoch=plan.after.epoch,
+                joining_rank=True,
+                placement=plan.after.owners,
+                # A rank that takes a lost one's place comes to the commit barrier by itself: it may be the leader.
+                attempt=change.attempt if plan.lost else 0,
+                kv_chunks=kv_chunks,
+                txn=change.txn,
+                operation_id=_commit_id(change) if plan.lost else change.operation_id,
+            )
+        )
+
+    def _check_report(self, change: _Transition, step: s.Boot | s.Pull, report: PullReport) -> None:
+        rank = step.join_spec.rank if isinstance(step, s.Boot) else step.rank
+        owners = change.plan.after.owners
+        wanted = owners.count(rank) if isinstance(step, s.Boot) else len(step.moves)
+        if report.columns != wanted:
+            short = WorkerError(
+                f"only {report.columns} of {wanted} columns were pulled", rank=rank, operation=change.operation_id
+            )
+            raise _Failed(str(short), short)
+
+    def _commit(self, change: _Transition) -> _Program[str | None]:
+        """Returns None after COMMIT, else why not."""
+        plan, attempt = change.plan, change.attempt
+        expires = self._now + self._deadlines.commit
+        commit = s.Commit(plan=plan, operation_id=change.operation_id, attempt=attempt, expires=expires)
+        try:
+            report: CommitReport = (yield _All([commit], "committing", expires + COMMIT_ANSWER_S))[0]
+            return None if report.committed else report.reason or "the commit barrier did not commit"
+        except _Failed as error:
+            why = text_of(error)
+        # Who gives up decides: until the proposal is withdrawn, or known to be committed, nothing else may happen.
+        logger.warning("operation %s: no report of the commit: %s", change.operation_id, why)
+        while True:
+            withdraw = s.Withdraw(plan=plan, attempt=attempt)
+            try:
+                end: Withdrawal = (yield _All([withdraw], "withdrawing", self._now + self._deadlines.finish))[0]
+            except _Failed as error:
+                logger.error("operation %s: could not withdraw: %s", change.operation_id, text_of(error))
+                yield _Until(lambda: False, self._now + _WITHDRAW_AGAIN_S)
+                continue
+            if self._now >= expires:
+                change.absent = end.absent
+            return None if end.committed else why
+
+    def _adopt(self, change: _Transition) -> None:
+        plan = change.plan
+        self.view = plan.after
+        change.retiring = {rank: self._serving[rank] for rank in plan.retiring}
+        serving = {rank: self._serving.get(rank) for rank in plan.survivors}
+        self._serving = serving | {rank: change.booted[rank] for rank in plan.joining}
+        self._broken.clear()
+
+    def _finish(self, change: _Transition) -> _Program[list[str]]:
+        """Returns a sentence for each step that failed."""
+        plan = change.plan
+        first: list[s.Step] = [s.CommitMemory(txn=change.txn)]
+        if plan.cause is Cause.LOSS:
+            first.append(s.Resend(operation_id=_commit_id(change), forget=-1))
+        else:
+            first.append(s.Route(ranks=plan.after.ranks))
+            first += [s.Migrate(rank=rank, operation_id=_commit_id(change)) for rank in plan.retiring]
+        problems, failed = yield from self._each(change, first)
+        strayed = [step for step in failed if isinstance(step, s.Migrate | s.Resend)]
+        if strayed:
+            problems += yield from self._resend_strayed(change, strayed)
+        release = [
+            s.Release(rank=rank, columns=columns) for rank in plan.survivors if (columns := _departed(plan, rank))
+        ]
+        dismiss = [s.Dismiss(rank=rank) for rank in plan.retiring]
+        pauses = s.Pauses(ranks=plan.survivors)
+        more, failed = yield from self._each(change, [*release, *dismiss, pauses])
+        problems += more
+        # The worker of a retiring rank that did not exit may still map its columns: they stay in the ledger, and the
+        # operation's error names the rank.
+        kept = {step.rank for step in failed if isinstance(step, s.Dismiss)}
+        ended = [rank for rank in (*plan.retiring, *plan.lost) if rank not in kept and rank not in plan.after.ranks]
+        gone = [s.Release(rank=rank, columns=_departed(plan, rank)) for rank in ended]
+        problems += (yield from self._each(change, gone))[0]
+        last = (s.GrowKv(), *((s.Tidy(),) if plan.lost else ()), s.ReadMemory(after=True))
+        for step in last:
+            if not self.lost():  # else the next transition does it
+                problems += (yield from self._each(change, [step]))[0]
+        return problems
+
+    def _resend_strayed(self, change: _Transition, strayed: Sequence[s.Step]) -> _Program[list[str]]:
+        """Requests of a retiring rank that died, or of a lost one, may be on no rank."""
+        problems: list[str] = []
+        for step in strayed:
+            forget = step.rank if isinstance(step, s.Migrate) else -1
+            if isinstance(step, s.Migrate):
+                self._lingering[step.rank] = change.retiring[step.rank]
+            if not (yield from self._end_lingering()):
+                self._unsent = True
+                return [*problems, f"could not end the worker of rank {forget}"]
+            more, failed = yield from self._each(change, [s.Resend(operation_id="", forget=forget)])
+            problems += more
+            self._unsent = self._unsent or bool(failed)
+        return problems
+
+    def _undo(self, change: _Transition, reason: str) -> _Program[str]:
+        problems: list[str] = []
+        if change.phase is Phase.COMMITTING and change.plan.cause is not Cause.LOSS:
+            problems += (yield from self._each(change, [s.Route(ranks=change.plan.before.ranks)]))[0]
+        more, failed = yield from self._each(change, change.undo_workers)
+        problems += more
+        if failed:  # the HMM must not free what a worker still maps
+            self._debts += [step for step in reversed(change.undo_memory) if isinstance(step, s.RollBackMemory)]
+        else:
+            for step in reversed(change.undo_memory):
+                problems += (yield from self._each(change, [step]))[0]
+        if problems:
+            held = f"{reason}; epoch {change.plan.before.epoch} still serves, but the rollback was incomplete"
+            reason = f"{held}: {s.joined(problems)}"
+        self._enter(change, Phase.FAILED if problems else Phase.ROLLED_BACK, reason)
+        return reason
+
+    def _each(self, change: _Transition, steps: Sequence[s.Step]) -> _Program[tuple[list[str], list[s.Step]]]:
+        """Run all steps, each within the finish deadline. Returns a sentence for each that failed, and those steps.
+
+        What must not be left undone is done again later (`_debts`).
+        """
+        if not steps:
+            return [], []
+        outcomes = yield _All(steps, "finishing", self._now + self._deadlines.finish, each=True)
+        failed = [
+            (step, outcome) for step, outcome in zip(steps, outcomes, strict=True) if isinstance(outcome, Exception)
+        ]
+        self._debts += [step for step, _ in failed if isinstance(step, _OWED)]
+        for step, error in failed:
+            logger.error("operation %s: could not %s: %s", change.operation_id, s.describe(step), text_of(error))
+        return [f"could not {s.describe(step)}: {text_of(error)}" for step, error in failed], [
+            step for step, _ in failed
+        ]
+
+
+def _departed(plan: TransitionPlan, rank: int) -> tuple[int, ...]:
+    return tuple(move.column for move in plan.outgoing(rank))
+
+
+def _commit_id(change: _Transition) -> str:
+    """Names the proposal, in messages and fences."""
+    return commit_id(change.plan, change.attempt)
+
+
+def commit_id(plan: TransitionPlan, attempt: int) -> str:
+    """The name of a plan's proposal in messages and fences."""
+    return f"{plan.after.epoch}.{attempt}"
+
+
+def text_of(error: Exception) -> str:
+    """An error as part of a sentence."""
+    if isinstance(error, ElasticMoEError | _Failed):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
