@@ -392,12 +392,12 @@ class Engine:
             yield from self._kill_absent(plan)
             failures += 1
             logger.error("attempt %d to recover without ranks %s failed: %s", failures, list(lost), error)
-            if self._now >= deadline:
-                self._end(f"ranks {list(lost)} were lost and could not be replaced: {error}")
-                return
             again = min(self._now + backoff, deadline)
             yield _Until(self._differs_from(lost), again)
             backoff = min(2 * backoff, _MOST_BACKOFF_S)
+            if self._now >= deadline and self.lost() == lost:
+                self._end(f"ranks {list(lost)} were lost and could not be replaced: {error}")
+                return
 
     def _kill_absent(self, plan: TransitionPlan) -> _Program[None]:
         """Survivors that did not come to the commit barrier in all its time have stalled."""
