@@ -325,6 +325,7 @@ class Coordinator:
             max_ep_size=view.membership.capacity,
             epoch=view.epoch,
             membership=list(view.ranks),
+            target_ranks=list(self._engine.target_ranks),
             ranks=list(self._workers.ranks()),
             placement=list(view.owners),
             memory=memory,

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from elasticmoe_sglang.coordinator import steps as s
-from elasticmoe_sglang.coordinator.engine import Engine, text_of
+from elasticmoe_sglang.coordinator.engine import Engine
 from elasticmoe_sglang.coordinator.ports import MemoryPort, WorkersPort
+from elasticmoe_sglang.coordinator.program import text_of
 from elasticmoe_sglang.planner import TransitionPlan
 
 logger = logging.getLogger(__name__)

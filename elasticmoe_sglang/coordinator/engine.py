@@ -16,12 +16,13 @@ but compared: a rank is lost when the process that serves it in the view is not 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from elasticmoe_sglang.comm.commit_barrier import Attempts
 from elasticmoe_sglang.coordinator import steps as s
+from elasticmoe_sglang.coordinator.program import All, Failed, Program, Runner, Until, text_of
 from elasticmoe_sglang.coordinator.status import CommitReport, Phase, PullReport, Withdrawal
 from elasticmoe_sglang.errors import ElasticMoEError, TransactionError, WorkerError
 from elasticmoe_sglang.planner import Cause, TransitionPlan, View, plan_loss, plan_restore, plan_target
@@ -42,8 +43,6 @@ _MEETINGS, _MEETINGS_S = 3, 60.0
 _OWED = (s.Drop, s.Dismiss, s.Release, s.CommitMemory, s.RollBackMemory)
 """Steps that are done again, later, when they have failed."""
 
-_T = TypeVar("_T")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Deadlines:
@@ -60,41 +59,6 @@ class Deadlines:
     finish: float
     recover: float
     collective: float
-
-
-class _Failed(Exception):
-    """A step failed, the deadline passed, or an event interrupted the steps. `cause`: what a step has raised."""
-
-    def __init__(self, why: str, cause: Exception | None = None) -> None:
-        super().__init__(why)
-        self.cause = cause
-
-
-@dataclass
-class _All:
-    """Run steps concurrently. The first failure, the deadline or an interruption cancels the others; it is raised once
-    all have ended. `each`: a failure does not stop the others, and results and exceptions are returned together."""
-
-    steps: Sequence[s.Step]
-    what: str
-    deadline: float | None
-    each: bool = False
-    interrupted: Callable[[], str | None] = lambda: None
-    numbers: list[int] = field(default_factory=list)
-    ended: dict[int, s.StepEnded] = field(default_factory=dict)
-    broken_by: _Failed | None = None
-    cancelled: bool = False
-
-
-@dataclass
-class _Until:
-    """Wait for a condition, or a time."""
-
-    condition: Callable[[], bool]
-    at: float | None
-
-
-_Program = Generator[_All | _Until, Any, _T]
 
 
 @dataclass
@@ -150,10 +114,8 @@ class Engine:
         self._absent: tuple[int, ...] = ()
         self._ended = False
         self._now = 0.0
-        self._numbers = 0
         self._effects: list[s.Effect] = []
-        self._waiting: _All | _Until | None = None
-        self._program = self._run()
+        self._runner = Runner(self._run(), self._effects.append)
 
     # -- what others may ask ------------------------------------------------------------------------------------
 
@@ -168,6 +130,11 @@ class Engine:
         free = self._running is None and self._wanted is None and self._memory is None
         owed = self.lost() or self._broken or self._unsent or self._debts
         return free and not self._closing and not owed
+
+    @property
+    def target_ranks(self) -> tuple[int, ...]:
+        """The ranks of the last target, ascending; those that were lost since are restored."""
+        return self._goal
 
     @property
     def recovering(self) -> bool:
@@ -190,9 +157,8 @@ class Engine:
         assert now >= self._now
         self._now = now
         match event:
-            case s.StepEnded(number=number):
-                if isinstance(self._waiting, _All) and number in self._waiting.numbers:
-                    self._waiting.ended[number] = event
+            case s.StepEnded():
+                self._runner.step_ended(event)
             case s.Wanted():
                 assert self._wanted is None, "one target at a time"
                 self._wanted = event
@@ -214,89 +180,19 @@ class Engine:
                 self._closing = True
             case s.Tick():
                 pass
-        self._advance()
-        effects, self._effects = self._effects, []
-        return [*effects, s.WakeAt(time=self._wake_at())]
+        self._runner.advance(now, self._operation_id)
+        effects = [*self._effects, s.WakeAt(time=self._runner.wake_at())]
+        self._effects.clear()
+        return effects
 
-    def _wake_at(self) -> float | None:
-        match self._waiting:
-            case _All(cancelled=False, deadline=deadline):
-                return deadline
-            case _Until(at=at):
-                return at
-        return None
-
-    # -- running the program ------------------------------------------------------------------------------------
-
-    def _advance(self) -> None:
-        """Resume the program for as long as what it waits for has come."""
-        if self._waiting is None and not self._ended:
-            self._resume(lambda: next(self._program))
-        while not self._ended:
-            waiting = self._waiting
-            if isinstance(waiting, _Until):
-                late = waiting.at is not None and self._now >= waiting.at
-                if not late and not waiting.condition():
-                    return
-                self._resume(lambda: self._program.send(None))
-            else:
-                assert waiting is not None
-                if not self._all_ended(waiting):
-                    return
-                self._resume_all(waiting)
-
-    def _resume(self, resume: Callable[[], _All | _Until]) -> None:
-        try:
-            waiting = resume()
-        except StopIteration:
-            self._ended, self._waiting = True, None
-            return
-        self._waiting = waiting
-        if isinstance(waiting, _All):
-            operation = self._running.operation_id if self._running is not None else ""
-            for step in waiting.steps:
-                self._numbers += 1
-                waiting.numbers.append(self._numbers)
-                self._effects.append(s.Start(number=self._numbers, step=step, operation_id=operation))
-
-    def _all_ended(self, waiting: _All) -> bool:
-        if len(waiting.ended) == len(waiting.numbers):
-            return True
-        if waiting.cancelled:
-            return False
-        failed = next((e.error for e in waiting.ended.values() if e.error is not None), None)
-        why = waiting.interrupted()
-        if waiting.deadline is not None and self._now >= waiting.deadline:
-            waiting.broken_by = _Failed(f"{waiting.what} took longer than its deadline")
-        elif failed is not None and not waiting.each:
-            waiting.broken_by = _Failed(text_of(failed), failed)
-        elif why is not None:
-            waiting.broken_by = _Failed(why)
-        if waiting.broken_by is not None:
-            waiting.cancelled = True
-            late = [number for number in waiting.numbers if number not in waiting.ended]
-            self._effects += [s.Cancel(number=number) for number in late]
-        return False
-
-    def _resume_all(self, waiting: _All) -> None:
-        ended = [waiting.ended[number] for number in waiting.numbers]
-        cancelled = _Failed(f"{waiting.what} took longer than its deadline")
-        if waiting.each:
-            outcomes = [cancelled if e.cancelled else e.error or e.result for e in ended]
-            self._resume(lambda: self._program.send(outcomes))
-            return
-        error = next((e.error for e in ended if e.error is not None), None)
-        failed = waiting.broken_by or (_Failed(text_of(error), error) if error is not None else None)
-        if failed is not None:
-            self._resume(lambda: self._program.throw(failed))
-        else:
-            self._resume(lambda: self._program.send([e.result for e in ended]))
+    def _operation_id(self) -> str:
+        return self._running.operation_id if self._running is not None else ""
 
     # -- the program --------------------------------------------------------------------------------------------
 
-    def _run(self) -> _Program[None]:
+    def _run(self) -> Program[None]:
         while not self._ended:
-            yield _Until(self._work, self._next_time())
+            yield Until(self._work, self._next_time())
             if self.lost() or self._broken:
                 yield from self._recover()
             elif self._unsent:
@@ -328,7 +224,7 @@ class Engine:
 
     # Targets and restores
 
-    def _reach_target(self, wanted: s.Wanted) -> _Program[None]:
+    def _reach_target(self, wanted: s.Wanted) -> Program[None]:
         name = wanted.operation_id
         try:
             plan = plan_target(self.view, wanted.target)
@@ -351,7 +247,7 @@ class Engine:
             self._goal = plan.after.ranks
             self._restore_backoff, self._restore_at = _RESTORE_BACKOFF_S, self._now
 
-    def _bring_back(self) -> _Program[None]:
+    def _bring_back(self) -> Program[None]:
         plan = plan_restore(self.view, self.missing()[: self._standbys])
 
         def interrupted() -> str | None:
@@ -373,7 +269,7 @@ class Engine:
 
     # Losses
 
-    def _recover(self) -> _Program[None]:
+    def _recover(self) -> Program[None]:
         """Go on without the lost ranks, or with standby workers for them; in as many attempts as it takes in time."""
         name = self._name("loss")
         tried: tuple[int, ...] | None = None
@@ -393,21 +289,21 @@ class Engine:
             failures += 1
             logger.error("attempt %d to recover without ranks %s failed: %s", failures, list(lost), error)
             again = min(self._now + backoff, deadline)
-            yield _Until(self._differs_from(lost), again)
+            yield Until(self._differs_from(lost), again)
             backoff = min(2 * backoff, _MOST_BACKOFF_S)
             if self._now >= deadline and self.lost() == lost:
                 self._end(f"ranks {list(lost)} were lost and could not be replaced: {error}")
                 return
 
-    def _kill_absent(self, plan: TransitionPlan) -> _Program[None]:
+    def _kill_absent(self, plan: TransitionPlan) -> Program[None]:
         """Survivors that did not come to the commit barrier in all its time have stalled."""
         absent = [rank for rank in self._absent if rank in plan.survivors]
         yield from self._kill(absent)
 
-    def _kill(self, ranks: Sequence[int]) -> _Program[None]:
+    def _kill(self, ranks: Sequence[int]) -> Program[None]:
         kills = [s.Kill(rank=rank, pid=pid) for rank in ranks if (pid := self._serving[rank]) is not None]
         if kills:
-            yield _All(kills, "ending ranks that have stalled", self._now + self._deadlines.finish, each=True)
+            yield All(kills, "ending ranks that have stalled", self._now + self._deadlines.finish, each=True)
 
     def _overtaken(self, lost: tuple[int, ...]) -> Callable[[], str | None]:
         return lambda: None if self.lost() == lost else "another rank was lost too"
@@ -415,10 +311,10 @@ class Engine:
     def _differs_from(self, lost: tuple[int, ...]) -> Callable[[], bool]:
         return lambda: self.lost() != lost
 
-    def _everybody_waits(self) -> _Program[bool]:
+    def _everybody_waits(self) -> Program[bool]:
         """Collectives have failed, and nobody is known to be lost: kill who is missed and silent. Returns True when all
         ranks wait, so that they only have to meet again."""
-        yield _Until(lambda: bool(self.lost()), self._broken_since + STALLED_S)
+        yield Until(lambda: bool(self.lost()), self._broken_since + STALLED_S)
         if self.lost() or not self._broken:
             return bool(self.lost())
         silent = [rank for rank in self.view.ranks if rank not in self._broken]
@@ -433,10 +329,10 @@ class Engine:
         if missed or late:
             yield from self._kill(missed or silent)
         count, later = len(self._broken), self._now + _SILENT_S
-        yield _Until(lambda: bool(self.lost()) or len(self._broken) != count, later)
+        yield Until(lambda: bool(self.lost()) or len(self._broken) != count, later)
         return False
 
-    def _send_unsent(self) -> _Program[None]:
+    def _send_unsent(self) -> Program[None]:
         """Requests may be on no rank: send them again until that has succeeded."""
         backoff = _BACKOFF_S
         while self._unsent and not self.lost() and not self._broken:
@@ -444,22 +340,22 @@ class Engine:
             try:
                 if not (yield from self._end_lingering()):
                     continue
-                yield _All(
+                yield All(
                     [resend], "sending requests again", self._now + self._deadlines.finish, interrupted=self._loss
                 )
                 self._unsent = False
-            except _Failed as error:
+            except Failed as error:
                 logger.error("requests could not be sent again: %s", text_of(error))
-                yield _Until(lambda: bool(self.lost() or self._broken), self._now + backoff)
+                yield Until(lambda: bool(self.lost() or self._broken), self._now + backoff)
                 backoff = min(2 * backoff, _MOST_BACKOFF_S)
 
-    def _end_lingering(self) -> _Program[bool]:
+    def _end_lingering(self) -> Program[bool]:
         """A retiring rank whose requests are sent again may only be late: it must not answer them any more."""
         deadline = self._now + self._deadlines.finish
         for rank, pid in list(self._lingering.items()):
             while self._alive.get(rank) == pid is not None and self._now < deadline:
-                yield _All([s.Kill(rank=rank, pid=pid)], "ending a late rank", deadline, each=True)
-                yield _Until(self._is_gone(rank, pid), min(self._now + _SILENT_S, deadline))
+                yield All([s.Kill(rank=rank, pid=pid)], "ending a late rank", deadline, each=True)
+                yield Until(self._is_gone(rank, pid), min(self._now + _SILENT_S, deadline))
             if self._alive.get(rank) != pid:
                 del self._lingering[rank]
         return not self._lingering
@@ -467,15 +363,16 @@ class Engine:
     def _is_gone(self, rank: int, pid: int) -> Callable[[], bool]:
         return lambda: self._alive.get(rank) != pid
 
-    def _settle_debts(self) -> _Program[None]:
+    def _settle_debts(self) -> Program[None]:
         """Steps of earlier transitions that have failed: again, until they succeed or something else has to be done."""
         backoff = _BACKOFF_S
         while self._debts:
             try:
                 yield from self._pay_debts(self._now + self._deadlines.finish)
-            except _Failed as error:
+                yield All([s.GrowKv()], "growing KV", self._now + self._deadlines.finish, each=True)
+            except Failed as error:
                 logger.error("%s is still to be done: %s", s.describe(self._debts[0]), text_of(error))
-                yield _Until(self._pressing, self._now + backoff)
+                yield Until(self._pressing, self._now + backoff)
                 backoff = min(2 * backoff, _MOST_BACKOFF_S)
                 if self._pressing():
                     return
@@ -483,12 +380,12 @@ class Engine:
     def _pressing(self) -> bool:
         return bool(self.lost() or self._broken or self._wanted or self._memory is not None)
 
-    def _pay_debts(self, deadline: float) -> _Program[None]:
+    def _pay_debts(self, deadline: float) -> Program[None]:
         """In order, because memory must not be freed before it is unmapped. Raises what the first failure raises."""
         while self._debts:
             try:
-                yield _All([self._debts[0]], "cleaning up", deadline)
-            except _Failed as error:
+                yield All([self._debts[0]], "cleaning up", deadline)
+            except Failed as error:
                 if not isinstance(error.cause, TransactionError):
                     raise
                 logger.info("%s: %s", s.describe(self._debts[0]), error)  # it has ended with its HMM
@@ -508,7 +405,7 @@ class Engine:
         interrupted: Callable[[], str | None],
         *,
         check_room: bool = False,
-    ) -> _Program[tuple[bool, str | None]]:
+    ) -> Program[tuple[bool, str | None]]:
         """Returns whether the plan was committed, and what failed."""
         attempt = self._attempts.next(plan.after.epoch)
         change = self._running = _Transition(operation_id, plan, attempt)
@@ -517,7 +414,7 @@ class Engine:
             self._enter(change, Phase.PREPARING)
             try:
                 yield from self._prepare(change, self._now + prepare_s, interrupted, check_room)
-            except _Failed as error:
+            except Failed as error:
                 logger.warning("operation %s: prepare failed: %s", operation_id, text_of(error))
                 return False, (yield from self._undo(change, text_of(error)))
             self._enter(change, Phase.COMMITTING)
@@ -542,18 +439,18 @@ class Engine:
 
     def _prepare(
         self, change: _Transition, deadline: float, interrupted: Callable[[], str | None], check_room: bool
-    ) -> _Program[None]:
+    ) -> Program[None]:
         plan, lost = change.plan, change.plan.lost
 
-        def run(steps: Sequence[s.Step]) -> _Program[list[Any]]:
-            results: list[Any] = yield _All(steps, "preparing", deadline, interrupted=interrupted)
+        def run(steps: Sequence[s.Step]) -> Program[list[Any]]:
+            results: list[Any] = yield All(steps, "preparing", deadline, interrupted=interrupted)
             return results
 
         if plan.cause is Cause.LOSS:
             yield from run([s.AwaitMemory()])
         try:
             yield from self._pay_debts(deadline)
-        except _Failed as error:
+        except Failed as error:
             if plan.cause is not Cause.LOSS:  # after a loss streams wait; what is owed may not stand in the way
                 raise
             logger.error("%s is still to be done: %s", s.describe(self._debts[0]), text_of(error))
@@ -602,27 +499,27 @@ class Engine:
             short = WorkerError(
                 f"only {report.columns} of {wanted} columns were pulled", rank=rank, operation=change.operation_id
             )
-            raise _Failed(str(short), short)
+            raise Failed(str(short), short)
 
-    def _commit(self, change: _Transition) -> _Program[str | None]:
+    def _commit(self, change: _Transition) -> Program[str | None]:
         """Returns None after COMMIT, else why not."""
         plan, attempt = change.plan, change.attempt
         expires = self._now + self._deadlines.commit
         commit = s.Commit(plan=plan, operation_id=change.operation_id, attempt=attempt, expires=expires)
         try:
-            report: CommitReport = (yield _All([commit], "committing", expires + COMMIT_ANSWER_S))[0]
+            report: CommitReport = (yield All([commit], "committing", expires + COMMIT_ANSWER_S))[0]
             return None if report.committed else report.reason or "the commit barrier did not commit"
-        except _Failed as error:
+        except Failed as error:
             why = text_of(error)
         # Who gives up decides: until the proposal is withdrawn, or known to be committed, nothing else may happen.
         logger.warning("operation %s: no report of the commit: %s", change.operation_id, why)
         while True:
             withdraw = s.Withdraw(plan=plan, attempt=attempt)
             try:
-                end: Withdrawal = (yield _All([withdraw], "withdrawing", self._now + self._deadlines.finish))[0]
-            except _Failed as error:
+                end: Withdrawal = (yield All([withdraw], "withdrawing", self._now + self._deadlines.finish))[0]
+            except Failed as error:
                 logger.error("operation %s: could not withdraw: %s", change.operation_id, text_of(error))
-                yield _Until(lambda: False, self._now + _WITHDRAW_AGAIN_S)
+                yield Until(lambda: False, self._now + _WITHDRAW_AGAIN_S)
                 continue
             if self._now >= expires:
                 change.absent = end.absent
@@ -636,7 +533,7 @@ class Engine:
         self._serving = serving | {rank: change.booted[rank] for rank in plan.joining}
         self._broken.clear()
 
-    def _finish(self, change: _Transition) -> _Program[list[str]]:
+    def _finish(self, change: _Transition) -> Program[list[str]]:
         """Returns a sentence for each step that failed."""
         plan = change.plan
         first: list[s.Step] = [s.CommitMemory(txn=change.txn)]
@@ -668,7 +565,7 @@ class Engine:
                 problems += (yield from self._each(change, [step]))[0]
         return problems
 
-    def _resend_strayed(self, change: _Transition, strayed: Sequence[s.Step]) -> _Program[list[str]]:
+    def _resend_strayed(self, change: _Transition, strayed: Sequence[s.Step]) -> Program[list[str]]:
         """Requests of a retiring rank that died, or of a lost one, may be on no rank."""
         problems: list[str] = []
         for step in strayed:
@@ -683,31 +580,32 @@ class Engine:
             self._unsent = self._unsent or bool(failed)
         return problems
 
-    def _undo(self, change: _Transition, reason: str) -> _Program[str]:
+    def _undo(self, change: _Transition, reason: str) -> Program[str]:
         problems: list[str] = []
         if change.phase is Phase.COMMITTING and change.plan.cause is not Cause.LOSS:
             problems += (yield from self._each(change, [s.Route(ranks=change.plan.before.ranks)]))[0]
         more, failed = yield from self._each(change, change.undo_workers)
         problems += more
-        if failed:  # the HMM must not free what a worker still maps
-            self._debts += [step for step in reversed(change.undo_memory) if isinstance(step, s.RollBackMemory)]
-        else:
-            for step in reversed(change.undo_memory):
-                problems += (yield from self._each(change, [step]))[0]
+        for step in reversed(change.undo_memory):
+            if not failed:
+                more, failed = yield from self._each(change, [step])
+                problems += more
+            elif isinstance(step, _OWED):  # the HMM must not free what a worker still maps
+                self._debts.append(step)
         if problems:
             held = f"{reason}; epoch {change.plan.before.epoch} still serves, but the rollback was incomplete"
             reason = f"{held}: {s.joined(problems)}"
         self._enter(change, Phase.FAILED if problems else Phase.ROLLED_BACK, reason)
         return reason
 
-    def _each(self, change: _Transition, steps: Sequence[s.Step]) -> _Program[tuple[list[str], list[s.Step]]]:
+    def _each(self, change: _Transition, steps: Sequence[s.Step]) -> Program[tuple[list[str], list[s.Step]]]:
         """Run all steps, each within the finish deadline. Returns a sentence for each that failed, and those steps.
 
         What must not be left undone is done again later (`_debts`).
         """
         if not steps:
             return [], []
-        outcomes = yield _All(steps, "finishing", self._now + self._deadlines.finish, each=True)
+        outcomes = yield All(steps, "finishing", self._now + self._deadlines.finish, each=True)
         failed = [
             (step, outcome) for step, outcome in zip(steps, outcomes, strict=True) if isinstance(outcome, Exception)
         ]
@@ -731,10 +629,3 @@ def _commit_id(change: _Transition) -> str:
 def commit_id(plan: TransitionPlan, attempt: int) -> str:
     """The name of a plan's proposal in messages and fences."""
     return f"{plan.after.epoch}.{attempt}"
-
-
-def text_of(error: Exception) -> str:
-    """An error as part of a sentence."""
-    if isinstance(error, ElasticMoEError | _Failed):
-        return str(error)
-    return f"{type(error).__name__}: {error}"

@@ -160,12 +160,18 @@ class MemoryStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """Snapshot of the whole server. `placement[c]` is the rank that holds expert column c."""
+    """Snapshot of the whole server.
+
+    Attributes:
+        membership: the active ranks. target_ranks: those of the last target; ranks that were lost since come back.
+        placement: placement[c] is the rank that holds expert column c.
+    """
 
     ep_size: int
     max_ep_size: int
     epoch: int
     membership: list[int]
+    target_ranks: list[int]
     ranks: list[RankInfo]
     placement: list[int]
     memory: MemoryStatus

@@ -18,7 +18,8 @@ from elasticmoe_sglang.wire.to_hmm import HOST, Block, Kind
 
 @dataclass(kw_only=True)
 class _Entry:
-    """fd: of an adopted block, the descriptor it was imported from; drivers export no imported memory again."""
+    """fd: of an adopted block, the descriptor it was imported from, where its handle does not keep it: drivers export no
+    imported memory again."""
 
     block: Block
     handle: VmmHandle
@@ -98,7 +99,8 @@ class BlockTable:
             raise
         # The transaction it may have been allocated in ended with its HMM.
         adopted = msgspec.structs.replace(block, txn=None)
-        self._entries[block.block_id] = _Entry(block=adopted, handle=handle, fd=os.dup(fd), leases=1)
+        kept = None if self._backend.descriptor(handle) is not None else os.dup(fd)
+        self._entries[block.block_id] = _Entry(block=adopted, handle=handle, fd=kept, leases=1)
         self.adopted += 1
         return True
 
@@ -132,7 +134,8 @@ class BlockTable:
     def lease(self, block_id: int) -> int:
         """Counts one lease and returns a descriptor of the memory, which the caller closes."""
         entry = self._live(block_id)
-        fd = self._backend.export(entry.handle) if entry.fd is None else os.dup(entry.fd)
+        kept = self._backend.descriptor(entry.handle) if entry.fd is None else entry.fd
+        fd = self._backend.export(entry.handle) if kept is None else os.dup(kept)
         entry.leases += 1
         return fd
 

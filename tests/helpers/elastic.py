@@ -67,6 +67,13 @@ class ElasticServer(SglangServer):
         operation: dict[str, Any] = response.json()
         return operation
 
+    def operations(self) -> list[dict[str, Any]]:
+        """The latest operations, newest first."""
+        response = self.get("/elastic_ep/operations")
+        assert response.status_code == 200, response.text
+        operations: list[dict[str, Any]] = response.json()
+        return operations
+
     def ended(self, operation_id: str, timeout_s: float = 120.0) -> dict[str, Any]:
         """The operation once it has ended. Raises TimeoutError."""
         deadline = time.monotonic() + timeout_s

@@ -67,11 +67,14 @@ def imbalance(status: dict[str, Any]) -> str | None:
 
 
 def whole(server: ElasticServer) -> bool:
-    """The server has come to rest: ledger and placement agree, and every member has a living process."""
+    """The server has come to rest: ledger and placement agree, every member has a living process, and ranks that were
+    lost are back."""
     status = server.status()
     members = [rank for rank in status["ranks"] if rank["rank"] in status["membership"]]
     return (
         imbalance(status) is None
+        and status["running"] is None
+        and status["membership"] == status["target_ranks"]
         and {rank["state"] for rank in members} == {"active"}
         and all(rank["pid"] is not None and psutil.pid_exists(rank["pid"]) for rank in members)
     )

@@ -66,7 +66,7 @@ def test_retire_ranks(client: TestClient) -> None:
 
 def test_202_while_it_goes_on_and_200_when_it_has_ended(client: TestClient) -> None:
     answer = client.post("/scale_elastic_ep", json={"new_ep_size": 4, "operation_id": "up"})
-    assert answer.status_code == 202 and answer.json()["phase"] == "planned"
+    assert answer.status_code == 202 and answer.json()["phase"] == "preparing"
     again = client.post("/scale_elastic_ep", json={"new_ep_size": 4, "operation_id": "up", "wait": True})
     assert again.status_code == 200 and again.json()["phase"] == "done"
     assert again.json()["created_at"] == answer.json()["created_at"]

@@ -238,7 +238,7 @@ def test_the_view_of_a_status(port: int, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_views_of_an_empty_server() -> None:
     status = Status(
-        ep_size=1, max_ep_size=1, epoch=0, membership=[0], ranks=[], placement=[],
+        ep_size=1, max_ep_size=1, epoch=0, membership=[0], target_ranks=[0], ranks=[], placement=[],
         memory=MemoryStatus(available=False, error="gone"), running=None, last=None,
     )  # fmt: skip
     assert "HMM: gone" in text_of(status_view(status))

@@ -34,6 +34,7 @@ def test_flags_reach_their_fields() -> None:
         "ranks_per_device": ("2", 2),
         "multiprocessor_share": ("40", "40"),
         "standbys": ("0", 0),
+        "restore": ("off", False),
         "hmm_endpoint": ("ipc:///tmp/x.sock", "ipc:///tmp/x.sock"),
         "device_budget": ("2GiB", 2 << 30),
         "headroom": ("0.02", "0.02"),

@@ -137,7 +137,8 @@ def test_outputs_are_compared_as_far_as_both_go() -> None:
 
 def progress(records: list[StreamRecord], **operation: object) -> Progress:
     base: dict[str, object] = {
-        "operation_id": "o", "phase": Phase.DONE, "message": "", "target": {}, "old_ep_size": 2, "new_ep_size": 4,
+        "operation_id": "o", "cause": "target", "phase": Phase.DONE, "message": "", "target": {},
+        "old_ep_size": 2, "new_ep_size": 4,
         "ranks_before": [0, 1], "ranks_after": [0, 1, 2, 3], "joining": [2, 3], "retiring": [], "moves": [], "epoch": 1,
         "timings": Timings(planned_ms=1, preparing_ms=90, committing_ms=9, finishing_ms=0, total_ms=100),
         "created_at": 0.0, "columns_planned": 8, "columns_moved": 8, "bytes_moved": 4096,

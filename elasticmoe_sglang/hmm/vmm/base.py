@@ -225,6 +225,10 @@ class VmmBackend(ABC):
         """How much of an open handle of HOST memory is allocated so far."""
         return os.fstat(handle.native).st_blocks * 512
 
+    def descriptor(self, handle: VmmHandle) -> int | None:
+        """The descriptor that the handle keeps open itself, for others to copy; None where it keeps none."""
+        return None
+
     def export(self, handle: VmmHandle) -> int:
         """A descriptor of the memory; the caller closes it.
 

@@ -93,6 +93,10 @@ class CpuBackend(VmmBackend):
     def _unmap(self, va: int, nbytes: int) -> None:
         self._mmap(va, nbytes, _PROT_NONE, _nothing_behind() | _MAP_FIXED, -1)
 
+    def descriptor(self, handle: VmmHandle) -> int | None:
+        self._require_open(handle)
+        return int(handle.native)
+
     def _export(self, handle: VmmHandle) -> int:
         return os.dup(handle.native)
 
