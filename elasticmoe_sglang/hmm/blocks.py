@@ -18,8 +18,8 @@ from elasticmoe_sglang.wire.to_hmm import HOST, Block, Kind
 
 @dataclass(kw_only=True)
 class _Entry:
-    """fd: of an adopted block, the descriptor it was imported from, where its handle does not keep it: drivers export no
-    imported memory again."""
+    """fd: of an adopted block, the descriptor it was imported from, where its handle does not keep it: drivers export
+    no imported memory again."""
 
     block: Block
     handle: VmmHandle
