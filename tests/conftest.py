@@ -90,6 +90,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--at-most", type=float, default=None, metavar="SECONDS", help="fail when the run takes longer")
     group = parser.getgroup("long runs")
     group.addoption("--changes", type=int, default=None, help="how many changes a long run makes")
+    group.addoption("--kills", type=int, default=None, help="how many kills a long run makes")
     group.addoption("--seed", type=int, default=None, help="the seed of a long run's dice")
 
 
@@ -104,6 +105,13 @@ def _what_is_there_is_no_garbage() -> None:
 def changes(request: pytest.FixtureRequest) -> int | None:
     """--changes"""
     count: int | None = request.config.getoption("--changes")
+    return count
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int | None:
+    """--kills"""
+    count: int | None = request.config.getoption("--kills")
     return count
 
 

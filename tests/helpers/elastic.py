@@ -71,7 +71,7 @@ class ElasticServer(SglangServer):
         """The latest operations, newest first."""
         response = self.get("/elastic_ep/operations")
         assert response.status_code == 200, response.text
-        operations: list[dict[str, Any]] = response.json()
+        operations: list[dict[str, Any]] = response.json()["operations"]
         return operations
 
     def ended(self, operation_id: str, timeout_s: float = 120.0) -> dict[str, Any]:
