@@ -27,7 +27,7 @@ from tests.helpers.chaos import TOKENS, Chaos
 from tests.helpers.corpus import ask
 from tests.helpers.elastic import RANKS, ElasticServer
 from tests.helpers.faults import SETTLED_WITHIN_S, change, imbalance, whole
-from tests.helpers.footprint import leaves_nothing, rest
+from tests.helpers.footprint import leaves_nothing, rest, to_two
 from tests.helpers.load import Load, Pump, Stream, settled
 from tests.helpers.record import record
 
@@ -129,7 +129,7 @@ def arch(request: pytest.FixtureRequest) -> Arch:
 def server(tmp_path: Path, arch: Arch) -> Iterator[ElasticServer]:
     model = make_tiny_model(tmp_path / "model", arch=arch)
     running = str(RUNNING_PER_RANK * RANKS)
-    args = ["--page-size", "4", "--max-running-requests", running, "--elasticmoe-standbys", "2"]
+    args = ["--page-size", "4", "--max-running-requests", running]
     with ElasticServer(model, args, log=tmp_path / "server.log") as server:
         yield server
 
@@ -142,16 +142,17 @@ def test_kills_at_any_time_lose_nothing(server: ElasticServer, arch: Arch, kills
     with Load(server.url) as load:
         chaos = Chaos(cases=ask(load, prompts, TOKENS), rng=random.Random(rng.random()))
         with Pump(load, chaos.request, STREAMS):
-            for size in (1, RANKS):  # every rank was used once before anything is counted
-                change(server, size)
+            change(server, 1)  # every rank is used once before anything is counted
+            to_two(server)
         before = rest(server, load)
         first = len(load.streams)
         storm = Storm(server, random.Random(rng.random()))
         waiting = Waiting(server)
         with Pump(load, chaos.request, STREAMS), waiting:
+            change(server, RANKS)
             storm.run(number)
             settled(lambda: whole(server), SETTLED_WITHIN_S, f"the server is whole: {imbalance(server.status())}")
-            change(server, RANKS)
+            to_two(server)
         after = rest(server, load)
         chaos.check(load)
     found = figures(storm, load.streams[first:]) | {
