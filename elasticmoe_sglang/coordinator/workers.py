@@ -419,8 +419,8 @@ class Workers:
 
     async def _cancel_join(self, rank: int) -> None:
         try:
+            self._channel.tell_imm(to_imm.KillWorker(rank=rank))  # also one that waits for another IMM to assign it
             if rank in self._pids:
-                self._channel.tell_imm(to_imm.KillWorker(rank=rank))
                 await self._channel.wait_for(to_coordinator.WorkerExited, rank=rank, exits=False)
         finally:
             self._joining.discard(rank)

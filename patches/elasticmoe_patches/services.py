@@ -35,10 +35,12 @@ from elasticmoe_sglang.event_loop import run_in
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.imm.client import ImmClient, start_imm
+from elasticmoe_sglang.lifeline import Lifeline
 from elasticmoe_sglang.planner import initial_placement
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.wire.to_coordinator import Hello
 from elasticmoe_sglang.wire.to_worker import CommitCommand
+from elasticmoe_sglang.worker.idle import ENV_DOORBELLS, create_doorbells
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +135,12 @@ class Services:
         # Stays open: a new HMM adopts the region from this lease.
         self._region = open_region(self._client, runtime.config, runtime.run_id)
         self.control: ControlPage = format_region(self._region, runtime.config)
-        self._imm: subprocess.Popen[bytes] = start_imm("elasticmoe_patches.imm", [device.memory_backend()])
+        self._lifeline = Lifeline.hold(runtime.paths.lifeline)
+        self._doorbells = create_doorbells(runtime.config.max_ep_size)
+        self._ends = False
+        self._stopped = False
+        self._imm: subprocess.Popen[bytes] | None = None
+        self._start_imm()
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="elasticmoe-coordinator", daemon=True)
         self._thread.start()
@@ -143,10 +150,8 @@ class Services:
         self._coordinator: Coordinator | None = None
         self._failover: FailoverController | None = None
         self._closing: concurrent.futures.Future[None] | None = None
-        self._ends = False
-        self._stopped = False
         self._channel = WorkerChannel(
-            runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._deliver, self._end_server
+            runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._deliver, self._start_imm
         )
         # The IMM needs seconds to import SGLang; the launch continues meanwhile.
         self._channel_open = self._call(self._open_channel())
@@ -160,6 +165,22 @@ class Services:
                 device.budgets(self.runtime.config),
                 backend=device.memory_backend(),
             )
+
+    def _start_imm(self) -> subprocess.Popen[bytes] | None:
+        """Start an IMM in the place of the one that has ended; None when the server is ending. It ends by the lifeline,
+        like the workers."""
+        if self._ending():
+            return None
+        if self._imm is not None:
+            self._imm.kill()
+            self._imm.wait()
+        self._imm = start_imm(
+            "elasticmoe_patches.imm",
+            [device.memory_backend()],
+            environment={ENV_DOORBELLS: ",".join(map(str, self._doorbells))},
+            fds=self._doorbells,
+        )
+        return self._imm
 
     async def _open_channel(self) -> None:
         await asyncio.to_thread(self._wait_for_imm)
@@ -272,7 +293,7 @@ class Services:
             except asyncio.TimeoutError:
                 logger.warning("the change that runs did not end within %g s and is given up", deadline_s)
                 self.ends()
-                self._imm.kill()
+                self._lifeline.cut()
         self.ends()
         self._stopped = True
 
@@ -300,8 +321,8 @@ class Services:
         os.kill(os.getpid(), signal.SIGQUIT)
 
     def stop(self) -> None:
-        if self._imm.poll() is None:
-            self._imm.kill()
+        self.ends()
+        self._lifeline.cut()
         if self.hmm is not None:
             self.hmm.stop()
 
