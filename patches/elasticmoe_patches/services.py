@@ -129,7 +129,8 @@ class Services:
             run_dir_reaper.watch(str(runtime.paths.run_dir), os.getpid())
         if runtime.config.hmm_endpoint is None:
             self._start_hmm()
-        self._client = HmmClient(runtime.hmm_endpoint, name="coordinator")
+        self._client = HmmClient(runtime.hmm_endpoint, name="coordinator", server=True)
+        self._client.connect(wait_s=device.SERVER_ENDS_S)
         release_stale_regions(self._client, runtime.run_id)
         drop_kv(self._client)
         # Stays open: a new HMM adopts the region from this lease.
@@ -260,6 +261,22 @@ class Services:
             tidy=hmm_failover.tidy,
         )
         return coordinator
+
+    def watch(self, watchdog: Any) -> None:
+        """End the server as soon as one of the processes ends that SGLang's watchdog looks at once a second."""
+        for process, title in zip(watchdog._processes, watchdog._names, strict=True):
+            name = "data-parallel controller" if title.startswith("scheduler") else title
+            try:
+                pidfd = os.pidfd_open(process.pid)
+            except ProcessLookupError:
+                self._end_server(f"SGLang's {name} (pid {process.pid}) has ended")
+                return
+            self.loop.call_soon_threadsafe(self.loop.add_reader, pidfd, self._process_ended, pidfd, name, process.pid)
+
+    def _process_ended(self, pidfd: int, name: str, pid: int) -> None:
+        self.loop.remove_reader(pidfd)
+        os.close(pidfd)
+        self._end_server(f"SGLang's {name} (pid {pid}) has ended")
 
     def _rank_lost(self, rank: int, reason: str) -> None:
         if self._failover is None:
