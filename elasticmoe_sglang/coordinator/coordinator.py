@@ -132,7 +132,7 @@ class Coordinator:
         plan = plan_scale(self._membership, self._placement, target)
         if not plan.is_noop:
             await self._check_room(plan)
-        operation = RunningOperation(operation_id, target, plan, started)
+        operation = RunningOperation(operation_id, target, plan, started, lambda: self._workers.membership().epoch)
         self._remember(operation)
         if plan.is_noop:
             operation.end(Phase.DONE)

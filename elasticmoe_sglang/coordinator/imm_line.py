@@ -129,7 +129,7 @@ class ImmLine:
         if isinstance(message, to_imm.Assigned):
             self._unanswered.pop(message.rank, None)
             self._forget(message.rank)
-            self._workers[message.rank] = _Worker(pid=message.pid, pidfd=os.dup(fds[0]))
+            self._workers[message.rank] = _Worker(pid=message.pid, pidfd=fds.pop())
         elif isinstance(message, to_imm.Refused):
             self._unanswered.pop(message.rank, None)
         elif isinstance(message, WorkerExited):

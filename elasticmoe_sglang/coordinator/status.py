@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -14,7 +14,8 @@ from elasticmoe_sglang.planner import ColumnMove, RetireRanks, ScalePlan, ScaleT
 
 
 class Phase(str, Enum):
-    """Phase of an operation. A change ends in done, failed (it needs attention) or rolled_back (nothing changed)."""
+    """Phase of an operation. It ends in one of: done. rolled_back: serving is as before the change. failed: something
+    needs attention, before or after the commit; the operation's `serving_epoch` tells which membership serves."""
 
     PLANNED = "planned"
     PREPARING = "preparing"
@@ -71,7 +72,10 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         target: the fields of the request, {"new_ep_size": n} or {"retire_ranks": [...]}.
         moves: expert columns that move.
-        epoch: the epoch after the change.
+        epoch: the one that the change commits, with `ranks_after`. It is not reached where the change is rolled back,
+            and another change may reach it then.
+        serving_epoch: the one that served when the operation ended; None while it runs. `ranks_after` serve in it if it
+            is `epoch`, and `ranks_before` otherwise, unless a rank was lost meanwhile.
         columns_planned, columns_moved, bytes_moved: expert columns in the plan and pulled so far, and their bytes.
         moved_requests: requests migrated from retiring ranks to survivors.
         pause_ms: of each survivor, milliseconds from its last result before the commit to the first after it, less its
@@ -93,6 +97,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     retiring: list[int]
     moves: list[ColumnMove]
     epoch: int
+    serving_epoch: int | None = None
     timings: Timings
     created_at: float
     columns_planned: int
@@ -200,21 +205,29 @@ _MESSAGES: dict[Phase, str] = {
     Phase.COMMITTING: "All ranks meet at the commit barrier between two batches.",
     Phase.FINISHING: "The new membership serves; columns that moved away are released.",
     Phase.DONE: "The change is done.",
-    Phase.FAILED: "The change failed and needs attention; `error` says which epoch serves.",
+    Phase.FAILED: "The change failed and needs attention; `serving_epoch` is the epoch that serves.",
     Phase.ROLLED_BACK: "The change was rolled back; the server is as before it.",
 }
 
 
 class RunningOperation:
-    """Mutable record of one change; `view()` returns it as an `Operation`."""
+    """Mutable record of one change; `view()` returns it as an `Operation`.
 
-    def __init__(self, operation_id: str, target: Target, plan: ScalePlan, started: float) -> None:
+    Args:
+        serving: the epoch that serves now.
+    """
+
+    def __init__(
+        self, operation_id: str, target: Target, plan: ScalePlan, started: float, serving: Callable[[], int]
+    ) -> None:
         self.operation_id = operation_id
         self.target = target
         self.plan = plan
         self.phase = Phase.PLANNED
         self.error: str | None = None
         self.ended = asyncio.Event()
+        self._serving = serving
+        self._serving_epoch: int | None = None
         self._created_at = time.time()
         self._started = self._phase_started = started
         self._spent: dict[Phase, float] = {}
@@ -235,6 +248,7 @@ class RunningOperation:
     def end(self, phase: Phase, error: str | None = None) -> None:
         """Enter the last phase; `error` says why unless it is DONE."""
         self.error = error
+        self._serving_epoch = self._serving()
         self.advance(phase)
 
     def add_pull(self, report: PullReport) -> None:
@@ -285,6 +299,7 @@ class RunningOperation:
             retiring=list(plan.retiring),
             moves=list(plan.moves),
             epoch=plan.after.epoch,
+            serving_epoch=self._serving_epoch,
             timings=self._timings(),
             created_at=self._created_at,
             columns_planned=len(plan.moves),

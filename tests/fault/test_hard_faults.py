@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -24,6 +25,7 @@ from tests.helpers.footprint import named
 from tests.helpers.limits import address_space, descriptors, limited, out_of_memory, slowed, stopped
 from tests.helpers.load import Pump, Stream, settled
 from tests.helpers.restarts import PROMPT, Site
+from tests.helpers.server import ServerFailed
 from tests.helpers.shared import COLLECTIVE_DEADLINE_S, Faulty, Shared, standby_pid
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
@@ -285,6 +287,25 @@ def test_the_hmm_is_killed_while_a_rank_dies(bench: Faulty, first: str) -> None:
 
 
 # -- SGLang's own processes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.shared("site")
+def test_a_second_server_on_the_hmm_is_refused(shared: Shared, tmp_path: Path) -> None:
+    site: Site = shared.site()
+    server = site.running()
+    before = [device.by_kind for device in site.hmm.status().devices]
+    stream = server.stream(PROMPT, 200)
+    first = next(stream)["output_ids"]
+    args = ["--elasticmoe-hmm-endpoint", site.hmm.endpoint]
+    second = ElasticServer(site.model, args, log=tmp_path / "second.log")
+    with pytest.raises(ServerFailed, match=f"serves another server, whose main process is {server.pid}"), second:
+        pass
+    assert second.exit_status == 2
+    *_, last = stream
+    assert len(last["output_ids"]) == 200 and last["output_ids"][: len(first)] == first
+    assert [device.by_kind for device in site.hmm.status().devices] == before
+    server.must_scale(3)
+    server.must_scale(2)
 
 
 @pytest.mark.shared("site")

@@ -122,10 +122,10 @@ def check_rolled_back(cluster: FakeCluster, target: Target, call: str, how: str)
         ended = await change(coordinator, target)
         if call == "ranks.commit" and how == "raise_after":
             # The answer was lost, but the control page says that it happened.
-            assert ended.phase is Phase.DONE
+            assert ended.phase is Phase.DONE and ended.serving_epoch == ended.epoch == 1
             cluster.check_settled(coordinator)
             return
-        assert ended.phase is Phase.ROLLED_BACK
+        assert ended.phase is Phase.ROLLED_BACK and (ended.epoch, ended.serving_epoch) == (1, 0)
         assert ended.error is not None and (call in ended.error or "took longer than" in ended.error)
         assert (coordinator.membership, coordinator.placement) == before
         cluster.check_settled(coordinator)
@@ -162,6 +162,7 @@ def check_failed_in_finish(cluster: FakeCluster, target: Target, call: str, how:
         ended = await change(coordinator, target)
         assert ended.phase is Phase.FAILED
         assert ended.error is not None and "epoch 1 serves" in ended.error
+        assert ended.serving_epoch == 1
         assert coordinator.membership == cluster.members and coordinator.membership.epoch == 1
         assert cluster.calls["rollback"] == 0
         assert all(count == 1 for count in cluster.calls.values()), "every step once, whatever another one did"
@@ -182,6 +183,7 @@ def test_a_failing_undo_is_loud_and_does_not_stop_the_other_undos(undo: str) -> 
         assert ended.phase is Phase.FAILED
         assert ended.error is not None
         assert "boot 3" in ended.error and undo in ended.error and "epoch 0 still serves" in ended.error
+        assert ended.serving_epoch == 0
         assert [cluster.calls[call] for call in ("dismiss 2", "dismiss 3", "rollback")] == [1, 1, 1]
 
     run(main())
