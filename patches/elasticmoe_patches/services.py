@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _ResultT = TypeVar("_ResultT")
 _HELLO_DEADLINE_S = 60.0
+_LOOK_AT_IMM_S = 0.5
 # The output that a worker sent before its death has passed the detokenizer after this time.
 _LAST_OUTPUT_S = 0.05
 _services: Services | None = None
@@ -188,7 +189,16 @@ class Services:
         self._channel.open()
 
     def _wait_for_imm(self) -> None:
-        ImmClient(self.runtime.paths.imm_socket, timeout_s=120.0).close()
+        """Until it listens, however long its imports take, or has ended, and the launch with it."""
+        assert self._imm is not None
+        while True:
+            try:
+                ImmClient(self.runtime.paths.imm_socket, timeout_s=_LOOK_AT_IMM_S).close()
+                return
+            except WorkerError:
+                if self._imm.poll() is not None:
+                    self._end_server(f"the IMM ended with status {self._imm.returncode} while it started")
+                    raise
 
     def _call(self, coroutine: Coroutine[Any, Any, _ResultT]) -> Future[_ResultT]:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)

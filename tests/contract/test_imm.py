@@ -24,6 +24,7 @@ from elasticmoe_sglang.wire.seqpacket import send_packet
 from elasticmoe_sglang.wire.to_coordinator import FROM_IMM, WorkerExited, WorkerNote
 from elasticmoe_sglang.wire.to_imm import Assign, Assigned, KillWorker, Population, Query, Refused, Register
 from elasticmoe_sglang.wire.to_worker import JoinSpec
+from tests.helpers.limits import no_more_processes
 
 STANDBYS = 2
 
@@ -282,6 +283,20 @@ def test_without_a_descriptor_nothing_is_lost_but_time(imm) -> None:
     assert after.ranks == found.ranks
     assign(client, 1, "hang")
     assert population(client, lambda p: 1 in p.ranks)
+
+
+def test_a_refill_that_cannot_fork_is_tried_again(imm) -> None:
+    process, client = imm
+    assign(client, 0, "hang")
+    found = population(client, lambda p: len(p.ranks) == 1 and len(p.standbys) == STANDBYS)
+    with no_more_processes(process.pid, f"elasticmoe-imm-{os.getpid()}"):
+        for pid in found.standbys:
+            os.kill(pid, signal.SIGKILL)
+        told(client, lambda p: not p.standbys and not p.starting)
+        assign(client, 1, "hang")
+        assert "Resource temporarily unavailable" in expect(client, Refused).reason
+        assert process.poll() is None and runs(found.ranks[0])
+    assert population(client, lambda p: len(p.standbys) == STANDBYS).ranks == found.ranks
 
 
 def test_a_standby_that_ends_at_once_is_not_forked_without_a_pause(tmp_path: Path) -> None:

@@ -71,7 +71,26 @@ def slowed(pid: int, *, runs_s: float, stops_s: float) -> Iterator[None]:
 def out_of_memory(pid: int, name: str) -> Iterator[None]:
     """The process is in a control group that has less memory than it needs, so the kernel kills it. Skips the test
     where no control group can be made."""
-    group, limit = _memory_group(name)
+    with _in_group("memory", pid, name) as group:
+        limit = group / "memory.max"
+        limit = limit if limit.exists() else group / "memory.limit_in_bytes"
+        with contextlib.suppress(OSError):  # refused where not even pages of files can be dropped to reach it
+            limit.write_text(str(1 << 20))
+        yield
+
+
+@contextlib.contextmanager
+def no_more_processes(pid: int, name: str) -> Iterator[None]:
+    """The process cannot fork inside the block. Skips the test where no control group can be made."""
+    with _in_group("pids", pid, name) as group:
+        (group / "pids.max").write_text("1")
+        yield
+
+
+@contextlib.contextmanager
+def _in_group(controller: str, pid: int, name: str) -> Iterator[Path]:
+    parent = _own_group(controller)
+    group = parent / name
     try:
         group.mkdir()
         (group / "cgroup.procs").write_text(str(pid))
@@ -80,18 +99,20 @@ def out_of_memory(pid: int, name: str) -> Iterator[None]:
             group.rmdir()
         pytest.skip(f"no control group can be made here: {error}")
     try:
-        with contextlib.suppress(OSError):  # refused where not even pages of files can be dropped to reach it
-            (group / limit).write_text(str(1 << 20))
-        yield
+        yield group
     finally:
-        with contextlib.suppress(OSError):
+        for member in (group / "cgroup.procs").read_text().split():
+            with contextlib.suppress(OSError):
+                (parent / "cgroup.procs").write_text(member)
+        with contextlib.suppress(OSError):  # a member that has ended is counted for a moment
             group.rmdir()
 
 
-def _memory_group(name: str) -> tuple[Path, str]:
+def _own_group(controller: str) -> Path:
+    """Of version 1, where the controller has a tree of its own, or of version 2."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            return Path("/sys/fs/cgroup/memory" + path) / name, "memory.limit_in_bytes"
-    own = Path("/proc/self/cgroup").read_text().split(":", 2)[2].strip()
-    return Path("/sys/fs/cgroup" + own) / name, "memory.max"
+        if controller in controllers.split(","):
+            return Path(f"/sys/fs/cgroup/{controller}{path}")
+    unified = Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)[2]
+    return Path(f"/sys/fs/cgroup{unified}")
