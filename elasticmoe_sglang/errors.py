@@ -8,6 +8,7 @@ ElasticMoEError
 ├── OperationInProgress                   a change is running; HTTP 409
 ├── HmmError                              the memory sidecar refused or failed
 │   ├── HmmUnavailable                    no HMM answers at its endpoint; HTTP 503
+│   ├── HmmTaken                          the HMM serves another server
 │   ├── ModelMismatch                     the HMM holds another model, dtype or revision
 │   ├── BlockNotFound                     no such block, or it was released
 │   ├── RegionMismatch                    a shared region exists with another size
@@ -128,6 +129,10 @@ class HmmError(ElasticMoEError):
 
 class HmmUnavailable(HmmError):
     """No HMM answers at the endpoint."""
+
+
+class HmmTaken(HmmError):
+    """The HMM serves another server, which is running."""
 
 
 class ModelMismatch(HmmError):

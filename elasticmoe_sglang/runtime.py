@@ -40,6 +40,11 @@ class RunPaths:
     def imm_socket(self) -> str:
         return f"{self.run_dir}/imm.sock"
 
+    @property
+    def lifeline(self) -> str:
+        """The pipe that ends the server's processes with its main process; see `lifeline.py`."""
+        return f"{self.run_dir}/lifeline"
+
     def peer_endpoint(self, rank: int) -> str:
         """Where a rank takes over requests from a retiring rank."""
         return f"ipc://{self.run_dir}/peer-{rank}.sock"

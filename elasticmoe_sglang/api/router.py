@@ -66,9 +66,10 @@ def build_router(
         dependencies: run before each handler.
         loop: the event loop of the coordinator, which runs in another thread; None: the loop that serves the routes.
 
-    Status codes: 202 with an operation that is running, 200 with one that has ended (`phase` tells how) and for all
-    other responses, 400 for a malformed or impossible request, 404 for an unknown operation, 409 while another change
-    runs, 503 while the HMM does not answer. A body with status 400 or more is {"error": sentence}.
+    Status codes: 202 with an operation that is running, 200 with one that has ended (`phase` tells how, and
+    `serving_epoch` what serves) and for all other responses, 400 for a malformed or impossible request, 404 for an
+    unknown operation, 409 while another change runs, 503 while the HMM does not answer. A body with status 400 or more
+    is {"error": sentence}.
     """
 
     async def call(coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:

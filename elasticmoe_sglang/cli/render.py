@@ -120,6 +120,8 @@ def operation_panel(operation: Operation) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_row("phase", _phase(operation))
     grid.add_row("EP size", f"{operation.old_ep_size} -> {operation.new_ep_size} (epoch {operation.epoch})")
+    if operation.serving_epoch not in (None, operation.epoch):
+        grid.add_row("serving", f"epoch {operation.serving_epoch}")
     for name, ranks in (("joining", operation.joining), ("retiring", operation.retiring)):
         if ranks:
             grid.add_row(name, "ranks " + ", ".join(map(str, ranks)))

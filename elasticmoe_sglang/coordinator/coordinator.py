@@ -184,7 +184,7 @@ class Coordinator:
                 operation.begin(effect.plan)
             return
         assert operation is not None, f"{effect.operation_id} was never opened"
-        operation.advance(effect.phase, effect.error)
+        operation.advance(effect.phase, effect.error, serving_epoch=self.view.epoch)
         if effect.phase.ended:
             self._log_end(operation.view())
 

@@ -14,7 +14,8 @@ from elasticmoe_sglang.planner import Cause, ColumnMove, RetireRanks, ScaleTo, T
 
 
 class Phase(str, Enum):
-    """Phase of an operation. A change ends in done, failed (it needs attention) or rolled_back (nothing changed)."""
+    """Phase of an operation. It ends in one of: done. rolled_back: serving is as before the change. failed: something
+    needs attention, before or after the commit; the operation's `serving_epoch` tells which membership serves."""
 
     PLANNED = "planned"
     PREPARING = "preparing"
@@ -73,7 +74,10 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         target: the fields of the request, {"new_ep_size": n} or {"retire_ranks": [...]}; empty for the other causes.
         lost: ranks whose workers had died.
         moves: expert columns that move.
-        epoch: the epoch after the change.
+        epoch: the one that the change commits, with `ranks_after`. It is not reached where the change is rolled back,
+            and another change may reach it then.
+        serving_epoch: the one that served when the operation ended; None while it runs. `ranks_after` serve in it if it
+            is `epoch`, and `ranks_before` otherwise, unless a rank was lost meanwhile.
         columns_planned, columns_moved, bytes_moved: expert columns in the plan and pulled so far, and their bytes.
         moved_requests: requests migrated from retiring ranks to survivors.
         resent_requests: requests of a rank that died, sent again to others.
@@ -99,6 +103,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     lost: list[int] = []
     moves: list[ColumnMove]
     epoch: int
+    serving_epoch: int | None = None
     timings: Timings
     created_at: float
     columns_planned: int
@@ -227,7 +232,7 @@ _MESSAGES: dict[Phase, str] = {
     Phase.COMMITTING: "All ranks meet at the commit barrier between two batches.",
     Phase.FINISHING: "The new membership serves; columns that moved away are released.",
     Phase.DONE: "The change is done.",
-    Phase.FAILED: "The change failed and needs attention; `error` says which epoch serves.",
+    Phase.FAILED: "The change failed and needs attention; `serving_epoch` is the epoch that serves.",
     Phase.ROLLED_BACK: "The change was rolled back; the server is as before it.",
 }
 
@@ -249,6 +254,7 @@ class RunningOperation:
         self.plan = plan
         self.phase = Phase.PLANNED
         self.error: str | None = None
+        self._serving_epoch: int | None = None
         self.ended.clear()
         self._attempts += 1
         self._phase_started = time.monotonic() if now is None else now
@@ -258,13 +264,18 @@ class RunningOperation:
         self._moved = self._resent = 0
         self._memory: list[DevicePeak] = []
 
-    def advance(self, phase: Phase, error: str | None = None) -> None:
-        """Enter the next phase and stop the clock of the previous one; `error` says why it failed or was undone."""
+    def advance(self, phase: Phase, error: str | None = None, *, serving_epoch: int) -> None:
+        """Enter the next phase and stop the clock of the previous one.
+
+        Args:
+            error: why it failed or was undone. serving_epoch: the one that serves now.
+        """
         assert phase in _NEXT.get(self.phase, ()), f"{self.phase} -> {phase}"
         now = time.monotonic()
         self._spent[self.phase] = now - self._phase_started
         self.phase, self._phase_started, self.error = phase, now, error
         if phase.ended:
+            self._serving_epoch = serving_epoch
             self.ended.set()
 
     def add_pull(self, report: PullReport) -> None:
@@ -318,6 +329,7 @@ class RunningOperation:
             lost=list(plan.lost),
             moves=list(plan.moves),
             epoch=plan.after.epoch,
+            serving_epoch=self._serving_epoch,
             timings=self._timings(),
             created_at=self._created_at,
             columns_planned=len(plan.moves),

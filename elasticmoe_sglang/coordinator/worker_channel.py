@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
 from collections.abc import Callable
 from typing import TypeVar
 
 import zmq
 import zmq.asyncio
 
+from elasticmoe_sglang.coordinator.imm_line import ImmLine
 from elasticmoe_sglang.errors import MalformedMessage, WorkerError
-from elasticmoe_sglang.imm.client import ImmClient
 from elasticmoe_sglang.wire import to_imm, to_worker
 from elasticmoe_sglang.wire.to_coordinator import FROM_WORKER, FromImm, FromWorker, WorkerExited
 
@@ -30,7 +31,7 @@ class WorkerChannel:
         endpoint: where the workers' agents connect (ROUTER, bound here).
         imm_socket: path of the IMM's socket.
         on_message: called for every message, in the loop's thread.
-        on_imm_lost: called when the IMM has ended, and with it every worker; gets a sentence.
+        start_imm: see `ImmLine`.
     """
 
     def __init__(
@@ -38,12 +39,11 @@ class WorkerChannel:
         endpoint: str,
         imm_socket: str,
         on_message: Callable[[Incoming], None],
-        on_imm_lost: Callable[[str], None],
+        start_imm: Callable[[], subprocess.Popen[bytes] | None],
     ) -> None:
         self._endpoint = endpoint
-        self._imm_socket = imm_socket
+        self._imm = ImmLine(imm_socket, self._deliver, start_imm)
         self._on_message = on_message
-        self._on_imm_lost = on_imm_lost
         self._identities: dict[int, bytes] = {}
         self._waiting: list[tuple[Callable[[Incoming], bool], asyncio.Future[Incoming]]] = []
         self._backlog: list[Incoming] = []
@@ -56,15 +56,10 @@ class WorkerChannel:
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.LINGER, 0)
         self._router.bind(self._endpoint)
-        self._imm = ImmClient(self._imm_socket)
-        loop = asyncio.get_running_loop()
-        # Workers may have been assigned to ranks before this connection existed; the answer lists them.
-        self._imm.send(to_imm.Query())
-        loop.add_reader(self._imm.fileno(), self._imm_readable)
-        self._tasks.append(loop.create_task(self._receive()))
+        self._imm.open()
+        self._tasks.append(asyncio.get_running_loop().create_task(self._receive()))
 
     def close(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._imm.fileno())
         for task in self._tasks:
             task.cancel()
         self._imm.close()
@@ -72,7 +67,8 @@ class WorkerChannel:
         self._context.term()
 
     def tell_imm(self, request: to_imm.Request) -> None:
-        self._imm.send(request)
+        """Send a request to the IMM, if need be to the next one."""
+        self._imm.tell(request)
 
     async def tell_worker(self, rank: int, request: to_worker.Request) -> None:
         """Send a message to the agent of the rank's worker. Raises WorkerError when it is not connected."""
@@ -169,14 +165,4 @@ class WorkerChannel:
                 logger.warning("dropped a malformed message from %r: %s", identity, error)
                 continue
             self._identities[message.rank] = identity
-            self._deliver(message)
-
-    def _imm_readable(self) -> None:
-        try:
-            message = self._imm.receive(0)
-        except WorkerError as error:
-            asyncio.get_running_loop().remove_reader(self._imm.fileno())
-            self._on_imm_lost(str(error))
-            return
-        if message is not None:
             self._deliver(message)

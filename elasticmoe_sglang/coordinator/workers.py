@@ -65,13 +65,8 @@ class Workers:
         """Update what is known about the workers, and tell the engine; called for every message."""
         match message:
             case to_imm.Population():
+                # Not who serves a rank: an IMM that has just begun does not know. Assignments and exits tell that.
                 self._population = message
-                gone = [(rank, pid) for rank, pid in self.pids.items() if message.ranks.get(rank) != pid]
-                self.pids = dict(message.ranks)
-                for rank, pid in gone:
-                    self.on_event(s.WorkerGone(rank=rank, pid=pid))
-                for rank, pid in self.pids.items():
-                    self.on_event(s.WorkerUp(rank=rank, pid=pid))
                 self.on_event(s.StandbysReady(count=len(message.standbys)))
             case to_imm.Assigned(rank=rank, pid=pid):
                 self.pids[rank] = pid
@@ -275,8 +270,8 @@ class Workers:
 
     async def _cancel_join(self, rank: int) -> None:
         try:
+            self._channel.tell_imm(to_imm.KillWorker(rank=rank))  # also one that waits for another IMM to assign it
             if rank in self.pids:
-                self._channel.tell_imm(to_imm.KillWorker(rank=rank))
                 await self._channel.wait_for(to_coordinator.WorkerExited, rank=rank, exits=False)
         finally:
             self._joining.discard(rank)

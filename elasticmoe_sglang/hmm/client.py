@@ -12,7 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
-from elasticmoe_sglang.errors import HmmError, HmmUnavailable, ProtocolError, VmmError
+from elasticmoe_sglang.errors import HmmError, HmmTaken, HmmUnavailable, ProtocolError, VmmError
 from elasticmoe_sglang.hmm.client_link import HmmLink
 from elasticmoe_sglang.hmm.config import Endpoint
 from elasticmoe_sglang.hmm.leases import LeaseBook
@@ -58,11 +58,21 @@ class HmmClient:
         endpoint: ipc://FOLDER/NAME.
         name: who this is, for the HMM's status and log.
         timeout_s: the deadline of each call, connecting included.
+        server: this is the main process of a server. An HMM has one at a time; another gets HmmTaken from every method.
         backend: whose handles `handles` returns; None takes the process's instance of the HMM's backend.
     """
 
-    def __init__(self, endpoint: str, *, name: str, timeout_s: float = 10.0, backend: VmmBackend | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        name: str,
+        timeout_s: float = 10.0,
+        server: bool = False,
+        backend: VmmBackend | None = None,
+    ) -> None:
         self.name = name
+        self.server = server
         self.timeout_s = timeout_s
         self.epoch: int | None = None
         """The membership epoch sent along, for the HMM's messages."""
@@ -86,12 +96,12 @@ class HmmClient:
         return self._backend
 
     def connect(self, wait_s: float = 0.0) -> to_hmm.Welcome:
-        """Attaches now. For `wait_s` seconds it tries again while no HMM answers."""
+        """Attaches now. For `wait_s` seconds it tries again while no HMM answers, or it serves another server."""
         until = time.monotonic() + wait_s
         while True:
             try:
                 return self._attached(self._deadline()).welcome
-            except HmmUnavailable:
+            except (HmmUnavailable, HmmTaken):
                 if time.monotonic() >= until:
                     raise
             time.sleep(0.02)
@@ -294,7 +304,7 @@ class HmmClient:
                 self._link.close()
                 self._link = None
             if self._link is None:
-                self._link = HmmLink(self._endpoint, self.name, deadline)
+                self._link = HmmLink(self._endpoint, self.name, deadline, server=self.server)
             return self._link
 
     def _deadline(self) -> float:

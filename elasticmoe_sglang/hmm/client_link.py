@@ -34,7 +34,7 @@ class HmmLink:
     Raises HmmUnavailable from every method once the HMM is gone; a link does not come back, a new one is made.
     """
 
-    def __init__(self, endpoint: Endpoint, name: str, deadline: float) -> None:
+    def __init__(self, endpoint: Endpoint, name: str, deadline: float, *, server: bool = False) -> None:
         self._endpoint = endpoint
         self._sock = new_socket()
         self._lock = threading.Lock()  # one request at a time on the link
@@ -42,7 +42,7 @@ class HmmLink:
         self.dead = False
         try:
             self._connect()
-            welcome = self._exchange(to_hmm.Attach(name=name), deadline)[0]
+            welcome = self._exchange(to_hmm.Attach(name=name, server=server), deadline)[0]
         except BaseException:
             self._sock.close()
             raise

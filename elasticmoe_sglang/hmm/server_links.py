@@ -135,10 +135,10 @@ class LinkTable:
 
     def _execute(self, link: _Link, request: Envelope[to_hmm.LinkRequest], fds: Sequence[int]) -> None:
         match request.body:
-            case to_hmm.Attach(name=name):
+            case to_hmm.Attach(name=name, server=server):
                 if link.client_id is not None:
                     raise ProtocolError("a second Attach on one link")
-                welcome = self._service.attach(name, link.pid)
+                welcome = self._service.attach(name, link.pid, server=server)
                 link.client_id = welcome.client_id
                 self._by_client[welcome.client_id] = link
                 self._reply(link, request.request_id, welcome)

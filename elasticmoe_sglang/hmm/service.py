@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from elasticmoe_sglang.errors import ModelMismatch, ProtocolError, RegionMismatch, UndoFailed
+from elasticmoe_sglang.errors import HmmTaken, ModelMismatch, ProtocolError, RegionMismatch, UndoFailed
 from elasticmoe_sglang.hmm.blocks import BlockTable
 from elasticmoe_sglang.hmm.ledger import Ledger
 from elasticmoe_sglang.hmm.transaction import Transaction, TransactionTable
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 class _Client:
     name: str
     pid: int
+    server: bool
     leases: Counter[int] = field(default_factory=Counter)
 
 
@@ -66,10 +67,20 @@ class HmmService:
 
     # Clients -----------------------------------------------------------------------------------------------------
 
-    def attach(self, name: str, pid: int) -> to_hmm.Welcome:
-        """A new client; the id in the answer is its key from now on."""
+    def attach(self, name: str, pid: int, *, server: bool = False) -> to_hmm.Welcome:
+        """A new client; the id in the answer is its key from now on.
+
+        Raises:
+            HmmTaken: it is the main process of a server, and another one is attached.
+        """
+        other = next((client for client in self._clients.values() if client.server), None)
+        if server and other is not None:
+            raise HmmTaken(
+                f"the HMM at {self.endpoint} serves another server, whose main process is {other.pid}",
+                hint="Stop that server, or start an HMM of its own for this one: elasticmoe hmm --endpoint ipc://PATH",
+            )
         client_id = secrets.token_hex(16)
-        self._clients[client_id] = _Client(name=name, pid=pid)
+        self._clients[client_id] = _Client(name=name, pid=pid, server=server)
         log.info("client %s (pid %d) attached", name, pid)
         return to_hmm.Welcome(
             client_id=client_id,

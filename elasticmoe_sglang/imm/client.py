@@ -8,12 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.wire import to_imm
-from elasticmoe_sglang.wire.seqpacket import new_socket, receive_bytes, send_packet
+from elasticmoe_sglang.wire.seqpacket import close_all, new_socket, receive_packet, send_packet
 from elasticmoe_sglang.wire.to_coordinator import FROM_IMM, FromImm
 
 
@@ -52,19 +52,19 @@ class ImmClient:
     def fileno(self) -> int:
         return self.sock.fileno()
 
-    def send(self, request: to_imm.Request) -> None:
-        """Send one request.
+    def send(self, request: to_imm.Request, fds: Sequence[int] = ()) -> None:
+        """Send one request, with descriptors that stay the caller's.
 
         Raises:
             WorkerError: the IMM has gone.
         """
         try:
-            send_packet(self.sock, to_imm.REQUESTS.pack(request))
+            send_packet(self.sock, to_imm.REQUESTS.pack(request), fds)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise _gone() from error
 
     def receive(self, timeout_s: float) -> FromImm | None:
-        """The next message, or None when none came in time.
+        """The next message without its descriptors, or None when none came in time.
 
         Raises:
             WorkerError: the IMM has gone.
@@ -72,23 +72,46 @@ class ImmClient:
         ready, _, _ = select.select([self.sock], [], [], timeout_s)
         if not ready:
             return None
-        frame = receive_bytes(self.sock)
+        message, fds = self.receive_now()
+        close_all(fds)
+        return message
+
+    def receive_now(self) -> tuple[FromImm, list[int]]:
+        """The message that waits to be read, and its descriptors, which are the caller's from now on.
+
+        Raises:
+            WorkerError: the IMM has gone.
+            ProtocolError: a message that cannot be understood, or this process has no room for its descriptors.
+        """
+        try:
+            frame, fds = receive_packet(self.sock)
+        except ConnectionResetError:  # it died with our packets unread; what it had sent before follows
+            frame, fds = receive_packet(self.sock)
         if not frame:
             raise _gone()
-        return FROM_IMM.unpack(frame)
+        return FROM_IMM.unpack(frame), fds
 
     def close(self) -> None:
         self.sock.close()
 
 
 def _gone() -> WorkerError:
-    return WorkerError("the IMM has gone", hint="Restart the server; its log says why the IMM ended.")
+    return WorkerError("the IMM has gone", hint="The log says why it ended.")
 
 
-def start_imm(module: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start the IMM's process: `python -m module arguments…`, ended by the kernel when this process ends.
+def start_imm(
+    module: str, arguments: Sequence[str], *, environment: Mapping[str, str], fds: Sequence[int]
+) -> subprocess.Popen[bytes]:
+    """Start the IMM's process: `python -m module arguments…`.
 
-    `module` is named by the caller because preloading SGLang is the patches package's business.
+    Args:
+        module: named by the caller, because preloading SGLang is the patches package's business.
+        environment: added to this process's.
+        fds: kept open there, under the same numbers.
     """
-    environment = dict(os.environ, ELASTICMOE_DIE_WITH_PARENT=str(os.getpid()))
-    return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, stdin=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, **environment},
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+    )

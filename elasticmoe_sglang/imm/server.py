@@ -3,47 +3,56 @@
 A fork shares the imported pages and takes milliseconds where a fresh interpreter needs several seconds of imports
 (docs/adr/0002-imm-forks.md). Forking is only sound from a single thread, so this process starts no thread, opens no
 ZMQ context and initialises no device; it checks that before every fork.
+
+Nothing here depends on this process going on: standbys end with it, workers do not, and the next IMM adopts them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
+import heapq
+import itertools
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from elasticmoe_sglang.errors import ProtocolError, WorkerError
+from elasticmoe_sglang.lifeline import leave_signals_to_main, tie
 from elasticmoe_sglang.wire import to_imm
 from elasticmoe_sglang.wire.envelope import Codec
-from elasticmoe_sglang.wire.seqpacket import listen, peer_credentials, receive_bytes, send_packet
+from elasticmoe_sglang.wire.seqpacket import (
+    close_all,
+    listen,
+    peer_credentials,
+    receive_bytes,
+    receive_packet,
+    send_packet,
+)
 from elasticmoe_sglang.wire.to_coordinator import FROM_IMM, FromImm, WorkerExited, WorkerNote
 from elasticmoe_sglang.wire.to_worker import ENTER, Enter
 
 logger = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 # SGLang's scheduler sends this to its parent when it hits an exception.
 _CHILD_COMPLAINTS = (signal.SIGQUIT, signal.SIGUSR1)
+# A controller that does not read for so long is dropped, so that it cannot stop the others.
+_SEND_S = 5.0
+_BACKOFF_S, _MOST_BACKOFF_S = 0.1, 5.0
+# Two failures this far apart have nothing to do with each other.
+_CALM_S = 10.0
 
 WorkerMain = Callable[["StandbyChannel", Enter], int]
 _FROM_CHILD: Codec[to_imm.StandbyReady | WorkerNote] = Codec(to_imm.StandbyReady | WorkerNote)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends, and leave it to the parent when that is: Ctrl-C and a
-    supervisor's SIGTERM may go to the whole process group, and running requests need this process until they end."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass
@@ -53,35 +62,60 @@ class StandbyChannel:
     sock: socket.socket
 
     def note(self, rank: int, note: bytes) -> None:
-        """Tell every controller something about this rank."""
-        send_packet(self.sock, _FROM_CHILD.pack(WorkerNote(rank=rank, note=note)))
+        """Tell every controller something about this rank, unless the IMM has gone: only a launch needs it."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            send_packet(self.sock, _FROM_CHILD.pack(WorkerNote(rank=rank, note=note)))
 
     def wait_to_enter(self) -> Enter | None:
         """Say that this process is ready and block until a rank is assigned; None when the IMM has gone."""
         with contextlib.suppress(BrokenPipeError):  # the end of file says so too
             send_packet(self.sock, _FROM_CHILD.pack(to_imm.StandbyReady()))
         frame = receive_bytes(self.sock)
-        return ENTER.unpack(frame) if frame else None
+        # What it said last does not count: whoever asked for it asks the next IMM.
+        return ENTER.unpack(frame) if frame and not self._hung_up() else None
+
+    def _hung_up(self) -> bool:
+        poller = select.poll()
+        poller.register(self.sock, 0)
+        return bool(poller.poll(0))
 
 
 @dataclass
 class _Child:
-    """ready: it has everything imported and waits for `Enter`, or has waited."""
+    """sock: None for a worker of an earlier IMM. ready: it has everything imported and waits for `Enter`, or has
+    waited."""
 
     pid: int
-    sock: socket.socket
+    pidfd: int
+    sock: socket.socket | None
     rank: int | None = None
     ready: bool = False
 
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+
+def exit_status(pidfd: int) -> int | None:
+    """Buries a process that has ended; its status as os.waitstatus_to_exitcode's, or None if it is no child of this
+    one."""
+    try:
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    except ChildProcessError:
+        return None
+    assert ended is not None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
 
 class ImmServer:
-    """Serves the IMM's socket until its parent ends.
+    """Serves the IMM's socket until killed.
 
     Args:
         socket_path: where controllers connect (SEQPACKET, mode 0600; peers of another uid are refused).
         worker_main: runs in the forked child once it is assigned a rank; returns the exit status.
         standbys: how many idle processes to keep, never more than there are inactive ranks.
         capacity: number of ranks (max_ep_size).
+        lifeline: path of the main process's `Lifeline`, with which every child ends.
         become: replaces a forked child by another program that waits at the channel itself (where what ranks import
             does not survive a fork: CUDA). None: the child waits.
     """
@@ -93,30 +127,33 @@ class ImmServer:
         *,
         standbys: int,
         capacity: int,
+        lifeline: str,
         become: Callable[[StandbyChannel], None] | None = None,
     ) -> None:
         self._path = socket_path
         self._worker_main = worker_main
         self._standbys = standbys
         self._capacity = capacity
+        self._lifeline = lifeline
         self._become = become
         self._arguments: dict[int, bytes] = {}
         self._children: dict[int, _Child] = {}
         self._controllers: dict[int, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._backoff_s = _BACKOFF_S
+        self._failed_at = float("-inf")
+        self._refill_due = False
         with contextlib.suppress(FileNotFoundError):
             os.unlink(socket_path)
         self._listener = listen(socket_path)
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def serve(self) -> None:
-        """Runs until killed (its parent's end does that)."""
-        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        """Runs until killed."""
         for complaint in _CHILD_COMPLAINTS:
             signal.signal(complaint, lambda *_: None)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._wake_read, selectors.EVENT_READ, self._reap)
         # A rank's collections need not visit what was imported here: with SGLang's modules that takes half of a
         # joining rank's boot, and because a visit writes to the object, it unshares its page.
         gc.collect()
@@ -124,8 +161,16 @@ class ImmServer:
         self._refill()
         logger.info("IMM ready at %s with %d standbys", self._path, len(self._idle()))
         while True:
-            for key, _ in self._selector.select():
-                key.data(key.fileobj)
+            timeout_s = max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
+            for key, _ in self._selector.select(timeout_s):
+                # What an earlier one of this round has closed is not looked at any more.
+                if self._selector.get_map().get(key.fd) == key:
+                    key.data(key.fileobj)
+            while self._due and self._due[0][0] <= time.monotonic():
+                heapq.heappop(self._due)[2]()
+
+    def _later(self, delay_s: float, call: Callable[[], None]) -> None:
+        heapq.heappush(self._due, (time.monotonic() + delay_s, next(self._order), call))
 
     # -- children -----------------------------------------------------------------------------------------------
 
@@ -133,10 +178,33 @@ class ImmServer:
         return [child for child in self._children.values() if child.rank is None]
 
     def _refill(self) -> None:
-        assigned = sum(child.rank is not None for child in self._children.values())
-        while len(self._idle()) < min(self._standbys, self._capacity - assigned):
-            self._fork()
+        """Fork standbys up to the number wanted. What goes wrong with a standby harms no worker: it is tried again."""
+        try:
+            while not self._refill_due and len(self._idle()) < self._wanted():
+                self._fork()
+        except (OSError, WorkerError) as error:
+            logger.error("no standby could be started: %s", error)
+            self._refill_later()
         self._tell(self._population())
+
+    def _wanted(self) -> int:
+        assigned = sum(child.rank is not None for child in self._children.values())
+        return max(0, min(self._standbys, self._capacity - assigned))
+
+    def _refill_later(self) -> None:
+        now = time.monotonic()
+        if now - self._failed_at > _CALM_S:
+            self._backoff_s = _BACKOFF_S
+        self._failed_at = now
+        if not self._refill_due:
+            self._refill_due = True
+            logger.info("standbys are refilled in %.1f s", self._backoff_s)
+            self._later(self._backoff_s, self._refill_again)
+            self._backoff_s = min(2 * self._backoff_s, _MOST_BACKOFF_S)
+
+    def _refill_again(self) -> None:
+        self._refill_due = False
+        self._refill()
 
     def _population(self) -> to_imm.Population:
         idle = self._idle()
@@ -147,6 +215,7 @@ class ImmServer:
         )
 
     def _fork(self) -> _Child:
+        """Raises OSError when the system has no room for another process, WorkerError when forking is not safe."""
         threads = len(os.listdir("/proc/self/task"))
         if threads != 1:
             raise WorkerError(
@@ -154,21 +223,37 @@ class ImmServer:
                 hint="A module imported by the ranks starts a thread at import; report it with `elasticmoe doctor`.",
             )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            self._run_child(ours, theirs)
-        theirs.close()
-        child = _Child(pid=pid, sock=ours)
-        self._children[pid] = child
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            pid = os.fork()
+            if pid == 0:
+                self._run_child(ours, theirs)
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                os.kill(pid, signal.SIGKILL)  # it cannot be watched
+                os.waitpid(pid, 0)
+                raise
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        child = _Child(pid=pid, pidfd=pidfd, sock=ours)
+        self._watch(child)
         self._selector.register(ours, selectors.EVENT_READ, partial(self._child_says, child))
         return child
+
+    def _watch(self, child: _Child) -> None:
+        self._children[child.pid] = child
+        self._selector.register(child.pidfd, selectors.EVENT_READ, partial(self._ended, child))
 
     def _run_child(self, ours: socket.socket, theirs: socket.socket) -> None:
         status = 1
         try:
-            die_with_parent()
+            leave_signals_to_main()
+            tie(self._lifeline)
             self._forget_parent_state()
             ours.close()
             channel = StandbyChannel(theirs)
@@ -184,51 +269,50 @@ class ImmServer:
             os._exit(status)
 
     def _forget_parent_state(self) -> None:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, *_CHILD_COMPLAINTS):
-            signal.signal(number, signal.SIG_DFL)
+        for complaint in _CHILD_COMPLAINTS:
+            signal.signal(complaint, signal.SIG_DFL)
         self._selector.close()
         self._listener.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
         for controller in self._controllers.values():
             controller.close()
         for child in self._children.values():
-            child.sock.close()
+            os.close(child.pidfd)
+            if child.sock is not None:
+                child.sock.close()
 
-    def _reap(self, _fileobj: object) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                break
-            if pid == 0:
-                break
-            self._buried(pid, os.waitstatus_to_exitcode(status))
+    def _ended(self, child: _Child, _fileobj: object) -> None:
+        status = exit_status(child.pidfd)
+        del self._children[child.pid]
+        self._selector.unregister(child.pidfd)
+        os.close(child.pidfd)
+        if child.sock is not None:
+            self._hang_up(child.sock)
+        if child.rank is None:
+            logger.warning("a standby process (pid %d) ended with status %s", child.pid, status)
+            self._refill_later()  # one that ends at once would be replaced without a pause
+            self._tell(self._population())
+            return
+        logger.info("the process in rank %d (pid %d) ended with status %s", child.rank, child.pid, status)
+        self._tell(WorkerExited(rank=child.rank, pid=child.pid, status=status))
         self._refill()
 
-    def _buried(self, pid: int, status: int) -> None:
-        child = self._children.pop(pid, None)
-        if child is None:
-            return
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(child.sock)
-        child.sock.close()
-        if child.rank is None:
-            logger.warning("a standby process (pid %d) ended with status %d; another takes its place", pid, status)
-            return
-        logger.info("the process in rank %d (pid %d) ended with status %d", child.rank, pid, status)
-        self._tell(WorkerExited(rank=child.rank, pid=pid, status=status))
+    def _hang_up(self, sock: socket.socket) -> None:
+        if sock.fileno() >= 0:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(sock)
+            sock.close()
 
     def _child_says(self, child: _Child, _fileobj: object) -> None:
-        frame = receive_bytes(child.sock) if child.sock.fileno() >= 0 else b""
-        if not frame:  # the child is ending; SIGCHLD follows, or was dealt with earlier in this round
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(child.sock)
+        assert child.sock is not None
+        frame = receive_bytes(child.sock)
+        if not frame:  # the child is ending
+            self._selector.unregister(child.sock)
             return
-        message = _FROM_CHILD.unpack(frame)
+        try:
+            message = _FROM_CHILD.unpack(frame)
+        except ProtocolError as error:
+            logger.error("process %d said what cannot be understood: %s", child.pid, error)
+            return
         if isinstance(message, WorkerNote):
             self._tell(message)
         else:
@@ -238,68 +322,127 @@ class ImmServer:
     # -- controllers --------------------------------------------------------------------------------------------
 
     def _accept(self, _fileobj: object) -> None:
-        sock, _ = self._listener.accept()
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:  # it did not wait
+            return
+        except OSError as error:  # no descriptor is left, say; whoever waits to be accepted waits on
+            logger.error("a connection could not be accepted: %s", error)
+            self._selector.unregister(self._listener)
+            self._later(_BACKOFF_S, self._accept_again)
+            return
         _, uid = peer_credentials(sock)
         if uid != os.getuid():
             logger.warning("refused a connection from uid %d", uid)
             sock.close()
             return
+        sock.settimeout(_SEND_S)
         self._controllers[sock.fileno()] = sock
         self._selector.register(sock, selectors.EVENT_READ, self._controller_says)
 
+    def _accept_again(self) -> None:
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
     def _controller_says(self, fileobj: object) -> None:
         assert isinstance(fileobj, socket.socket)
+        fds: list[int] = []
         try:
-            frame = receive_bytes(fileobj)
+            frame, fds = receive_packet(fileobj)
             if frame:
-                self._handle(fileobj, to_imm.REQUESTS.unpack(frame))
+                self._handle(fileobj, to_imm.REQUESTS.unpack(frame), fds)
                 return
         except ProtocolError as error:
-            _refuse(fileobj, -1, str(error))
+            logger.warning("refused a request: %s", error)
+            self._refuse(fileobj, -1, str(error))
             return
-        self._controllers.pop(fileobj.fileno(), None)
-        self._selector.unregister(fileobj)
-        fileobj.close()
+        except ConnectionResetError:  # it died with our packets unread
+            pass
+        finally:
+            close_all(fds)
+        self._drop(fileobj)
 
-    def _handle(self, sock: socket.socket, request: to_imm.Request) -> None:
+    def _drop(self, controller: socket.socket) -> None:
+        self._controllers.pop(controller.fileno(), None)
+        self._hang_up(controller)
+
+    def _handle(self, sock: socket.socket, request: to_imm.Request, fds: list[int]) -> None:
         if isinstance(request, to_imm.Register):
             self._arguments[request.rank] = request.arguments
+            self._tell(to_imm.Registered(rank=request.rank, arguments=request.arguments), but=sock)
         elif isinstance(request, to_imm.Assign):
             self._assign(sock, request)
         elif isinstance(request, to_imm.KillWorker):
             for child in self._children.values():
                 if child.rank == request.rank:
-                    os.kill(child.pid, signal.SIGKILL)
+                    child.kill()
+        elif isinstance(request, to_imm.AdoptWorkers):
+            self._adopt(request, fds)
         else:
-            _send(sock, FROM_IMM.pack(self._population()))
+            for rank, arguments in self._arguments.items():
+                self._send(sock, to_imm.Registered(rank=rank, arguments=arguments))
+            for child in self._children.values():
+                if child.rank is not None:
+                    self._send(sock, to_imm.Assigned(rank=child.rank, pid=child.pid), [child.pidfd])
+            self._send(sock, self._population())
+
+    def _adopt(self, request: to_imm.AdoptWorkers, fds: list[int]) -> None:
+        if len(fds) != len(request.ranks):
+            raise ProtocolError(f"{len(request.ranks)} workers were handed over with {len(fds)} pidfds")
+        taken = {child.rank for child in self._children.values()}
+        for (rank, pid), fd in zip(request.ranks.items(), fds, strict=True):
+            if rank not in taken:
+                self._watch(_Child(pid=pid, pidfd=os.dup(fd), sock=None, rank=rank, ready=True))
+        logger.info("this IMM watches the workers of ranks %s, started by an earlier one", sorted(request.ranks))
+        self._trim()
+        self._tell(self._population())
+
+    def _trim(self) -> None:
+        """End standbys for which no rank is left."""
+        for child in self._idle()[self._wanted() :]:
+            child.kill()
 
     def _assign(self, sock: socket.socket, request: to_imm.Assign) -> None:
         rank = request.join_spec.rank
         if any(child.rank == rank for child in self._children.values()):
-            _refuse(sock, rank, f"rank {rank} is taken")
+            self._refuse(sock, rank, f"rank {rank} is taken")
             return
         arguments = self._arguments.get(rank)
         if arguments is None:
-            _refuse(sock, rank, f"rank {rank} was never registered")
+            self._refuse(sock, rank, f"rank {rank} was never registered")
             return
         packet = ENTER.pack(Enter(arguments=arguments, join_spec=request.join_spec))
         idle = sorted(self._idle(), key=lambda child: not child.ready)  # the ready ones first
-        child = idle[0] if idle else self._fork()
+        try:
+            child = idle[0] if idle else self._fork()
+        except (OSError, WorkerError) as error:
+            self._refuse(sock, rank, f"no process could be started for rank {rank}: {error}")
+            return
         child.rank = rank
-        _send(child.sock, packet)
-        self._tell(to_imm.Assigned(rank=rank, pid=child.pid))
+        # Before the worker hears it: whatever becomes of this process, somebody watches that one.
+        self._tell(to_imm.Assigned(rank=rank, pid=child.pid), fds=[child.pidfd])
+        assert child.sock is not None
+        try:
+            send_packet(child.sock, packet)
+        except OSError as error:
+            logger.error("rank %d could not be assigned to process %d: %s", rank, child.pid, error)
+            child.kill()  # where it has not ended by itself; its exit is reported
         self._refill()
 
-    def _tell(self, message: FromImm) -> None:
-        packet = FROM_IMM.pack(message)
-        for controller in self._controllers.values():
-            _send(controller, packet)
+    def _refuse(self, sock: socket.socket, rank: int, reason: str) -> None:
+        self._send(sock, to_imm.Refused(rank=rank, reason=reason))
 
+    def _tell(self, message: FromImm, *, fds: Sequence[int] = (), but: socket.socket | None = None) -> None:
+        for controller in list(self._controllers.values()):
+            if controller is not but:
+                self._send(controller, message, fds)
 
-def _send(sock: socket.socket, packet: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end is noticed elsewhere
-        send_packet(sock, packet)
-
-
-def _refuse(sock: socket.socket, rank: int, reason: str) -> None:
-    _send(sock, FROM_IMM.pack(to_imm.Refused(rank=rank, reason=reason)))
+    def _send(self, controller: socket.socket, message: FromImm, fds: Sequence[int] = ()) -> None:
+        if controller.fileno() < 0:  # dropped meanwhile
+            return
+        try:
+            send_packet(controller, FROM_IMM.pack(message), fds)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # its end of file follows
+        except OSError as error:  # it does not read, or the system has no memory for the packet
+            logger.error("a controller could not be told %s and is dropped: %s", type(message).__name__, error)
+            self._drop(controller)

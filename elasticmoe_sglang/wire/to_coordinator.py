@@ -100,11 +100,12 @@ class WorkerNote(Message, frozen=True, kw_only=True):
 
 
 class WorkerExited(Message, frozen=True, kw_only=True):
-    """A worker is gone. `status` is os.waitstatus_to_exitcode's: negative for a signal."""
+    """A worker is gone. `status` is os.waitstatus_to_exitcode's: negative for a signal, None where the IMM that was its
+    parent had ended before."""
 
     rank: int
     pid: int
-    status: int
+    status: int | None
 
 
 FromWorker = Hello | Committed | Paused | Broken | Retired | to_worker.Reply

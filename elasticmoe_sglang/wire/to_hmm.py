@@ -274,9 +274,11 @@ Answer = HmmStatus | ModelReply | BlocksReply | TxnOpened | TxnReport | Done | E
 
 
 class Attach(Message, frozen=True, kw_only=True):
-    """First packet of a client; the kernel vouches for its uid and pid."""
+    """First packet of a client; the kernel vouches for its uid and pid. server: it is the main process of a server, of
+    which an HMM has one at a time."""
 
     name: Name
+    server: bool = False
 
 
 class FetchHandles(Message, frozen=True, kw_only=True):

@@ -8,7 +8,15 @@ from elasticmoe_sglang.wire.to_worker import JoinSpec
 
 
 class Register(Message, frozen=True, kw_only=True):
-    """Keep the launch arguments of a rank; opaque here (the rank's own code decodes them). Not answered."""
+    """Keep the launch arguments of a rank; opaque here (the rank's own code decodes them). Everybody else who is
+    connected gets a `Registered`."""
+
+    rank: int
+    arguments: bytes
+
+
+class Registered(Message, frozen=True, kw_only=True):
+    """What was registered for a rank, for whoever will have to tell another IMM."""
 
     rank: int
     arguments: bytes
@@ -21,7 +29,8 @@ class Assign(Message, frozen=True, kw_only=True):
 
 
 class Assigned(Message, frozen=True, kw_only=True):
-    """A standby was put into the rank. Sent to everybody who is connected."""
+    """A standby was put into the rank. Sent to everybody who is connected. The packet carries a pidfd of the process,
+    which the receiver owns."""
 
     rank: int
     pid: int
@@ -34,8 +43,16 @@ class KillWorker(Message, frozen=True, kw_only=True):
     rank: int
 
 
+class AdoptWorkers(Message, frozen=True, kw_only=True):
+    """Watch workers of an IMM that has ended (rank -> pid). The packet carries a pidfd of each, in this order. Not
+    answered. The status of their exits is None: only a parent learns it."""
+
+    ranks: dict[int, int]
+
+
 class Query(Message, frozen=True, kw_only=True):
-    """Ask for a `Population`."""
+    """Ask for all there is: a `Registered` for each registered rank, an `Assigned` for each rank with a process, and
+    last a `Population`."""
 
 
 class Population(Message, frozen=True, kw_only=True):
@@ -60,7 +77,7 @@ class StandbyReady(Message, frozen=True, kw_only=True):
     """Standby, unasked: what a rank needs is imported, `Enter` is waited for."""
 
 
-Request = Register | Assign | KillWorker | Query
-Reply = Assigned | Population | Refused
+Request = Register | Assign | KillWorker | AdoptWorkers | Query
+Reply = Registered | Assigned | Population | Refused
 
 REQUESTS: Codec[Request] = Codec(Request)

@@ -19,10 +19,10 @@ _SHORT_MS, _LONG_MS = 1, 200
 _SHORT_ROUNDS = 50
 
 
-def create_doorbells(capacity: int) -> None:
-    """One eventfd a rank, inherited by every process forked from here."""
-    fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(capacity)]
-    os.environ[ENV_DOORBELLS] = ",".join(map(str, fds))
+def create_doorbells(capacity: int) -> list[int]:
+    """One eventfd a rank. Workers find theirs by `ENV_DOORBELLS`, the numbers separated by commas; they inherit them
+    from the main process through any IMM, so that workers of different IMMs have the same ones."""
+    return [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(capacity)]
 
 
 class IdleWait:

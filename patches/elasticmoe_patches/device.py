@@ -8,9 +8,11 @@ import subprocess
 from pathlib import Path
 
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.errors import HmmTaken, UserInputError
 from elasticmoe_sglang.hmm.client import HmmClient
 
+SERVER_ENDS_S = 10.0
+"""A server that is started in the place of one that is ending waits so long for the HMM."""
 _MPS_CONTROL = "nvidia-cuda-mps-control"
 _MPS_FOLDERS = ("/usr/bin", "/usr/local/nvidia/bin")
 _START_MPS = (
@@ -71,12 +73,16 @@ def check_hmm(config: ElasticConfig) -> None:
 
     Raises:
         UserInputError: it has another kind of memory than the server computes on, or fewer devices than the ranks take.
-        HmmUnavailable: nobody answers there.
+        HmmUnavailable: nobody answers there. HmmTaken: it serves another server, which does not end soon.
     """
     if config.hmm_endpoint is None:
         return
-    with HmmClient(config.hmm_endpoint, name="launch") as client:
-        backend, found = client.connect().backend, len(client.status().devices)
+    with HmmClient(config.hmm_endpoint, name="launch", server=True) as client:
+        try:
+            backend = client.connect().backend
+        except HmmTaken:
+            backend = client.connect(wait_s=SERVER_ENDS_S).backend
+        found = len(client.status().devices)
     if backend != memory_backend():
         raise UserInputError(
             f"the HMM at {config.hmm_endpoint} has memory of kind {backend}, and the server needs {memory_backend()}",

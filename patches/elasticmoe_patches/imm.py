@@ -7,32 +7,35 @@ With the backend "cuda" it imports nothing, and its children become programs of 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 from elasticmoe_patches.worker.preload import preload
 from elasticmoe_patches.worker.program import become_standby, never_forked, worker_main
-from elasticmoe_sglang.imm.server import ImmServer, die_with_parent
+from elasticmoe_sglang.imm.server import ImmServer
+from elasticmoe_sglang.lifeline import leave_signals_to_main, tie
 from elasticmoe_sglang.runtime import current_runtime
-from elasticmoe_sglang.worker.idle import create_doorbells
 
 logger = logging.getLogger("elasticmoe_patches.imm")  # this file is __main__
 
 
 def main() -> None:
-    die_with_parent()
-    if os.getppid() != int(os.environ["ELASTICMOE_DIE_WITH_PARENT"]):
-        sys.exit(0)  # the launcher ended before we could ask to end with it
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s IMM] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     runtime = current_runtime()
     assert runtime is not None, "the IMM is started by the launcher, which sets its environment"
-    config = runtime.config
-    create_doorbells(config.max_ep_size)
-    path, capacity = runtime.paths.imm_socket, config.max_ep_size
-    if sys.argv[1:] == ["cuda"]:
-        ImmServer(path, never_forked, standbys=config.standbys, capacity=capacity, become=become_standby).serve()
-    preload()
-    ImmServer(path, worker_main, standbys=config.standbys, capacity=capacity).serve()
+    paths, config = runtime.paths, runtime.config
+    leave_signals_to_main()
+    tie(paths.lifeline)
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s IMM] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    on_cuda = sys.argv[1:] == ["cuda"]
+    if not on_cuda:
+        preload()
+    ImmServer(
+        paths.imm_socket,
+        never_forked if on_cuda else worker_main,
+        standbys=config.standbys,
+        capacity=config.max_ep_size,
+        lifeline=paths.lifeline,
+        become=become_standby if on_cuda else None,
+    ).serve()
 
 
 if __name__ == "__main__":

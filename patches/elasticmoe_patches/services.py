@@ -35,10 +35,12 @@ from elasticmoe_sglang.event_loop import run_in
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.imm.client import ImmClient, start_imm
+from elasticmoe_sglang.lifeline import Lifeline
 from elasticmoe_sglang.planner import View, initial_placement
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.wire.to_coordinator import Hello
 from elasticmoe_sglang.wire.to_worker import CommitCommand
+from elasticmoe_sglang.worker.idle import ENV_DOORBELLS, create_doorbells
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ _ResultT = TypeVar("_ResultT")
 _HELLO_DEADLINE_S = 60.0
 # For an HMM that takes the place of one that has ended, while survivors of a loss wait for it.
 _MEMORY_S = 20.0
+_LOOK_AT_IMM_S = 0.5
 # The output that a worker sent before its death has passed the detokenizer after this time.
 _LAST_OUTPUT_S = 0.05
 _services: Services | None = None
@@ -124,13 +127,19 @@ class Services:
             run_dir_reaper.watch(str(runtime.paths.run_dir), os.getpid())
         if runtime.config.hmm_endpoint is None:
             self._start_hmm()
-        self._client = HmmClient(runtime.hmm_endpoint, name="coordinator")
+        self._client = HmmClient(runtime.hmm_endpoint, name="coordinator", server=True)
+        self._client.connect(wait_s=device.SERVER_ENDS_S)
         release_stale_regions(self._client, runtime.run_id)
         drop_kv(self._client)
         # Stays open: a new HMM adopts the region from this lease.
         self._region = open_region(self._client, runtime.config, runtime.run_id)
         self.control: ControlPage = format_region(self._region, runtime.config)
-        self._imm: subprocess.Popen[bytes] = start_imm("elasticmoe_patches.imm", [device.memory_backend()])
+        self._lifeline = Lifeline.hold(runtime.paths.lifeline)
+        self._doorbells = create_doorbells(runtime.config.max_ep_size)
+        self._ends = False
+        self._stopped = False
+        self._imm: subprocess.Popen[bytes] | None = None
+        self._start_imm()
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="elasticmoe-coordinator", daemon=True)
         self._thread.start()
@@ -139,10 +148,8 @@ class Services:
         self._workers: Workers | None = None
         self._coordinator: Coordinator | None = None
         self._closing: concurrent.futures.Future[None] | None = None
-        self._ends = False
-        self._stopped = False
         self._channel = WorkerChannel(
-            runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._deliver, self._end_server
+            runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._deliver, self._start_imm
         )
         # The IMM needs seconds to import SGLang; the launch continues meanwhile.
         self._channel_open = self._call(self._open_channel())
@@ -157,12 +164,37 @@ class Services:
                 backend=device.memory_backend(),
             )
 
+    def _start_imm(self) -> subprocess.Popen[bytes] | None:
+        """Start an IMM in the place of the one that has ended; None when the server is ending. It ends by the lifeline,
+        like the workers."""
+        if self._ending():
+            return None
+        if self._imm is not None:
+            self._imm.kill()
+            self._imm.wait()
+        self._imm = start_imm(
+            "elasticmoe_patches.imm",
+            [device.memory_backend()],
+            environment={ENV_DOORBELLS: ",".join(map(str, self._doorbells))},
+            fds=self._doorbells,
+        )
+        return self._imm
+
     async def _open_channel(self) -> None:
         await asyncio.to_thread(self._wait_for_imm)
         self._channel.open()
 
     def _wait_for_imm(self) -> None:
-        ImmClient(self.runtime.paths.imm_socket, timeout_s=120.0).close()
+        """Until it listens, however long its imports take, or has ended, and the launch with it."""
+        assert self._imm is not None
+        while True:
+            try:
+                ImmClient(self.runtime.paths.imm_socket, timeout_s=_LOOK_AT_IMM_S).close()
+                return
+            except WorkerError:
+                if self._imm.poll() is not None:
+                    self._end_server(f"the IMM ended with status {self._imm.returncode} while it started")
+                    raise
 
     def _call(self, coroutine: Coroutine[Any, Any, _ResultT]) -> Future[_ResultT]:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
@@ -238,6 +270,22 @@ class Services:
         if self._coordinator is not None and not self._ending():
             self._coordinator.post(event)
 
+    def watch(self, watchdog: Any) -> None:
+        """End the server as soon as one of the processes ends that SGLang's watchdog looks at once a second."""
+        for process, title in zip(watchdog._processes, watchdog._names, strict=True):
+            name = "data-parallel controller" if title.startswith("scheduler") else title
+            try:
+                pidfd = os.pidfd_open(process.pid)
+            except ProcessLookupError:
+                self._end_server(f"SGLang's {name} (pid {process.pid}) has ended")
+                return
+            self.loop.call_soon_threadsafe(self.loop.add_reader, pidfd, self._process_ended, pidfd, name, process.pid)
+
+    def _process_ended(self, pidfd: int, name: str, pid: int) -> None:
+        self.loop.remove_reader(pidfd)
+        os.close(pidfd)
+        self._end_server(f"SGLang's {name} (pid {pid}) has ended")
+
     def output_passed(self, operation_id: str, rank: int) -> None:
         """Called in the tokenizer's event loop for the fence behind a rank's last output."""
         if self._workers is not None:
@@ -264,7 +312,7 @@ class Services:
             except asyncio.TimeoutError:
                 logger.warning("the change that runs did not end within %g s and is given up", deadline_s)
                 self.ends()
-                self._imm.kill()
+                self._lifeline.cut()
         self.ends()
         self._stopped = True
 
@@ -292,8 +340,8 @@ class Services:
         os.kill(os.getpid(), signal.SIGQUIT)
 
     def stop(self) -> None:
-        if self._imm.poll() is None:
-            self._imm.kill()
+        self.ends()
+        self._lifeline.cut()
         if self.hmm is not None:
             self.hmm.stop()
 

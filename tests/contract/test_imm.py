@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -18,25 +19,33 @@ import pytest
 
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.client import ImmClient
+from elasticmoe_sglang.lifeline import Lifeline
 from elasticmoe_sglang.wire.seqpacket import send_packet
 from elasticmoe_sglang.wire.to_coordinator import FROM_IMM, WorkerExited, WorkerNote
 from elasticmoe_sglang.wire.to_imm import Assign, Assigned, KillWorker, Population, Query, Refused, Register
 from elasticmoe_sglang.wire.to_worker import JoinSpec
+from tests.helpers.limits import no_more_processes
 
 STANDBYS = 2
 
 
 @contextlib.contextmanager
 def running_imm(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], ImmClient]]:
-    path = str(folder / "imm.sock")
-    process = subprocess.Popen([sys.executable, "-m", "tests.helpers.imm_main", path, str(STANDBYS), *arguments])
+    """An IMM and a client of it. `folder` gets its socket and the lifeline of all that it forks."""
+    path, lifeline = str(folder / "imm.sock"), Lifeline.hold(str(folder / "lifeline"))
+    process = start(folder, *arguments)
     client = ImmClient(path, timeout_s=20)
     try:
         yield process, client
     finally:
         client.close()
-        process.kill()
-        process.wait()
+        lifeline.cut()
+        process.wait(10)
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    files = [str(folder / "imm.sock"), str(folder / "lifeline")]
+    return subprocess.Popen([sys.executable, "-m", "tests.helpers.imm_main", *files, str(STANDBYS), *arguments])
 
 
 @pytest.fixture
@@ -45,11 +54,12 @@ def imm(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], ImmClient]]:
         yield running
 
 
-def expect(client: ImmClient, kind: type, timeout_s: float = 10.0):
+def expect(client: ImmClient, kind: type, timeout_s: float = 10.0, *, of: int | None = None):
+    """The next message of this kind, and of this rank where one is given."""
     deadline = time.monotonic() + timeout_s
     while (left := deadline - time.monotonic()) > 0:
         message = client.receive(left)
-        if isinstance(message, kind):
+        if isinstance(message, kind) and of in (None, getattr(message, "rank", None)):
             return message
     raise AssertionError(f"no {kind.__name__} within {timeout_s} s")
 
@@ -184,7 +194,7 @@ def test_a_standby_counts_when_it_is_ready_and_a_ready_one_is_taken_first(tmp_pa
         # It is replaced by one that has to start too, and nobody is ready for the next rank.
         assert len(population(client, lambda p: second not in p.standbys).starting) == STANDBYS
         assign(client, 2, "hang")
-        assert expect(client, Assigned).pid == first
+        assert expect(client, Assigned, of=2).pid == first
         with pytest.raises(AssertionError, match="no WorkerNote"):
             while expect(client, WorkerNote, 0.3).rank != 2:
                 pass
@@ -207,20 +217,116 @@ def test_what_cannot_be_done_is_refused(imm) -> None:
     assert "not a valid message" in expect(client, Refused).reason
 
 
-def test_ranks_and_standbys_end_with_the_imm(imm) -> None:
+def test_standbys_end_with_the_imm_and_ranks_go_on(imm) -> None:
     process, client = imm
     assign(client, 1, "hang")
+    expect(client, WorkerNote)
     found = population(client, lambda p: len(p.ranks) == 1 and len(p.standbys) == STANDBYS)
     process.kill()
     process.wait()
     with pytest.raises(WorkerError, match="has gone"):
         while client.receive(5) is not None:
             pass
-    children = [*found.ranks.values(), *found.standbys]
+    ended(found.standbys)
+    assert runs(found.ranks[1])
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_everything_ends_with_the_lifeline(tmp_path: Path, stopped: bool) -> None:
+    """Also a worker whose IMM has ended, and one that is stopped: the kernel kills them."""
+    with running_imm(tmp_path) as (process, client):
+        assign(client, 1, "hang")
+        expect(client, WorkerNote)
+        found = population(client, lambda p: len(p.ranks) == 1 and len(p.standbys) == STANDBYS)
+        if stopped:
+            os.kill(found.ranks[1], signal.SIGSTOP)
+        else:
+            process.kill()
+    ended([*found.ranks.values(), *found.standbys, process.pid])
+
+
+def test_a_process_that_comes_late_to_a_cut_lifeline_ends(tmp_path: Path) -> None:
+    lifeline = Lifeline.hold(str(tmp_path / "lifeline"))
+    lifeline.cut()
+    started = start(tmp_path)
+    assert started.wait(20) == -signal.SIGKILL
+
+
+def ended(pids: list[int]) -> None:
     deadline = time.monotonic() + 10
-    while any(runs(pid) for pid in children) and time.monotonic() < deadline:
+    while any(runs(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert [pid for pid in children if runs(pid)] == []
+    assert [pid for pid in pids if runs(pid)] == []
+
+
+def test_without_a_descriptor_nothing_is_lost_but_time(imm) -> None:
+    """A refill that fails is tried again, an assignment that fails is refused, and no rank ends for either."""
+    process, client = imm
+    assign(client, 0, "hang")
+    expect(client, WorkerNote)
+    found = population(client, lambda p: len(p.standbys) == STANDBYS)
+    limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    held = len(os.listdir(f"/proc/{process.pid}/fd"))
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (held, limits[1]))
+    for pid in found.standbys:
+        os.kill(pid, signal.SIGKILL)
+    told(client, lambda p: not p.standbys and not p.starting)
+    # One child's descriptors are free now, and no more: a process can be forked for them, or not.
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    assign(client, 1, "hang")
+    assert "no process could be started for rank 1" in expect(client, Refused).reason
+    with contextlib.suppress(WorkerError):
+        ImmClient(client.path, timeout_s=0).close()  # waits to be accepted, and leaves
+    assert process.poll() is None and runs(found.ranks[0])
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
+    after = population(client, lambda p: len(p.standbys) == STANDBYS)
+    assert after.ranks == found.ranks
+    assign(client, 1, "hang")
+    assert population(client, lambda p: 1 in p.ranks)
+
+
+def test_a_refill_that_cannot_fork_is_tried_again(imm) -> None:
+    process, client = imm
+    assign(client, 0, "hang")
+    found = population(client, lambda p: len(p.ranks) == 1 and len(p.standbys) == STANDBYS)
+    with no_more_processes(process.pid, f"elasticmoe-imm-{os.getpid()}"):
+        for pid in found.standbys:
+            os.kill(pid, signal.SIGKILL)
+        told(client, lambda p: not p.standbys and not p.starting)
+        assign(client, 1, "hang")
+        assert "Resource temporarily unavailable" in expect(client, Refused).reason
+        assert process.poll() is None and runs(found.ranks[0])
+    assert population(client, lambda p: len(p.standbys) == STANDBYS).ranks == found.ranks
+
+
+def test_a_standby_that_ends_at_once_is_not_forked_without_a_pause(tmp_path: Path) -> None:
+    with running_imm(tmp_path, "/proc/none/such") as (process, client):
+        # Each that starts is killed.
+        client.send(Query())
+        seen: set[int] = set()
+        until = time.monotonic() + 4
+        while (left := until - time.monotonic()) > 0:
+            message = client.receive(left)
+            for pid in set(message.starting if isinstance(message, Population) else ()) - seen:
+                seen.add(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        assert process.poll() is None
+        assert STANDBYS < len(seen) < STANDBYS * 10
+
+
+def test_a_controller_that_does_not_read_does_not_stop_the_others(imm, tmp_path: Path) -> None:
+    process, client = imm
+    deaf = ImmClient(client.path)
+    deaf.send(Query())
+    for _ in range(8):
+        client.send(Register(rank=1, arguments=bytes(60_000)))
+    assert population(client)
+    with pytest.raises(WorkerError, match="has gone"):
+        while deaf.receive(5) is not None:
+            pass
+    deaf.close()
+    assert process.poll() is None
 
 
 def test_an_imm_that_dies_with_a_request_unread_is_gone_too(imm) -> None:

@@ -1,7 +1,7 @@
 """An IMM whose ranks are small programs, for tests of the IMM itself: the same server, no SGLang.
 
-Arguments: the socket, the number of standbys and, for standbys that become ready late, a folder: each waits there for a
-file with its pid as name.
+Arguments: the socket, the lifeline, the number of standbys and, for standbys that become ready late, a folder: each
+waits there for a file with its pid as name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import os
 import sys
 import time
 
-from elasticmoe_sglang.imm.server import ImmServer, StandbyChannel, die_with_parent
+from elasticmoe_sglang.imm import server
+from elasticmoe_sglang.imm.server import StandbyChannel
+from elasticmoe_sglang.lifeline import leave_signals_to_main, tie
 from elasticmoe_sglang.wire.to_worker import Enter
 
 
@@ -34,11 +36,15 @@ def worker_main(channel: StandbyChannel, enter: Enter) -> int:
 
 
 def become_late(_channel: StandbyChannel) -> None:
-    while not os.path.exists(os.path.join(sys.argv[3], str(os.getpid()))):
+    while not os.path.exists(os.path.join(sys.argv[4], str(os.getpid()))):
         time.sleep(0.01)
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    late = become_late if len(sys.argv) > 3 else None
-    ImmServer(sys.argv[1], worker_main, standbys=int(sys.argv[2]), capacity=4, become=late).serve()
+    leave_signals_to_main()
+    tie(sys.argv[2])
+    server._SEND_S = 0.5
+    late = become_late if len(sys.argv) > 4 else None
+    server.ImmServer(
+        sys.argv[1], worker_main, standbys=int(sys.argv[3]), capacity=4, lifeline=sys.argv[2], become=late
+    ).serve()

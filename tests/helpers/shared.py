@@ -39,6 +39,8 @@ EXPERTS = 16
 ROOM = 12
 """Columns that fit a device of the faulty server beside the dense weights: one rank alone cannot hold all."""
 FAULTY_TOKENS = 96
+COLLECTIVE_DEADLINE_S = 15
+"""Of the faulty server: tests wait for it."""
 
 
 @dataclass
@@ -150,7 +152,8 @@ def faulty_server(folder: Path, args: tuple[str, ...] = ()) -> Iterator[Faulty]:
     budget = dense_bytes(model) + ROOM * column_bytes(model) + column_bytes(model) // 2
     rng = random.Random(11)
     prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((2, 17, 64)))] for _ in range(20)]
-    own = ["--elasticmoe-run-dir", str(run_dir), "--elasticmoe-device-budget", str(budget), *args]
+    own = ["--elasticmoe-run-dir", str(run_dir), "--elasticmoe-device-budget", str(budget)]
+    own += ["--elasticmoe-collective-deadline", str(COLLECTIVE_DEADLINE_S), *args]
     try:
         with (
             ElasticServer(model, own, log=folder / "server.log", env={ENV_FAULTS: "1"}) as server,

@@ -78,19 +78,22 @@ def test_202_while_it_goes_on_and_200_when_it_has_ended(client: TestClient) -> N
 def test_the_same_size_answers_200_at_once(client: TestClient) -> None:
     answer = client.post("/scale_elastic_ep", json={"new_ep_size": 2})
     assert answer.status_code == 200 and answer.json()["message"] == "Nothing had to change."
+    assert answer.json()["serving_epoch"] == answer.json()["epoch"]
 
 
 def test_waiting_for_a_change_that_is_rolled_back_shows_its_phase_and_error() -> None:
     with serving(FakeCluster(faults={"boot 2": "raise_after"})) as client:
         operation = scale(client, new_ep_size=3, wait=True)
         assert operation.phase is Phase.ROLLED_BACK and "boot 2" in str(operation.error)
+        assert (operation.epoch, operation.serving_epoch) == (1, 0)
         state = msgspec.json.decode(client.get("/is_scaling_elastic_ep").content, type=ScalingState)
         assert state.scale_phase == "failed" and state.last_error == operation.error
 
 
 def test_409_while_another_change_runs() -> None:
     with serving(FakeCluster(faults={"boot 2": "hang"})) as client:
-        assert client.post("/scale_elastic_ep", json={"new_ep_size": 3}).status_code == 202
+        accepted = client.post("/scale_elastic_ep", json={"new_ep_size": 3})
+        assert accepted.status_code == 202 and accepted.json()["serving_epoch"] is None
         assert "one change runs at a time" in refusal(client, {"new_ep_size": 1}, 409)
 
 

@@ -122,10 +122,10 @@ def check_rolled_back(cluster: FakeCluster, target: Target, call: str, how: str)
         ended = await change(coordinator, target)
         if call == "ranks.commit" and how == "raise_after":
             # The answer was lost, but the control page says that it happened.
-            assert ended.phase is Phase.DONE
+            assert ended.phase is Phase.DONE and ended.serving_epoch == ended.epoch == 1
             cluster.check_settled(coordinator)
             return
-        assert ended.phase is Phase.ROLLED_BACK
+        assert ended.phase is Phase.ROLLED_BACK and (ended.epoch, ended.serving_epoch) == (1, 0)
         assert ended.error is not None and (call in ended.error or "took longer than" in ended.error)
         assert coordinator.view == before
         cluster.check_settled(coordinator)
@@ -162,6 +162,7 @@ def check_failed_in_finish(cluster: FakeCluster, target: Target, call: str, how:
         ended = await change(coordinator, target)
         assert ended.phase is Phase.FAILED
         assert ended.error is not None and "epoch 1 serves" in ended.error
+        assert ended.serving_epoch == 1
         assert coordinator.view == cluster.committed and coordinator.view.epoch == 1
         assert cluster.calls["rollback"] == 0
         wanted = {"hmm.commit", *(f"dismiss {rank}" for rank in ended.retiring)}
@@ -185,6 +186,7 @@ def test_a_failing_undo_is_loud_and_does_not_stop_the_other_undos(undo: str) -> 
         assert ended.phase is Phase.FAILED
         assert ended.error is not None
         assert "boot 3" in ended.error and undo in ended.error and "epoch 0 still serves" in ended.error
+        assert ended.serving_epoch == 0
         assert cluster.calls["dismiss 3"] == 1
         if undo == "dismiss 2":
             assert not cluster.calls["rollback"] or cluster.log.index("rollback") > cluster.log.index("dismiss 2")

@@ -190,6 +190,9 @@ JOIN = to_worker.JoinSpec(rank=2, members=(0, 2), epoch=3, joining_rank=True, pl
 UNNUMBERED: list[tuple[Codec[Any], Message]] = [
     (to_imm.REQUESTS, to_imm.Register(rank=1, arguments=b"\x00\xff")),
     (to_imm.REQUESTS, to_imm.Assign(join_spec=JOIN)),
+    (to_imm.REQUESTS, to_imm.AdoptWorkers(ranks={0: 11, 3: 12})),
+    (to_coordinator.FROM_IMM, to_imm.Registered(rank=1, arguments=b"\x00\xff")),
+    (to_coordinator.FROM_IMM, to_coordinator.WorkerExited(rank=1, pid=7, status=None)),
     (to_worker.ENTER, to_worker.Enter(arguments=b"", join_spec=JOIN)),
     (
         to_worker.REQUESTS,

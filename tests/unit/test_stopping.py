@@ -50,7 +50,7 @@ def make_services(closing: concurrent.futures.Future[None] | None) -> Services:
     services._coordinator = None
     services._closing = closing
     services._ends = services._stopped = False
-    services._imm = SimpleNamespace(kill=lambda: killed.append("imm"))  # type: ignore[assignment]
+    services._lifeline = SimpleNamespace(cut=lambda: killed.append("all"))  # type: ignore[assignment]
     return services
 
 
@@ -153,11 +153,11 @@ def test_a_request_that_was_answered_is_not_waited_for(left: list[str], waited: 
 def test_a_change_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     services = make_services(concurrent.futures.Future())
     asyncio.run(services.begin_to_end())
-    assert services._ending() and killed == ["imm"]
+    assert services._ending() and killed == ["all"]
     services = make_services(done := concurrent.futures.Future())
     done.set_result(None)
     asyncio.run(services.begin_to_end())
-    assert services._ending() and killed == ["imm"]
+    assert services._ending() and killed == ["all"]
 
 
 def test_a_stopped_process_runs_what_is_registered_and_leaves() -> None:

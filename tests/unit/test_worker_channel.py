@@ -21,7 +21,7 @@ EXIT = WorkerExited(rank=1, pid=7, status=-9)
 
 
 def lines() -> WorkerChannel:
-    return WorkerChannel("ipc:///unused", "/unused", lambda _: None, lambda _: None)
+    return WorkerChannel("ipc:///unused", "/unused", lambda _: None, lambda: None)
 
 
 def resumed(retiring_rank: int) -> Resumed:
@@ -94,7 +94,7 @@ def test_a_line_opened_late_learns_who_sits_where(tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(str(tmp_path / "imm"))
             listener.listen()
-            hub = WorkerChannel(f"ipc://{tmp_path}/ranks", str(tmp_path / "imm"), message.put_nowait, lambda _: None)
+            hub = WorkerChannel(f"ipc://{tmp_path}/ranks", str(tmp_path / "imm"), message.put_nowait, lambda: None)
             hub.open()
             with listener.accept()[0] as line:
                 assert to_imm.REQUESTS.unpack(receive_bytes(line)) == to_imm.Query()

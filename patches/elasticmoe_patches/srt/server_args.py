@@ -12,7 +12,7 @@ from elasticmoe_patches.launch import shape_arguments
 from elasticmoe_patches.plugin import install_for_process
 from elasticmoe_patches.spec import MAIN, Hooks
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
-from elasticmoe_sglang.errors import HmmUnavailable, UserInputError
+from elasticmoe_sglang.errors import HmmTaken, HmmUnavailable, UserInputError
 from elasticmoe_sglang.runtime import new_runtime
 
 HOOKS = hook = Hooks(__name__, MAIN, scope="flags")
@@ -38,7 +38,7 @@ def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
         check_devices(config)
         check_hmm(config)
         runtime = new_runtime(config)
-    except (UserInputError, HmmUnavailable) as error:
+    except (UserInputError, HmmUnavailable, HmmTaken) as error:
         print(f"elasticmoe: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     runtime.export()

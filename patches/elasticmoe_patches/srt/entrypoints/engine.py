@@ -41,7 +41,7 @@ def around_launch_detokenizers(
 
 def controller_process(*args: Any, **kwargs: Any) -> None:
     """SGLang's data-parallel controller with our hooks installed; runs in a spawned process."""
-    from elasticmoe_sglang.imm.server import die_with_parent
+    from elasticmoe_sglang.lifeline import die_with_parent
 
     die_with_parent()
     install_for_process("dpc")
@@ -70,7 +70,7 @@ def detokenizer_process(server_args: Any, port_args: Any) -> None:
     from sglang.utils import TypeBasedDispatcher
 
     from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq, register_types
-    from elasticmoe_sglang.imm.server import die_with_parent
+    from elasticmoe_sglang.lifeline import die_with_parent
 
     class ElasticDetokenizerManager(DetokenizerManager):  # type: ignore[misc]
         def init_request_dispatcher(self) -> None:

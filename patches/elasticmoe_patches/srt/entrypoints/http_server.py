@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from elasticmoe_patches.plugin import verify_for_process
@@ -37,10 +37,16 @@ def around_setup_and_run(original: Any, *args: Any, **kwargs: Any) -> None:
         protect=auth_level(AuthLevel.ADMIN_OPTIONAL),  # the level of SGLang's own scaling endpoint
         loop=services().loop,
     )
+    services().watch(subprocess_watchdog(args, kwargs))
     mount(app, router)
     start_with_server(app, tokenizer_manager.auto_create_handle_loop)
     original(*args, **kwargs)
     services().leave()
+
+
+def subprocess_watchdog(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """That of `around_setup_and_run`'s arguments."""
+    return kwargs["subprocess_watchdog"] if "subprocess_watchdog" in kwargs else args[5]
 
 
 def start_with_server(app: Any, start: Callable[[], None]) -> None:

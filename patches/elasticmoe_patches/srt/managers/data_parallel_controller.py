@@ -80,7 +80,7 @@ def launch_workers(
     runtime = current_runtime()
     assert runtime is not None
     config = runtime.config
-    client = ImmClient(runtime.paths.imm_socket)
+    client = ImmClient(runtime.paths.imm_socket, timeout_s=_BOOT_DEADLINE_S)
     for rank in range(config.max_ep_size):
         rank_ports = PortArgs.init_new(server_args, rank, worker_ports)
         rank_ports.nccl_port = port_args.nccl_port
