@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,27 @@ class Waiting:
         self._thread.join()
 
 
+def longest_gap(stream: Stream) -> tuple[float, float]:
+    """Seconds of the longest gap between two tokens, and when it began."""
+    times = [at for at, _ in stream.arrivals]
+    return max(((later - earlier, earlier) for earlier, later in pairwise(times)), default=(0.0, 0.0))
+
+
+def silence(streams: list[Stream]) -> float:
+    """The longest time in which no stream received a token."""
+    times = sorted(at for stream in streams for at, _ in stream.arrivals)
+    return max((later - earlier for earlier, later in pairwise(times)), default=0.0)
+
+
 def figures(storm: Storm, streams: list[Stream]) -> dict[str, Any]:
-    gaps = sorted(max(stream.gaps(), default=0.0) for stream in streams)
+    for (gap, at), stream in sorted(
+        ((longest_gap(stream), stream) for stream in streams), key=lambda each: -each[0][0]
+    )[:6]:
+        kills = [kill.victim for kill in storm.kills if at <= kill.at <= at + gap]
+        print(
+            f"gap of {gap:.2f} s from {time.strftime('%X', time.localtime(at))}: {stream}, {len(kills)} kills: {kills}"
+        )
+    gaps = sorted(longest_gap(stream)[0] for stream in streams)
     restored = sorted(storm.restored_s)
     return {
         "kills": len(storm.kills),
@@ -208,6 +228,7 @@ def figures(storm: Storm, streams: list[Stream]) -> dict[str, Any]:
             "p99": round(gaps[len(gaps) * 99 // 100], 3),
             "max": round(gaps[-1], 3),
         },
+        "no_token_at_all_s": round(silence(streams), 3),
         "restored_s": {
             "what": "from a kill until the ranks of the last target serve again, later kills included",
             "p50": round(statistics.median(restored), 2),

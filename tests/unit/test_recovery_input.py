@@ -9,7 +9,7 @@ import pytest
 
 from elasticmoe_patches.worker import recovery
 from elasticmoe_patches.worker.migration import MigrationInbox
-from elasticmoe_patches.worker.requests import IterationInput
+from elasticmoe_patches.worker.requests import IterationInput, ahead_of_new_ones
 from elasticmoe_patches.worker.worker import RecoveryInbox
 
 pytestmark = pytest.mark.process
@@ -87,3 +87,18 @@ def test_what_was_read_is_kept_until_the_iteration_has_processed_it(rank: Rank) 
     rank.arriving = [[request("a")]]
     rank.read()
     assert [item.rid for item in rank.worker.iteration.pulled] == ["a"]
+
+
+def test_a_request_that_has_begun_waits_for_those_that_have_begun_only() -> None:
+    """Moved to a full rank, a stream once stood still until all new requests there had ended."""
+
+    def queued(*entries: tuple[str, list[int]]) -> Any:
+        return SimpleNamespace(waiting_queue=[SimpleNamespace(rid=rid, output_ids=ids) for rid, ids in entries])
+
+    scheduler = queued(("a", [1]), ("b", []), ("c", []), ("moved", [4, 5]))
+    ahead_of_new_ones(scheduler, "moved")
+    assert [req.rid for req in scheduler.waiting_queue] == ["a", "moved", "b", "c"]
+    scheduler = queued(("a", []), ("moved", []))
+    ahead_of_new_ones(scheduler, "moved")
+    ahead_of_new_ones(queued(), "moved")
+    assert [req.rid for req in scheduler.waiting_queue] == ["a", "moved"], "nobody waits for its next token"

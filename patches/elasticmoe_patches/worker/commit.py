@@ -23,7 +23,7 @@ from elasticmoe_patches.worker.migration import (
     migrated_requests,
     place_kv,
 )
-from elasticmoe_patches.worker.requests import drain_results
+from elasticmoe_patches.worker.requests import ahead_of_new_ones, drain_results
 from elasticmoe_patches.worker.worker import RankRetired, Worker
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.hmm.kv_space import KvWindow
@@ -253,6 +253,7 @@ def _resume(scheduler: Any, worker: Worker, migrated: MigratedFrames, window: Kv
             logger.exception("rank %d could not place the KV of %s; it is recomputed", worker.rank, request.rid)
     worker.inbox.resuming[request.rid] = progress
     scheduler.handle_generate_request(request)
+    ahead_of_new_ones(scheduler, request.rid)
     if progress.aborted or worker.inbox.aborted.reaches(request.rid):
         scheduler.abort_request(AbortReq(rid=request.rid))
     return placed

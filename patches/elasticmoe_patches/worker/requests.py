@@ -131,6 +131,14 @@ def set_aside(scheduler: Any, iteration: IterationInput) -> int:
     return len(started)
 
 
+def ahead_of_new_ones(scheduler: Any, rid: str) -> None:
+    """Move a request that was queued last, and whose client has tokens already, before those that have not begun."""
+    waiting = scheduler.waiting_queue
+    if waiting and waiting[-1].rid == rid and waiting[-1].output_ids:
+        req = waiting.pop()
+        waiting.insert(next((i for i, other in enumerate(waiting) if not other.output_ids), len(waiting)), req)
+
+
 def _started(scheduler: Any, new_batch: Any) -> list[tuple[Any, int]]:
     """Unfinished requests outside the queues, each with the number of leading tokens whose KV is whole."""
     failed = scheduler.cur_batch_for_debug
