@@ -247,10 +247,9 @@ class Coordinator:
         self.post(s.MemoryHeld(reason=None))
 
     async def _quiet(self) -> None:
-        """Wait until no target and no restore runs."""
-        for operation in self._newest_first():
-            if not operation.phase.ended and operation.plan.cause is not Cause.LOSS:
-                await operation.ended.wait()
+        """Wait until no target and no restore runs. One that waits for a recovery does not run."""
+        while (plan := self._engine.running) is not None and plan.cause is not Cause.LOSS:
+            await self._operations[self._engine.operation_id()].ended.wait()
 
     def _remember(self, operation: RunningOperation) -> None:
         self._operations[operation.operation_id] = operation

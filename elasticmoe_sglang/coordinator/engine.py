@@ -40,6 +40,7 @@ _BACKOFF_S, _MOST_BACKOFF_S = 0.1, 2.0
 _RESTORE_BACKOFF_S, _MOST_RESTORE_BACKOFF_S = 1.0, 60.0
 _MEETINGS, _MEETINGS_S = 3, 60.0
 
+_CLOSING = "the server is shutting down"
 _OWED = (s.Drop, s.Dismiss, s.Release, s.CommitMemory, s.RollBackMemory)
 """Steps that are done again, later, when they have failed."""
 
@@ -176,16 +177,26 @@ class Engine:
                 self._standbys = count
             case s.MemoryHeld(reason=reason):
                 self._memory = reason
+                if reason is not None:
+                    self._drop_wanted(f"{reason.what}. {reason.hint}")
             case s.Closing():
                 self._closing = True
+                self._drop_wanted(_CLOSING)
             case s.Tick():
                 pass
-        self._runner.advance(now, self._operation_id)
+        self._runner.advance(now, self.operation_id)
         effects = [*self._effects, s.WakeAt(time=self._runner.wake_at())]
         self._effects.clear()
         return effects
 
-    def _operation_id(self) -> str:
+    def _drop_wanted(self, why: str) -> None:
+        """A target that waits for a recovery is not reached; one that runs ends by itself."""
+        if self._wanted is not None and self.operation_id() != self._wanted.operation_id:
+            name, self._wanted = self._wanted.operation_id, None
+            self._effects.append(s.Advanced(operation_id=name, phase=Phase.ROLLED_BACK, error=why))
+
+    def operation_id(self) -> str:
+        """Of the transition that runs; empty when none does."""
         return self._running.operation_id if self._running is not None else ""
 
     # -- the program --------------------------------------------------------------------------------------------
@@ -238,7 +249,7 @@ class Engine:
             return
 
         def interrupted() -> str | None:
-            return "the server is shutting down" if self._closing else self._loss()
+            return _CLOSING if self._closing else self._loss()
 
         check = plan != wanted.plan
         committed, _ = yield from self._change(name, plan, self._deadlines.prepare, interrupted, check_room=check)
@@ -252,7 +263,7 @@ class Engine:
 
         def interrupted() -> str | None:
             if self._closing:
-                return "the server is shutting down"
+                return _CLOSING
             return "another target was set" if self._wanted is not None else self._loss()
 
         name = self._name("restore")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from elasticmoe_sglang.tiny_model import VOCAB, Arch, make_tiny_model
 from tests.helpers.chaos import TOKENS, Chaos
@@ -173,16 +174,17 @@ class Waiting:
     """Samples how many requests wait in the queues of all ranks."""
 
     def __init__(self, server: ElasticServer) -> None:
-        self.seen: list[int] = [0]
+        self.seen: list[int] = []
         self._server = server
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
         while not self._end.wait(2.0):
-            loads = self._server.get("/get_load")
-            if loads.status_code == 200:
-                self.seen.append(sum(each["num_waiting_reqs"] for each in loads.json()))
+            # A connection of its own, which ends: those of the test's thread are counted.
+            answer = requests.get(f"{self._server.url}/v1/loads", headers={"Connection": "close"}, timeout=30)
+            if answer.status_code == 200:
+                self.seen.append(sum(each["num_waiting_reqs"] for each in answer.json()["loads"]))
 
     def __enter__(self) -> Waiting:
         self._thread.start()

@@ -419,3 +419,17 @@ def test_owners_are_members() -> None:
     assert isinstance(rig.engine.view.placement, Placement)
     with pytest.raises(Exception, match="are not active"):
         replace(rig.engine.view, membership=rig.engine.view.membership.next((0, 1)))
+
+
+def test_a_target_that_waits_for_a_recovery_does_not_wait_for_the_memory_too() -> None:
+    """The recovery waited for the HMM, the target for the recovery, and the next HMM for the target."""
+    rig = Rig()
+    rig.lose(2)
+    assert isinstance(rig.running(s.AwaitMemory), s.AwaitMemory)
+    rig.want(ScaleTo(size=2))
+    assert rig.phases("t") == []
+    rig.post(s.MemoryHeld(reason=HmmUnavailable("the HMM has ended", hint="Try again")))
+    assert rig.phases("t") == [Phase.ROLLED_BACK]
+    rig.post(s.MemoryHeld(reason=None))
+    rig.prepared()
+    assert rig.engine.running is not None and rig.engine.running.lost == (2,)
