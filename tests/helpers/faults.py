@@ -54,6 +54,8 @@ def imbalance(status: dict[str, Any]) -> str | None:
     memory = status["memory"]
     if not memory["available"]:
         return str(memory["error"])
+    if memory["column_bytes"] is None:
+        return "the HMM knows no model yet"
     devices = {rank["rank"]: rank["device"] for rank in status["ranks"]}
     for device in memory["devices"]:
         here = [rank for rank in status["membership"] if devices[rank] == device["device"]]
