@@ -12,6 +12,7 @@ import zmq.asyncio
 
 from elasticmoe_sglang.errors import MalformedMessage, WorkerError
 from elasticmoe_sglang.imm.client import ImmClient
+from elasticmoe_sglang.runtime import only_this_user
 from elasticmoe_sglang.wire import to_imm, to_worker
 from elasticmoe_sglang.wire.to_coordinator import FROM_WORKER, FromImm, FromWorker, WorkerExited
 
@@ -56,6 +57,7 @@ class WorkerChannel:
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.LINGER, 0)
         self._router.bind(self._endpoint)
+        only_this_user(self._endpoint)
         self._imm = ImmClient(self._imm_socket)
         loop = asyncio.get_running_loop()
         # Workers may have been assigned to ranks before this connection existed; the answer lists them.
