@@ -99,3 +99,35 @@ def test_every_row_names_tests_that_exist() -> None:
         for file, test in named:
             [path] = (REPOSITORY / "tests").rglob(file)
             assert f"def {test}(" in path.read_text(), row
+
+
+@pytest.mark.process
+def test_admission_refuses_before_a_request_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hook looks at the request, at its sampling parameters and at the ranks that are active."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    from elasticmoe_patches import services
+    from elasticmoe_patches.srt.managers.tokenizer_manager import before_validate_one_request
+    from elasticmoe_sglang.errors import UnsupportedFeature
+
+    exec_ = SimpleNamespace(kernel=SimpleNamespace(sampling_backend="flashinfer"))
+    control = SimpleNamespace(read_membership=lambda: SimpleNamespace(ranks=(0, 2)))
+    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: exec_)
+    monkeypatch.setattr(services, "services", lambda: SimpleNamespace(control=control))
+
+    def admit(sampling: dict[str, Any] | None = None, **fields: Any) -> None:
+        asked = GenerateReqInput(input_ids=[5, 6], sampling_params=sampling or {}, **fields)
+        asked.normalize_batch_and_arguments()
+        before_validate_one_request(None, asked, [5, 6])
+
+    admit()
+    admit(routed_dp_rank=2, return_logprob=True, extra_key="a")
+    for words, refused in (
+        ("routed_dp_rank 1 is not active", {"routed_dp_rank": 1}),
+        ("image_data is not supported", {"image_data": "file.png"}),
+        ("session_params is not supported", {"session_params": {"id": "a"}}),
+        ("no effect with --sampling-backend", {"sampling": {"sampling_seed": 4}}),
+        ("beam_width is not supported", {"sampling": {"beam_width": 4}}),
+    ):
+        with pytest.raises(UnsupportedFeature, match=words):
+            admit(**refused)
