@@ -213,6 +213,7 @@ def _ask_feature(load: Load, name: str, prompt: list[int]) -> Feature:
     if name not in _SEEDED and name not in _SAMPLED:
         stream = feature.start(load, pinned=False).wait(60)
         stream.check()
+        assert (stream.output.reasoning_tokens > 0) == (name == "reasoning"), f"{name}: {stream}"
         feature.outputs.update(stream.outputs)
     return feature
 
