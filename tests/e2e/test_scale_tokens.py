@@ -17,7 +17,7 @@ import pytest
 
 from elasticmoe_sglang.tiny_model import Arch
 from tests.e2e.conftest import Corpora
-from tests.helpers.corpus import LONG, REASONING, TOKENS, Case, Corpus, settle
+from tests.helpers.corpus import LONG, REASONING, TOKENS, Case, Corpus, settle, spread
 from tests.helpers.elastic import RANKS, ElasticServer, commit_time
 from tests.helpers.load import Load, Stream
 from tests.helpers.shared import LIMITS, SLOTS, Shared
@@ -196,8 +196,7 @@ def test_features_through_changes(running: Running) -> None:
     pending = {feature.name: feature for feature in features}
     rng = random.Random(3)
     for _ in range(MOST_ROUNDS):
-        # As many as run together: each may be in mid-stream when the change comes.
-        chosen = rng.sample(sorted(pending), min(len(pending), SLOTS * 3))
+        chosen = spread(sorted(pending), rng, SLOTS * 2)
         pairs = [(pending[name], pending[name].start(load)) for name in chosen]
         for _, stream in pairs:
             stream.wait_for_tokens(8, 60)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.conftest import Corpora
-from tests.helpers.corpus import Corpus, settle
+from tests.helpers.corpus import Corpus, settle, spread
 from tests.helpers.elastic import RANKS
 from tests.helpers.faults import SETTLED_WITHIN_S, change, imbalance, whole
 from tests.helpers.load import settled
@@ -51,7 +51,7 @@ def test_features_through_deaths(bench: tuple[Faulty, Corpus, bool]) -> None:
     rng = random.Random(5)
     for number in range(MOST_ROUNDS):
         settled(lambda: whole(server), SETTLED_WITHIN_S, "the server is whole before")
-        chosen = rng.sample(sorted(pending), min(len(pending), AT_ONCE))
+        chosen = spread(sorted(pending), rng, AT_ONCE)
         pairs = [(pending[name], pending[name].start(load)) for name in chosen]
         for _, stream in pairs:
             stream.wait_for_tokens(8, 60)

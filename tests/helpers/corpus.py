@@ -195,6 +195,11 @@ def ask(load: Load, prompts: Sequence[list[int]], tokens: int) -> list[Case]:
     return cases
 
 
+def spread(names: Sequence[str], rng: random.Random, count: int) -> list[str]:
+    """So many of the names, each as often as the others: as many as run together, so that all are in mid-stream."""
+    return list(itertools.islice(itertools.cycle(rng.sample(names, len(names))), count))
+
+
 def settle(features: Sequence[Feature], load: Load) -> None:
     """Let a server that nobody disturbs give the answers to requests with a seed, which plain SGLang does not heed."""
     waiting = [
