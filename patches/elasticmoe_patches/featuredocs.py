@@ -20,6 +20,7 @@ _DEATHS = "`test_feature_deaths.py::test_features_through_deaths`"
 _REFUSALS = "`test_features.py::test_a_request_with_a_refused_field_is_refused_with_its_reason`"
 _BEAMS = "`test_features.py::test_a_beam_is_refused_and_a_width_of_one_is_none`"
 _LAUNCHES = "`test_launch.py::test_what_cannot_be_is_refused_with_its_reason`"
+_PENALTIES = "`test_moved_penalties.py::test_as_if_there_was_no_break`"
 _HEADS = {
     "features": "| Feature | Rank retires | Rank dies | | Tests |\n|---|---|---|---|---|\n",
     "endpoints": "| Endpoint | | Why, and what to do |\n|---|---|---|\n",
@@ -47,6 +48,7 @@ def _feature_row(feature: Feature) -> str:
         where += [f"launch: {_LAUNCHES}"] if feature.flags else []
     else:
         where = [f"{_MOVES} and {_DEATHS}: {', '.join(feature.cases)}"]
+        where += [f"these in `make soak`, without overlap; {_PENALTIES}"] if feature.exact_without_overlap else []
     return f"| {feature.name} | {feature.moved} | {feature.died} | {feature.note} | {'; '.join(where)} |"
 
 
