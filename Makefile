@@ -54,10 +54,12 @@ check: $(STAMP) ## Check linters, types, import directions, generated pages.
 	try $(VENV)/bin/mypy -p benchmarks.demo; \
 	try env OMP_NUM_THREADS=1 $(RUN) -m pytest -q --no-header tests/unit/test_import_directions.py tests/unit/test_project.py; \
 	try $(RUN) -m elasticmoe_patches.hookdocs --check docs/hooks.md; \
+	try $(RUN) -m elasticmoe_patches.featuredocs --check docs/operations.md; \
 	if [ "$${#failed[@]}" -gt 0 ]; then printf 'check: failed: %s\n' "$${failed[@]}" >&2; exit 1; fi
 
-hooks-doc: $(STAMP) ## Write docs/hooks.md from the declared hooks.
+hooks-doc: $(STAMP) ## Write docs/hooks.md and the tables in docs/operations.md from their declarations.
 	@$(RUN) -m elasticmoe_patches.hookdocs docs/hooks.md
+	@$(RUN) -m elasticmoe_patches.featuredocs docs/operations.md
 
 format: $(STAMP) ## Format the code and sort its imports.
 	@$(VENV)/bin/ruff check --fix-only --quiet .

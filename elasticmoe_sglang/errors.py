@@ -92,6 +92,11 @@ class UnsupportedFeature(UserInputError):
     """The model or a flag is not supported; refused at launch."""
 
 
+def refused_sentence(name: str, why: str) -> str:
+    """What a client is told of a field or an endpoint that is refused."""
+    return f"{name} is not supported by an elastic server: {why}"
+
+
 class BudgetExceeded(UserInputError):
     """Experts or KV do not fit the devices' budgets.
 

@@ -18,8 +18,8 @@ from elasticmoe_sglang.errors import UserInputError
 
 ENV_CONFIG = "ELASTICMOE_CONFIG"
 ENV_RUN_DIR = "ELASTICMOE_RUN_DIR"
-# Linux limits a Unix socket's path to 107 bytes; the longest name below takes 18.
-_MAX_RUN_DIR = 88
+# Linux limits a Unix socket's path to 107 bytes; the longest name below takes 21.
+_MAX_RUN_DIR = 86
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +49,24 @@ class RunPaths:
         """Where a rank takes over requests from a retiring rank."""
         return f"ipc://{self.run_dir}/peer-{rank}.sock"
 
+    def sglang_endpoint(self, name: str) -> str:
+        """Where one of SGLang's own processes receives."""
+        return f"ipc://{self.run_dir}/sgl-{name}.sock"
+
+    def rank_endpoint(self, rank: int) -> str:
+        """Where a rank's scheduler gets requests from the data-parallel controller."""
+        return self.sglang_endpoint(f"rank-{rank}")
+
     def create(self) -> None:
         self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.run_dir.stat().st_uid != os.getuid():
             raise UserInputError(f"the run folder {self.run_dir} belongs to another user", hint="Choose another one.")
         self.run_dir.chmod(0o700)
+
+
+def only_this_user(endpoint: str) -> None:
+    """Close the bound socket at `ipc://PATH` to other users (0600), as its folder is too (0700)."""
+    os.chmod(endpoint.removeprefix("ipc://"), 0o600)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from tests.helpers import needs, purity, stopwatch
 from tests.helpers.leaks import no_leaks as check_no_leaks
 
 if TYPE_CHECKING:
-    from tests.helpers.shared import Shared  # needs more than every venv that runs tests has
+    from tests.e2e.conftest import Corpora  # need more than every venv that runs tests has
+    from tests.helpers.shared import Shared
 
 TESTS = Path(__file__).parent
 
@@ -137,3 +138,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     servers = Shared(tmp_path_factory.mktemp)
     yield servers
     servers.close()
+
+
+@pytest.fixture(scope="session")
+def corpora(shared: Shared) -> Corpora:
+    """Prompts with plain SGLang's answers to them."""
+    from tests.e2e.conftest import Corpora
+
+    return Corpora(shared)

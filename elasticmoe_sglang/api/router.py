@@ -25,6 +25,7 @@ from elasticmoe_sglang.errors import ElasticMoEError, HmmError, OperationInProgr
 from elasticmoe_sglang.event_loop import run_in
 
 Handler = Callable[[Request], Awaitable[Response]]
+Protect = Callable[[Handler], Handler]
 _ResultT = TypeVar("_ResultT")
 
 # Phases in the terms of SGLang's elastic EP; scaling down ends in serving_shrunk, scaling up in serving_expanded.
@@ -54,7 +55,7 @@ def mount(app: FastAPI, router: APIRouter) -> None:
 
 def build_router(
     coordinator: Coordinator,
-    protect: Callable[[Handler], Handler] = unprotected,
+    protect: Protect = unprotected,
     dependencies: Sequence[Depends] = (),
     loop: asyncio.AbstractEventLoop | None = None,
 ) -> APIRouter:

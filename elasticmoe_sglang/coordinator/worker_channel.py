@@ -13,6 +13,7 @@ import zmq.asyncio
 
 from elasticmoe_sglang.coordinator.imm_line import ImmLine
 from elasticmoe_sglang.errors import MalformedMessage, WorkerError
+from elasticmoe_sglang.runtime import only_this_user
 from elasticmoe_sglang.wire import to_imm, to_worker
 from elasticmoe_sglang.wire.to_coordinator import FROM_WORKER, FromImm, FromWorker, WorkerExited
 
@@ -56,6 +57,7 @@ class WorkerChannel:
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.LINGER, 0)
         self._router.bind(self._endpoint)
+        only_this_user(self._endpoint)
         self._imm.open()
         self._tasks.append(asyncio.get_running_loop().create_task(self._receive()))
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from elasticmoe_patches.features import LAUNCH_REFUSALS
 from elasticmoe_sglang.comm.membership import MAX_CAPACITY
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
@@ -40,7 +41,6 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "expert_distribution_recorder_mode": (None, "it takes an equal run of experts for each rank's"),
     "expert_balancedness_report_mode": ("off", "it takes an equal run of experts for each rank's"),
     "speculative_algorithm": (None, "draft models are not supported"),
-    "enable_lora": (None, "LoRA adapters are not supported"),
     "enable_hierarchical_cache": (False, "the hierarchical cache is not supported"),
     "quantization": (None, "only unquantised weights are supported"),
     "load_balance_method": (("auto", "round_robin", "total_requests", "total_tokens"), "it routes by rank"),
@@ -52,6 +52,7 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "enable_mscclpp": (False, "it needs a communicator of all ranks"),
     "enable_two_batch_overlap": (False, "two collectives of one group would run side by side"),
     "enable_tp_lm_head_all_to_all": (False, "it needs an NCCL communicator of all ranks"),
+    **LAUNCH_REFUSALS,
 }
 
 

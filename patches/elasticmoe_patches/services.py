@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from elasticmoe_patches import device
+from elasticmoe_patches.runtime_state import replay
 from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE, Answers
 from elasticmoe_sglang import run_dir_reaper
 from elasticmoe_sglang.comm.control_page import ControlPage
@@ -76,6 +77,7 @@ class SglangRouter:
         async def send() -> None:
             self._tokenizer._dispatch_to_scheduler(ElasticRouteReq(ranks=list(ranks)))
             self._answers.resume(len(ranks))
+            replay(self._tokenizer)
 
         await self._run(send())
 
@@ -90,6 +92,7 @@ class SglangRouter:
             self._tokenizer._dispatch_to_scheduler(request)
             self._answers.resume(len(ranks))
             self._answers.give_up_later()
+            replay(self._tokenizer)
             return opened
 
         return await self._run(send())

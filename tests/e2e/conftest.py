@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from elasticmoe_sglang.tiny_model import Arch
 from tests.helpers.corpus import Corpus, make_corpus
 from tests.helpers.shared import Shared
@@ -20,8 +18,3 @@ class Corpora:
         if arch not in self._made:
             self._made[arch] = make_corpus(self._shared.plain(arch))
         return self._made[arch]
-
-
-@pytest.fixture(scope="session")
-def corpora(shared: Shared) -> Corpora:
-    return Corpora(shared)

@@ -17,14 +17,15 @@ import pytest
 
 from elasticmoe_sglang.tiny_model import Arch
 from tests.e2e.conftest import Corpora
-from tests.helpers.corpus import LONG, TOKENS, Case, Corpus
-from tests.helpers.elastic import ElasticServer, commit_time
+from tests.helpers.corpus import LONG, REASONING, TOKENS, Case, Corpus, settle, spread
+from tests.helpers.elastic import RANKS, ElasticServer, commit_time
 from tests.helpers.load import Load, Stream
 from tests.helpers.shared import LIMITS, SLOTS, Shared
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
 SIZES = (3, 1, 4, 2)
+MOST_ROUNDS = 12
 DURING = 10
 """Requests sent at most while a change goes on."""
 _PAGED = ["--page-size", "16", "--incremental-streaming-output"]
@@ -76,7 +77,7 @@ def running(
         return
     shared.close()
     log = tmp_path_factory.mktemp("server") / "server.log"
-    args = [*LIMITS, *setup.args]
+    args = [*LIMITS, *REASONING, *setup.args]
     with (
         ElasticServer(corpus.model, args, log=log) as server,
         Load(server.url, incremental="--incremental-streaming-output" in args) as load,
@@ -186,19 +187,38 @@ def report(before: int, size: int, operation: dict[str, Any], streams: Sequence[
 
 
 def test_features_through_changes(running: Running) -> None:
-    """Log-probabilities, grammars, stop strings, several answers and penalties go on as if there was no move."""
+    """Sampling, log-probabilities, grammars, ends, several answers and penalties go on as if there was no move."""
     overlap = _NO_OVERLAP not in running.server.args
+    server, load = running.server, running.load
+    server.must_scale(3)
     features = [feature for feature in running.corpus.features if feature.certain_with_overlap or not overlap]
-    moved: set[str] = set()
+    settle(features, load)
+    pending = {feature.name: feature for feature in features}
     rng = random.Random(3)
-    for size in (1, 3, 1, 3, 1, 2):
-        rng.shuffle(features)  # the first of them are in mid-stream when the change comes
-        pairs = [(feature, feature.start(running.load)) for feature in features]
-        for _, stream in pairs[: SLOTS * len(running.server.status()["membership"]) // 2]:
+    for _ in range(MOST_ROUNDS):
+        chosen = spread(sorted(pending), rng, SLOTS * 2)
+        pairs = [(pending[name], pending[name].start(load)) for name in chosen]
+        for _, stream in pairs:
             stream.wait_for_tokens(8, 60)
-        running.server.must_scale(size)
-        running.load.wait([stream for _, stream in pairs])
+        server.must_scale(1)
+        load.wait([stream for _, stream in pairs])
         for feature, stream in pairs:
             feature.check(stream)
-        moved |= {feature.name for feature, stream in pairs if len(stream.ranks) > 1}
-    assert moved == {feature.name for feature in features}, "not every feature was moved in mid-stream"
+            if len(stream.ranks) > 1:
+                pending.pop(feature.name, None)
+        server.must_scale(3)
+        if not pending:
+            break
+    assert not pending, "not every feature was moved in mid-stream"
+    server.must_scale(2)
+
+
+def test_a_pin_to_a_rank_that_is_not_active_is_refused(running: Running) -> None:
+    """With a sentence, and the server goes on: SGLang's own answer is to end."""
+    server = running.server
+    inactive = next(rank for rank in range(RANKS) if rank not in server.status()["membership"])
+    for fields in ({"routed_dp_rank": inactive}, {"input_embeds": [[0.0] * 256]}, {"session_params": {"id": "a"}}):
+        body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2}, **fields}
+        response = server.post("/generate", body)
+        assert response.status_code == 400 and next(iter(fields)) in response.text, response.text
+    assert len(server.generate([5, 6], 2)["output_ids"]) == 2

@@ -34,7 +34,9 @@ class Output:
     text: str = ""
     logprobs: list[Any] = field(default_factory=list)
     top_logprobs: list[Any] = field(default_factory=list)
+    token_logprobs: list[Any] = field(default_factory=list)
     input_logprobs: list[Any] = field(default_factory=list)
+    reasoning_tokens: int = 0
     finish: dict[str, Any] | None = None
 
 
@@ -114,7 +116,9 @@ class Stream:
         meta = event["meta_info"]
         ids, text = list(event["output_ids"]), str(event["text"])
         logprobs, tops = meta.get("output_token_logprobs") or [], meta.get("output_top_logprobs") or []
+        chosen = meta.get("output_token_ids_logprobs") or []
         if incremental:
+            chosen = output.token_logprobs + chosen
             ids, text = output.ids + ids, output.text + text
             logprobs, tops = output.logprobs + logprobs, output.top_logprobs + tops
         elif ids[: len(output.ids)] != output.ids:
@@ -124,6 +128,7 @@ class Stream:
         if output.finish is not None:
             self.problems.append(f"an event came after the last one: {event}")
         output.ids, output.text, output.logprobs, output.top_logprobs = ids, text, logprobs, tops
+        output.token_logprobs, output.reasoning_tokens = chosen, meta.get("reasoning_tokens") or 0
         output.input_logprobs = meta.get("input_token_logprobs") or output.input_logprobs
         output.finish = meta.get("finish_reason")
         # SGLang writes an event out after the next tokens may have come, so between events its count may be behind.

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from elasticmoe_sglang.faults import ENV_FAULTS
 from elasticmoe_sglang.tiny_model import VOCAB, Arch, make_tiny_model
-from tests.helpers.corpus import Case, ask, plain_server
+from tests.helpers.corpus import REASONING, Case, ask, plain_server
 from tests.helpers.elastic import RANKS, ElasticServer
 from tests.helpers.faults import SETTLED_WITHIN_S, ask_for, change, whole
 from tests.helpers.load import Load, Stream, settled
@@ -137,7 +137,7 @@ class Shared:
 @contextmanager
 def _steady(folder: Path) -> Iterator[ElasticServer]:
     model = make_tiny_model(folder / "model", experts=EXPERTS)
-    args = [*LIMITS, "--page-size", "4", "--admin-api-key", KEY]
+    args = [*LIMITS, "--page-size", "4", "--admin-api-key", KEY, *REASONING]
     with ElasticServer(model, args, log=folder / "server.log", env=STRICT, admin_key=KEY) as server:
         yield server
 
@@ -153,7 +153,7 @@ def faulty_server(folder: Path, args: tuple[str, ...] = ()) -> Iterator[Faulty]:
     rng = random.Random(11)
     prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((2, 17, 64)))] for _ in range(20)]
     own = ["--elasticmoe-run-dir", str(run_dir), "--elasticmoe-device-budget", str(budget)]
-    own += ["--elasticmoe-collective-deadline", str(COLLECTIVE_DEADLINE_S), *args]
+    own += ["--elasticmoe-collective-deadline", str(COLLECTIVE_DEADLINE_S), *REASONING, *args]
     try:
         with (
             ElasticServer(model, own, log=folder / "server.log", env={ENV_FAULTS: "1"}) as server,

@@ -1,19 +1,20 @@
-"""Our command-line flags on SGLang's own launcher."""
+"""Our command-line flags on SGLang's own launcher, and where SGLang's own sockets are."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import uuid
 from typing import Any
 
 from elasticmoe_patches.device import check_devices, check_hmm, on_cuda
 from elasticmoe_patches.launch import shape_arguments
 from elasticmoe_patches.plugin import install_for_process
-from elasticmoe_patches.spec import MAIN, Hooks
+from elasticmoe_patches.spec import DPC, MAIN, Hooks
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
 from elasticmoe_sglang.errors import HmmTaken, HmmUnavailable, UserInputError
-from elasticmoe_sglang.runtime import new_runtime
+from elasticmoe_sglang.runtime import current_runtime, new_runtime
 
 HOOKS = hook = Hooks(__name__, MAIN, scope="flags")
 
@@ -59,3 +60,38 @@ def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
         # Read by the driver when a process makes its context; the IMM and the workers inherit it.
         os.environ.setdefault("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", str(share))
     install_for_process("main")
+
+
+@hook(
+    "replace",
+    "PortArgs.init_new(server_args, dp_rank=None, worker_ports=None)",
+    expires="SGLang uses IPC sockets with DP attention on one host, in a folder of the user's own.",
+    scope="elastic",
+    processes=MAIN | DPC,
+)
+def private_endpoints(server_args: Any, dp_rank: int | None = None, worker_ports: list[int] | None = None) -> Any:
+    """SGLang's sockets are in the run folder, which no other user can enter.
+
+    With DP attention SGLang opens TCP ports on the loopback interface and reads pickles from whoever connects: every
+    local user could run code as the server's. Also what only connects (a rank's RPC socket) is here: otherwise
+    somebody else could listen at its port.
+    """
+    from sglang.srt.server_args import PortArgs
+    from sglang.srt.utils.network import get_free_port
+
+    runtime = current_runtime()
+    assert runtime is not None
+    at = runtime.paths.sglang_endpoint
+    return PortArgs(
+        tokenizer_ipc_name=at("tokenizer"),
+        scheduler_input_ipc_name=at("controller") if dp_rank is None else runtime.paths.rank_endpoint(dp_rank),
+        detokenizer_ipc_name=at("detokenizer"),
+        # Of no use: the default process group is made without a store that listens (`init_elastic`).
+        nccl_port=get_free_port() if server_args.nccl_port is None else server_args.nccl_port,
+        rpc_ipc_name=at("rpc"),
+        metrics_ipc_name=at("metrics"),
+        tokenizer_worker_ipc_name=None,
+        decoupled_spec_ipc_config=None,
+        load_collector_ipc_name=at("loads"),
+        instance_id=uuid.uuid4().hex[:12],
+    )

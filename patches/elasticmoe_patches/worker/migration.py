@@ -49,6 +49,8 @@ _CARRIED = (
 
 ORIGIN = "elasticmoe_origin"
 """Attribute of a Req that holds the tokenised request it was built from."""
+ACCEPTED = "elasticmoe_accepted"
+"""Attribute of a Req that a rank's waiting queue has accepted: no limit of the queue refuses it any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,8 @@ class Progress:
     aborted: bool
     unseen_logprobs: int = 0
     """Leading output tokens whose log-probabilities the client has and this Progress has not (after a rank's death)."""
+    sent_again: bool = False
+    """From the journal, which has the tokens only: what SGLang counts of them has to be counted again."""
 
     def apply(self, req: Any) -> None:
         """Restore into a freshly built Req, before it enters the waiting queue."""

@@ -28,7 +28,7 @@ from elasticmoe_sglang.errors import CommitError, ElasticMoEError, WorkerError
 from elasticmoe_sglang.faults import point
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.planner import Placement, View
-from elasticmoe_sglang.runtime import Runtime
+from elasticmoe_sglang.runtime import Runtime, only_this_user
 from elasticmoe_sglang.wire import to_coordinator, to_worker
 from elasticmoe_sglang.wire.to_hmm import ModelSpec
 from elasticmoe_sglang.wire.to_worker import JoinSpec
@@ -242,7 +242,9 @@ class Worker:
         """
         self.peer = zmq.Context(io_threads=1).socket(zmq.PULL)
         self.peer.setsockopt(zmq.RCVHWM, 0)
-        self.peer.bind(self.runtime.paths.peer_endpoint(self.rank))
+        endpoint = self.runtime.paths.peer_endpoint(self.rank)
+        self.peer.bind(endpoint)
+        only_this_user(endpoint)
         self.idle.watch(self.peer)
         if self.join_spec.joining_rank:
             self._join()

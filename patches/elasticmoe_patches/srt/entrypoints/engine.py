@@ -71,8 +71,13 @@ def detokenizer_process(server_args: Any, port_args: Any) -> None:
 
     from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq, register_types
     from elasticmoe_sglang.lifeline import die_with_parent
+    from elasticmoe_sglang.runtime import only_this_user
 
     class ElasticDetokenizerManager(DetokenizerManager):  # type: ignore[misc]
+        def init_ipc_channels(self, port_args: Any, server_args: Any) -> None:
+            super().init_ipc_channels(port_args, server_args)
+            only_this_user(port_args.detokenizer_ipc_name)
+
         def init_request_dispatcher(self) -> None:
             super().init_request_dispatcher()
             self._request_dispatcher += TypeBasedDispatcher([(ElasticFenceReq, lambda fence: fence)])

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from elasticmoe_patches.plugin import verify_for_process
+from elasticmoe_patches.runtime_state import refused_routes
 from elasticmoe_patches.spec import MAIN, Hooks
 
 HOOKS = hook = Hooks(__name__, MAIN)
@@ -27,16 +28,15 @@ def around_setup_and_run(original: Any, *args: Any, **kwargs: Any) -> None:
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
     from elasticmoe_patches.services import services
+    from elasticmoe_sglang.api.refusals import build_refusals
     from elasticmoe_sglang.api.router import build_router, mount
 
     verify_for_process("main")
     tokenizer_manager = kwargs["tokenizer_manager"] if "tokenizer_manager" in kwargs else args[1]
 
-    router = build_router(
-        services().start_coordinator(tokenizer_manager),
-        protect=auth_level(AuthLevel.ADMIN_OPTIONAL),  # the level of SGLang's own scaling endpoint
-        loop=services().loop,
-    )
+    protect = auth_level(AuthLevel.ADMIN_OPTIONAL)  # the level of SGLang's own scaling endpoint
+    router = build_router(services().start_coordinator(tokenizer_manager), protect=protect, loop=services().loop)
+    mount(app, build_refusals(refused_routes(), protect))
     services().watch(subprocess_watchdog(args, kwargs))
     mount(app, router)
     start_with_server(app, tokenizer_manager.auto_create_handle_loop)

@@ -17,7 +17,7 @@ import zmq
 from elasticmoe_patches.spec import DPC, Hooks
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.client import ImmClient
-from elasticmoe_sglang.runtime import current_runtime
+from elasticmoe_sglang.runtime import current_runtime, only_this_user
 from elasticmoe_sglang.wire.to_coordinator import WorkerExited, WorkerNote
 from elasticmoe_sglang.wire.to_imm import Assign, Refused, Register
 from elasticmoe_sglang.wire.to_worker import JoinSpec
@@ -64,15 +64,14 @@ class WorkerLine:
 
 @hook(
     "replace",
-    "DataParallelController.launch_tensor_parallel_group(self, server_args, port_args, base_gpu_id, dp_rank, "
-    "worker_ports=None)",
+    "DataParallelController.launch_dp_attention_schedulers(self, server_args, port_args)",
     expires="SGLang lets a plugin supply the scheduler processes of the controller.",
 )
-def launch_workers(
-    self: Any, server_args: Any, port_args: Any, base_gpu_id: int, dp_rank: int | None, worker_ports: list[int]
-) -> None:
-    """Ranks are forked by the IMM and supervised there; inactive ranks are registered and not started."""
+def launch_workers(self: Any, server_args: Any, port_args: Any) -> None:
+    """Ranks are forked by the IMM and supervised there; inactive ranks are registered and not started. The sockets to
+    them are in the run folder: SGLang would open a TCP port for each of them."""
     from sglang.srt.server_args import PortArgs
+    from sglang.srt.utils.network import get_zmq_socket
 
     from elasticmoe_patches.plugin import report_hooks
 
@@ -82,12 +81,14 @@ def launch_workers(
     config = runtime.config
     client = ImmClient(runtime.paths.imm_socket, timeout_s=_BOOT_DEADLINE_S)
     for rank in range(config.max_ep_size):
-        rank_ports = PortArgs.init_new(server_args, rank, worker_ports)
+        endpoint = runtime.paths.rank_endpoint(rank)
+        self.workers[rank] = WorkerLine(get_zmq_socket(self.context, zmq.PUSH, endpoint, True))
+        only_this_user(endpoint)
+        rank_ports = PortArgs.init_new(server_args, rank)
         rank_ports.nccl_port = port_args.nccl_port
         rank_ports.instance_id = port_args.instance_id
         arguments = pickle.dumps((server_args, rank_ports, config.device_of(rank)))
         client.send(Register(rank=rank, arguments=arguments))
-    self.workers = [WorkerLine(worker) for worker in self.workers]
     members = tuple(range(config.ep_size))
     for rank in members:
         client.send(Assign(join_spec=JoinSpec(rank=rank, members=members, epoch=0, joining_rank=False)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from elasticmoe_patches.plugin import verify_for_process
+from elasticmoe_patches.sampling import own_generator
 from elasticmoe_patches.spec import WORKERS, Hooks
 from elasticmoe_patches.worker.commit import accept_command, apply_commit, receive_migrated, resume_ready
 from elasticmoe_patches.worker.kv import publish_first_capacity, run_kv_jobs
-from elasticmoe_patches.worker.migration import ORIGIN
+from elasticmoe_patches.worker.migration import ACCEPTED, ORIGIN
 from elasticmoe_patches.worker.recovery import answer_counts, recover, report
 from elasticmoe_patches.worker.warm_up import warm_up
 from elasticmoe_patches.worker.worker import current_worker
@@ -60,6 +61,7 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
     publish_first_capacity(scheduler, worker)
     for socket in (scheduler.ipc_channels.recv_from_tokenizer, scheduler.ipc_channels.recv_from_rpc):
         worker.idle.watch(socket)
+    own_generator(scheduler.tp_worker.random_seed, worker.rank, worker.join_spec.epoch)
     worker.enter_service()
     if worker.join_spec.attempt:  # it replaces a dead rank
         report(scheduler, worker, worker.join_spec.operation_id)
@@ -118,6 +120,27 @@ def before_add_request_to_queue(self: Any, req: Any, is_retracted: bool = False)
     progress = worker.inbox.resuming.pop(req.rid, None)
     if progress is not None:
         progress.apply(req)
+        setattr(req, ACCEPTED, True)
+        if progress.sent_again and req.output_ids:
+            self.batch_result_processor._maybe_update_reasoning_tokens(req, list(req.output_ids))
+
+
+@hook(
+    "around",
+    "Scheduler._abort_on_queued_limit(self, recv_req)",
+    expires="SGLang counts only requests that arrive.",
+)
+def around_queued_limit(original: Any, self: Any, recv_req: Any) -> bool:
+    """--max-queued-requests refuses requests that arrive.
+
+    One that was accepted before, here or by another rank, and comes back into the queue waits however full it is.
+    """
+    if getattr(recv_req, ACCEPTED, False):
+        return False
+    refused = bool(original(self, recv_req))
+    if not refused:
+        setattr(recv_req, ACCEPTED, True)
+    return refused
 
 
 @hook("after", "Scheduler.abort_request(self, recv_req)", expires="SGLang can move requests between ranks itself.")

@@ -8,8 +8,12 @@ import signal
 import time
 from typing import Any
 
+from elasticmoe_patches.features import pin_refusal, refusal, seed_refusal
 from elasticmoe_patches.journal import remember
+from elasticmoe_patches.sampling import draw_seed
 from elasticmoe_patches.spec import MAIN, Hooks
+from elasticmoe_sglang.errors import UnsupportedFeature
+from elasticmoe_sglang.runtime import only_this_user
 
 HOOKS = hook = Hooks(__name__, MAIN)
 
@@ -37,12 +41,49 @@ def after_init_request_dispatcher(_result: None, self: Any) -> None:
 
 
 @hook(
+    "after",
+    "TokenizerManager.init_ipc_channels(self, port_args)",
+    expires="SGLang's sockets are closed to other users.",
+)
+def after_init_ipc_channels(_result: None, self: Any, port_args: Any) -> None:
+    """The tokenizer's sockets carry pickles: they are for this user alone."""
+    for endpoint in (port_args.tokenizer_ipc_name, port_args.scheduler_input_ipc_name):
+        only_this_user(endpoint)
+
+
+@hook(
+    "before",
+    "TokenizerManager._validate_one_request(self, obj, input_ids)",
+    expires="SGLang lets plugins refuse requests.",
+)
+def before_validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
+    """Refuses what would change when a request moves or its rank dies (`features.py`).
+
+    Raises:
+        UnsupportedFeature: with the reason; HTTP 400.
+    """
+    from sglang.srt.runtime_context import get_exec
+
+    from elasticmoe_patches.services import services
+
+    pinned = getattr(obj, "routed_dp_rank", None)
+    sentence = (
+        refusal(obj)
+        or seed_refusal(obj.sampling_params or {}, get_exec().kernel.sampling_backend)
+        or (pin_refusal(pinned, services().control.read_membership().ranks) if pinned is not None else None)
+    )
+    if sentence is not None:
+        raise UnsupportedFeature(sentence)
+
+
+@hook(
     "around",
     "TokenizerManager._send_one_request(self, tokenized_obj)",
     expires="SGLang can continue a request on another rank itself.",
 )
 async def around_send_one_request(original: Any, self: Any, tokenized_obj: Any) -> None:
-    """Keeps the tokenised request, so that it can go on elsewhere when its rank dies."""
+    """Keeps the tokenised request, so that it can go on elsewhere when its rank dies; one that samples has a seed."""
+    draw_seed(tokenized_obj)
     remember(self, tokenized_obj)
     await original(self, tokenized_obj)
 
@@ -55,6 +96,7 @@ async def around_send_one_request(original: Any, self: Any, tokenized_obj: Any) 
 async def around_send_batch_request(original: Any, self: Any, tokenized_objs: Any) -> None:
     """The same for requests that are tokenised as a batch."""
     for tokenized_obj in tokenized_objs:
+        draw_seed(tokenized_obj)
         remember(self, tokenized_obj)
     await original(self, tokenized_objs)
 
