@@ -11,6 +11,7 @@ import uuid
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.change import Change
+from elasticmoe_sglang.coordinator.observer import Observer
 from elasticmoe_sglang.coordinator.ports import MemoryPort, WorkersPort
 from elasticmoe_sglang.coordinator.status import (
     DeviceMemory,
@@ -44,6 +45,7 @@ class Coordinator:
 
     Args:
         membership, placement: those of the server's start.
+        observer: is told of every operation that ends.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class Coordinator:
         placement: Placement,
         memory: MemoryPort,
         workers: WorkersPort,
+        observer: Observer | None = None,
     ) -> None:
         self._config = config
+        self._observer = observer or Observer()
         self._membership = membership
         self._placement = placement
         self._memory = memory
@@ -136,6 +140,7 @@ class Coordinator:
         self._remember(operation)
         if plan.is_noop:
             operation.end(Phase.DONE)
+            self._observer.on_operation_ended(operation.view())
         else:
             logger.info("operation %s: EP size %d -> %d", operation_id, len(plan.before.ranks), len(plan.after.ranks))
             change = Change(
@@ -164,6 +169,7 @@ class Coordinator:
                 ended.timings.total_ms,
                 ended.error,
             )
+            self._observer.on_operation_ended(ended)
 
     def adopt(self, membership: Membership, placement: Placement) -> None:
         """Set the current membership and placement."""

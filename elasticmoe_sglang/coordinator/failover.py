@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
+from elasticmoe_sglang.coordinator.observer import Observer, Recovery
 from elasticmoe_sglang.coordinator.workers import Workers
 from elasticmoe_sglang.errors import ElasticMoEError, OperationInProgress, WorkerError
 from elasticmoe_sglang.planner.recovery import RecoveryPlan, plan_recovery
@@ -28,6 +29,7 @@ class FailoverController:
         on_failure: called with a sentence when serving cannot continue.
         memory_whole: waits up to the given seconds while an HMM that ended is being replaced.
         tidy: releases memory that no rank uses, left by a change that the death interrupted.
+        observer: is told of every rank that is lost, and of every recovery.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class FailoverController:
         on_failure: Callable[[str], None],
         memory_whole: Callable[[float], Awaitable[None]],
         tidy: Callable[[], Awaitable[int]],
+        observer: Observer | None = None,
     ) -> None:
         self._coordinator = coordinator
         self._workers = workers
@@ -50,7 +53,9 @@ class FailoverController:
         self._on_failure = on_failure
         self._memory_whole = memory_whole
         self._tidy = tidy
+        self._observer = observer or Observer()
         self._losses: dict[int, int] = {}
+        self._lost_at: float | None = None  # the first loss from which there was no recovery yet
         self._planned: frozenset[int] = frozenset()  # on whose workers the attempt that runs depends
         self._overtaken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -58,6 +63,9 @@ class FailoverController:
     def rank_lost(self, rank: int, why: str) -> None:
         """Start recovery, or include the rank in the recovery that is running."""
         logger.error("%s; survivors continue without it", why)
+        self._observer.on_rank_lost(rank)
+        if self._lost_at is None:
+            self._lost_at = time.monotonic()
         self._losses[rank] = self._losses.get(rank, 0) + 1
         if rank in self._planned:
             self._overtaken.set()
@@ -92,8 +100,10 @@ class FailoverController:
         started = time.monotonic()
         backoff, failures, unsent = _BACKOFF_S, 0, False
         tried: dict[int, int] = {}
+        dead: set[int] = set()
         while self._losses or unsent:
             losses = dict(self._losses)
+            dead.update(losses)
             if losses != tried:
                 tried, failures = losses, 0
             plan = plan_recovery(
@@ -127,6 +137,21 @@ class FailoverController:
                 len(plan.moves),
                 sent,
             )
+            self._report(sorted(dead), sent)
+            dead.clear()
+
+    def _report(self, dead: list[int], sent: int) -> None:
+        now, membership = time.monotonic(), self._workers.membership()
+        lost_at, self._lost_at = self._lost_at, now if self._losses else None
+        self._observer.on_recovered(
+            Recovery(
+                dead=dead,
+                ranks=list(membership.ranks),
+                epoch=membership.epoch,
+                seconds=now - (now if lost_at is None else lost_at),
+                requests_resent=sent,
+            )
+        )
 
     async def _attempt(self, plan: RecoveryPlan) -> int:
         """Carry a plan out, until another of its ranks is lost. Returns how many requests were sent again.

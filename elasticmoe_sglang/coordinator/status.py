@@ -70,6 +70,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         target: the fields of the request, {"new_ep_size": n} or {"retire_ranks": [...]}.
+        cause: what the change is for; "target" is a request.
         moves: expert columns that move.
         epoch: the epoch after the change.
         columns_planned, columns_moved, bytes_moved: expert columns in the plan and pulled so far, and their bytes.
@@ -103,6 +104,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     max_pause_ms: float | None = None
     memory: list[DevicePeak] = []
     error: str | None = None
+    cause: str = "target"
 
 
 class RankInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
+from elasticmoe_sglang.coordinator.observer import Observer
 from elasticmoe_sglang.coordinator.status import (
     CommitReport,
     DeviceMemory,
@@ -61,10 +62,12 @@ class FakeCluster:
         self.calls: Counter[str] = Counter()
         self.log: list[str] = []
 
-    def coordinator(self, **deadlines: float) -> Coordinator:
+    def coordinator(self, *, observer: Observer | None = None, **deadlines: float) -> Coordinator:
         config = ElasticConfig(ep_size=len(self.active), max_ep_size=self.capacity, **deadlines)  # type: ignore[arg-type]
         placement = initial_placement(self.columns, self.active)
-        return Coordinator(config=config, membership=self.members, placement=placement, memory=self, workers=self)
+        return Coordinator(
+            config=config, membership=self.members, placement=placement, memory=self, workers=self, observer=observer
+        )
 
     async def _enter(self, call: str) -> str | None:
         """Count the call and do what its fault says has to be done first; returns the fault."""

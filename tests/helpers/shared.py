@@ -122,7 +122,7 @@ class Shared:
         return server
 
     def faulty(self) -> Faulty:
-        """Two of four ranks, no room for all columns on one device."""
+        """Two of four ranks, no room for all columns on one device; SGLang's metrics are on."""
         faulty: Faulty = self._get("faulty", faulty_server)
         return faulty
 
@@ -150,7 +150,7 @@ def faulty_server(folder: Path, args: tuple[str, ...] = ()) -> Iterator[Faulty]:
     budget = dense_bytes(model) + ROOM * column_bytes(model) + column_bytes(model) // 2
     rng = random.Random(11)
     prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((2, 17, 64)))] for _ in range(20)]
-    own = ["--elasticmoe-run-dir", str(run_dir), "--elasticmoe-device-budget", str(budget), *args]
+    own = ["--elasticmoe-run-dir", str(run_dir), "--elasticmoe-device-budget", str(budget), "--enable-metrics", *args]
     try:
         with (
             ElasticServer(model, own, log=folder / "server.log", env={ENV_FAULTS: "1"}) as server,

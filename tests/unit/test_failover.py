@@ -11,12 +11,27 @@ import pytest
 
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.coordinator.failover import FailoverController
+from elasticmoe_sglang.coordinator.observer import Observer, Recovery
 from elasticmoe_sglang.errors import ElasticMoEError, HmmUnavailable, WorkerError
 from elasticmoe_sglang.planner import Placement, initial_placement
 from elasticmoe_sglang.planner.recovery import RecoveryPlan
 
 CAPACITY, COLUMNS = 4, 16
 Outcome = Callable[["Cluster", RecoveryPlan], Awaitable[int]]
+
+
+class Told(Observer):
+    """What an observer was told."""
+
+    def __init__(self) -> None:
+        self.lost: list[int] = []
+        self.recoveries: list[Recovery] = []
+
+    def on_rank_lost(self, rank: int) -> None:
+        self.lost.append(rank)
+
+    def on_recovered(self, recovery: Recovery) -> None:
+        self.recoveries.append(recovery)
 
 
 class Cluster:
@@ -32,6 +47,7 @@ class Cluster:
         self.resent = 0
         self.holds: list[ElasticMoEError] = []
         self.failures: list[str] = []
+        self.observer = Told()
         self.controller = FailoverController(
             cast(Any, self),
             cast(Any, self),
@@ -41,6 +57,7 @@ class Cluster:
             on_failure=self.failures.append,
             memory_whole=self._whole,
             tidy=self._tidy,
+            observer=self.observer,
         )
 
     async def hold(self, reason: ElasticMoEError, *, interrupt: str | None = None) -> None:
@@ -82,6 +99,9 @@ class Cluster:
         assert not self.failures and not self.holds
         assert self.adopted == self.committed and self.committed.ranks == ranks
         assert set(self.placement.owners) <= set(ranks), "a column is owned by an inactive rank"
+        told = self.observer.recoveries
+        assert {rank for recovery in told for rank in recovery.dead} == set(self.observer.lost)
+        assert told[-1].ranks == list(ranks) and sum(recovery.requests_resent for recovery in told) == self.resent
 
 
 async def commit(cluster: Cluster, plan: RecoveryPlan) -> int:
@@ -140,6 +160,7 @@ def test_attempts_wait_for_each_other() -> None:
 
     cluster = recovered([fail, fail, fail, fail], lost=0)
     cluster.check((0, 1, 2, 3))
+    assert cluster.observer.recoveries[0].seconds >= cluster.times[-1] - cluster.times[0]
     gaps = [late - early for early, late in zip(cluster.times, cluster.times[1:], strict=False)]
     assert gaps == sorted(gaps) or min(gaps) > 0.05
     assert gaps[0] >= 0.09 and sum(gaps) > 1.0

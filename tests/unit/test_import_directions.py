@@ -30,7 +30,17 @@ FORBIDDEN = {
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("", "errors"),
-    ("units", "undo", "event_loop", "wire.envelope", "tiny_model", "model_shape", "faults", "run_dir_reaper"),
+    (
+        "units",
+        "undo",
+        "event_loop",
+        "wire.envelope",
+        "tiny_model",
+        "model_shape",
+        "faults",
+        "run_dir_reaper",
+        "generated_page",
+    ),
     ("config", "comm.membership", "wire"),
     ("runtime", "launch_config"),
     ("hmm", "planner"),
@@ -38,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("worker",),
     ("imm",),
     ("coordinator",),
+    ("metrics", "tracing"),
     ("api",),
     ("cli",),
 )
