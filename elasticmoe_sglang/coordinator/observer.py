@@ -73,7 +73,10 @@ class Observers(Observer):
 
 
 async def feed_status(status: Callable[[], Awaitable[Status]], observer: Observer, every_s: float = 1.0) -> None:
-    """Report the server's state again and again; runs until cancelled."""
+    """Report the server's state again and again; runs until cancelled. A state that cannot be told is logged."""
     while True:
-        observer.on_status(await status())
+        try:
+            observer.on_status(await status())
+        except Exception:
+            logger.exception("the server's state could not be reported to its observers")
         await asyncio.sleep(every_s)

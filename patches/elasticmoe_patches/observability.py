@@ -3,52 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.coordinator.observer import Observer
+from elasticmoe_sglang.coordinator.observer import Observer, Observers
+from elasticmoe_sglang.metrics.exporter import Metrics
 from elasticmoe_sglang.metrics.streams import StreamMeter
+from elasticmoe_sglang.tracing import Spans
 
 OUTPUT_AT = "elasticmoe_output_at"
 """Attribute of SGLang's ReqState: when a streamed request had its last output."""
 
 
-def stream_meter(tokenizer_manager: Any) -> StreamMeter | None:
-    """The meter of this tokenizer's streams; None without --enable-metrics."""
-    if not tokenizer_manager.enable_metrics:
-        return None
+@dataclass(frozen=True, kw_only=True)
+class Observability:
+    """What SGLang's flags ask for.
 
-    def open_streams() -> list[float]:
-        # Copying is atomic in CPython: another thread asks.
-        states = list(tokenizer_manager.rid_to_state.values())
-        return [at for state in states if (at := getattr(state, OUTPUT_AT, None)) is not None]
+    Attributes:
+        streams, metrics: None without --enable-metrics.
+        observer: for the coordinator; tells nobody where neither flag was given.
+    """
 
-    return StreamMeter(open_streams)
+    streams: StreamMeter | None
+    metrics: Metrics | None
+    observer: Observers
 
 
-def observers(tokenizer_manager: Any, config: ElasticConfig, streams: StreamMeter | None) -> list[Observer]:
-    """Those that --enable-metrics and --enable-trace ask for."""
-    found: list[Observer] = []
-    if streams is not None:
-        from elasticmoe_sglang.metrics.exporter import Metrics
-
-        model_name = tokenizer_manager.served_model_name
-        found.append(Metrics(model_name=model_name, ep_size=config.ep_size, streams=streams))
+def observability(tokenizer_manager: Any, config: ElasticConfig) -> Observability:
+    """Create what `--enable-metrics` and `--enable-trace` ask for, once a process."""
+    streams, metrics, observers = None, None, list[Observer]()
+    if tokenizer_manager.enable_metrics:
+        streams = StreamMeter(lambda: _last_outputs(tokenizer_manager))
+        metrics = Metrics(model_name=tokenizer_manager.served_model_name, ep_size=config.ep_size, streams=streams)
+        observers.append(metrics)
     if tokenizer_manager.enable_trace:
-        from elasticmoe_sglang.tracing import Spans
-
-        found.append(Spans())
-    return found
+        observers.append(Spans())
+    return Observability(streams=streams, metrics=metrics, observer=Observers(observers))
 
 
-def note_output(streams: StreamMeter | None, state: Any, finish: Mapping[str, Any] | None) -> None:
+def _last_outputs(tokenizer_manager: Any) -> list[float]:
+    # Copying is atomic in CPython: the coordinator's thread asks.
+    states = list(tokenizer_manager.rid_to_state.values())
+    return [at for state in states if (at := getattr(state, OUTPUT_AT, None)) is not None]
+
+
+def note_output(observed: Observability | None, state: Any, finish: Mapping[str, Any] | None) -> None:
     """A request had an output.
 
     Args:
         state: SGLang's ReqState. finish: its finish reason; None: it goes on.
     """
-    if streams is None:
+    if observed is None or observed.streams is None:
         return
+    streams = observed.streams
     if finish is not None and finish["type"] == "abort" and not state.abort_sent:
         status = finish.get("status_code")
         if status is not None and status >= 500:  # without a status somebody asked for it

@@ -19,7 +19,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from elasticmoe_patches import device, observability
+from elasticmoe_patches import device
+from elasticmoe_patches.observability import Observability, observability
 from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE, Answers
 from elasticmoe_sglang import run_dir_reaper
 from elasticmoe_sglang.comm.control_page import ControlPage
@@ -28,7 +29,7 @@ from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.failover import FailoverController
 from elasticmoe_sglang.coordinator.hmm_failover import HmmFailover
 from elasticmoe_sglang.coordinator.memory import HmmMemory, drop_kv, release_leftovers
-from elasticmoe_sglang.coordinator.observer import Observers, feed_status
+from elasticmoe_sglang.coordinator.observer import feed_status
 from elasticmoe_sglang.coordinator.worker_channel import Incoming, WorkerChannel
 from elasticmoe_sglang.coordinator.workers import Workers
 from elasticmoe_sglang.errors import ElasticMoEError, WorkerError
@@ -36,7 +37,6 @@ from elasticmoe_sglang.event_loop import run_in
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.imm.client import ImmClient, start_imm
-from elasticmoe_sglang.metrics.streams import StreamMeter
 from elasticmoe_sglang.planner import initial_placement
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.wire.to_coordinator import Hello
@@ -120,7 +120,7 @@ class Services:
 
     Attributes:
         loop: the coordinator's event loop, which runs in a thread.
-        streams: what streams notice of changes; None without --enable-metrics.
+        observed: metrics and traces; None until the coordinator starts.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -140,7 +140,7 @@ class Services:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="elasticmoe-coordinator", daemon=True)
         self._thread.start()
-        self.streams: StreamMeter | None = None
+        self.observed: Observability | None = None
         self._tokenizer: Any = None
         self._early: list[Incoming] = []
         self._workers: Workers | None = None
@@ -220,8 +220,8 @@ class Services:
             await workers.grow_kv()
         except ElasticMoEError as error:
             logger.error("KV could not grow into all free memory: %s", error)
-        self.streams = observability.stream_meter(self._tokenizer)
-        observer = Observers(observability.observers(self._tokenizer, config, self.streams))
+        self.observed = observability(self._tokenizer, config)
+        observer = self.observed.observer
         coordinator = Coordinator(
             config=config,
             membership=membership,
@@ -230,7 +230,7 @@ class Services:
             workers=workers,
             observer=observer,
         )
-        if self.streams is not None:
+        if self.observed.metrics is not None:
             self._status_task = self.loop.create_task(feed_status(coordinator.status, observer))
         self._kv_task = self.loop.create_task(workers.balance_kv(lambda: coordinator.idle))
         hmm_failover = HmmFailover(

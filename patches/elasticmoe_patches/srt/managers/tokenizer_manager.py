@@ -69,7 +69,7 @@ def after_collect_metrics(_result: None, self: Any, state: Any, recv_obj: Any, i
     from elasticmoe_patches.observability import note_output
     from elasticmoe_patches.services import services
 
-    note_output(services().streams, state, recv_obj.finished_reasons[i])
+    note_output(services().observed, state, recv_obj.finished_reasons[i])
 
 
 @hook(
@@ -84,7 +84,7 @@ def before_handle_abort_req(self: Any, recv_obj: Any) -> None:
 
     state = self.rid_to_state.get(recv_obj.rid)
     if state is not None and recv_obj.finished_reason:
-        note_output(services().streams, state, recv_obj.finished_reason)
+        note_output(services().observed, state, recv_obj.finished_reason)
 
 
 @hook(
