@@ -18,6 +18,10 @@ class _Gap(NamedTuple):
     ended: float
     seconds: float
 
+    def overlaps(self, since: float, until: float) -> bool:
+        # It stands for all shorter gaps that ended in its slot: those may have ended later, or begun earlier.
+        return (self.slot + 1) * _SLOT_S >= since and self.ended - self.seconds - _SLOT_S <= until
+
 
 class _Failure(NamedTuple):
     at: float
@@ -75,11 +79,11 @@ class StreamMeter:
         return all(last > until for last in self._open_streams())
 
     def longest_gap(self, since: float, until: float) -> float | None:
-        """Seconds of the longest gap that overlaps this time, those that have not ended included; None: no stream had
-        one."""
+        """Seconds of the longest gap that overlaps this time to within a tenth of a second, those that have not ended
+        included; None: no stream had one."""
         now = self.clock()
         with self._lock:
-            ended = [gap.seconds for gap in self._gaps if gap.ended >= since and gap.ended - gap.seconds <= until]
+            ended = [gap.seconds for gap in self._gaps if gap.overlaps(since, until)]
         going_on = [now - last for last in self._open_streams() if last <= until]
         return max([*ended, *going_on], default=None)
 

@@ -128,4 +128,4 @@ def test_promtool_accepts_the_alerts() -> None:
     need_prometheus()
     checked = subprocess.run(["promtool", "check", "rules", str(ALERTS)], capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert "11 rules found" in checked.stdout
+    assert f"{ALERTS.read_text().count('- alert:')} rules found" in checked.stdout

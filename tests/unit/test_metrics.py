@@ -6,11 +6,16 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
@@ -351,6 +356,31 @@ def test_a_stream_that_hangs_counts_after_a_minute_and_gaps_elsewhere_do_not(rig
     assert rig.value("elasticmoe:longest_gap_seconds_sum") == pytest.approx(62.0)
 
 
+@hypothesis.given(
+    outputs=st.lists(st.tuples(st.sampled_from("abc"), st.floats(0.0, 0.4)), min_size=1, max_size=60),
+    since=st.floats(0.0, 1.0),
+    until=st.floats(0.0, 1.0),
+)
+def test_the_longest_gap_is_that_of_a_reference_to_a_tenth_of_a_second(
+    outputs: list[tuple[str, float]], since: float, until: float
+) -> None:
+    clock, gaps, last = Clock(), list[tuple[float, float]](), dict[str, float]()
+    streams, began_at = StreamMeter(lambda: list(last.values()), clock), clock.now
+    for stream, pause in outputs:
+        clock.now += pause
+        if stream in last:
+            gaps.append((last[stream], clock.now))
+        last[stream] = streams.output(last.get(stream))
+    # A change is looked at when it has ended, by a clock that does not stop.
+    since, until = (began_at + part * (clock.now - began_at) for part in sorted((since, until)))
+    gaps += [(began, clock.now) for began in last.values()]  # they have not ended
+
+    def reference(slack: float) -> float:
+        return max((end - began for began, end in gaps if end >= since - slack and began <= until + slack), default=0.0)
+
+    assert reference(0.0) - 1e-6 <= (streams.longest_gap(since, until) or 0.0) <= reference(0.101) + 1e-6
+
+
 def test_without_streams_there_is_no_gap(rig: Rig) -> None:
     rig.metrics.on_operation_ended(recorded(FakeCluster(), ScaleTo(size=3)))
     rig.metrics.on_status(status(rig, active=3))
@@ -388,3 +418,37 @@ def test_the_policys_values_are_shown_as_given(rig: Rig) -> None:
     assert rig.value("elasticmoe:policy_desired_ranks") == 2
     assert rig.value("elasticmoe:policy_decisions_total", decision="hold") == 5
     assert rig.value("elasticmoe:policy_decisions_total", decision="grow") == 1
+
+
+# ---- as SGLang serves them ----
+
+_SERVED = """
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+from elasticmoe_sglang.metrics.exporter import Metrics
+from elasticmoe_sglang.metrics.streams import StreamMeter
+metrics = Metrics(model_name="tiny", ep_size=2, streams=StreamMeter(list))
+metrics.on_rank_lost(1)
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+
+@pytest.mark.process
+def test_in_the_multiprocess_mode_only_what_has_a_value_is_shown(tmp_path: Path) -> None:
+    """SGLang's /metrics collects files; prometheus_client writes them where this variable is set as it is imported."""
+    shown = subprocess.run(
+        [sys.executable, "-c", _SERVED],
+        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+    assert 'sglang:elastic_ep_state{model_name="tiny",scope="cluster"} 2.0\n' in shown
+    assert 'sglang:elastic_ep_active_ranks{model_name="tiny",scope="cluster"} 2.0\n' in shown
+    assert "elasticmoe:rank_deaths_total 1.0\n" in shown
+    assert 'elasticmoe:changes_total{cause="target",outcome="rolled_back"} 0.0\n' in shown
+    assert 'elasticmoe:change_seconds_bucket{le="0.001",phase="preparing"} 0.0\n' in shown
+    samples = [line for line in shown.splitlines() if not line.startswith("#")]
+    assert not [line for line in samples if "slo_" in line or "goodput" in line or "policy" in line], "no policy runs"
