@@ -16,7 +16,7 @@ from elasticmoe_sglang.metrics.table import TABLE
 from tests.helpers.elastic import ElasticServer
 from tests.helpers.faults import change
 from tests.helpers.load import Pump, settled
-from tests.helpers.prometheus import ALERTS, Prometheus, need_prometheus, panels, prometheus
+from tests.helpers.prometheus import ALERTS, CONFIG, Prometheus, need_prometheus, panels, prometheus
 from tests.helpers.shared import Faulty, Shared
 
 STREAMS = 4
@@ -124,8 +124,9 @@ def alerts_are_evaluated(seen: Prometheus) -> None:
 
 
 @pytest.mark.toolchain
-def test_promtool_accepts_the_alerts() -> None:
+def test_promtool_accepts_the_configuration_and_the_alerts() -> None:
     need_prometheus()
-    checked = subprocess.run(["promtool", "check", "rules", str(ALERTS)], capture_output=True, text=True, timeout=60)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    for what, path in (("config", CONFIG), ("rules", ALERTS)):
+        checked = subprocess.run(["promtool", "check", what, str(path)], capture_output=True, text=True, timeout=60)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
     assert f"{ALERTS.read_text().count('- alert:')} rules found" in checked.stdout

@@ -19,6 +19,7 @@ import requests
 from benchmarks.server import free_port
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIG = CONFIGS / "prometheus" / "prometheus.yml"
 ALERTS = CONFIGS / "prometheus" / "alerts.yml"
 DASHBOARD = CONFIGS / "grafana" / "elasticmoe.json"
 _VARIABLES = {"$instance": ".*", "$__rate_interval": "1m", "$__range": "5m", "$__interval": "10s"}
@@ -61,17 +62,21 @@ def need_prometheus() -> None:
 
 @contextmanager
 def prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
-    """Scrapes http://`target`/metrics, and evaluates the alerts, every second.
+    """With the configuration that is shipped, but scrapes http://`target`/metrics, and evaluates alerts, every second.
 
     Args:
         target: host:port. folder: for its configuration, data and log.
     """
-    config = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(ALERTS)],
-        "scrape_configs": [{"job_name": "elasticmoe", "static_configs": [{"targets": [target]}]}],
-    }
-    (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
+    config = CONFIG.read_text()
+    for shipped, here in (
+        ("127.0.0.1:30000", target),
+        ("_interval: 5s", "_interval: 1s"),
+        ("_interval: 15s", "_interval: 1s"),
+    ):
+        assert config.count(shipped) == 1, f"{shipped} in {CONFIG}"
+        config = config.replace(shipped, here)
+    (folder / "prometheus.yml").write_text(config)
+    shutil.copy(ALERTS, folder)
     url = f"127.0.0.1:{free_port()}"
     command = [
         "prometheus",
