@@ -18,7 +18,7 @@ TORCH := torch==2.13.0
 TORCHVISION := torchvision==0.28.0
 SGLANG := sglang==0.5.21
 
-.PHONY: help venv demo quick test check hooks-doc format soak gpu-test gpu-test-nvlink clean distclean
+.PHONY: help venv demo quick test check hooks-doc metrics-doc format soak gpu-test gpu-test-nvlink clean distclean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,11 +55,15 @@ check: $(STAMP) ## Check linters, types, import directions, generated pages.
 	try env OMP_NUM_THREADS=1 $(RUN) -m pytest -q --no-header tests/unit/test_import_directions.py tests/unit/test_project.py; \
 	try $(RUN) -m elasticmoe_patches.hookdocs --check docs/hooks.md; \
 	try $(RUN) -m elasticmoe_patches.featuredocs --check docs/operations.md; \
+	try $(RUN) -m elasticmoe_sglang.metrics.docs --check docs/metrics.md; \
 	if [ "$${#failed[@]}" -gt 0 ]; then printf 'check: failed: %s\n' "$${failed[@]}" >&2; exit 1; fi
 
 hooks-doc: $(STAMP) ## Write docs/hooks.md and the tables in docs/operations.md from their declarations.
 	@$(RUN) -m elasticmoe_patches.hookdocs docs/hooks.md
 	@$(RUN) -m elasticmoe_patches.featuredocs docs/operations.md
+
+metrics-doc: $(STAMP) ## Write docs/metrics.md from the table of metrics.
+	@$(RUN) -m elasticmoe_sglang.metrics.docs docs/metrics.md
 
 format: $(STAMP) ## Format the code and sort its imports.
 	@$(VENV)/bin/ruff check --fix-only --quiet .

@@ -13,6 +13,7 @@ from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator import steps as s
 from elasticmoe_sglang.coordinator.driver import Driver
 from elasticmoe_sglang.coordinator.engine import Deadlines, Engine
+from elasticmoe_sglang.coordinator.observer import Observer, Recovery
 from elasticmoe_sglang.coordinator.ports import MemoryPort, WorkersPort
 from elasticmoe_sglang.coordinator.status import (
     CommitReport,
@@ -50,6 +51,7 @@ class Coordinator:
     Args:
         view: that of the server's start. pids: of the workers that serve it.
         on_end: called with a sentence when serving cannot go on.
+        observer: is told of what ends, and of losses.
 
     Attributes:
         await_memory: waits until the HMM's ledger is whole. tidy: releases memory that no rank uses. Both are set by
@@ -68,6 +70,7 @@ class Coordinator:
         memory: MemoryPort,
         workers: WorkersPort,
         on_end: Callable[[str], None] = logger.critical,
+        observer: Observer | None = None,
     ) -> None:
         gone = [rank for rank in view.ranks if rank not in pids]
         if gone:
@@ -78,6 +81,7 @@ class Coordinator:
         self._operations: dict[str, RunningOperation] = {}
         self._submitting = asyncio.Lock()
         self._closed = False
+        self._observer = observer or Observer()
         self._memory_held: HmmUnavailable | None = None
         self.await_memory: Callable[[], Awaitable[None]] = _at_once
         self.tidy: Callable[[], Awaitable[object]] = _at_once
@@ -103,7 +107,11 @@ class Coordinator:
 
     def post(self, event: s.Event) -> None:
         """Tell the engine what has happened."""
+        before = self._engine.lost()
         self._driver.post(event)
+        for rank in self._engine.lost():
+            if rank not in before:
+                self._observer.on_rank_lost(rank)
 
     @property
     def view(self) -> View:
@@ -186,18 +194,30 @@ class Coordinator:
         assert operation is not None, f"{effect.operation_id} was never opened"
         operation.advance(effect.phase, effect.error, serving_epoch=self.view.epoch)
         if effect.phase.ended:
-            self._log_end(operation.view())
+            self._report_end(operation.view())
 
-    def _log_end(self, ended: Operation) -> None:
+    def _report_end(self, ended: Operation) -> None:
         level = logging.INFO if ended.phase is Phase.DONE else logging.ERROR
-        if ended.cause is Cause.LOSS and ended.phase is not Phase.ROLLED_BACK:
+        if ended.cause is not Cause.LOSS:
+            self._observer.on_operation_ended(ended)
+        elif ended.serving_epoch == ended.epoch:
+            seconds = (ended.timings.total_ms or 0.0) / 1e3
+            self._observer.on_recovered(
+                Recovery(
+                    dead=ended.lost,
+                    ranks=ended.ranks_after,
+                    epoch=ended.epoch,
+                    seconds=seconds,
+                    requests_resent=ended.resent_requests,
+                )
+            )
             logger.warning(
                 "ranks %s were lost; epoch %d serves with ranks %s after %.2f s (%d columns moved, %d requests sent "
                 "again)",
                 ended.lost,
                 ended.epoch,
                 ended.ranks_after,
-                (ended.timings.total_ms or 0.0) / 1e3,
+                seconds,
                 ended.columns_moved,
                 ended.resent_requests,
             )

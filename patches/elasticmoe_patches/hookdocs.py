@@ -6,15 +6,13 @@ python -m elasticmoe_patches.hookdocs --check docs/hooks.md   exit status 1 wher
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from elasticmoe_patches.catalogue import all_hooks
 from elasticmoe_patches.spec import HookSpec
 from elasticmoe_sglang import SUPPORTED_SGLANG
+from elasticmoe_sglang.generated_page import write_or_check
 
 _HEAD = f"""# Hooks into SGLang
 
@@ -57,21 +55,13 @@ def _processes(spec: HookSpec) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check the page; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m elasticmoe_patches.hookdocs", description="Write docs/hooks.md.")
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    parser.add_argument("path", type=Path)
-    args = parser.parse_args(argv)
-    wanted = render(all_hooks())
-    if not args.check:
-        args.path.write_text(wanted, encoding="utf-8")
-        return 0
-    found = args.path.read_text(encoding="utf-8") if args.path.exists() else ""
-    if found == wanted:
-        return 0
-    difference = difflib.unified_diff(found.splitlines(), wanted.splitlines(), str(args.path), "catalogue", lineterm="")
-    print("\n".join(difference))
-    print(f"{args.path} differs from the declared hooks: run `make hooks-doc`", file=sys.stderr)
-    return 1
+    return write_or_check(
+        argv,
+        module="elasticmoe_patches.hookdocs",
+        source="the declared hooks",
+        make="hooks-doc",
+        render=lambda: render(all_hooks()),
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from elasticmoe_patches import device
+from elasticmoe_patches.observability import Observability, observability
 from elasticmoe_patches.runtime_state import replay
 from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE, Answers
 from elasticmoe_sglang import run_dir_reaper
@@ -28,6 +29,7 @@ from elasticmoe_sglang.comm.region import format_region, open_region, release_st
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.hmm_failover import HmmFailover
 from elasticmoe_sglang.coordinator.memory import HmmMemory, drop_kv, release_leftovers
+from elasticmoe_sglang.coordinator.observer import feed_status
 from elasticmoe_sglang.coordinator.steps import Event
 from elasticmoe_sglang.coordinator.worker_channel import Incoming, WorkerChannel
 from elasticmoe_sglang.coordinator.workers import Workers
@@ -121,6 +123,7 @@ class Services:
 
     Attributes:
         loop: the coordinator's event loop, which runs in a thread.
+        observed: metrics and traces; None until the coordinator starts.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -146,6 +149,7 @@ class Services:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="elasticmoe-coordinator", daemon=True)
         self._thread.start()
+        self.observed: Observability | None = None
         self._tokenizer: Any = None
         self._early: list[Incoming] = []
         self._workers: Workers | None = None
@@ -246,6 +250,8 @@ class Services:
             await workers.grow_kv()
         except ElasticMoEError as error:
             logger.error("KV could not grow into all free memory: %s", error)
+        self.observed = observability(self._tokenizer, config)
+        observer = self.observed.observer
         self._coordinator = coordinator = Coordinator(
             config=config,
             view=view,
@@ -253,8 +259,11 @@ class Services:
             memory=HmmMemory(hmm),
             workers=workers,
             on_end=self._end_server,
+            observer=observer,
         )
         workers.on_event = self._on_event
+        if self.observed.metrics is not None:
+            self._status_task = self.loop.create_task(feed_status(coordinator.status, observer))
         self._kv_task = self.loop.create_task(workers.balance_kv(lambda: coordinator.idle))
         hmm_failover = HmmFailover(
             coordinator,

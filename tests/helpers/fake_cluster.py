@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
+from elasticmoe_sglang.coordinator.observer import Observer
 from elasticmoe_sglang.coordinator.status import (
     CommitReport,
     DeviceMemory,
@@ -65,10 +66,12 @@ class FakeCluster:
         self.log: list[str] = []
         self.routed: tuple[int, ...] = ()
 
-    def coordinator(self, **deadlines: float) -> Coordinator:
+    def coordinator(self, *, observer: Observer | None = None, **deadlines: float) -> Coordinator:
         config = ElasticConfig(ep_size=len(self.active), max_ep_size=self.capacity, **deadlines)  # type: ignore[arg-type]
         pids = {rank: 100 + rank for rank in self.active}
-        self.driven = Coordinator(config=config, view=self.committed, pids=pids, memory=self, workers=self)
+        self.driven = Coordinator(
+            config=config, view=self.committed, pids=pids, memory=self, workers=self, observer=observer
+        )
         return self.driven
 
     async def _enter(self, call: str) -> str | None:
@@ -153,11 +156,18 @@ class FakeCluster:
     async def kill(self, rank: int, pid: int) -> None:
         raise AssertionError("nobody has stalled")
 
+    def lose(self, rank: int) -> None:
+        """The rank's worker dies."""
+        self.states[rank] = RankState.STANDBY
+        self.mapped = {block for block in self.mapped if block[0] != rank}
+        self.driven.post(WorkerGone(rank=rank, pid=100 + rank))
+
     async def drop_kv(self, ranks: Sequence[int]) -> None:
-        raise AssertionError("nobody is lost")
+        for rank in ranks:
+            self.kv.pop(rank, None)
 
     async def resend(self, operation_id: str, forget: int) -> int:
-        raise AssertionError("nobody is lost")
+        return 3
 
     async def route(self, ranks: Sequence[int]) -> None:
         self.routed = tuple(ranks)

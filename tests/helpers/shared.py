@@ -124,7 +124,7 @@ class Shared:
         return server
 
     def faulty(self) -> Faulty:
-        """Two of four ranks, no room for all columns on one device."""
+        """Two of four ranks, no room for all columns on one device; SGLang's metrics are on."""
         faulty: Faulty = self._get("faulty", faulty_server)
         return faulty
 
@@ -153,7 +153,7 @@ def faulty_server(folder: Path, args: tuple[str, ...] = ()) -> Iterator[Faulty]:
     rng = random.Random(11)
     prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((2, 17, 64)))] for _ in range(20)]
     own = ["--elasticmoe-run-dir", str(run_dir), "--elasticmoe-device-budget", str(budget)]
-    own += ["--elasticmoe-collective-deadline", str(COLLECTIVE_DEADLINE_S), *REASONING, *args]
+    own += ["--elasticmoe-collective-deadline", str(COLLECTIVE_DEADLINE_S), *REASONING, "--enable-metrics", *args]
     try:
         with (
             ElasticServer(model, own, log=folder / "server.log", env={ENV_FAULTS: "1"}) as server,

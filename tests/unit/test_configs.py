@@ -15,7 +15,7 @@ from elasticmoe_sglang.launch_config import DEVICES, GIB, MIN_KV_TOKENS, LaunchC
 from elasticmoe_sglang.model_shape import shape_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-FILES = sorted(path for path in CONFIGS.glob("*/*.json") if path.parent.name != "models")
+FILES = sorted(path for path in CONFIGS.glob("*/*.json") if path.parent.name not in ("models", "grafana"))
 MODELS = ("deepseek-v2-lite", "qwen3-30b-a3b", "deepseek-v3")
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elasticmoe_sglang.coordinator.coordinator import HISTORY, Coordinator
+from elasticmoe_sglang.coordinator.observer import Observer, Recovery
 from elasticmoe_sglang.coordinator.status import Operation, Phase, RankState
 from elasticmoe_sglang.errors import (
     BudgetExceeded,
@@ -20,7 +21,7 @@ from elasticmoe_sglang.errors import (
     PlanError,
     UserInputError,
 )
-from elasticmoe_sglang.planner import RetireRanks, ScaleTo, Target
+from elasticmoe_sglang.planner import Cause, RetireRanks, ScaleTo, Target
 from tests.helpers import clock
 from tests.helpers.fake_cluster import COLUMN, DENSE, KV_CHUNKS, FakeCluster
 
@@ -357,6 +358,45 @@ def test_close_ends_a_change_that_has_not_begun() -> None:
         await coordinator.close()
         ended = coordinator.get(operation.operation_id)
         assert ended is not None and ended.phase is Phase.ROLLED_BACK
+        cluster.check_settled(coordinator)
+
+    run(main())
+
+
+class Told(Observer):
+    """What an observer was told."""
+
+    def __init__(self) -> None:
+        self.lost: list[int] = []
+        self.recoveries: list[Recovery] = []
+        self.ended: list[Operation] = []
+
+    def on_operation_ended(self, operation: Operation) -> None:
+        self.ended.append(operation)
+
+    def on_rank_lost(self, rank: int) -> None:
+        self.lost.append(rank)
+
+    def on_recovered(self, recovery: Recovery) -> None:
+        self.recoveries.append(recovery)
+
+
+def test_a_loss_is_an_operation_and_observers_are_told() -> None:
+    async def main() -> None:
+        told, cluster = Told(), down_cluster()
+        coordinator = cluster.coordinator(observer=told)
+        cluster.lose(2)
+        assert coordinator.running is not None and coordinator.running.cause is Cause.LOSS
+        target = await coordinator.submit(ScaleTo(size=2))
+        assert target.phase is Phase.PLANNED, "it waits for the recovery"
+        assert coordinator.running.operation_id == target.operation_id
+        done = await coordinator.wait(target.operation_id)
+        assert done.phase is Phase.DONE and (done.old_ep_size, done.new_ep_size) == (3, 2)
+        loss = next(each for each in coordinator.operations() if each.cause is Cause.LOSS)
+        assert (loss.lost, loss.ranks_after, loss.resent_requests) == ([2], [0, 1, 3], 3)
+        assert told.lost == [2] and [recovery.dead for recovery in told.recoveries] == [[2]]
+        assert told.recoveries[0].ranks == [0, 1, 3] and told.recoveries[0].requests_resent == 3
+        assert [each.operation_id for each in told.ended] == [target.operation_id]
         cluster.check_settled(coordinator)
 
     run(main())

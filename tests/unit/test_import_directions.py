@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "faults",
         "lifeline",
         "run_dir_reaper",
+        "generated_page",
     ),
     ("config", "comm.membership", "wire"),
     ("runtime", "launch_config"),
@@ -48,6 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("worker",),
     ("imm",),
     ("coordinator",),
+    ("metrics", "tracing"),
     ("api",),
     ("cli",),
 )

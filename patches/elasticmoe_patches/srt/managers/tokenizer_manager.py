@@ -102,6 +102,34 @@ async def around_send_batch_request(original: Any, self: Any, tokenized_objs: An
 
 
 @hook(
+    "after",
+    "TokenizerManager.collect_metrics(self, state, recv_obj, i)",
+    expires="SGLang's metrics show the longest gap of a stream, and plugins can watch outputs.",
+)
+def after_collect_metrics(_result: None, self: Any, state: Any, recv_obj: Any, i: int) -> None:
+    """Measures what streams notice of a change. SGLang calls it for each output, and only with --enable-metrics."""
+    from elasticmoe_patches.observability import note_output
+    from elasticmoe_patches.services import services
+
+    note_output(services().observed, state, recv_obj.finished_reasons[i])
+
+
+@hook(
+    "before",
+    "TokenizerManager._handle_abort_req(self, recv_obj)",
+    expires="SGLang's metrics count requests that a scheduler ended.",
+)
+def before_handle_abort_req(self: Any, recv_obj: Any) -> None:
+    """Counts requests that a scheduler ended before they ran: no output of theirs passes `collect_metrics`."""
+    from elasticmoe_patches.observability import note_output
+    from elasticmoe_patches.services import services
+
+    state = self.rid_to_state.get(recv_obj.rid)
+    if state is not None and recv_obj.finished_reason:
+        note_output(services().observed, state, recv_obj.finished_reason)
+
+
+@hook(
     "around",
     "TokenizerManager.auto_create_handle_loop(self)",
     expires="SGLang's tokenizer handles SIGINT as it handles SIGTERM.",
