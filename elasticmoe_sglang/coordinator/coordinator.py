@@ -17,11 +17,18 @@ from elasticmoe_sglang.coordinator.status import (
     MemoryStatus,
     Operation,
     Phase,
+    RankInfo,
     RunningOperation,
     Status,
     describe_target,
 )
-from elasticmoe_sglang.errors import ElasticMoEError, HmmUnavailable, OperationInProgress, UserInputError
+from elasticmoe_sglang.errors import (
+    ElasticMoEError,
+    HmmUnavailable,
+    OperationIdTaken,
+    OperationInProgress,
+    UserInputError,
+)
 from elasticmoe_sglang.planner import (
     DeviceRoom,
     ModelNeeds,
@@ -99,7 +106,8 @@ class Coordinator:
         Returns once the change is planned and fits the budgets; if the target is met already, the operation has ended.
 
         Raises:
-            PlanError, BudgetExceeded, UserInputError: the target is impossible, or the id belongs to another target.
+            PlanError, BudgetExceeded, UserInputError: the target is impossible.
+            OperationIdTaken: the id belongs to another target.
             OperationInProgress: a change is running.
             HmmUnavailable: the HMM does not answer, so no change is possible; serving is not affected.
         """
@@ -241,6 +249,10 @@ class Coordinator:
             why = str(error)
         return MemoryStatus(available=False, endpoint=self._config.hmm_endpoint, error=why)
 
+    def ranks(self) -> list[RankInfo]:
+        """All ranks, ascending. May be called from any thread."""
+        return list(self._workers.ranks())
+
     def get(self, operation_id: str) -> Operation | None:
         """One of the latest HISTORY operations, None if there is none with this id."""
         operation = self._operations.get(operation_id)
@@ -283,7 +295,7 @@ class Coordinator:
 
 def _same_target(known: RunningOperation, target: Target) -> RunningOperation:
     if known.target != target:
-        raise UserInputError(
+        raise OperationIdTaken(
             f"operation_id was used for another target, {describe_target(known.target)}",
             operation=known.operation_id,
             hint="Use a new operation_id for a new target",

@@ -10,7 +10,7 @@ from enum import Enum
 
 import msgspec
 
-from elasticmoe_sglang.planner import ColumnMove, RetireRanks, ScalePlan, ScaleTo, Target
+from elasticmoe_sglang.planner import ColumnMove, RestoreRanks, RetireRanks, ScalePlan, ScaleTo, Target
 
 
 class Phase(str, Enum):
@@ -69,7 +69,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """One change of membership.
 
     Attributes:
-        target: the fields of the request, {"new_ep_size": n} or {"retire_ranks": [...]}.
+        target: the fields of the request, {"new_ep_size": n}, {"retire_ranks": [...]} or {"restore_ranks": [...]}.
         moves: expert columns that move.
         epoch: the epoch after the change.
         columns_planned, columns_moved, bytes_moved: expert columns in the plan and pulled so far, and their bytes.
@@ -323,3 +323,5 @@ def describe_target(target: Target) -> dict[str, int | list[int]]:
             return {"new_ep_size": size}
         case RetireRanks(ranks=ranks):
             return {"retire_ranks": list(ranks)}
+        case RestoreRanks(ranks=ranks):
+            return {"restore_ranks": list(ranks)}
