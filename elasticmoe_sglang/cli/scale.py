@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         restore_ranks=msgspec.UNSET if args.restore is None else args.restore,
         operation_id=args.operation_id or uuid.uuid4().hex,
     )
-    operation = client.scale(request)
+    operation: Operation = client.scale(request)
     if args.wait:
         operation = _follow(client, operation, args.timeout)
     if args.json:

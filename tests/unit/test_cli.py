@@ -206,7 +206,12 @@ def test_status_json_and_operations(port: int, capsys: pytest.CaptureFixture[str
     assert run(port, "scale", "3", "--wait", "--operation-id", "first") == 0
     capsys.readouterr()
     assert run(port, "status", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["membership"] == [0, 1, 2]
+    status = json.loads(capsys.readouterr().out)
+    assert (status["membership"], status["topology_generation"], status["safe_to_terminate_ranks"]) == (
+        [0, 1, 2],
+        1,
+        [3],
+    )
     assert run(port, "operations", "--json") == 0
     assert [entry["operation_id"] for entry in json.loads(capsys.readouterr().out)["operations"]] == ["first"]
     assert run(port, "operations") == 0
