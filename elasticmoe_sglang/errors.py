@@ -6,6 +6,8 @@ ElasticMoEError
 │   ├── UnsupportedFeature                the model or a flag is not supported; refused at launch
 │   └── BudgetExceeded                    experts or KV do not fit the devices' budgets
 ├── OperationInProgress                   a change is running; HTTP 409
+├── OperationIdTaken                      the operation's id was used for another target; HTTP 409
+├── StaleRequest                          the request was made for another instance or generation; HTTP 409
 ├── HmmError                              the memory sidecar refused or failed
 │   ├── HmmUnavailable                    no HMM answers at its endpoint; HTTP 503
 │   ├── HmmTaken                          the HMM serves another server
@@ -126,6 +128,14 @@ class BudgetExceeded(UserInputError):
 
 class OperationInProgress(ElasticMoEError):
     """Another change is running, and one runs at a time; HTTP 409."""
+
+
+class OperationIdTaken(ElasticMoEError):
+    """The id names an operation with another target; HTTP 409."""
+
+
+class StaleRequest(ElasticMoEError):
+    """The server or its membership is not the one that the request was made for; HTTP 409."""
 
 
 class HmmError(ElasticMoEError):

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.params import Depends
 from starlette.requests import ClientDisconnect
 
-from elasticmoe_sglang.api.types import (
-    MAX_BODY_BYTES,
-    ErrorBody,
-    OperationList,
-    ScalingState,
-    parse_scale_request,
-    target_of,
-)
+from elasticmoe_sglang.api.elastic_ep import ElasticEp
+from elasticmoe_sglang.api.types import MAX_BODY_BYTES, ErrorBody, OperationList, ScaleRequest, parse_scale_request
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
-from elasticmoe_sglang.coordinator.status import Operation, Phase, Status
-from elasticmoe_sglang.errors import ElasticMoEError, HmmError, OperationInProgress, UserInputError
-from elasticmoe_sglang.event_loop import run_in
+from elasticmoe_sglang.coordinator.status import Phase
+from elasticmoe_sglang.errors import (
+    ElasticMoEError,
+    HmmError,
+    OperationIdTaken,
+    OperationInProgress,
+    StaleRequest,
+    UserInputError,
+)
 
 Handler = Callable[[Request], Awaitable[Response]]
 Protect = Callable[[Handler], Handler]
-_ResultT = TypeVar("_ResultT")
 
-# Phases in the terms of SGLang's elastic EP; scaling down ends in serving_shrunk, scaling up in serving_expanded.
-_UPSTREAM_PHASES = {
-    Phase.PLANNED: "waiting_for_cohort",
-    Phase.PREPARING: "waiting_for_cohort",
-    Phase.COMMITTING: "syncing_new_world",
-    Phase.FINISHING: "syncing_new_world",
-    Phase.FAILED: "failed",
-    Phase.ROLLED_BACK: "failed",
-}
+VLLM_DRAIN_TIMEOUT_S = 120
+"""How long vLLM's request waits when it does not say."""
 
 
 def unprotected(handler: Handler) -> Handler:
@@ -58,6 +50,7 @@ def build_router(
     protect: Protect = unprotected,
     dependencies: Sequence[Depends] = (),
     loop: asyncio.AbstractEventLoop | None = None,
+    instance_id: str | None = None,
 ) -> APIRouter:
     """The routes, for `mount`.
 
@@ -66,85 +59,110 @@ def build_router(
             the admin key.
         dependencies: run before each handler.
         loop: the event loop of the coordinator, which runs in another thread; None: the loop that serves the routes.
+        instance_id: names this start of the server; None: a new name.
 
-    Status codes: 202 with an operation that is running, 200 with one that has ended (`phase` tells how, and
-    `serving_epoch` what serves) and for all other responses, 400 for a malformed or impossible request, 404 for an
-    unknown operation, 409 while another change runs, 503 while the HMM does not answer. A body with status 400 or more
-    is {"error": sentence}.
+    Status codes: 200, also for an operation that has only begun (`phase` tells), 400 for a malformed or impossible
+    request, 404 for an unknown operation, 409 while another change runs, for a stale request and for an id of another
+    target, 503 while the HMM does not answer. For vLLM's size 200 once it has been reached, 408 when its timeout has
+    passed, 500 when the change failed. A body with status 400 or more is an `ErrorBody`.
     """
-
-    async def call(coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:
-        return await (coroutine if loop is None else run_in(loop, coroutine))
-
+    handlers = Handlers(ElasticEp(coordinator, instance_id=instance_id or uuid.uuid4().hex, loop=loop))
     router = APIRouter(tags=["elastic expert parallelism"], dependencies=list(dependencies))
+    for method, path, handler in (
+        ("POST", "/scale_elastic_ep", handlers.scale),
+        ("GET", "/elastic_ep/operations", handlers.operations),
+        ("GET", "/elastic_ep/operations/{operation_id}", handlers.operation),
+        ("GET", "/elastic_ep/status", handlers.status),
+        # SGLang's clients ask with GET, vLLM's with POST, and each gets its own answer.
+        ("GET", "/is_scaling_elastic_ep", handlers.sglang_state),
+        ("POST", "/is_scaling_elastic_ep", handlers.vllm_state),
+    ):
+        router.add_api_route(path, protect(_function(handler)), methods=[method], response_model=None)
+    return router
 
-    @protect
-    async def scale_elastic_ep(request: Request) -> Response:
-        """Change the number of active ranks, or retire some."""
+
+class Handlers:
+    """One method for each route."""
+
+    def __init__(self, elastic: ElasticEp) -> None:
+        self._elastic = elastic
+
+    async def scale(self, request: Request) -> Response:
+        """Change the number of active ranks, or retire or restore some."""
         try:
-            asked = parse_scale_request(await _body(request))
-            operation_id = None if asked.operation_id is msgspec.UNSET else asked.operation_id
-            operation = await call(coordinator.submit(target_of(asked), operation_id))
+            asked, warnings = parse_scale_request(await _body(request))
+            if asked.new_data_parallel_size is not msgspec.UNSET:
+                return await self._scale_as_vllm(asked, warnings)
+            return _json(await self._elastic.scale(asked, warnings))
         except ElasticMoEError as error:
-            return _refusal(error)
-        if asked.wait:
-            operation = await call(coordinator.wait(operation.operation_id))
-        return _json(operation, status=200 if operation.phase.ended else 202)
+            return self._refusal(error)
 
-    @protect
-    async def operations(request: Request) -> Response:
+    async def _scale_as_vllm(self, asked: ScaleRequest, warnings: list[str]) -> Response:
+        timeout_s = VLLM_DRAIN_TIMEOUT_S if asked.drain_timeout is msgspec.UNSET else asked.drain_timeout
+        operation = await self._elastic.wait(await self._elastic.submit(asked), timeout_s)
+        operation_id = operation.operation_id
+        if not operation.phase.ended:
+            sentence = (
+                f"the change to EP size {operation.new_ep_size} is still {operation.phase.value} after {timeout_s} "
+                f"seconds and goes on; GET /elastic_ep/operations/{operation_id} tells how it ends"
+            )
+            return _json(ErrorBody(error=sentence, operation_id=operation_id), status=408)
+        if operation.phase is not Phase.DONE:
+            was = "was rolled back" if operation.phase is Phase.ROLLED_BACK else "failed"
+            sentence = f"the change to EP size {operation.new_ep_size} {was}: {operation.error}"
+            return _json(ErrorBody(error=sentence, operation_id=operation_id), status=500)
+        return _json(self._elastic.vllm_answer(operation, warnings))
+
+    async def operations(self, request: Request) -> Response:
         """The latest operations, newest first."""
-        return _json(OperationList(operations=coordinator.operations()))
+        return _json(OperationList(operations=self._elastic.operations()))
 
-    @protect
-    async def operation(request: Request) -> Response:
+    async def operation(self, request: Request) -> Response:
         """One operation: phase, timings, columns and bytes moved, error."""
         operation_id = str(request.path_params["operation_id"])
-        found = coordinator.get(operation_id)
+        found = self._elastic.operation(operation_id)
         if found is None:
             return _json(ErrorBody(error=f"no operation {operation_id[:128]!r} among the latest ones"), status=404)
         return _json(found)
 
-    @protect
-    async def status(request: Request) -> Response:
+    async def status(self, request: Request) -> Response:
         """Ranks, membership, epoch, placement, memory, HMM, the running and the last ended operation."""
-        return _json(await call(coordinator.status()))
+        return _json(await self._elastic.status())
 
-    @protect
-    async def is_scaling_elastic_ep(request: Request) -> Response:
+    async def sglang_state(self, request: Request) -> Response:
         """Whether a change is running, in SGLang's terms."""
-        return _json(scaling_state(coordinator))
+        return _json(self._elastic.scaling_state())
 
-    add = router.add_api_route
-    add("/scale_elastic_ep", scale_elastic_ep, methods=["POST"], response_model=None)
-    add("/elastic_ep/operations", operations, methods=["GET"], response_model=None)
-    add("/elastic_ep/operations/{operation_id}", operation, methods=["GET"], response_model=None)
-    add("/elastic_ep/status", status, methods=["GET"], response_model=None)
-    # SGLang's clients ask with GET, vLLM's with POST.
-    add("/is_scaling_elastic_ep", is_scaling_elastic_ep, methods=["GET"], response_model=None)
-    add("/is_scaling_elastic_ep", is_scaling_elastic_ep, methods=["POST"], response_model=None)
-    return router
+    async def vllm_state(self, request: Request) -> Response:
+        """Whether a change is running, in vLLM's terms."""
+        return _json(self._elastic.vllm_state())
 
-
-def scaling_state(coordinator: Coordinator) -> ScalingState:
-    """The state of scaling as SGLang's own endpoint reports it; clients of SGLang and vLLM understand it."""
-    running = coordinator.running
-    latest = running or coordinator.last
-    return ScalingState(
-        is_scaling_elastic_ep=running is not None,
-        effective_ep_size=len(coordinator.view.membership.ranks),
-        pending_ep_size=running.new_ep_size if running else None,
-        scale_phase=_upstream_phase(latest),
-        last_error=latest.error if latest else None,
-    )
+    def _refusal(self, error: ElasticMoEError) -> Response:
+        if isinstance(error, (OperationInProgress, OperationIdTaken, StaleRequest)):
+            running = self._elastic.running
+            body = ErrorBody(
+                error=str(error),
+                instance_id=self._elastic.instance_id,
+                topology_generation=self._elastic.generation,
+                operation_id=running.operation_id if running is not None else None,
+            )
+            return _json(body, status=409)
+        if isinstance(error, UserInputError):
+            return _json(ErrorBody(error=str(error)), status=400)
+        if isinstance(error, HmmError):
+            return _json(ErrorBody(error=str(error)), status=503)
+        raise error
 
 
-def _upstream_phase(operation: Operation | None) -> str:
-    if operation is None:
-        return "idle"
-    if operation.phase is Phase.DONE:
-        return "serving_shrunk" if operation.new_ep_size < operation.old_ep_size else "serving_expanded"
-    return _UPSTREAM_PHASES[operation.phase]
+def _function(method: Handler) -> Handler:
+    """The bound method as a function, to which SGLang's `auth_level` can attach its mark."""
+
+    async def handler(request: Request) -> Response:
+        return await method(request)
+
+    handler.__name__ = handler.__qualname__ = getattr(method, "__name__")  # noqa: B009 (Handler has none for mypy)
+    handler.__doc__ = method.__doc__
+    return handler
 
 
 async def _body(request: Request) -> bytes:
@@ -160,17 +178,5 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _refusal(error: ElasticMoEError) -> Response:
-    if isinstance(error, UserInputError):
-        status = 400
-    elif isinstance(error, OperationInProgress):
-        status = 409
-    elif isinstance(error, HmmError):
-        status = 503
-    else:
-        raise error
-    return _json(ErrorBody(error=str(error)), status=status)
-
-
-def _json(payload: Operation | OperationList | Status | ScalingState | ErrorBody, status: int = 200) -> Response:
+def _json(payload: msgspec.Struct, status: int = 200) -> Response:
     return Response(msgspec.json.encode(payload), status_code=status, media_type="application/json")

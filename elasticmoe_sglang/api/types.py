@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, get_type_hints
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from elasticmoe_sglang.coordinator.status import Operation
+from elasticmoe_sglang.coordinator.status import Operation, Status
 from elasticmoe_sglang.errors import UserInputError
-from elasticmoe_sglang.planner import RetireRanks, ScaleTo, Target
+from elasticmoe_sglang.planner import RestoreRanks, RetireRanks, ScaleTo, Target
 
 MAX_BODY_BYTES = 16 << 10
 SCALE_USAGE = (
-    'Send {"new_ep_size": n}, {"new_data_parallel_size": n} or {"retire_ranks": [i, ...]}, '
-    'and optionally "operation_id" and "wait"'
+    'Send {"new_ep_size": n}, {"new_data_parallel_size": n}, {"retire_ranks": [i, ...]} or '
+    '{"restore_ranks": [i, ...]}, and optionally "operation_id", "wait", "expected_instance_id" and '
+    '"expected_generation"'
 )
 _Positive = Annotated[Annotated[int, Meta(ge=1)] | UnsetType, Meta(description="a positive integer")]
+_Text = Annotated[str | UnsetType, Meta(description="a string")]
+_TARGETS = ("new_ep_size", "new_data_parallel_size", "retire_ranks", "restore_ranks")
+# Clients of SGLang and vLLM send null for an identity that they do not use.
+_MAY_BE_NULL = frozenset(("operation_id", "expected_instance_id", "expected_generation"))
 
 
 class ScaleRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Body of POST /scale_elastic_ep. Exactly one of the first three fields is given.
+    """Body of POST /scale_elastic_ep. Exactly one of the first four fields is given.
 
-    `parse_scale_request` checks the constraints; a field's description completes its sentence "<field> must be ...".
+    `scale_request` checks the constraints; a field's description completes its sentence "<field> must be ...".
 
     Attributes:
         new_ep_size: number of active ranks (SGLang's name).
-        new_data_parallel_size: the same (vLLM's name).
+        new_data_parallel_size: the same (vLLM's name); the answer is vLLM's and comes when the operation has ended.
         retire_ranks: active ranks to retire.
+        restore_ranks: inactive ranks to activate.
         operation_id: names the operation; repeating a request with the same id returns the same operation.
         wait: respond when the operation has ended.
-        drain_timeout: vLLM's clients send it with their size. It has no effect, because nothing is drained here.
+        drain_timeout: seconds to wait for the end of an operation with vLLM's size.
+        expected_instance_id: refuse the request if the server has another instance_id.
+        expected_generation: refuse the request if the membership has another epoch.
 
     Raises:
         UserInputError: not exactly one target, or drain_timeout without vLLM's size.
@@ -41,15 +50,19 @@ class ScaleRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     retire_ranks: Annotated[
         list[int] | UnsetType, Meta(description="a list of rank numbers like [1, 3] without rank 0")
     ] = UNSET
-    operation_id: Annotated[str | UnsetType, Meta(description="a string")] = UNSET
+    restore_ranks: Annotated[list[int] | UnsetType, Meta(description="a list of rank numbers like [1, 3]")] = UNSET
+    operation_id: _Text = UNSET
     wait: Annotated[bool, Meta(description="true or false")] = False
     drain_timeout: _Positive = UNSET
+    expected_instance_id: _Text = UNSET
+    expected_generation: Annotated[
+        Annotated[int, Meta(ge=0)] | UnsetType, Meta(description="a whole number of at least 0")
+    ] = UNSET
 
     def __post_init__(self) -> None:
-        targets = ("new_ep_size", "new_data_parallel_size", "retire_ranks")
-        given = [name for name in targets if getattr(self, name) is not UNSET]
+        given = [name for name in _TARGETS if getattr(self, name) is not UNSET]
         if not given:
-            raise UserInputError("neither a size nor ranks to retire were given", hint=SCALE_USAGE)
+            raise UserInputError("neither a size nor ranks to retire or to restore were given", hint=SCALE_USAGE)
         if len(given) > 1:
             raise UserInputError(f"{given[0]} and {given[1]} were given together", hint=SCALE_USAGE)
         if self.drain_timeout is not UNSET and self.new_data_parallel_size is UNSET:
@@ -59,8 +72,12 @@ class ScaleRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
 _FIELDS = get_type_hints(ScaleRequest, include_extras=True)
 
 
-def parse_scale_request(body: bytes) -> ScaleRequest:
-    """Raises UserInputError for a malformed request; whether the change is possible is for the planner to decide."""
+def parse_scale_request(body: bytes) -> tuple[ScaleRequest, list[str]]:
+    """The request in a body, and a sentence for each field that is ignored.
+
+    Raises:
+        UserInputError: malformed; whether the change is possible is for the planner to decide.
+    """
     if len(body) > MAX_BODY_BYTES:
         raise UserInputError(f"the body is larger than {MAX_BODY_BYTES} bytes", hint=SCALE_USAGE)
     try:
@@ -69,7 +86,19 @@ def parse_scale_request(body: bytes) -> ScaleRequest:
         raise UserInputError("the body is not JSON", hint=SCALE_USAGE) from error
     if not isinstance(values, dict):
         raise UserInputError(f"the body must be a JSON object, not {_shown(values)}", hint=SCALE_USAGE)
-    for name, value in values.items():
+    known = {name: value for name, value in values.items() if name in _FIELDS}
+    warnings = [f"the field {_shown(name)} is unknown and was ignored" for name in values if name not in _FIELDS]
+    return scale_request(known), warnings
+
+
+def scale_request(values: Mapping[str, Any]) -> ScaleRequest:
+    """The request with these fields, checked.
+
+    Raises:
+        UserInputError: a field does not exist or has a wrong value.
+    """
+    given = {name: value for name, value in values.items() if not (value is None and name in _MAY_BE_NULL)}
+    for name, value in given.items():
         if name not in _FIELDS:
             raise UserInputError(f"unknown field {_shown(name)}", hint=SCALE_USAGE)
         # Field by field, because msgspec's own error neither shows the value nor says what is allowed.
@@ -78,29 +107,66 @@ def parse_scale_request(body: bytes) -> ScaleRequest:
         except msgspec.ValidationError:
             (meta,) = _FIELDS[name].__metadata__
             raise UserInputError(f"{name} must be {meta.description}, not {_shown(value)}") from None
-    return ScaleRequest(**values)
+    return ScaleRequest(**given)
 
 
 def target_of(request: ScaleRequest) -> Target:
     """The planner's target for a request; requests with the same meaning give equal targets."""
     if request.retire_ranks is not UNSET:
         return RetireRanks(ranks=tuple(sorted(request.retire_ranks)))
+    if request.restore_ranks is not UNSET:
+        return RestoreRanks(ranks=tuple(sorted(request.restore_ranks)))
     size = request.new_data_parallel_size if request.new_ep_size is UNSET else request.new_ep_size
     assert size is not UNSET, "ScaleRequest was built without a target"
     return ScaleTo(size=size)
 
 
 def _shown(value: Any) -> str:
-    """A value as JSON, cut after 40 characters."""
-    text = msgspec.json.encode(value).decode()
+    """A value as JSON, cut after 40 characters; callers in the process may pass what has no JSON."""
+    text = msgspec.json.encode(value, enc_hook=repr).decode()
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+class ScaleAnswer(Operation, frozen=True, kw_only=True):
+    """Response of POST /scale_elastic_ep: the operation, and what SGLang's clients and orchestrators look for.
+
+    Attributes:
+        instance_id, topology_generation: of the server, now.
+        pending_ep_size: the new size while the operation runs, then None.
+        scale_phase: as in `ScalingState`.
+        warnings: one sentence for each thing in the request that was ignored.
+    """
+
+    instance_id: str
+    topology_generation: int
+    pending_ep_size: int | None
+    scale_phase: str
+    warnings: list[str]
+
+
+class ServerStatus(Status, frozen=True, kw_only=True):
+    """Response of GET /elastic_ep/status.
+
+    Attributes:
+        instance_id: differs for every start of a server.
+        topology_generation: the epoch of the membership.
+        safe_to_terminate_ranks: ranks that are no members and take part in no change: nothing that is served needs
+            their devices.
+    """
+
+    instance_id: str
+    topology_generation: int
+    safe_to_terminate_ranks: list[int]
+
+
 class ScalingState(Struct, frozen=True, kw_only=True):
-    """Response of /is_scaling_elastic_ep, in SGLang's terms (`TokenizerManager.get_elastic_ep_state`).
+    """Response of GET /is_scaling_elastic_ep: SGLang's fields (`TokenizerManager.get_elastic_ep_state`) and, from
+    instance_id on, those for orchestrators.
 
     Attributes:
         scale_phase: idle, waiting_for_cohort, syncing_new_world, serving_expanded, serving_shrunk or failed.
+        operation_id: of the running or the latest operation.
+        operation_succeeded: None while it runs.
     """
 
     is_scaling_elastic_ep: bool
@@ -108,6 +174,41 @@ class ScalingState(Struct, frozen=True, kw_only=True):
     pending_ep_size: int | None
     scale_phase: str
     last_error: str | None
+    instance_id: str
+    topology_generation: int
+    operation_id: str | None
+    target_ep_size: int | None
+    operation_succeeded: bool | None
+    active_ranks: list[int]
+    safe_to_terminate_ranks: list[int]
+
+
+class VllmScalingState(Struct, frozen=True, kw_only=True):
+    """Response of POST /is_scaling_elastic_ep, in vLLM's terms.
+
+    Attributes:
+        phase: idle, preparing, committing, failed or completed: of the running or the latest operation.
+        epoch, topology_generation: of the membership, now.
+        error: why the latest operation failed or was rolled back.
+        requested_data_parallel_size: its target.
+    """
+
+    is_scaling_elastic_ep: bool
+    phase: str
+    epoch: int
+    error: str | None
+    requested_data_parallel_size: int | None
+    effective_data_parallel_size: int
+    operation_id: str | None
+    instance_id: str
+    topology_generation: int
+
+
+class VllmAnswer(VllmScalingState, frozen=True, kw_only=True):
+    """Response of POST /scale_elastic_ep with new_data_parallel_size, once the operation is done."""
+
+    message: str
+    warnings: list[str]
 
 
 class OperationList(Struct, frozen=True, kw_only=True):
@@ -116,7 +217,16 @@ class OperationList(Struct, frozen=True, kw_only=True):
     operations: list[Operation]
 
 
-class ErrorBody(Struct, frozen=True, kw_only=True):
-    """Body of every response with a status of 400 or more; the same shape as SGLang's."""
+class ErrorBody(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Body of every response with a status of 400 or more; the same shape as SGLang's.
+
+    Attributes:
+        error: one sentence.
+        instance_id, topology_generation: with status 409: of the server, now.
+        operation_id: with 408 and 500: the request's operation; with 409: the one that runs, if any.
+    """
 
     error: str
+    instance_id: str | None = None
+    topology_generation: int | None = None
+    operation_id: str | None = None

@@ -16,9 +16,9 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from elasticmoe_sglang.api.types import OperationList, ScaleRequest
+from elasticmoe_sglang.api.types import OperationList, ScaleAnswer, ScaleRequest, ServerStatus
 from elasticmoe_sglang.cli.exits import ServerRefused, ServerUnreachable
-from elasticmoe_sglang.coordinator.status import Operation, Status
+from elasticmoe_sglang.coordinator.status import Operation
 
 URL_VARIABLE = "ELASTICMOE_URL"
 KEY_VARIABLE = "ELASTICMOE_ADMIN_KEY"
@@ -60,9 +60,9 @@ class ServerClient:
         key = args.admin_key or os.environ.get(KEY_VARIABLE)
         return cls(url or f"http://127.0.0.1:{DEFAULT_PORT}", key)
 
-    def scale(self, request: ScaleRequest) -> Operation:
-        """Request a change; returns the operation, which has ended only if `request.wait` is set."""
-        return self._ask("/scale_elastic_ep", Operation, body=msgspec.json.encode(request))
+    def scale(self, request: ScaleRequest) -> ScaleAnswer:
+        """Request a change by size, or by ranks; returns the operation, which has ended only if `wait` is set."""
+        return self._ask("/scale_elastic_ep", ScaleAnswer, body=msgspec.json.encode(request))
 
     def operation(self, operation_id: str) -> Operation:
         return self._ask(f"/elastic_ep/operations/{quote(operation_id, safe='')}", Operation)
@@ -70,8 +70,8 @@ class ServerClient:
     def operations(self) -> list[Operation]:
         return self._ask("/elastic_ep/operations", OperationList).operations
 
-    def status(self) -> Status:
-        return self._ask("/elastic_ep/status", Status)
+    def status(self) -> ServerStatus:
+        return self._ask("/elastic_ep/status", ServerStatus)
 
     def follow(self, operation: Operation, timeout_s: float, show: Callable[[Operation], None]) -> Operation:
         """Poll the operation until it has ended or `timeout_s` is over, and call `show` with every result."""

@@ -1,4 +1,4 @@
-"""`elasticmoe scale`: change the number of active ranks, or retire some."""
+"""`elasticmoe scale`: change the number of active ranks, or retire or restore some."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from elasticmoe_sglang.cli.client import ServerClient, add_server_arguments
 from elasticmoe_sglang.cli.exits import FAILED, OK
 from elasticmoe_sglang.coordinator.status import Operation, Phase
 
-_TEXT = "Change the expert-parallel size of a running server, or retire ranks."
+_TEXT = "Change the expert-parallel size of a running server, or retire or restore ranks."
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,6 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     target.add_argument(
         "--retire", metavar="RANKS", type=_ranks, help="ranks to retire, like 1 or 1,3; rank 0 cannot be"
     )
+    target.add_argument("--restore", metavar="RANKS", type=_ranks, help="inactive ranks to activate, like 2 or 2,3")
     parser.add_argument("--wait", action="store_true", help="show the progress and return when the operation has ended")
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="limit of --wait (default: %(default)g)"
@@ -44,9 +45,10 @@ def run(args: argparse.Namespace) -> int:
     request = ScaleRequest(
         new_ep_size=msgspec.UNSET if args.size is None else args.size,
         retire_ranks=msgspec.UNSET if args.retire is None else args.retire,
+        restore_ranks=msgspec.UNSET if args.restore is None else args.restore,
         operation_id=args.operation_id or uuid.uuid4().hex,
     )
-    operation = client.scale(request)
+    operation: Operation = client.scale(request)
     if args.wait:
         operation = _follow(client, operation, args.timeout)
     if args.json:

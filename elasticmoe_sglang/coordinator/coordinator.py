@@ -22,11 +22,19 @@ from elasticmoe_sglang.coordinator.status import (
     Operation,
     Phase,
     PullReport,
+    RankInfo,
     RunningOperation,
     Status,
     describe_target,
 )
-from elasticmoe_sglang.errors import ElasticMoEError, HmmUnavailable, OperationInProgress, UserInputError, WorkerError
+from elasticmoe_sglang.errors import (
+    ElasticMoEError,
+    HmmUnavailable,
+    OperationIdTaken,
+    OperationInProgress,
+    UserInputError,
+    WorkerError,
+)
 from elasticmoe_sglang.planner import (
     Cause,
     DeviceRoom,
@@ -144,7 +152,8 @@ class Coordinator:
         While survivors recover from a loss the change waits for them; a restore that is preparing makes way for it.
 
         Raises:
-            PlanError, BudgetExceeded, UserInputError: the target is impossible, or the id belongs to another target.
+            PlanError, BudgetExceeded, UserInputError: the target is impossible.
+            OperationIdTaken: the id belongs to another target.
             OperationInProgress: a change to another target is running, or the server is shutting down.
             HmmUnavailable: the HMM does not answer, so no change is possible; serving is not affected.
         """
@@ -316,6 +325,10 @@ class Coordinator:
             why = str(error)
         return MemoryStatus(available=False, endpoint=self._config.hmm_endpoint, error=why)
 
+    def ranks(self) -> list[RankInfo]:
+        """All ranks, ascending. May be called from any thread."""
+        return list(self._workers.ranks())
+
     def get(self, operation_id: str) -> Operation | None:
         """One of the latest HISTORY operations, None if there is none with this id."""
         operation = self._operations.get(operation_id)
@@ -366,7 +379,7 @@ async def _at_once() -> None:
 def _same_target(known: RunningOperation, target: Target) -> RunningOperation:
     if known.target != target:
         used = describe_target(known.target) if known.target is not None else known.plan.cause.value
-        raise UserInputError(
+        raise OperationIdTaken(
             f"operation_id was used for another target, {used}",
             operation=known.operation_id,
             hint="Use a new operation_id for a new target",

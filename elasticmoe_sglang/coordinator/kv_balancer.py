@@ -60,8 +60,10 @@ class KvBalancer:
         return dict(self._chunks)
 
     def held(self) -> dict[int, int]:
-        """Bytes of HMM memory of each rank's KV cache."""
-        return {rank: self._bytes(rank) for rank in self._chunks}
+        """Bytes of HMM memory of each rank's KV cache. May be called from any thread."""
+        # Copying is atomic in CPython; ranks may come and go meanwhile.
+        held, shapes = dict(self._chunks), dict(self._shapes)
+        return {rank: chunks * shapes[rank].chunk_bytes for rank, chunks in held.items() if rank in shapes}
 
     def least_bytes(self) -> int:
         """The least KV a rank needs, of the rank that needs most."""

@@ -10,7 +10,7 @@ from enum import Enum
 
 import msgspec
 
-from elasticmoe_sglang.planner import Cause, ColumnMove, RetireRanks, ScaleTo, Target, TransitionPlan
+from elasticmoe_sglang.planner import Cause, ColumnMove, RestoreRanks, RetireRanks, ScaleTo, Target, TransitionPlan
 
 
 class Phase(str, Enum):
@@ -71,7 +71,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         cause: target (it was asked for), loss (workers died; survivors went on), restore (lost ranks came back).
-        target: the fields of the request, {"new_ep_size": n} or {"retire_ranks": [...]}; empty for the other causes.
+        target: the fields of the request, {"new_ep_size": n}, {"retire_ranks": [...]} or {"restore_ranks": [...]};
+            empty for the other causes.
         lost: ranks whose workers had died.
         moves: expert columns that move.
         epoch: the one that the change commits, with `ranks_after`. It is not reached where the change is rolled back,
@@ -370,3 +371,5 @@ def describe_target(target: Target) -> dict[str, int | list[int]]:
             return {"new_ep_size": size}
         case RetireRanks(ranks=ranks):
             return {"retire_ranks": list(ranks)}
+        case RestoreRanks(ranks=ranks):
+            return {"restore_ranks": list(ranks)}

@@ -1,9 +1,9 @@
 """[3] The planner: turns a target or a loss into a plan, without any I/O.
 
-Receives the view (membership and placement) and a target (a size, ranks to retire) or the ranks whose workers died from
-the engine [2] and returns a `TransitionPlan`: joining ranks, retiring ranks and the moves of expert columns. The new
-placement is balanced to within one column per rank, with the fewest moves that any balanced placement allows. The same
-arguments give the same plan.
+Receives the view (membership and placement) and a target (a size, ranks to retire or to restore) or the ranks whose
+workers died from the engine [2] and returns a `TransitionPlan`: joining ranks, retiring ranks and the moves of expert
+columns. The new placement is balanced to within one column per rank, with the fewest moves that any balanced placement
+allows. The same arguments give the same plan.
 """
 
 from elasticmoe_sglang.planner.budget import DeviceRoom, ModelNeeds, check_budgets, extra_bytes
@@ -12,6 +12,7 @@ from elasticmoe_sglang.planner.placement import Placement, View, initial_placeme
 from elasticmoe_sglang.planner.plan import (
     Cause,
     ColumnMove,
+    RestoreRanks,
     RetireRanks,
     ScaleTo,
     Target,
@@ -29,6 +30,7 @@ __all__ = [
     "KvShape",
     "ModelNeeds",
     "Placement",
+    "RestoreRanks",
     "RetireRanks",
     "ScaleTo",
     "Target",

@@ -25,7 +25,14 @@ class RetireRanks:
     ranks: tuple[int, ...]
 
 
-Target = ScaleTo | RetireRanks
+@dataclass(frozen=True, kw_only=True)
+class RestoreRanks:
+    """Target: the active ranks and these: the reverse of `RetireRanks`."""
+
+    ranks: tuple[int, ...]
+
+
+Target = ScaleTo | RetireRanks | RestoreRanks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +156,8 @@ def _plan(cause: Cause, view: View, ranks: tuple[int, ...], lost: tuple[int, ...
 def _ranks_after(membership: Membership, target: Target) -> tuple[int, ...]:
     if isinstance(target, ScaleTo):
         return _ranks_for_size(membership, target.size)
+    if isinstance(target, RestoreRanks):
+        return _ranks_with(membership, target.ranks)
     return _ranks_without(membership, target.ranks)
 
 
@@ -160,8 +169,7 @@ def _ranks_for_size(membership: Membership, size: int) -> tuple[int, ...]:
         )
     if size <= len(membership.ranks):
         return membership.ranks[:size]
-    inactive = [rank for rank in range(membership.capacity) if rank not in membership.ranks]
-    return tuple(sorted((*membership.ranks, *inactive[: size - len(membership.ranks)])))
+    return tuple(sorted((*membership.ranks, *_inactive(membership)[: size - len(membership.ranks)])))
 
 
 def _ranks_without(membership: Membership, retired: tuple[int, ...]) -> tuple[int, ...]:
@@ -177,6 +185,30 @@ def _ranks_without(membership: Membership, retired: tuple[int, ...]) -> tuple[in
         plural, verb = ("", "is") if len(absent) == 1 else ("s", "are")
         raise PlanError(f"rank{plural} {listed} {verb} not active", hint=_retirable(membership))
     return tuple(rank for rank in membership.ranks if rank not in retired)
+
+
+def _ranks_with(membership: Membership, restored: tuple[int, ...]) -> tuple[int, ...]:
+    if not restored:
+        raise PlanError("restore_ranks is empty", hint=_restorable(membership))
+    if len(set(restored)) != len(restored):
+        raise PlanError(f"a rank is repeated in {list(restored)}", hint="List each rank to restore once")
+    wrong = sorted(set(restored) - set(_inactive(membership)))
+    if wrong:
+        listed = ", ".join(map(str, wrong))
+        plural, verb = ("", "is") if len(wrong) == 1 else ("s", "are")
+        raise PlanError(f"rank{plural} {listed} {verb} not inactive", hint=_restorable(membership))
+    return tuple(sorted((*membership.ranks, *restored)))
+
+
+def _inactive(membership: Membership) -> list[int]:
+    return [rank for rank in range(membership.capacity) if rank not in membership.ranks]
+
+
+def _restorable(membership: Membership) -> str:
+    others = ", ".join(map(str, _inactive(membership)))
+    if not others:
+        return "All ranks are active, so none can be restored now"
+    return f"Ranks that can be restored now: {others}"
 
 
 def _retirable(membership: Membership) -> str:

@@ -33,7 +33,9 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "tokenizer_worker_num": (1, "the coordinator lives in the one tokenizer process"),
     "detokenizer_worker_num": (1, "a moved request's output is ordered by the one detokenizer"),
     "enable_dp_attention_local_control_broadcast": (False, "the commit relies on the global control broadcast"),
-    "elastic_ep_backend": (None, "SGLang's own elastic EP and this plugin exclude each other"),
+    "elastic_ep_backend": ((None, "none"), "SGLang's own elastic EP and this plugin exclude each other"),
+    "ep_join_mode": (None, "its standbys join by themselves, no joining group is started"),
+    "enable_elastic_expert_backup": (False, "the HMM holds the copies of the experts"),
     "enable_eplb": (False, "expert placement is this plugin's"),
     "ep_num_redundant_experts": (0, "redundant experts are not supported"),
     "init_expert_location": ("trivial", "expert placement is this plugin's"),
@@ -42,6 +44,9 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "expert_balancedness_report_mode": ("off", "it takes an equal run of experts for each rank's"),
     "speculative_algorithm": (None, "draft models are not supported"),
     "enable_hierarchical_cache": (False, "the hierarchical cache is not supported"),
+    "enable_flexkv": (False, "its offload of KV knows nothing of caches that change their size"),
+    "enable_lmcache": (False, "its offload of KV knows nothing of caches that change their size"),
+    "radix_cache_backend": (None, "KV caches that change their size need SGLang's own radix cache"),
     "quantization": (None, "only unquantised weights are supported"),
     "load_balance_method": (("auto", "round_robin", "total_requests", "total_tokens"), "it routes by rank"),
     "enforce_shared_experts_fusion": (False, "a fused shared expert is tied to a rank"),
@@ -54,6 +59,46 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "enable_tp_lm_head_all_to_all": (False, "it needs an NCCL communicator of all ranks"),
     **LAUNCH_REFUSALS,
 }
+
+
+BACKEND = "elasticmoe"
+"""Our value of SGLang's --elastic-ep-backend."""
+
+
+def elastic_config(args: argparse.Namespace) -> ElasticConfig | None:
+    """The elastic settings of a launch, None if it asks for none.
+
+    They come from our flags or, with --elastic-ep-backend elasticmoe, from SGLang's --max-ep-size and
+    --elastic-ep-initial-size (or --tp-size, as in SGLang). SGLang's flags are cleared in `args`: their meaning there is
+    SGLang's own elastic EP.
+
+    Raises:
+        UserInputError: no size was given, or the two kinds of flags contradict each other.
+    """
+    config = ElasticConfig.from_namespace(args)
+    if args.elastic_ep_backend != BACKEND:
+        return config
+    largest, initial = args.max_ep_size, args.elastic_ep_initial_size
+    if config is None:
+        if largest is None:
+            raise UserInputError(
+                f"--elastic-ep-backend {BACKEND} was given without a size",
+                hint="Add --max-ep-size and --elastic-ep-initial-size, or --elasticmoe-ep-size and "
+                "--elasticmoe-max-ep-size",
+            )
+        initial = initial or args.tp_size
+        config = ElasticConfig(ep_size=initial, max_ep_size=largest)
+        for name in ("tp_size", "dp_size", "ep_size"):
+            if getattr(args, name) == initial:
+                setattr(args, name, 1)
+    for given, ours, option in (
+        (largest, config.max_ep_size, "--max-ep-size"),
+        (initial, config.ep_size, "--elastic-ep-initial-size"),
+    ):
+        if given not in (None, ours):
+            raise UserInputError(f"{option} {given} contradicts the {ours} of this plugin's flags")
+    args.elastic_ep_backend = args.max_ep_size = args.elastic_ep_initial_size = None
+    return config
 
 
 def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
@@ -87,7 +132,7 @@ def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
     args.disable_custom_all_reduce = True
     if args.load_balance_method == "auto":
         args.load_balance_method = "round_robin"
-    check_model(args.model_path, config)
+    check_model(args.model_path, config, revision=getattr(args, "revision", None))
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:
@@ -95,8 +140,9 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         accepted = fine if isinstance(fine, tuple) else (fine,)
         if value not in accepted and value is not None:
+            option = "elastic-ep-join-mode" if name == "ep_join_mode" else name.replace("_", "-")
             raise UserInputError(
-                f"--{name.replace('_', '-')} {value} is not supported by an elastic server: {why}",
+                f"--{option} {value} is not supported by an elastic server: {why}",
                 hint="Leave the flag out",
             )
 
@@ -121,20 +167,42 @@ def _refuse_empty_shares(args: argparse.Namespace, capacity: int) -> None:
             )
 
 
-def read_model_config(model_path: str) -> dict[str, Any] | None:
-    """The model's config.json, or None when `model_path` is a name on a hub (checked once it is downloaded)."""
-    path = Path(model_path) / "config.json"
-    if not path.is_file():
-        return None
+def read_model_config(model_path: str, revision: str | None = None) -> dict[str, Any]:
+    """The model's config.json: from a folder or, for a name on the hub, from its cache or by downloading it.
+
+    Raises:
+        UserInputError: there is none.
+    """
+    folder = Path(model_path)
+    if folder.is_dir():
+        path = folder / "config.json"
+        if not path.is_file():
+            raise UserInputError(
+                f"{model_path} has no config.json", hint="Give the folder of a Hugging Face checkpoint"
+            )
+    else:
+        path = _config_from_hub(model_path, revision)
     config: dict[str, Any] = json.loads(path.read_text())
     return config
 
 
-def check_model(model_path: str, config: ElasticConfig) -> None:
+def _config_from_hub(name: str, revision: str | None) -> Path:
+    """SGLang resolves names on the hub in each worker only, too late to refuse a model."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors, those of a name ValueErrors
+        reason = str(error).strip().partition("\n")[0]
+        raise UserInputError(
+            f"the model {name} is neither a folder nor to be had from the hub: {reason}",
+            hint="Give a folder, or a name whose config.json is in the hub's cache or can be downloaded",
+        ) from error
+
+
+def check_model(model_path: str, config: ElasticConfig, *, revision: str | None = None) -> None:
     """Raises UserInputError for a model that cannot be served elastically."""
-    model = read_model_config(model_path)
-    if model is None:
-        return
+    model = read_model_config(model_path, revision)
     architecture = (model.get("architectures") or ["none"])[0]
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise UserInputError(

@@ -17,9 +17,11 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from elasticmoe_patches import preflight
 from elasticmoe_patches.catalogue import all_hooks, select
+from elasticmoe_patches.launch import BACKEND
 from elasticmoe_patches.spec import PROCESSES, HookSpec, Process, Scope
 from elasticmoe_sglang.config import FLAG_PREFIX
 from elasticmoe_sglang.errors import HookError
@@ -43,12 +45,25 @@ def register() -> None:
     try:
         preflight.check_version()
         if elastic:
-            preflight.check(spec for spec in all_hooks() if platform or spec.scope != "platform")
-        preflight.install(select("main", ("flags", "platform", "both") if platform else ("flags",)), "main")
+            check_all()
+        scopes: tuple[Scope, ...] = ("platform", "both") if platform else ()
+        if multiprocessing.parent_process() is None:
+            scopes = ("flags", *scopes)  # they import SGLang's entry points, which its child processes do without
+        preflight.install(select("main", scopes), "main")
     except HookError as error:
         if elastic:
             preflight.fail_closed(error)
         logger.warning("elasticmoe is inactive, SGLang runs without it: %s", error)
+
+
+def check_all() -> None:
+    """Check the hooks of all processes, before any process is started.
+
+    Raises:
+        HookError: one error that lists all mismatches.
+    """
+    preflight.check_version()
+    preflight.check(spec for spec in all_hooks() if platform_active() or spec.scope != "platform")
 
 
 def install_for_platform(process: Process) -> tuple[HookSpec, ...]:
@@ -102,8 +117,10 @@ def elastic_scopes() -> tuple[Scope, ...]:
 
 
 def flags_used(argv: Sequence[str], environ: Mapping[str, str]) -> bool:
-    """Whether this launch asks for elasticity: one of our flags, or the configuration a parent has set."""
-    return ENV_CONFIG in environ or any(argument.startswith(FLAG_PREFIX) for argument in argv)
+    """Whether this launch asks for elasticity: one of our flags, our backend of SGLang's elastic EP, or the
+    configuration a parent has set."""
+    backend = f"--elastic-ep-backend={BACKEND}" in argv or ("--elastic-ep-backend", BACKEND) in pairwise(argv)
+    return backend or ENV_CONFIG in environ or any(argument.startswith(FLAG_PREFIX) for argument in argv)
 
 
 def process_name() -> Process:

@@ -220,6 +220,8 @@ def _version_problem(spec: HookSpec, version: str | None) -> str | None:
 
 
 def _target_problem(spec: HookSpec) -> str | None:
+    if spec.kind == "attribute" and spec in _installed:
+        return None  # it was checked then; what is found now is ours
     try:
         target = resolve(spec.target)
         found = signature_text(target)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from elasticmoe_patches.observability import Observability, observability
 from elasticmoe_patches.runtime_state import replay
 from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE, Answers
 from elasticmoe_sglang import run_dir_reaper
+from elasticmoe_sglang.api.elastic_ep import ElasticEp
 from elasticmoe_sglang.comm.control_page import ControlPage
 from elasticmoe_sglang.comm.region import format_region, open_region, release_stale_regions
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
@@ -33,7 +35,7 @@ from elasticmoe_sglang.coordinator.observer import feed_status
 from elasticmoe_sglang.coordinator.steps import Event
 from elasticmoe_sglang.coordinator.worker_channel import Incoming, WorkerChannel
 from elasticmoe_sglang.coordinator.workers import Workers
-from elasticmoe_sglang.errors import ElasticMoEError, WorkerError
+from elasticmoe_sglang.errors import ElasticMoEError, UserInputError, WorkerError
 from elasticmoe_sglang.event_loop import run_in
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
@@ -124,10 +126,12 @@ class Services:
     Attributes:
         loop: the coordinator's event loop, which runs in a thread.
         observed: metrics and traces; None until the coordinator starts.
+        instance_id: names this start of the server.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
+        self.instance_id = uuid.uuid4().hex
         self.hmm: HmmProcess | None = None
         if runtime.config.run_dir is None:
             run_dir_reaper.watch(str(runtime.paths.run_dir), os.getpid())
@@ -214,11 +218,21 @@ class Services:
 
     # -- once the first ranks serve -----------------------------------------------------------------------------
 
-    def start_coordinator(self, tokenizer_manager: Any) -> Coordinator:
-        """Called before the HTTP server starts, when all first ranks serve. The coordinator runs in `loop`."""
+    def start_coordinator(self, tokenizer_manager: Any) -> None:
+        """Called when all first ranks serve, before anybody can send a request. The coordinator runs in `loop`."""
         self._tokenizer = tokenizer_manager
         self._channel_open.result(_HELLO_DEADLINE_S)
-        return self._call(self._make_coordinator()).result(_HELLO_DEADLINE_S)
+        self._call(self._make_coordinator()).result(_HELLO_DEADLINE_S)
+
+    @property
+    def coordinator(self) -> Coordinator:
+        assert self._coordinator is not None, "the first ranks do not serve yet"
+        return self._coordinator
+
+    @property
+    def elastic(self) -> ElasticEp:
+        """What callers in this process may do."""
+        return ElasticEp(self.coordinator, instance_id=self.instance_id, loop=self.loop)
 
     async def _make_coordinator(self) -> Coordinator:
         config = self.runtime.config
@@ -363,9 +377,17 @@ def start_services() -> Services:
     global _services
     runtime = current_runtime()
     assert runtime is not None
-    assert _services is None, "one elastic server a process"
+    refuse_another()
     _services = Services(runtime)
     return _services
+
+
+def refuse_another() -> None:
+    """Raises UserInputError if this process has, or had, an elastic server: its hooks and sockets are for that one."""
+    if _services is not None:
+        raise UserInputError(
+            "this process has started an elastic server already", hint="Start another one in a process of its own"
+        )
 
 
 def server_ends() -> None:

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -64,13 +66,16 @@ def signature_text(target: Target) -> str:
     """The call signature in one line: parameter names, kinds and defaults.
 
     Annotations are left out, because their text depends on the Python version and on how the module imports its types;
-    memory addresses in the text of defaults as well. A property gives `property`, other values the name of their type.
+    memory addresses in the text of defaults as well. A property gives `property`, a struct its name, other values the
+    name of their type.
     """
     value = target.function
     if isinstance(value, property):
         return "property"
     if not callable(value):
         return type(value).__name__
+    if isinstance(value, type) and issubclass(value, msgspec.Struct):
+        return f"struct {value.__name__}"  # its fields are hundreds, and no hook depends on all of them
     signature = inspect.signature(value)
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
     text = str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))

@@ -50,7 +50,7 @@ class ElasticServer(SglangServer):
         """The operation, ended unless `wait` is False; whether it succeeded is for the caller to look at."""
         body: dict[str, Any] = {"retire_ranks": list(retire)} if retire else {"new_ep_size": size}
         response = self.post("/scale_elastic_ep", {**body, "wait": wait})
-        assert response.status_code in (200, 202), f"{response.status_code}: {response.text}"
+        assert response.status_code == 200, f"{response.status_code}: {response.text}"
         operation: dict[str, Any] = response.json()
         return operation
 

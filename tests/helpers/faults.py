@@ -34,7 +34,7 @@ def ask_for(server: ElasticServer, body: dict[str, Any]) -> dict[str, Any]:
     deadline = time.monotonic() + SETTLED_WITHIN_S
     while True:
         response = server.post("/scale_elastic_ep", body)
-        if response.status_code in (200, 202):
+        if response.status_code == 200:
             operation: dict[str, Any] = response.json()
             return operation
         assert response.status_code in (409, 503), response.text

@@ -82,11 +82,13 @@ def test_scale_wait_json(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert "EP 2 -> 4, 4/4 columns" in err
 
 
-def test_scale_and_retire_for_people(port: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scale_retire_and_restore_for_people(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(port, "scale", "4", "--wait") == 0
     assert run(port, "scale", "--retire", "1,3", "--wait") == 0
     out = capsys.readouterr().out
     assert "ranks 2, 3" in out and "ranks 1, 3" in out and "requests moved" in out
+    assert run(port, "scale", "--restore", "3", "--wait", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["ranks_after"] == [0, 2, 3]
 
 
 def test_scale_without_wait_returns_at_once(port: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +117,7 @@ def test_an_operation_that_does_not_end_in_time_is_exit_status_1(capsys: pytest.
         (["scale", "0"], "positive integer"),
         (["scale", "-1"], "positive integer"),
         (["scale", "--retire", "0"], "rank 0 cannot be retired"),
+        (["scale", "--restore", "1"], "rank 1 is not inactive"),
         (["scale", "3", "--operation-id", "a b"], "letters, digits"),
         (["operations", "nobody"], "no operation 'nobody'"),
     ],
@@ -127,7 +130,15 @@ def test_a_refusal_is_exit_status_2(
 
 
 @pytest.mark.parametrize(
-    "argv", [["scale"], ["scale", "4", "--retire", "1"], ["scale", "x"], ["scale", "--retire", "x"], []]
+    "argv",
+    [
+        ["scale"],
+        ["scale", "4", "--retire", "1"],
+        ["scale", "--restore", "1", "--retire", "1"],
+        ["scale", "x"],
+        ["scale", "--retire", "x"],
+        [],
+    ],
 )
 def test_wrong_usage_is_exit_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -195,7 +206,12 @@ def test_status_json_and_operations(port: int, capsys: pytest.CaptureFixture[str
     assert run(port, "scale", "3", "--wait", "--operation-id", "first") == 0
     capsys.readouterr()
     assert run(port, "status", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["membership"] == [0, 1, 2]
+    status = json.loads(capsys.readouterr().out)
+    assert (status["membership"], status["topology_generation"], status["safe_to_terminate_ranks"]) == (
+        [0, 1, 2],
+        1,
+        [3],
+    )
     assert run(port, "operations", "--json") == 0
     assert [entry["operation_id"] for entry in json.loads(capsys.readouterr().out)["operations"]] == ["first"]
     assert run(port, "operations") == 0

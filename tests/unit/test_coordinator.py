@@ -17,6 +17,7 @@ from elasticmoe_sglang.coordinator.status import Operation, Phase, RankState
 from elasticmoe_sglang.errors import (
     BudgetExceeded,
     HmmUnavailable,
+    OperationIdTaken,
     OperationInProgress,
     PlanError,
     UserInputError,
@@ -246,7 +247,7 @@ def test_a_repeated_id_is_the_same_operation_while_it_runs_and_after_it() -> Non
         await coordinator.wait("one")
         assert (await coordinator.submit(UP, "one")).phase is Phase.DONE
         assert cluster.calls["begin"] == 1
-        with pytest.raises(UserInputError, match="used for another target"):
+        with pytest.raises(OperationIdTaken, match="used for another target"):
             await coordinator.submit(DOWN, "one")
 
     run(main())

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from elasticmoe_patches.launch import shape_arguments
+from elasticmoe_patches.launch import elastic_config, read_model_config, shape_arguments
+from elasticmoe_patches.plugin import flags_used
+from elasticmoe_patches.srt.server_args import after_add_cli_args
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
+from tests.helpers.hub import cached_on_the_hub
 
 pytestmark = pytest.mark.process
 
@@ -27,11 +33,13 @@ def write(folder: Path, **config: object) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def sglang_arguments(model: Path, *flags: str) -> argparse.Namespace:
+def sglang_arguments(model: Path | str, *flags: str) -> argparse.Namespace:
     from sglang.srt.server_args import ServerArgs
 
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
+    if "--elasticmoe-ep-size" not in parser._option_string_actions:  # the hook may be installed in this process
+        after_add_cli_args(None, parser)
     return parser.parse_args(["--model-path", str(model), *flags])
 
 
@@ -72,6 +80,13 @@ def test_the_users_choice_stays_where_it_is_possible(model: Path) -> None:
         (("--is-embedding",), "only generation"),
         (("--enable-multimodal",), "read text only"),
         (("--elastic-ep-backend", "mooncake"), "exclude each other"),
+        (("--elastic-ep-join-mode", "scale"), "--elastic-ep-join-mode scale .*no joining group"),
+        (("--enable-elastic-expert-backup",), "the HMM holds the copies"),
+        (("--enable-flexkv",), "offload of KV knows nothing of caches that change their size"),
+        (("--enable-lmcache",), "offload of KV knows nothing"),
+        (("--radix-cache-backend", "flexkv"), "own radix cache"),
+        (("--enable-lora",), "LoRA adapters are not carried"),
+        (("--lora-paths", "a=/adapters/a"), "--lora-paths .*LoRA adapters are not carried"),
         (("--load-balance-method", "follow_bootstrap_room"), "routes by rank"),
         (("--init-expert-location", "map.json"), "placement is this plugin's"),
         (("--ep-dispatch-algorithm", "dynamic"), "every expert exists once"),
@@ -137,3 +152,75 @@ def test_one_rank_has_nothing_to_scale_to(model: Path) -> None:
 def test_more_ranks_than_the_control_page_holds(model: Path) -> None:
     with pytest.raises(UserInputError, match="64 ranks supported"):
         shape_arguments(sglang_arguments(model), ElasticConfig(ep_size=1, max_ep_size=65))
+
+
+@pytest.mark.parametrize("argv", [["--elastic-ep-backend", "elasticmoe"], ["--elastic-ep-backend=elasticmoe"]])
+def test_our_backend_asks_for_an_elastic_server(argv: list[str]) -> None:
+    assert flags_used(["--model-path", "x", *argv], {})
+    assert not flags_used(["--elastic-ep-backend", "mooncake", "--model-path", "elasticmoe"], {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        (("--max-ep-size", "4", "--elastic-ep-initial-size", "2"), (2, 4)),
+        (("--max-ep-size", "4", "--tp-size", "2", "--dp-size", "2"), (2, 4)),
+        (("--max-ep-size", "4"), (1, 4)),
+        (("--elasticmoe-ep-size", "2", "--elasticmoe-max-ep-size", "4"), (2, 4)),
+        (("--elasticmoe-ep-size", "2", "--elasticmoe-max-ep-size", "4", "--max-ep-size", "4"), (2, 4)),
+    ],
+)
+def test_sglangs_sizes_with_our_backend(model: Path, flags: tuple[str, ...], sizes: tuple[int, int]) -> None:
+    args = sglang_arguments(model, "--elastic-ep-backend", "elasticmoe", *flags)
+    config = elastic_config(args)
+    assert config is not None and (config.ep_size, config.max_ep_size) == sizes
+    assert (args.elastic_ep_backend, args.max_ep_size, args.elastic_ep_initial_size) == (None, None, None)
+    shape_arguments(args, config)
+    assert (args.tp_size, args.dp_size, args.ep_size) == (4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "was given without a size"),
+        (("--elasticmoe-max-ep-size", "4", "--max-ep-size", "8"), "--max-ep-size 8 contradicts the 4"),
+        (
+            ("--elasticmoe-ep-size", "2", "--elasticmoe-max-ep-size", "4", "--elastic-ep-initial-size", "3"),
+            "--elastic-ep-initial-size 3 contradicts the 2",
+        ),
+    ],
+)
+def test_our_backend_without_its_sizes(model: Path, flags: tuple[str, ...], words: str) -> None:
+    with pytest.raises(UserInputError, match=words):
+        elastic_config(sglang_arguments(model, "--elastic-ep-backend", "elasticmoe", *flags))
+
+
+@pytest.mark.parametrize("flags", [(), ("--elastic-ep-backend", "mooncake", "--max-ep-size", "8")])
+def test_other_launches_are_not_elastic(model: Path, flags: tuple[str, ...]) -> None:
+    args = sglang_arguments(model, *flags)
+    before = dict(vars(args))
+    assert elastic_config(args) is None and vars(args) == before
+
+
+def test_a_name_on_the_hub_is_checked_like_a_folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In a process of its own: the hub's library reads its variables when it is imported."""
+    write(model, architectures=["LlamaForCausalLM"])
+    environment = cached_on_the_hub(tmp_path_factory.mktemp("hub"), "someone/llama", model)
+    check = (
+        "from elasticmoe_patches.launch import check_model as check; from elasticmoe_sglang.config import ElasticConfig"
+    )
+    for name, words in (("someone/llama", "is a LlamaForCausalLM"), ("someone/else", "nor to be had from the hub")):
+        command = [sys.executable, "-c", f"{check}; check({name!r}, ElasticConfig(ep_size=1, max_ep_size=2))"]
+        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and words in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/model", "a/b/c"])
+def test_what_is_no_model_is_refused_with_its_reason(name: str) -> None:
+    with pytest.raises(UserInputError, match=r"nor to be had from the hub: \S"):
+        read_model_config(name)
+
+
+def test_a_folder_without_a_config(tmp_path: Path) -> None:
+    with pytest.raises(UserInputError, match=r"has no config\.json"):
+        read_model_config(str(tmp_path))

@@ -13,6 +13,7 @@ from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.errors import PlanError
 from elasticmoe_sglang.planner import (
     Placement,
+    RestoreRanks,
     RetireRanks,
     ScaleTo,
     Target,
@@ -51,7 +52,12 @@ def questions(draw: st.DrawFn, max_capacity: int = 12, max_columns: int = 40) ->
         return membership, placement, draw(sizes)
     retirable = st.sets(st.sampled_from(membership.ranks[1:]), min_size=1)
     retire: st.SearchStrategy[Target] = retirable.map(lambda ranks: RetireRanks(ranks=tuple(ranks)))
-    return membership, placement, draw(sizes | retire)
+    inactive = [rank for rank in range(membership.capacity) if rank not in membership.ranks]
+    if not inactive:
+        return membership, placement, draw(sizes | retire)
+    restorable = st.lists(st.sampled_from(inactive), min_size=1, unique=True)
+    restore: st.SearchStrategy[Target] = restorable.map(lambda ranks: RestoreRanks(ranks=tuple(ranks)))
+    return membership, placement, draw(sizes | retire | restore)
 
 
 def fewest_moves_by_flow(placement: Placement, ranks: tuple[int, ...]) -> int:
@@ -223,6 +229,10 @@ def test_a_restore_brings_back_the_ranks_of_the_last_target() -> None:
         (RetireRanks(ranks=(3,)), "rank 3 is not active"),
         (RetireRanks(ranks=(-1, 9)), "ranks -1, 9 are not active"),
         (RetireRanks(ranks=(1, 1)), "is repeated"),
+        (RestoreRanks(ranks=()), "restore_ranks is empty"),
+        (RestoreRanks(ranks=(1,)), "rank 1 is not inactive"),
+        (RestoreRanks(ranks=(3, 3)), "is repeated"),
+        (RestoreRanks(ranks=(-1, 9)), "ranks -1, 9 are not inactive"),
     ],
 )
 def test_an_impossible_target_says_what_is_allowed(target: Target, sentence: str) -> None:

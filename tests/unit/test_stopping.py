@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 
 from elasticmoe_patches import services as services_module
 from elasticmoe_patches.services import Services
-from elasticmoe_patches.srt.entrypoints.http_server import start_with_server
+from elasticmoe_patches.srt.entrypoints.http_server import start_tokenizer, start_with_server
 from elasticmoe_patches.srt.managers import tokenizer_manager as hooks
 from elasticmoe_patches.srt.utils.common import before_kill_process_tree
 from elasticmoe_sglang.config import ElasticConfig
@@ -41,6 +41,7 @@ class Tokenizer:
 
     def auto_create_handle_loop(self) -> None:
         self.loops += 1
+        self.event_loop = asyncio.get_running_loop()
 
 
 def make_services(closing: concurrent.futures.Future[None] | None) -> Services:
@@ -114,11 +115,7 @@ def test_a_second_interrupt_aborts_what_runs() -> None:
 def test_sigint_is_handled_from_the_start_of_the_loop() -> None:
     async def run() -> bool:
         tokenizer = Tokenizer()
-
-        def original(self: Tokenizer) -> None:
-            self.event_loop = asyncio.get_running_loop()
-
-        hooks.around_auto_create_handle_loop(original, tokenizer)
+        start_tokenizer(tokenizer)
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.sleep(0.1)
         asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)

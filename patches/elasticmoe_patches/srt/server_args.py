@@ -9,7 +9,7 @@ import uuid
 from typing import Any
 
 from elasticmoe_patches.device import check_devices, check_hmm, on_cuda
-from elasticmoe_patches.launch import shape_arguments
+from elasticmoe_patches.launch import BACKEND, elastic_config, shape_arguments
 from elasticmoe_patches.plugin import install_for_process
 from elasticmoe_patches.spec import DPC, MAIN, Hooks
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
@@ -21,28 +21,38 @@ HOOKS = hook = Hooks(__name__, MAIN, scope="flags")
 
 @hook("after", "ServerArgs.add_cli_args(parser)", expires="SGLang lets plugins declare arguments.")
 def after_add_cli_args(_result: Any, parser: argparse.ArgumentParser) -> None:
-    """Adds the --elasticmoe-* flags to SGLang's launcher."""
+    """Adds the --elasticmoe-* flags to SGLang's launcher, and our value to its --elastic-ep-backend."""
     add_arguments(parser)
+    for action in parser._actions:
+        if action.dest == "elastic_ep_backend" and action.choices is not None:
+            action.choices = [*action.choices, BACKEND]
 
 
 @hook("before", "ServerArgs.from_cli_args(cls, args)", expires="SGLang lets plugins declare arguments.")
 def before_from_cli_args(cls: type, args: argparse.Namespace) -> None:
-    """Reads the flags, and sets tp = dp = ep = the number of ranks before SGLang resolves its arguments.
-
-    The runtime is exported to the environment, from which every process of the server reads it.
-    """
+    """Reads the flags, and sets tp = dp = ep = the number of ranks before SGLang resolves its arguments."""
     try:
-        config = ElasticConfig.from_namespace(args)
-        if config is None:
-            return
-        shape_arguments(args, config)
-        check_devices(config)
-        check_hmm(config)
-        runtime = new_runtime(config)
+        config = elastic_config(args)
+        if config is not None:
+            prepare_launch(args, config)
     except (UserInputError, HmmUnavailable, HmmTaken) as error:
         print(f"elasticmoe: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    runtime.export()
+
+
+def prepare_launch(args: argparse.Namespace, config: ElasticConfig) -> None:
+    """Make this process the main process of an elastic server: SGLang's arguments, runtime, environment, hooks.
+
+    The runtime is exported to the environment, from which every process of the server reads it.
+
+    Raises:
+        UserInputError: a flag or the model is not supported.
+        HmmUnavailable: the HMM that the settings name does not answer.
+    """
+    shape_arguments(args, config)
+    check_devices(config)
+    check_hmm(config)
+    new_runtime(config).export()
     # Read by SGLang's DeepSeek model: a shared expert that every rank holds whole.
     os.environ.setdefault("SGLANG_SHARED_EXPERT_TP1", "1")
     # A rank that gives up KV capacity moves cached prefixes to other rows; only the Python core's nodes are accessible.

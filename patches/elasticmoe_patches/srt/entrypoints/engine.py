@@ -1,13 +1,50 @@
-"""Starting the HMM, the IMM and our controller and detokenizer processes."""
+"""Starting the HMM, the IMM, the coordinator, and our controller and detokenizer processes; an Engine's settings."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from elasticmoe_patches.plugin import install_for_process
+from elasticmoe_patches.plugin import install_for_process, verify_for_process
 from elasticmoe_patches.spec import MAIN, Hooks
 
 HOOKS = hook = Hooks(__name__, MAIN)
+
+
+@hook(
+    "attribute",
+    "Engine.server_args_class: struct ServerArgs",
+    scope="flags",
+    expires="SGLang lets plugins declare arguments.",
+)
+def elastic_server_args(current: Any) -> Any:
+    """`sgl.Engine` takes `elasticmoe_ep_size=2` where the launcher takes --elasticmoe-ep-size 2."""
+    from elasticmoe_patches.engine import server_args_of
+
+    def server_args(**values: Any) -> Any:
+        return server_args_of(current, values)
+
+    return staticmethod(server_args)
+
+
+@hook(
+    "around",
+    "Engine._launch_subprocesses(cls, server_args, init_tokenizer_manager_func, run_scheduler_process_func, "
+    "run_detokenizer_process_func, port_args=None, placement_group=None)",
+    expires="SGLang offers a start-up hook for sidecars.",
+)
+def around_launch_subprocesses(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
+    """Starts the coordinator once the first ranks serve, for an HTTP server and for an Engine, and gives Engine methods
+    for what the HTTP server has routes for."""
+    from elasticmoe_patches.engine import add_methods, name_backend
+    from elasticmoe_patches.services import services
+
+    launched = original(cls, *args, **kwargs)
+    verify_for_process("main")
+    tokenizer_manager = launched[0]
+    services().start_coordinator(tokenizer_manager)
+    name_backend(tokenizer_manager.server_args)
+    add_methods(cls)
+    return launched
 
 
 @hook(
@@ -17,7 +54,7 @@ HOOKS = hook = Hooks(__name__, MAIN)
     expires="SGLang offers a start-up hook for sidecars.",
 )
 def around_launch_scheduler_processes(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
-    """Starts the HMM, the IMM and the coordinator before the first rank.
+    """Starts the HMM and the IMM before the first rank.
 
     The controller, which the original starts, starts the ranks through them.
     """

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from elasticmoe_patches.plugin import verify_for_process
 from elasticmoe_patches.runtime_state import refused_routes
 from elasticmoe_patches.spec import MAIN, Hooks
+from elasticmoe_patches.srt.managers.tokenizer_manager import stop
 
 HOOKS = hook = Hooks(__name__, MAIN)
 
@@ -22,7 +23,8 @@ HOOKS = hook = Hooks(__name__, MAIN)
 def around_setup_and_run(original: Any, *args: Any, **kwargs: Any) -> None:
     """Mounts the scale and status endpoints on SGLang's port, in front of SGLang's own, and ends a stopped server soon.
 
-    All first ranks serve by then, so the coordinator starts here too.
+    SIGINT stops it as SIGTERM does, after its running requests and with our coordinator knowing. SGLang leaves SIGINT
+    to uvicorn, which ends by KeyboardInterrupt while our coordinator still serves.
     """
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.utils.auth import AuthLevel, auth_level
@@ -31,15 +33,15 @@ def around_setup_and_run(original: Any, *args: Any, **kwargs: Any) -> None:
     from elasticmoe_sglang.api.refusals import build_refusals
     from elasticmoe_sglang.api.router import build_router, mount
 
-    verify_for_process("main")
     tokenizer_manager = kwargs["tokenizer_manager"] if "tokenizer_manager" in kwargs else args[1]
-
     protect = auth_level(AuthLevel.ADMIN_OPTIONAL)  # the level of SGLang's own scaling endpoint
-    router = build_router(services().start_coordinator(tokenizer_manager), protect=protect, loop=services().loop)
+    router = build_router(
+        services().coordinator, protect=protect, loop=services().loop, instance_id=services().instance_id
+    )
     mount(app, build_refusals(refused_routes(), protect))
     services().watch(subprocess_watchdog(args, kwargs))
     mount(app, router)
-    start_with_server(app, tokenizer_manager.auto_create_handle_loop)
+    start_with_server(app, lambda: start_tokenizer(tokenizer_manager))
     original(*args, **kwargs)
     services().leave()
 
@@ -47,6 +49,12 @@ def around_setup_and_run(original: Any, *args: Any, **kwargs: Any) -> None:
 def subprocess_watchdog(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """That of `around_setup_and_run`'s arguments."""
     return kwargs["subprocess_watchdog"] if "subprocess_watchdog" in kwargs else args[5]
+
+
+def start_tokenizer(tokenizer_manager: Any) -> None:
+    """Start the tokenizer's loop in the event loop that runs, with SIGINT as a signal to stop."""
+    tokenizer_manager.auto_create_handle_loop()
+    tokenizer_manager.event_loop.add_signal_handler(signal.SIGINT, stop, tokenizer_manager)
 
 
 def start_with_server(app: Any, start: Callable[[], None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import time
 from typing import Any
 
@@ -130,19 +129,56 @@ def before_handle_abort_req(self: Any, recv_obj: Any) -> None:
 
 
 @hook(
-    "around",
-    "TokenizerManager.auto_create_handle_loop(self)",
-    expires="SGLang's tokenizer handles SIGINT as it handles SIGTERM.",
+    "replace",
+    "TokenizerManager.scale_elastic_ep(self, obj)",
+    expires="SGLang lets a plugin implement its elastic EP.",
 )
-def around_auto_create_handle_loop(original: Any, self: Any) -> None:
-    """SIGINT stops the server as SIGTERM does, after its running requests and with our coordinator knowing.
+async def scale_elastic_ep(self: Any, obj: Any) -> Any:
+    """Who calls SGLang's elastic EP in the process (NVIDIA Dynamo) reaches our coordinator; SGLang's own scales
+    nothing here."""
+    from sglang.srt.managers.io_struct import ScaleElasticEPReqOutput
 
-    SGLang leaves SIGINT to uvicorn, which ends by KeyboardInterrupt while our coordinator still serves.
-    """
-    started = self.event_loop is not None
-    original(self)
-    if not started:
-        self.event_loop.add_signal_handler(signal.SIGINT, stop, self)
+    from elasticmoe_patches.services import services
+    from elasticmoe_sglang.api.types import scale_request
+    from elasticmoe_sglang.errors import ElasticMoEError
+
+    self.auto_create_handle_loop()
+    elastic = services().elastic
+    try:
+        answer = await elastic.scale(scale_request({"new_ep_size": obj.new_ep_size}))
+    except ElasticMoEError as error:
+        state = elastic.scaling_state()
+        return ScaleElasticEPReqOutput(
+            success=False,
+            message=str(error),
+            old_ep_size=state.effective_ep_size,
+            new_ep_size=obj.new_ep_size,
+            pending_ep_size=state.pending_ep_size,
+            scale_phase=state.scale_phase,
+        )
+    return ScaleElasticEPReqOutput(
+        success=True,
+        message=answer.message,
+        old_ep_size=answer.old_ep_size,
+        new_ep_size=answer.new_ep_size,
+        pending_ep_size=answer.pending_ep_size,
+        scale_phase=answer.scale_phase,
+    )
+
+
+@hook(
+    "replace",
+    "TokenizerManager.get_elastic_ep_state(self)",
+    expires="SGLang lets a plugin implement its elastic EP.",
+)
+def get_elastic_ep_state(self: Any) -> dict[str, Any]:
+    """The same for the state of scaling: SGLang's fields, and ours for orchestrators."""
+    import msgspec
+
+    from elasticmoe_patches.services import services
+
+    state: dict[str, Any] = msgspec.to_builtins(services().elastic.scaling_state())
+    return state
 
 
 def stop(tokenizer_manager: Any) -> None:

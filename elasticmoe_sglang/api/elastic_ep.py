@@ -1,0 +1,214 @@
+"""What callers may do with a running server, whether they come by HTTP, SGLang's tokenizer manager or an Engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from elasticmoe_sglang.api.types import (
+    ScaleAnswer,
+    ScaleRequest,
+    ScalingState,
+    ServerStatus,
+    VllmAnswer,
+    VllmScalingState,
+    target_of,
+)
+from elasticmoe_sglang.coordinator.coordinator import Coordinator
+from elasticmoe_sglang.coordinator.status import Operation, Phase, RankInfo, RankState
+from elasticmoe_sglang.errors import StaleRequest
+from elasticmoe_sglang.event_loop import run_in
+
+_ResultT = TypeVar("_ResultT")
+
+# Phases in the terms of SGLang's elastic EP; scaling down ends in serving_shrunk, scaling up in serving_expanded.
+_SGLANG_PHASES = {
+    Phase.PLANNED: "waiting_for_cohort",
+    Phase.PREPARING: "waiting_for_cohort",
+    Phase.COMMITTING: "syncing_new_world",
+    Phase.FINISHING: "syncing_new_world",
+    Phase.FAILED: "failed",
+    Phase.ROLLED_BACK: "failed",
+}
+_VLLM_PHASES = {
+    Phase.PLANNED: "preparing",
+    Phase.PREPARING: "preparing",
+    Phase.COMMITTING: "committing",
+    Phase.FINISHING: "committing",
+    Phase.DONE: "completed",
+    Phase.FAILED: "failed",
+    Phase.ROLLED_BACK: "failed",
+}
+_AT_REST = (RankState.STANDBY, RankState.STARTING, RankState.INACTIVE)
+
+
+class ElasticEp:
+    """The operations of one server. Coroutines may be awaited in any event loop, other methods called in any thread.
+
+    Args:
+        instance_id: names this start of the server.
+        loop: the coordinator's event loop, which runs in another thread; None: the loop of the caller.
+    """
+
+    def __init__(
+        self, coordinator: Coordinator, *, instance_id: str, loop: asyncio.AbstractEventLoop | None = None
+    ) -> None:
+        self.instance_id = instance_id
+        self._coordinator = coordinator
+        self._loop = loop
+
+    async def _call(self, coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:
+        return await (coroutine if self._loop is None else run_in(self._loop, coroutine))
+
+    async def submit(self, request: ScaleRequest) -> Operation:
+        """Start a change, or find the operation that already has this id; it has ended only if nothing had to change.
+
+        Raises:
+            StaleRequest: the server or its membership is not the expected one.
+            ElasticMoEError: as `Coordinator.submit`.
+        """
+        return await self._call(self._submit(request))
+
+    async def _submit(self, request: ScaleRequest) -> Operation:
+        operation_id = None if request.operation_id is msgspec.UNSET else request.operation_id
+        expected = request.expected_instance_id
+        if expected is not msgspec.UNSET and expected != self.instance_id:
+            raise StaleRequest(
+                f"the request is for the instance {expected[:128]!r}, this one is {self.instance_id!r}",
+                hint="The server was restarted: read its status before the next request",
+            )
+        repeated = operation_id is not None and self._coordinator.get(operation_id) is not None
+        generation, epoch = request.expected_generation, self._coordinator.view.membership.epoch
+        # A request that is repeated because its answer was lost may have raised the generation itself.
+        if generation is not msgspec.UNSET and generation != epoch and not repeated:
+            raise StaleRequest(
+                f"the request is for the topology generation {generation}, the current one is {epoch}",
+                hint="The membership has changed: read the status before the next request",
+            )
+        return await self._coordinator.submit(target_of(request), operation_id)
+
+    async def wait(self, operation: Operation, timeout_s: float | None = None) -> Operation:
+        """The operation once it has ended, or as it is after `timeout_s` seconds; it goes on then."""
+        if operation.phase.ended:
+            return operation
+        return await self._call(self._wait(operation.operation_id, timeout_s))
+
+    async def _wait(self, operation_id: str, timeout_s: float | None) -> Operation:
+        try:
+            return await asyncio.wait_for(self._coordinator.wait(operation_id), timeout_s)
+        except asyncio.TimeoutError:
+            operation = self._coordinator.get(operation_id)
+            assert operation is not None, "an operation that runs was forgotten"
+            return operation
+
+    async def scale(self, request: ScaleRequest, warnings: Sequence[str] = ()) -> ScaleAnswer:
+        """The operation at once or, with `wait`, once it has ended; its phase tells how. Raises as `submit`."""
+        operation = await self.submit(request)
+        if request.wait:
+            operation = await self.wait(operation)
+        return self.answer(operation, warnings)
+
+    def answer(self, operation: Operation, warnings: Sequence[str] = ()) -> ScaleAnswer:
+        """An operation with what the response to its request adds."""
+        fields = {name: getattr(operation, name) for name in Operation.__struct_fields__}
+        return ScaleAnswer(
+            **fields,
+            instance_id=self.instance_id,
+            topology_generation=self._coordinator.view.membership.epoch,
+            pending_ep_size=None if operation.phase.ended else operation.new_ep_size,
+            scale_phase=sglang_phase(operation),
+            warnings=list(warnings),
+        )
+
+    def vllm_answer(self, operation: Operation, warnings: Sequence[str] = ()) -> VllmAnswer:
+        """The response to vLLM's request whose operation is done."""
+        return VllmAnswer(
+            **msgspec.structs.asdict(self._vllm_state(operation)),
+            message=f"Scaled to {operation.new_ep_size} data parallel engines",
+            warnings=list(warnings),
+        )
+
+    async def status(self) -> ServerStatus:
+        """Ranks, membership, epoch, placement, memory, HMM, the running and the last ended operation."""
+        status = await self._call(self._coordinator.status())
+        joining = status.running.joining if status.running is not None else []
+        return ServerStatus(
+            **msgspec.structs.asdict(status),
+            instance_id=self.instance_id,
+            topology_generation=status.epoch,
+            safe_to_terminate_ranks=safe_to_terminate(status.ranks, joining),
+        )
+
+    def operations(self) -> list[Operation]:
+        """The latest operations, newest first."""
+        return self._coordinator.operations()
+
+    def operation(self, operation_id: str) -> Operation | None:
+        """One of them, None if there is none with this id."""
+        return self._coordinator.get(operation_id)
+
+    @property
+    def running(self) -> Operation | None:
+        """The operation that has not ended yet."""
+        return self._coordinator.running
+
+    @property
+    def generation(self) -> int:
+        """The epoch of the membership."""
+        return self._coordinator.view.membership.epoch
+
+    def scaling_state(self) -> ScalingState:
+        """Whether a change is running, as SGLang's own endpoint reports it."""
+        running = self._coordinator.running
+        latest = running or self._coordinator.last
+        membership = self._coordinator.view.membership
+        joining = running.joining if running is not None else []
+        return ScalingState(
+            is_scaling_elastic_ep=running is not None,
+            effective_ep_size=len(membership.ranks),
+            pending_ep_size=running.new_ep_size if running else None,
+            scale_phase=sglang_phase(latest),
+            last_error=latest.error if latest else None,
+            instance_id=self.instance_id,
+            topology_generation=membership.epoch,
+            operation_id=latest.operation_id if latest else None,
+            target_ep_size=latest.new_ep_size if latest else None,
+            operation_succeeded=latest.phase is Phase.DONE if latest and latest.phase.ended else None,
+            active_ranks=list(membership.ranks),
+            safe_to_terminate_ranks=safe_to_terminate(self._coordinator.ranks(), joining),
+        )
+
+    def vllm_state(self) -> VllmScalingState:
+        """Whether a change is running, as vLLM's own endpoint reports it."""
+        return self._vllm_state(self._coordinator.running or self._coordinator.last)
+
+    def _vllm_state(self, latest: Operation | None) -> VllmScalingState:
+        membership = self._coordinator.view.membership
+        return VllmScalingState(
+            is_scaling_elastic_ep=latest is not None and not latest.phase.ended,
+            phase=_VLLM_PHASES[latest.phase] if latest is not None else "idle",
+            epoch=membership.epoch,
+            error=latest.error if latest is not None else None,
+            requested_data_parallel_size=latest.new_ep_size if latest is not None else None,
+            effective_data_parallel_size=len(membership.ranks),
+            operation_id=latest.operation_id if latest is not None else None,
+            instance_id=self.instance_id,
+            topology_generation=membership.epoch,
+        )
+
+
+def sglang_phase(operation: Operation | None) -> str:
+    """The phase of the running or the latest operation in SGLang's terms."""
+    if operation is None:
+        return "idle"
+    if operation.phase is Phase.DONE:
+        return "serving_shrunk" if operation.new_ep_size < operation.old_ep_size else "serving_expanded"
+    return _SGLANG_PHASES[operation.phase]
+
+
+def safe_to_terminate(ranks: Sequence[RankInfo], joining: Sequence[int]) -> list[int]:
+    """Ranks that are no members and take part in no change; `joining`: those of the operation that runs."""
+    return [rank.rank for rank in ranks if rank.state in _AT_REST and rank.rank not in joining]
