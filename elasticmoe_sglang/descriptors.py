@@ -16,4 +16,7 @@ RESERVE = 32
 def descriptors_left() -> int:
     """What the soft limit leaves beyond those that are open and RESERVE; negative when these are not left either."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft - len(os.listdir("/proc/self/fd")) - RESERVE
+    try:
+        return soft - len(os.listdir("/proc/self/fd")) - RESERVE
+    except OSError:  # none to list them with
+        return -RESERVE
