@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from elasticmoe_sglang.descriptors import descriptors_left
 from elasticmoe_sglang.errors import ElasticMoEError, ProtocolError, WorkerError
 from elasticmoe_sglang.imm.client import ImmClient
 from elasticmoe_sglang.imm.server import exit_status
@@ -76,6 +77,9 @@ class ImmLine:
     def tell(self, request: to_imm.Request) -> None:
         """Send a request, if need be to the next IMM."""
         if isinstance(request, to_imm.Assign):
+            if descriptors_left() < 0:
+                self._refuse(request.join_spec.rank)
+                return
             self._unanswered[request.join_spec.rank] = request
         elif isinstance(request, to_imm.Register):
             self._arguments[request.rank] = request.arguments
@@ -83,6 +87,11 @@ class ImmLine:
             self._unanswered.pop(request.rank, None)
             self._kill(request.rank)
         self._send(request)
+
+    def _refuse(self, rank: int) -> None:
+        """Before a worker connects to a process that cannot accept it."""
+        reason = "the main process has no descriptor left for another worker: raise its limit of open files"
+        asyncio.get_running_loop().call_soon(self._on_message, to_imm.Refused(rank=rank, reason=reason))
 
     def _kill(self, rank: int) -> None:
         worker = self._workers.get(rank)

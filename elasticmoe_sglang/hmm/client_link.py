@@ -36,7 +36,10 @@ class HmmLink:
 
     def __init__(self, endpoint: Endpoint, name: str, deadline: float, *, server: bool = False) -> None:
         self._endpoint = endpoint
-        self._sock = new_socket()
+        try:
+            self._sock = new_socket()
+        except OSError as error:
+            raise _no_socket(endpoint, error) from error
         self._lock = threading.Lock()  # one request at a time on the link
         self._owed: deque[int] = deque()  # leases to return; appended to from finalizers
         self.dead = False
@@ -98,7 +101,10 @@ class HmmLink:
                 sock.close(linger=0)
 
     def _open_socket(self) -> zmq.Socket[bytes]:
-        sock = self._context.socket(zmq.DEALER)
+        try:
+            sock = self._context.socket(zmq.DEALER)
+        except zmq.ZMQError as error:
+            raise _no_socket(self._endpoint, error) from error
         sock.setsockopt(zmq.LINGER, 0)
         sock.setsockopt(zmq.ROUTING_ID, f"{self.welcome.client_id}.{self._opened}".encode())
         sock.connect(self._endpoint.url)
@@ -272,3 +278,10 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _no_socket(endpoint: Endpoint, error: Exception) -> HmmUnavailable:
+    return HmmUnavailable(
+        f"no socket to the HMM at {endpoint.url} could be opened: {error}",
+        hint="If it is descriptors that this process lacks, raise its limit of open files.",
+    )

@@ -18,6 +18,7 @@ from elasticmoe_sglang.wire.seqpacket import close_all, peer_credentials, receiv
 log = logging.getLogger(__name__)
 
 _ATTACH_S = 5.0
+_FULL_S = 0.2
 """A connection that says nothing for so long is closed."""
 
 
@@ -38,14 +39,19 @@ class LinkTable:
         self._listener = listener
         self._links: dict[int, _Link] = {}
         self._by_client: dict[str, _Link] = {}
+        self._full_until = 0.0  # no descriptor was left for another link: not to be asked for all the time
 
     def descriptors(self) -> list[int]:
         """What to poll for reading."""
-        return [self._listener.fileno(), *self._links]
+        listens = self._full_until <= time.monotonic()
+        return [*([self._listener.fileno()] if listens else []), *self._links]
 
     def next_deadline(self) -> float | None:
-        """When the next silent connection is dropped."""
-        return min((link.attach_deadline for link in self._links.values() if link.client_id is None), default=None)
+        """When the next silent connection is dropped, or those that wait are let in again."""
+        deadlines = [link.attach_deadline for link in self._links.values() if link.client_id is None]
+        if self._full_until > time.monotonic():
+            deadlines.append(self._full_until)
+        return min(deadlines, default=None)
 
     def serve(self, ready: Iterable[int]) -> None:
         """Handles one packet of every ready link, new connections, and silent ones."""
@@ -79,6 +85,7 @@ class LinkTable:
             return
         except OSError as error:
             log.error("a client could not be let in: %s", error)
+            self._full_until = time.monotonic() + _FULL_S
             return
         sock.setblocking(False)
         pid, uid = peer_credentials(sock)

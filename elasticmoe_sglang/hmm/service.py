@@ -14,7 +14,8 @@ from typing import Literal
 
 import msgspec
 
-from elasticmoe_sglang.errors import HmmTaken, ModelMismatch, ProtocolError, RegionMismatch, UndoFailed
+from elasticmoe_sglang.descriptors import descriptors_left
+from elasticmoe_sglang.errors import HmmError, HmmTaken, ModelMismatch, ProtocolError, RegionMismatch, UndoFailed
 from elasticmoe_sglang.hmm.blocks import BlockTable
 from elasticmoe_sglang.hmm.ledger import Ledger
 from elasticmoe_sglang.hmm.transaction import Transaction, TransactionTable
@@ -246,6 +247,7 @@ class HmmService:
         wanted = parts_of(command, self._model, held=self.lookup)
         size = round_up(block_bytes(command, self._model), self.backend.granularity)
         self.ledger.require(command.device, size * len(wanted))
+        _require_descriptors(len(wanted))
         blocks: list[to_hmm.Block] = []
         with UndoLog[None](transaction.operation_id if transaction else None) as steps:
             for column, chunk in wanted:
@@ -391,3 +393,13 @@ class HmmService:
         )
         self.txns.end(transaction, report, why)
         return report
+
+
+def _require_descriptors(wanted: int) -> None:
+    """A block is a descriptor. Raises HmmError when there are not so many more."""
+    left = descriptors_left()
+    if left < wanted:
+        raise HmmError(
+            f"the HMM may open {max(0, left)} more descriptors, and {wanted} are needed (Too many open files)",
+            hint="Raise its limit of open files (ulimit -n, LimitNOFILE).",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 
 from elasticmoe_sglang.coordinator.imm_line import ImmLine
+from elasticmoe_sglang.descriptors import RESERVE
 from elasticmoe_sglang.imm.client import ImmClient
 from elasticmoe_sglang.lifeline import Lifeline
 from elasticmoe_sglang.wire.to_coordinator import FromImm, WorkerExited
 from elasticmoe_sglang.wire.to_imm import Assign, Assigned, KillWorker, Population, Query, Refused, Register
 from tests.contract.test_imm import STANDBYS, ended, join_spec, runs, start
 from tests.helpers.leaks import no_leaks
+from tests.helpers.limits import limited
 
 WITHIN_S = 30.0
 
@@ -191,5 +194,18 @@ def test_a_server_that_ends_gets_no_other_imm(run) -> None:
         site.lifeline.cut()
         ended([pid])
         await site.until(site.exits, "its exit is reported")
+
+    run(main)
+
+
+def test_no_worker_is_asked_for_that_could_not_be_accepted(run) -> None:
+    """ZMQ ends a process that accepts a worker's connection and has no descriptor for it."""
+
+    async def main(site: Site) -> None:
+        with limited(os.getpid(), resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")) + RESERVE // 2):
+            site.assign(1)
+            await site.until(lambda: [m for m in site.told if isinstance(m, Refused) and m.rank == 1], "it is refused")
+        site.assign(1)
+        await site.worker(1)
 
     run(main)

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 
+from elasticmoe_sglang.descriptors import RESERVE
 from tests.helpers.elastic import ElasticServer
 from tests.helpers.faults import SETTLED_WITHIN_S, change, imbalance, whole
 from tests.helpers.footprint import named
@@ -205,28 +207,38 @@ def test_descriptors_are_exhausted(bench: Faulty, who: str) -> None:
     with serving(bench, 3):
         pids = {"rank 1": server.worker_pids()[1], "HMM": server.status()["memory"]["pid"], "IMM": imm_pid(server)}
         pid = pids[who]
-        with limited(pid, resource.RLIMIT_NOFILE, descriptors(pid)):
+        room = RESERVE // 2 if who == "HMM" else 0  # less would end it, and another HMM takes over
+        with limited(pid, resource.RLIMIT_NOFILE, descriptors(pid) + room):
             operation = server.scale(2 if who == "rank 1" else 4)
-            assert operation["phase"] in ("done", "rolled_back", "failed"), operation
             print(who, operation["phase"], operation["error"])
-            assert operation["phase"] != "failed", operation["error"]
-        assert psutil.pid_exists(pid)
+            assert operation["phase"] in ("done", "rolled_back"), operation
+        assert psutil.pid_exists(pid) or who == "rank 1"
     change(server, 4)
     change(server, 2)
 
 
 @faulty
-def test_the_main_process_has_no_descriptor_for_another_client(bench: Faulty) -> None:
-    """Clients wait to be accepted; streams that run go on, and a rank that dies is missed."""
+def test_the_main_process_has_no_descriptor_left(bench: Faulty) -> None:
+    """Streams that run go on, also where a rank dies; a size that needs another worker is refused; and then all is
+    well."""
     server = bench.server
-    with serving(bench, 3) as streams:
-        workers = server.worker_pids()
-        before = list(streams)
+    change(server, 3)
+    settled(lambda: whole(server), SETTLED_WITHIN_S, "the server is whole before")
+    streams = [bench.request(bench.load) for _ in range(2 * STREAMS)]
+    for stream in streams:
+        stream.wait_for_tokens(4, 60)
+    workers = server.worker_pids()
+    with requests.Session() as session:
+        session.get(f"{server.url}/elastic_ep/status", timeout=10)  # this connection stays
         with limited(server.pid, resource.RLIMIT_NOFILE, descriptors(server.pid)):
+            answer = session.post(f"{server.url}/scale_elastic_ep", json={"new_ep_size": 4, "wait": True}, timeout=60)
+            assert answer.json()["phase"] == "rolled_back", answer.text
+            assert "no descriptor left for another worker" in answer.json()["error"]
             os.kill(workers[2], signal.SIGKILL)
-            proceed(before)
-            time.sleep(1.0)
-        settled(replaced(bench, 2, workers[2]), SETTLED_WITHIN_S, "rank 2 is given up")
+            bench.load.wait(streams)
+    for stream in streams:
+        stream.check(bench.expected[stream.rid])
+    settled(replaced(bench, 2, workers[2]), SETTLED_WITHIN_S, "rank 2 is given up")
     change(server, 4)
     change(server, 2)
 

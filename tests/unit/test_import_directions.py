@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tiny_model",
         "model_shape",
         "faults",
+        "descriptors",
         "lifeline",
         "run_dir_reaper",
         "generated_page",

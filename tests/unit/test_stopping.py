@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -155,6 +157,31 @@ def test_a_change_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch)
     done.set_result(None)
     asyncio.run(services.begin_to_end())
     assert services._ending() and killed == ["all"]
+
+
+def test_the_end_of_a_process_of_sglang_ends_the_server(services: Services, caplog: pytest.LogCaptureFixture) -> None:
+    signals: list[int] = []
+    before = signal.signal(signal.SIGQUIT, lambda number, _: signals.append(number))
+    services.loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=services.loop.run_forever)
+    thread.start()
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        services.watch(SimpleNamespace(_processes=[SimpleNamespace(pid=child.pid)], _names=["scheduler_0"]))
+        time.sleep(0.2)
+        assert not signals
+        child.kill()
+        deadline = time.monotonic() + 10
+        while not signals and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        services.loop.call_soon_threadsafe(services.loop.stop)
+        thread.join(10)
+        services.loop.close()
+        child.wait()
+        signal.signal(signal.SIGQUIT, before)
+    assert signals == [signal.SIGQUIT]
+    assert f"SGLang's data-parallel controller (pid {child.pid}) has ended; the server ends" in caplog.text
 
 
 def test_a_stopped_process_runs_what_is_registered_and_leaves() -> None:
