@@ -58,6 +58,7 @@ class Metrics(Observer):
         self._wanted = ep_size
         self._lost: set[int] = set()
         self._windows: list[_Window] = []
+        self._decisions: dict[str, int] = {}
         # A series that begins with its first event has no increase at it.
         for outcome in _ENDED:
             self._counters[table.CHANGES.name].labels(cause=_CAUSE, outcome=outcome)
@@ -126,22 +127,30 @@ class Metrics(Observer):
             memory.labels(device=device.device, kind="free").set(device.budget - device.used)
         self._settle()
 
-    def policy(self, *, attainment: float | None, goodput_tokens: float, desired_ranks: int) -> None:
-        """What the policy sees and wants, to be called after each of its decisions.
+    def policy(
+        self,
+        *,
+        attainment: float | None,
+        goodput_tokens: float,
+        desired_ranks: int | None,
+        decisions_total: Mapping[str, int],
+    ) -> None:
+        """What the policy sees, wants and has decided; to be called again and again.
 
         Args:
             attainment: share of requests that met the SLO; None while there were none, which keeps the last value.
             goodput_tokens: output tokens per second of requests that met the SLO.
+            desired_ranks: None: nothing was decided yet.
+            decisions_total: decision -> how often it was taken since the server's start.
         """
         if attainment is not None:
             self._gauges[table.SLO_ATTAINMENT.name].set(attainment)
         self._gauges[table.GOODPUT.name].set(goodput_tokens)
-        self._gauges[table.DESIRED_RANKS.name].set(desired_ranks)
-
-    def policy_decided(self, decisions: Mapping[str, int]) -> None:
-        """Count decisions: decision -> how often it was taken since the last call."""
-        for decision, times in decisions.items():
-            self._count(table.DECISIONS, times, decision=decision)
+        if desired_ranks is not None:
+            self._gauges[table.DESIRED_RANKS.name].set(desired_ranks)
+        for decision, times in decisions_total.items():
+            self._count(table.DECISIONS, times - self._decisions.get(decision, 0), decision=decision)
+        self._decisions = dict(decisions_total)
 
     def _count(self, metric: Metric, amount: float, **labels: str) -> None:
         counter = self._counters[metric.name]

@@ -408,14 +408,12 @@ def test_requests_that_the_server_failed_around_a_change_are_lost_and_counted_on
 # ---- the policy ----
 
 
-def test_the_policys_values_are_shown_as_given(rig: Rig) -> None:
-    rig.metrics.policy(attainment=0.93, goodput_tokens=1200.0, desired_ranks=3)
-    rig.metrics.policy_decided({"grow": 1, "hold": 4})
-    rig.metrics.policy(attainment=None, goodput_tokens=0.0, desired_ranks=2)
-    rig.metrics.policy_decided({"hold": 1})
+def test_the_policys_values_are_shown_and_its_decisions_counted(rig: Rig) -> None:
+    rig.metrics.policy(attainment=0.93, goodput_tokens=1200.0, desired_ranks=3, decisions_total={"grow": 1, "hold": 4})
+    rig.metrics.policy(attainment=None, goodput_tokens=0.0, desired_ranks=None, decisions_total={"grow": 1, "hold": 5})
     assert rig.value("elasticmoe:slo_attainment") == 0.93
     assert rig.value("elasticmoe:goodput_tokens") == 0
-    assert rig.value("elasticmoe:policy_desired_ranks") == 2
+    assert rig.value("elasticmoe:policy_desired_ranks") == 3
     assert rig.value("elasticmoe:policy_decisions_total", decision="hold") == 5
     assert rig.value("elasticmoe:policy_decisions_total", decision="grow") == 1
 
