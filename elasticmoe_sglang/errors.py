@@ -6,6 +6,7 @@ ElasticMoEError
 │   ├── UnsupportedFeature                the model or a flag is not supported; refused at launch
 │   └── BudgetExceeded                    experts or KV do not fit the devices' budgets
 ├── OperationInProgress                   a change is running; HTTP 409
+├── TooManyReaders                        no more clients can follow the events; HTTP 503
 ├── HmmError                              the memory sidecar refused or failed
 │   ├── HmmUnavailable                    no HMM answers at its endpoint; HTTP 503
 │   ├── ModelMismatch                     the HMM holds another model, dtype or revision
@@ -121,6 +122,10 @@ class BudgetExceeded(UserInputError):
 
 class OperationInProgress(ElasticMoEError):
     """Another change is running, and one runs at a time; HTTP 409."""
+
+
+class TooManyReaders(ElasticMoEError):
+    """No more clients can follow the server's events; HTTP 503."""
 
 
 class HmmError(ElasticMoEError):

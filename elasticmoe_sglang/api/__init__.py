@@ -1,4 +1,5 @@
 """[1] The HTTP API: turns requests into targets for the coordinator [2] and returns its operations as JSON.
 
-`router.build_router` builds the routes, mounted in front of SGLang's own; `types` has the payloads, also for clients.
+`router.build_router` builds the routes, mounted in front of SGLang's own; `types` has the payloads, also for clients;
+`feed` has the events, `page` the operator's page.
 """

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 import msgspec
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.params import Depends
+from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 
+from elasticmoe_sglang.api.feed import Feed
 from elasticmoe_sglang.api.types import (
     MAX_BODY_BYTES,
     ErrorBody,
@@ -21,8 +23,9 @@ from elasticmoe_sglang.api.types import (
 )
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.status import Operation, Phase, Status
-from elasticmoe_sglang.errors import ElasticMoEError, HmmError, OperationInProgress, UserInputError
+from elasticmoe_sglang.errors import ElasticMoEError, HmmError, OperationInProgress, TooManyReaders, UserInputError
 from elasticmoe_sglang.event_loop import run_in
+from elasticmoe_sglang.live_figures import LiveFigures
 
 Handler = Callable[[Request], Awaitable[Response]]
 _ResultT = TypeVar("_ResultT")
@@ -57,6 +60,7 @@ def build_router(
     protect: Callable[[Handler], Handler] = unprotected,
     dependencies: Sequence[Depends] = (),
     loop: asyncio.AbstractEventLoop | None = None,
+    feed: Feed | None = None,
 ) -> APIRouter:
     """The routes, for `mount`.
 
@@ -65,15 +69,18 @@ def build_router(
             the admin key.
         dependencies: run before each handler.
         loop: the event loop of the coordinator, which runs in another thread; None: the loop that serves the routes.
+        feed: of the events; None: one whose figures stay empty.
 
     Status codes: 202 with an operation that is running, 200 with one that has ended (`phase` tells how) and for all
     other responses, 400 for a malformed or impossible request, 404 for an unknown operation, 409 while another change
-    runs, 503 while the HMM does not answer. A body with status 400 or more is {"error": sentence}.
+    runs, 503 while the HMM does not answer or too many readers follow the events. A body with
+    status 400 or more is {"error": sentence}.
     """
 
     async def call(coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:
         return await (coroutine if loop is None else run_in(loop, coroutine))
 
+    follow = feed or Feed(coordinator, LiveFigures(), loop=loop)
     router = APIRouter(tags=["elastic expert parallelism"], dependencies=list(dependencies))
 
     @protect
@@ -109,6 +116,17 @@ def build_router(
         return _json(await call(coordinator.status()))
 
     @protect
+    async def events(request: Request) -> Response:
+        """Status, operations and figures as server-sent events: every second, and at once when something changes."""
+        try:
+            stream = follow.open()
+        except ElasticMoEError as error:
+            return _refusal(error)
+        # A proxy in front of the server must not collect events.
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
+    @protect
     async def is_scaling_elastic_ep(request: Request) -> Response:
         """Whether a change is running, in SGLang's terms."""
         return _json(scaling_state(coordinator))
@@ -118,6 +136,7 @@ def build_router(
     add("/elastic_ep/operations", operations, methods=["GET"], response_model=None)
     add("/elastic_ep/operations/{operation_id}", operation, methods=["GET"], response_model=None)
     add("/elastic_ep/status", status, methods=["GET"], response_model=None)
+    add("/elastic_ep/events", events, methods=["GET"], response_model=None)
     # SGLang's clients ask with GET, vLLM's with POST.
     add("/is_scaling_elastic_ep", is_scaling_elastic_ep, methods=["GET"], response_model=None)
     add("/is_scaling_elastic_ep", is_scaling_elastic_ep, methods=["POST"], response_model=None)
@@ -163,7 +182,7 @@ def _refusal(error: ElasticMoEError) -> Response:
         status = 400
     elif isinstance(error, OperationInProgress):
         status = 409
-    elif isinstance(error, HmmError):
+    elif isinstance(error, (HmmError, TooManyReaders)):
         status = 503
     else:
         raise error

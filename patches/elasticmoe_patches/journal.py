@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from elasticmoe_patches.live import live
 from elasticmoe_patches.worker.migration import Progress
 
 JOURNAL = "elasticmoe_request"
@@ -19,6 +20,7 @@ def remember(tokenizer_manager: Any, tokenized: Any) -> None:
     state = tokenizer_manager.rid_to_state.get(tokenized.rid)
     if state is not None:
         setattr(state, JOURNAL, tokenized)
+        live(tokenizer_manager).sent(tokenized.rid, state)
 
 
 def open_requests(tokenizer_manager: Any) -> set[str]:

@@ -226,7 +226,7 @@ class Services:
             hmm,
             config,
             restart=None if self.hmm is None else self._start_hmm,
-            ending=self._ending,
+            ending=self.ending,
         )
         self._failover = FailoverController(
             coordinator,
@@ -243,7 +243,7 @@ class Services:
     def _rank_lost(self, rank: int, reason: str) -> None:
         if self._failover is None:
             self._end_server(reason)
-        elif not self._ending():
+        elif not self.ending():
             self._failover.rank_lost(rank, reason)
 
     def output_passed(self, operation_id: str, rank: int) -> None:
@@ -253,7 +253,7 @@ class Services:
 
     # -- the end --------------------------------------------------------------------------------------------------
 
-    def _ending(self) -> bool:
+    def ending(self) -> bool:
         """All processes end, and none is to be replaced."""
         return self._ends
 
@@ -294,7 +294,7 @@ class Services:
 
     def _end_server(self, sentence: str) -> None:
         """End the server through SGLang's handler of SIGQUIT, which kills the process tree."""
-        if self._ending():
+        if self.ending():
             return
         logger.critical("%s; the server ends, because it cannot serve its requests any more", sentence)
         os.kill(os.getpid(), signal.SIGQUIT)

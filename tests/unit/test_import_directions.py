@@ -30,7 +30,17 @@ FORBIDDEN = {
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("", "errors"),
-    ("units", "undo", "event_loop", "wire.envelope", "tiny_model", "model_shape", "faults", "run_dir_reaper"),
+    (
+        "units",
+        "undo",
+        "event_loop",
+        "wire.envelope",
+        "tiny_model",
+        "model_shape",
+        "faults",
+        "run_dir_reaper",
+        "live_figures",
+    ),
     ("config", "comm.membership", "wire"),
     ("runtime", "launch_config"),
     ("hmm", "planner"),

@@ -26,18 +26,31 @@ def around_setup_and_run(original: Any, *args: Any, **kwargs: Any) -> None:
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
+    from elasticmoe_patches.live import live
     from elasticmoe_patches.services import services
+    from elasticmoe_sglang.api.feed import Feed
+    from elasticmoe_sglang.api.page import serve_page
     from elasticmoe_sglang.api.router import build_router, mount
 
     verify_for_process("main")
     tokenizer_manager = kwargs["tokenizer_manager"] if "tokenizer_manager" in kwargs else args[1]
 
+    coordinator = services().start_coordinator(tokenizer_manager)
+    feed = Feed(
+        coordinator,
+        live(tokenizer_manager).figures,
+        model=tokenizer_manager.served_model_name,
+        loop=services().loop,
+        ending=services().ending,
+    )
     router = build_router(
-        services().start_coordinator(tokenizer_manager),
+        coordinator,
         protect=auth_level(AuthLevel.ADMIN_OPTIONAL),  # the level of SGLang's own scaling endpoint
         loop=services().loop,
+        feed=feed,
     )
     mount(app, router)
+    serve_page(app)
     start_with_server(app, tokenizer_manager.auto_create_handle_loop)
     original(*args, **kwargs)
     services().leave()
