@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make sure that this machine has what a virtual environment and SGLang's compiled helpers need: Python 3.10 or newer with
 # venv, and a C and C++ compiler (torch.compile and Triton call them at run time). As root on Debian or Ubuntu, what is
-# missing is installed; otherwise the command that would do it is printed.
+# missing is installed; otherwise the command that would do it is printed. Where no test may be skipped
+# (ELASTICMOE_REQUIRE=all), a browser too, which the tests of the operator's page use.
 set -euo pipefail
 
 python="${PYTHON:-python3}"
@@ -17,6 +18,9 @@ elif ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
 fi
 command -v gcc >/dev/null || missing+=(gcc libc6-dev)
 command -v g++ >/dev/null || missing+=(g++)
+if [ "${ELASTICMOE_REQUIRE:-}" = all ] && ! { command -v chromium && command -v chromedriver; } >/dev/null; then
+    missing+=(chromium chromium-driver)
+fi
 
 if [ "${#missing[@]}" -eq 0 ]; then
     exit 0
