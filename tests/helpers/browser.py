@@ -4,8 +4,6 @@ cut and led to another one."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,16 +13,14 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
+from benchmarks.browser import BrowserMissing, chromium, emulate
 from elasticmoe_sglang.api.page import PATH
 
 PATIENCE_S = 60.0
-_FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
 
 
 class Page:
@@ -94,10 +90,7 @@ class Page:
 
     def emulate(self, width: int, height: int, **features: str) -> None:
         """Size of the window in CSS pixels, and media features as `prefers_color_scheme="dark"`."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        told = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": told})
+        emulate(self.driver, width, height, **features)
 
     def axe(self) -> list[str]:
         """What axe-core finds wrong: roles, names, labels, contrast and more."""
@@ -119,26 +112,11 @@ class Page:
 @contextmanager
 def browser() -> Iterator[Page]:
     """Skips the test where there is no chromium."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("no browser: apt-get install chromium chromium-driver")
-    options = Options()
-    options.binary_location = chromium
-    for flag in _FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with contextlib.closing(_Quitting(webdriver.Chrome(options=options, service=Service(driver)))) as held:
-        held.driver.set_script_timeout(PATIENCE_S)
-        held.driver.set_page_load_timeout(PATIENCE_S)
-        yield Page(held.driver)
-
-
-class _Quitting:
-    def __init__(self, driver: webdriver.Chrome) -> None:
-        self.driver = driver
-
-    def close(self) -> None:
-        self.driver.quit()
+    try:
+        with chromium() as driver:
+            yield Page(driver)
+    except BrowserMissing as error:
+        pytest.skip(str(error))
 
 
 class Line:
