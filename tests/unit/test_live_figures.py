@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -161,6 +164,37 @@ def test_idle_seconds_are_there_too_and_old_ones_go() -> None:
     figures.tokens(1)
     clock.now = 10_001.0
     assert [(second.at, second.tokens) for second in figures.since(9999)] == [(10_000, 1)], "a clock that was set back"
+
+
+@pytest.mark.process
+def test_the_journal_feeds_them() -> None:
+    """As the hooks call it: a health check is not counted, and the looking ends with the load."""
+    from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+
+    from elasticmoe_patches.journal import remember
+    from elasticmoe_patches.live import live
+
+    async def scenario() -> None:
+        states = {rid: State(Times(created_time=0.0), Body(True)) for rid in ("a", f"{HEALTH_CHECK_RID_PREFIX}_1")}
+        manager = SimpleNamespace(rid_to_state=states)
+        seen = live(manager)
+        for rid in states:
+            remember(manager, SimpleNamespace(rid=rid))
+        remember(manager, SimpleNamespace(rid="gone before it was sent"))
+        await asyncio.sleep(3 * LOOK_S)
+        states["a"].output_ids += [1, 2, 3]
+        states.pop("a").finished = True
+        assert len(asyncio.all_tasks()) == 2
+        deadline = time.monotonic() + 30
+        while len(asyncio.all_tasks()) > 1:
+            assert time.monotonic() < deadline, "nobody looks when there is nothing to see"
+            await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(1.1)
+        seconds = seen.figures.since()
+        assert sum(second.arrived for second in seconds) == sum(second.ended for second in seconds) == 1
+        assert sum(second.tokens for second in seconds) == 3
+
+    asyncio.run(scenario())
 
 
 def test_looks_grow_rarer_with_their_cost() -> None:

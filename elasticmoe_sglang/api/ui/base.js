@@ -47,6 +47,15 @@ const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const number = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en", { maximumFractionDigits: 0 }));
 const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
 
+// [0, 1, 2, 5] as "0–2, 5"
+function ranges(ranks) {
+  const runs = [];
+  for (const rank of ranks) {
+    if (runs.length && runs.at(-1)[1] === rank - 1) runs.at(-1)[1] = rank; else runs.push([rank, rank]);
+  }
+  return runs.map(([from, to]) => (from === to ? String(from) : to === from + 1 ? `${from}, ${to}` : `${from}–${to}`)).join(", ");
+}
+
 function ms(value) {
   if (value === null || value === undefined) return "–";
   if (value < 10) return `${value.toFixed(1)} ms`;

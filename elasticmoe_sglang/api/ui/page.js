@@ -195,7 +195,7 @@ function renderScale(status) {
   put($("size"), "max", status.max_ep_size);
   if (!state.edited && $("size").value !== String(status.ep_size)) $("size").value = status.ep_size;
   const hmm = status.memory.available ? "" : " The HMM does not answer: changes are refused.";
-  say($("size-note"), `Now ${status.ep_size} of ${status.max_ep_size}: rank${status.ep_size === 1 ? "" : "s"} ${status.membership.join(", ")}.${hmm}`);
+  say($("size-note"), `Now ${status.ep_size} of ${status.max_ep_size}: rank${status.ep_size === 1 ? "" : "s"} ${ranges(status.membership)}.${hmm}`);
   const running = status.running;
   show($("running"), Boolean(running));
   if (running) {
@@ -496,6 +496,7 @@ function flat(value) {
 
 function renderPolicy() {
   const policy = state.policy;
+  $("board").classList.toggle("by-hand", !policy);
   show($("policy-none"), !policy);
   show($("policy-body"), Boolean(policy));
   show($("policy-modes"), Boolean(policy));
