@@ -133,12 +133,17 @@ def policy_view(policy: Policy | None) -> RenderableType:
     figures = [f"{name} {_flat(policy[name])}" for name in _POLICY_FIGURES if name in policy]
     mode = policy.get("mode") or _settings(policy).get("autoscale")
     grid.add_row("policy", Text(" · ".join([str(mode), _flat(policy.get("state", "")), *figures])))
-    for decision in list(policy.get("decisions") or [])[:_DECISIONS]:
-        at = decision.get("time")
-        when = _clock(at) if isinstance(at, int | float) else str(at or "")
-        what = f"{_flat(decision.get('decision', ''))} {decision.get('reason', '')}"
-        grid.add_row(Text(when, style="dim"), Text(what))
+    for decision in _turns(list(policy.get("decisions") or []))[:_DECISIONS]:
+        what = f"{decision['action']} ({decision.get('ranks')} -> {decision.get('desired')}): {decision.get('because')}"
+        grid.add_row(Text(_clock(decision.get("at", 0)), style="dim"), Text(what))
     return grid
+
+
+def _turns(decisions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Newest first; of decisions of the same kind that follow each other only the newest."""
+    return [
+        each for each, after in zip(decisions, [{}, *decisions], strict=False) if each["action"] != after.get("action")
+    ]
 
 
 def _settings(policy: Policy) -> dict[str, Any]:

@@ -218,6 +218,50 @@ def test_a_theme_that_was_chosen_stays_and_motion_can_be_reduced(page: Page, ser
     assert page.js("return window.flights") == 0
 
 
+POLICY = """
+window.asked = [];
+const fetched = window.fetch, settings = {slo: "ttft=1s", autoscale: "shadow", hold_s: 600};
+window.fetch = async (path, options) => {
+  if (!String(path).startsWith("policy")) return fetched(path, options);
+  if (options.method === "POST") {
+    const body = JSON.parse(options.body);
+    window.asked.push([body, options.headers.Authorization]);
+    if (body.hold_s === "long") return Response.json({error: "hold_s must be a number"}, {status: 400});
+    Object.assign(settings, body);
+  }
+  const decisions = [[30, "nothing", 2], [29, "nothing", 2], [28, "grow", 3]].map(([at, action, desired]) => (
+    {at, action, ranks: 2, desired, because: `reason ${at}`, acted: false, inputs: {waiting: 4}}));
+  return Response.json({settings, mode: settings.autoscale, state: "It looks.", desired_ranks: 3, attainment: null,
+    goodput_tokens_per_s: 41.2, ttft: {p50: 0.12, p90: null, p99: 1.5}, queue_length: 4, decisions});
+};
+"""
+"""In place of the server's route: whatever the policy decides, the page shows the same."""
+
+
+@steady
+def test_the_policy_is_shown_and_set(page: Page, server: ElasticServer) -> None:
+    enter(page, server)
+    page.js(POLICY + "state.policy = null; state.decisions = []; nextPolicy = 0;")
+    page.wait(lambda: "It looks." in page.text("policy-state"), "the policy is shown")
+    assert "SLO ttft=1s" in page.text("policy-state") and "120 ms · – · 1.50 s" in page.text("policy-figures")
+    first, second = page.driver.find_elements(By.CSS_SELECTOR, "#decisions li")
+    assert "nothing: reason 30 (2 times since" in first.text
+    assert "grow 2 → 3 (not carried out): reason 28" in second.text and "waiting 4" in second.text
+    modes = page.driver.find_elements(By.CSS_SELECTOR, "#policy-modes button")
+    assert [mode.get_attribute("aria-pressed") for mode in modes] == ["false", "true", "false"]
+    assert page.axe() == []
+    modes[2].click()
+    page.id("confirm-yes").click()
+    page.wait(lambda: modes[2].get_attribute("aria-pressed") == "true", "it is on")
+    page.driver.find_element(By.CSS_SELECTOR, "#policy summary").click()
+    page.id("setting").send_keys("hold_s")
+    page.id("setting-value").clear()
+    page.id("setting-value").send_keys("long", Keys.ENTER)
+    page.wait(lambda: "hold_s must be a number" in page.text("policy-answer"), "the server's sentence")
+    bearer = f"Bearer {KEY}"
+    assert page.js("return window.asked") == [[{"autoscale": "on"}, bearer], [{"hold_s": "long"}, bearer]]
+
+
 @steady
 def test_a_line_that_was_cut_is_told_and_mended(page: Page, server: ElasticServer, line: Line) -> None:
     line.lead_to(server.port)

@@ -30,7 +30,11 @@ POLICY = {
     "mode": "shadow",
     "state": "steady",
     "desired_ranks": 3,
-    "decisions": [{"time": 0, "decision": "grow", "reason": "the queue would wait 2.1 s", "inputs": {"queue": 4}}],
+    "decisions": [
+        {"at": 3, "action": "nothing", "ranks": 2, "desired": 2, "because": "the SLO holds"},
+        {"at": 2, "action": "nothing", "ranks": 2, "desired": 2, "because": "it held before"},
+        {"at": 1, "action": "grow", "ranks": 2, "desired": 3, "because": "the queue would wait 2.1 s"},
+    ],
 }
 
 
@@ -73,7 +77,8 @@ def test_one_snapshot_where_the_output_is_no_terminal(capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "tiny" in out and "EP size 3 of 4" in out
     assert "2 -> 3" in out and re.search(r"0.*active", out) and "expert columns" in out
-    assert "shadow · steady · desired_ranks 3" in out and "grow the queue would wait 2.1 s" in out
+    assert "shadow · steady · desired_ranks 3" in out and "the SLO holds" in out and "it held before" not in out
+    assert "grow (2 -> 3): the queue would wait 2.1 s" in " ".join(out.split())
 
 
 def test_without_a_policy_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ const KEY = "elasticmoe-admin-key", THEME = "elasticmoe-theme";
 const SILENCE_MS = 7000; // The server sends something at least every two seconds.
 const RETRY_MS = [500, 1000, 2000, 4000, 5000];
 const POLICY_MS = 2000, NO_POLICY_MS = 15000;
-const KEPT_S = 600;
+const KEPT_S = 600, DECISIONS = 200;
 const PHASES = ["planned", "preparing", "committing", "finishing"];
 const KINDS = ["column", "kv", "dense", "window", "other"];
 const KIND_NAMES = { column: "expert columns", kv: "KV", dense: "dense weights", window: "windows", other: "other" };
@@ -14,7 +14,7 @@ const KIND_NAMES = { column: "expert columns", kv: "KV", dense: "dense weights",
 const $ = (id) => document.getElementById(id);
 const state = {
   key: sessionStorage.getItem(KEY), connection: "loading", event: null, instance: null, figures: [], operations: [],
-  restarts: [], policy: null, edited: false, selected: new Set(), announced: "", placement: null, heardAt: 0,
+  restarts: [], policy: null, decisions: [], edited: false, selected: new Set(), announced: "", placement: null, heardAt: 0,
 };
 
 // -- small helpers ---------------------------------------------------------------------------------------------------

@@ -121,6 +121,8 @@ function receive(event, first) {
     state.instance = event.instance;
     state.edited = false;
     state.selected.clear();
+    state.policy = null;
+    state.decisions = [];
     nextPolicy = 0;
   }
   if (event.operations) state.operations = event.operations;
@@ -473,7 +475,8 @@ async function watchPolicy() {
     if (state.connection === "live" && Date.now() >= nextPolicy) {
       nextPolicy = Date.now() + POLICY_MS;
       try {
-        const response = await ask("policy");
+        // Decisions are kept here; after the first answer only new ones are missing.
+        const response = await ask(state.policy ? "policy" : `policy?limit=${DECISIONS}`);
         if (!response.ok) nextPolicy = Date.now() + NO_POLICY_MS;
         state.policy = response.ok ? await response.json() : null;
         renderPolicy();
@@ -483,10 +486,16 @@ async function watchPolicy() {
   }
 }
 
+const optional = (format) => (value) => (value === null || value === undefined ? "–" : format(value));
+const quantiles = ({ p50, p90, p99 }) => [p50, p90, p99].map((value) => ms(value === null || value === undefined ? null : value * 1000)).join(" · ");
 const FIGURES = [
-  ["desired_ranks", "Desired", number], ["attainment", "Attainment", (value) => `${(100 * value).toFixed(1)} %`],
+  ["desired_ranks", "Desired ranks", number], ["attainment", "Attainment", optional((value) => `${(100 * value).toFixed(1)} %`)],
   ["goodput_tokens_per_s", "Goodput/s", number], ["queue_length", "Queue", number],
+  ["ttft", "TTFT p50, p90, p99", quantiles, "wide"], ["itl", "ITL p50, p90, p99", quantiles, "wide"],
 ];
+const MODES = {
+  off: "Off: changes are made by hand.", shadow: "Shadow: it decides and tells, and changes nothing.", on: "On: it changes the size by itself.",
+};
 
 function flat(value) {
   if (value === null || typeof value !== "object") return typeof value === "number" ? String(Number(value.toPrecision(4))) : String(value);
@@ -503,11 +512,9 @@ function renderPolicy() {
   if (!policy) return;
   const settings = policy.settings ?? {}, mode = policy.mode ?? settings.autoscale;
   for (const button of $("policy-modes").children) put(button, "aria-pressed", button.dataset.mode === mode);
-  const words = { off: "Off: changes are made by hand.", shadow: "Shadow: decides and tells, but changes nothing.", on: "On: changes the size by itself." };
-  const reason = typeof policy.state === "object" && policy.state ? flat(policy.state) : policy.state;
-  say($("policy-state"), `${words[mode] ?? mode ?? ""}${reason && reason !== mode ? ` State: ${reason}.` : ""}`);
-  const pairs = FIGURES.filter(([name]) => typeof policy[name] === "number").map(([name, label, format]) => [label, format(policy[name]), ""]);
-  for (const name of ["ttft", "itl"]) if (policy[name]) pairs.push([name.toUpperCase(), flat(policy[name]), "wide"]);
+  say($("policy-state"), [MODES[mode] ?? mode ?? "", settings.slo ? `SLO ${settings.slo}.` : "", flat(policy.state ?? "")].join(" "));
+  const pairs = FIGURES.filter(([name]) => name in policy).map(([name, label, format, look]) => [label, format(policy[name]), look ?? ""]);
+  if (policy.held_until) pairs.push(["Held until", clock(policy.held_until), "wide"]);
   const list = $("policy-figures");
   if (list.children.length !== 2 * pairs.length) list.replaceChildren(...pairs.flatMap(() => [make("dt"), make("dd")]));
   pairs.forEach(([name, value, look], at) => {
@@ -515,7 +522,10 @@ function renderPolicy() {
     say(list.children[2 * at + 1], value);
     dress(list.children[2 * at + 1], look);
   });
-  renderDecisions((policy.decisions ?? []).slice(0, 30));
+  const newest = state.decisions[0]?.at ?? -Infinity;
+  state.decisions.unshift(...(policy.decisions ?? []).map(readDecision).filter((decision) => decision.at > newest));
+  state.decisions.splice(DECISIONS);
+  renderDecisions();
   const names = Object.keys(settings).filter((name) => typeof settings[name] !== "object" || settings[name] === null);
   if ($("setting").options.length !== names.length) {
     $("setting").replaceChildren(...names.map((name) => make("option", { value: name, text: name })));
@@ -523,14 +533,31 @@ function renderPolicy() {
   }
 }
 
-function renderDecisions(decisions) {
-  const sign = JSON.stringify(decisions);
+function readDecision({ at, time, action, decision, because, reason, ranks, desired, acted, inputs }) {
+  const what = flat(action ?? decision ?? "").replace("_", " ");
+  const change = ranks !== desired && desired !== undefined ? ` ${ranks} → ${desired}${acted === false ? " (not carried out)" : ""}` : "";
+  return { at: at ?? time, what, text: `${what}${change}`, why: because ?? reason ?? "", inputs };
+}
+
+// Decisions of the same kind that follow each other are one entry, with what the newest says.
+function renderDecisions() {
+  const groups = [];
+  for (const decision of state.decisions) {
+    if (groups.length && groups.at(-1).text === decision.text) {
+      groups.at(-1).count += 1;
+      groups.at(-1).from = decision.at;
+    } else groups.push({ ...decision, count: 1, from: decision.at });
+  }
+  const sign = JSON.stringify(groups.map(({ at, text, why, count }) => [at, text, why, count]));
   if (renderDecisions.sign === sign) return;
   renderDecisions.sign = sign;
-  $("decisions").replaceChildren(...decisions.map((decision) => {
-    const at = typeof decision.time === "number" ? clock(decision.time) : String(decision.time ?? "");
-    const entry = make("li", {}, make("time", { text: at }), make("span", {}, make("b", { text: flat(decision.decision ?? "") }), ` ${decision.reason ?? ""}`));
-    if (decision.inputs) entry.append(make("span", { class: "inputs", text: flat(decision.inputs) }));
+  $("decisions").replaceChildren(...groups.slice(0, 40).map(({ at, from, text, why, count, what, inputs }) => {
+    const often = count > 1 ? ` (${count} times since ${clock(from)})` : "";
+    const entry = make("li", {}, make("time", { text: clock(at) }), make("span", {}, make("b", { text: text }), `: ${why}${often}`));
+    if (inputs) {
+      entry.title = flat(inputs);
+      if (what !== "nothing") entry.append(make("span", { class: "inputs", text: flat(inputs) }));
+    }
     return entry;
   }));
 }
@@ -561,7 +588,7 @@ async function modeAsked(mode) {
 function settingAsked(event) {
   event.preventDefault();
   const text = $("setting-value").value.trim();
-  let value = text;
+  let value = text || null;
   try { value = JSON.parse(text); } catch { /* a word, like 1s or shadow */ }
   setPolicy({ [$("setting").value]: value });
 }
