@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import msgspec
 import pytest
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from rich.console import Console
@@ -158,3 +168,55 @@ def test_bars() -> None:
     assert bars([0, 1, 50, 100, None]) == " ▁▄█ "
     assert bars([None, 0]) == "  " and bars([]) == ""
     assert json.dumps(bars([3])) == json.dumps("█")
+
+
+@contextmanager
+def on_port(port: int) -> Iterator[None]:
+    """A server on this port whose streams end when it is stopped."""
+    ends = threading.Event()
+    app, coordinator = FastAPI(), FakeCluster().coordinator()
+    mount(app, build_router(coordinator, feed=Feed(coordinator, LiveFigures(), model="tiny", ending=ends.is_set)))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield
+    finally:
+        ends.set()
+        server.should_exit = True
+        thread.join(60)
+
+
+@pytest.mark.process
+def test_on_a_terminal_it_follows_through_a_restart() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "elasticmoe_sglang.cli.main", "top", "--port", str(port)]
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "60"}
+    drawn = ""
+
+    def wait_for(words: str, without: str = "none of this") -> None:
+        nonlocal drawn
+        deadline = time.monotonic() + 90
+        # The last whole picture: from its first line to the begin of the next one.
+        while not any(words in each and without not in each for each in drawn.split("ElasticMoE")[1:-1]):
+            assert time.monotonic() < deadline, f"{words!r} was not drawn: {drawn[-2000:]}"
+            if select.select([ours], [], [], 1)[0]:
+                drawn += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(ours, 65536).decode(errors="replace"))
+        drawn = ""
+
+    with ExitStack() as stack:
+        stack.callback(os.close, ours)
+        with on_port(port):
+            process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+            os.close(theirs)
+            stack.callback(process.wait, 30)
+            stack.callback(process.kill)
+            wait_for("EP size 2 of 4")
+        wait_for("not connected")
+        with on_port(port):
+            wait_for("EP size 2 of 4   epoch 0   at", without="not connected")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
