@@ -23,7 +23,7 @@ PERIOD_S = 1.0
 """Between two events while nothing changes."""
 _LOOK_S = 0.1
 """How soon an event follows a change."""
-_SIGN_OF_LIFE_S = 2.0
+_SIGN_OF_LIFE_S = 1.0
 """An HMM that does not answer delays an event, so that a reader gets a comment after this time."""
 
 

@@ -3,7 +3,7 @@
 // into an address), GET policy, and posts to ../scale_elastic_ep and policy. Addresses are relative: a proxy may add a prefix.
 
 const KEY = "elasticmoe-admin-key", THEME = "elasticmoe-theme";
-const SILENCE_MS = 7000; // The server sends something at least every two seconds.
+const SILENCE_MS = 7000; // The server sends something at least every second.
 const RETRY_MS = [500, 1000, 2000, 4000, 5000];
 const POLICY_MS = 2000, NO_POLICY_MS = 15000;
 const KEPT_S = 600, DECISIONS = 200;
