@@ -18,8 +18,9 @@ import msgspec
 SECONDS = 600
 LOOK_S = 0.02
 """Between two looks at the open requests: gaps are known to within this time."""
-_LOOK_SHARE = 100
-"""A look takes at most this fraction, 1/100, of the time until the next one."""
+_LOOK_SHARE = 0.01
+"""Looking takes at most this share of a core, for as long as a look comes every _RARELY_S."""
+_RARELY_S = 0.25
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,6 +160,7 @@ class OpenRequests:
     Args:
         is_open: whether SGLang still keeps the request of this id with this state.
         clock: that of `TimeStats`.
+        processor: seconds of processor time of this thread.
     """
 
     def __init__(
@@ -166,10 +168,12 @@ class OpenRequests:
         figures: LiveFigures,
         is_open: Callable[[str, RequestState], bool],
         clock: Callable[[], float] = time.perf_counter,
+        processor: Callable[[], float] = time.thread_time,
     ) -> None:
         self._figures = figures
         self._is_open = is_open
         self._clock = clock
+        self._processor = processor
         self._open: dict[str, _Open] = {}
 
     def __len__(self) -> int:
@@ -183,7 +187,7 @@ class OpenRequests:
 
     def look(self) -> float:
         """Look at each once. Returns the seconds until the next look."""
-        now = self._clock()
+        now, begin = self._clock(), self._processor()
         tokens, gap, ended = 0, None, []
         for rid, request in self._open.items():
             state = request.state
@@ -207,7 +211,7 @@ class OpenRequests:
             figures.ended(len(ended))
         running = sum(1 for request in self._open.values() if request.tokens)
         figures.load(running=running, queued=len(self._open) - running)
-        return max(LOOK_S, (self._clock() - now) * _LOOK_SHARE)
+        return min(_RARELY_S, max(LOOK_S, (self._processor() - begin) / _LOOK_SHARE))
 
     def _waited(self, request: _Open, count: int, now: float) -> float:
         """Seconds since the request's token before; notes its first one."""

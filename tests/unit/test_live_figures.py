@@ -197,15 +197,22 @@ def test_the_journal_feeds_them() -> None:
     asyncio.run(scenario())
 
 
-def test_looks_grow_rarer_with_their_cost() -> None:
-    class Slow(Clock):
+@pytest.mark.parametrize(("cost_s", "pause_s"), [(0.0, LOOK_S), (0.0001, LOOK_S), (0.001, 0.1), (1.0, 0.25)])
+def test_looks_grow_rarer_with_their_cost(cost_s: float, pause_s: float) -> None:
+    """With that in processor time: what else the processor did meanwhile does not count."""
+
+    class Costly(Clock):
         def __call__(self) -> float:
-            self.now += 0.001
+            self.now += cost_s
             return self.now
 
-    requests = OpenRequests(LiveFigures(), lambda rid, state: True, clock=Slow(0.0))
-    assert requests.look() == pytest.approx(0.1)
-    assert OpenRequests(LiveFigures(), lambda rid, state: True, clock=Clock(0.0)).look() == LOOK_S
+    class Busy(Clock):
+        def __call__(self) -> float:
+            self.now += 10
+            return self.now
+
+    requests = OpenRequests(LiveFigures(), lambda rid, state: True, clock=Busy(0.0), processor=Costly(0.0))
+    assert requests.look() == pytest.approx(pause_s)
 
 
 @given(st.lists(st.floats(0, 100), max_size=40), st.floats(0.01, 1))
