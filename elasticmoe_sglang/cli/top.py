@@ -5,16 +5,10 @@ from __future__ import annotations
 import argparse
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass, field
 
-import msgspec
-
-from elasticmoe_sglang.api.feed import Event
-from elasticmoe_sglang.cli.client import Policy, ServerClient, add_server_arguments
+from elasticmoe_sglang.cli.client import ServerClient, add_server_arguments
 from elasticmoe_sglang.cli.exits import OK, ServerRefused, ServerUnreachable
-from elasticmoe_sglang.coordinator.status import Operation
-from elasticmoe_sglang.live_figures import SECONDS, Figures
+from elasticmoe_sglang.cli.seen import Seen
 
 _TEXT = "Follow a running server: figures, ranks, placement, memory, changes, policy."
 _DESCRIPTION = f"{_TEXT} Where the output is not a terminal, print what there is and end."
@@ -28,30 +22,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--once", action="store_true", help="print what there is and end")
     add_server_arguments(parser)
     parser.set_defaults(run=run)
-
-
-@dataclass
-class Seen:
-    """What the events of a server have told so far.
-
-    Attributes:
-        lost: why there are no events now; None: there are.
-    """
-
-    event: Event | None = None
-    figures: deque[Figures] = field(default_factory=lambda: deque(maxlen=SECONDS))
-    operations: list[Operation] = field(default_factory=list)
-    policy: Policy | None = None
-    lost: str | None = None
-
-    def take(self, event: Event) -> None:
-        """The next event, of this stream or of the one after it."""
-        newest = self.figures[-1].at if self.figures else 0
-        self.figures.extend(second for second in event.figures if second.at > newest)
-        if event.operations is not msgspec.UNSET:
-            self.operations = event.operations
-        self.event = event
-        self.lost = None
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from elasticmoe_sglang.cli.render import (
     operations_table,
     ranks_table,
 )
-from elasticmoe_sglang.cli.top import Seen
+from elasticmoe_sglang.cli.seen import Seen
 from elasticmoe_sglang.coordinator.status import Operation
 from elasticmoe_sglang.live_figures import Figures
 

@@ -29,7 +29,7 @@ from elasticmoe_sglang.api.router import build_router, mount
 from elasticmoe_sglang.cli.client import ServerClient
 from elasticmoe_sglang.cli.exits import ServerUnreachable
 from elasticmoe_sglang.cli.main import main
-from elasticmoe_sglang.cli.top import Seen
+from elasticmoe_sglang.cli.seen import Seen
 from elasticmoe_sglang.cli.top_view import bars, top_view
 from elasticmoe_sglang.coordinator.status import Operation
 from elasticmoe_sglang.live_figures import LiveFigures

@@ -11,6 +11,8 @@ const PHASES = ["planned", "preparing", "committing", "finishing"];
 const KINDS = ["column", "kv", "dense", "window", "other"];
 const KIND_NAMES = { column: "expert columns", kv: "KV", dense: "dense weights", window: "windows", other: "other" };
 
+const KIND_SHORT = { column: "columns", kv: "KV", dense: "dense", window: "windows", other: "other" };
+
 const $ = (id) => document.getElementById(id);
 const state = {
   key: sessionStorage.getItem(KEY), connection: "loading", event: null, instance: null, figures: [], operations: [],

@@ -299,7 +299,7 @@ function buildRows(count) {
     row.head.append(row.pick, row.plain);
     row.kvText = make("small");
     row.kvUsed = make("i", { class: "k-kv" });
-    row.kvCached = make("i", { class: "k-window" });
+    row.kvCached = make("i", { class: "k-cached" });
     row.kvBar = make("div", { class: "bar", "aria-hidden": "true" }, row.kvUsed, row.kvCached);
     row.kv.append(row.kvText, row.kvBar);
     row.cells = make("div", { class: "cells", role: "img" });
@@ -424,7 +424,7 @@ function renderMemory(memory) {
     row.peak.title = `peak ${bytes(device.peak)}`;
     say(row.name, `Device ${device.device}: ${bytes(device.used)}`);
     say(row.of, `peak ${bytes(device.peak)} of ${bytes(device.budget)}`);
-    const text = KINDS.filter((kind) => shares[kind]).map((kind) => `${KIND_NAMES[kind]} ${bytes(shares[kind])}`).join(", ");
+    const text = KINDS.filter((kind) => shares[kind]).map((kind) => `${KIND_SHORT[kind]} ${bytes(shares[kind])}`).join(" · ");
     say(row.kinds, text || "nothing");
     put(row.bar, "aria-label", `Device ${device.device}: ${text || "nothing"}`);
   });

@@ -66,7 +66,7 @@ function renderPlots() {
   const shown = state.figures.filter((second) => second.at >= from - 1);
   const position = Number($("inspect").value);
   const looked = position >= span ? null : shown.findLast((second) => second.at <= from + position) ?? null;
-  const found = marks().filter((mark) => mark.to >= from);
+  const found = marks().filter((mark) => mark.to >= from).sort((a, b) => a.from - b.from);
   PLOTS.forEach((plot, index) => drawPlot(plot, index, { from, to, span, shown, looked, found }));
   const second = looked ?? state.figures.at(-1);
   const text = second ? describe(second) : "No figures yet.";
