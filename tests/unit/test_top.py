@@ -180,6 +180,10 @@ def on_port(port: int) -> Iterator[None]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
+        deadline = time.monotonic() + 60
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < deadline, "the HTTP server did not start"
+            time.sleep(0.01)
         yield
     finally:
         ends.set()
