@@ -8,6 +8,7 @@ ElasticMoEError
 ├── OperationInProgress                   a change is running; HTTP 409
 ├── OperationIdTaken                      the operation's id was used for another target; HTTP 409
 ├── StaleRequest                          the request was made for another instance or generation; HTTP 409
+├── TooManyReaders                        no more clients can follow the events; HTTP 503
 ├── HmmError                              the memory sidecar refused or failed
 │   ├── HmmUnavailable                    no HMM answers at its endpoint; HTTP 503
 │   ├── HmmTaken                          the HMM serves another server
@@ -136,6 +137,10 @@ class OperationIdTaken(ElasticMoEError):
 
 class StaleRequest(ElasticMoEError):
     """The server or its membership is not the one that the request was made for; HTTP 409."""
+
+
+class TooManyReaders(ElasticMoEError):
+    """No more clients can follow the server's events; HTTP 503."""
 
 
 class HmmError(ElasticMoEError):

@@ -3,6 +3,7 @@
 # venv, and a C and C++ compiler (torch.compile and Triton call them at run time). As root on Debian or Ubuntu, what is
 # missing is installed; otherwise the command that would do it is printed. Where no test may be skipped
 # (ELASTICMOE_REQUIRE=all), Prometheus too, which one of them runs.
+# (ELASTICMOE_REQUIRE=all), a browser too, which the tests of the operator's page use.
 set -euo pipefail
 
 python="${PYTHON:-python3}"
@@ -20,6 +21,9 @@ command -v gcc >/dev/null || missing+=(gcc libc6-dev)
 command -v g++ >/dev/null || missing+=(g++)
 if [ "${ELASTICMOE_REQUIRE:-}" = all ] && ! command -v prometheus >/dev/null; then
     missing+=(prometheus)
+fi
+if [ "${ELASTICMOE_REQUIRE:-}" = all ] && ! { command -v chromium && command -v chromedriver; } >/dev/null; then
+    missing+=(chromium chromium-driver)
 fi
 
 if [ "${#missing[@]}" -eq 0 ]; then

@@ -2,4 +2,5 @@
 
 `router.build_router` builds the routes, mounted in front of SGLang's own; `elastic_ep` is what they, SGLang's tokenizer
 manager and an Engine call; `types` has the payloads, also for clients.
+`feed` has the events, `page` the operator's page.
 """

@@ -9,9 +9,11 @@ from collections.abc import Awaitable, Callable, Sequence
 import msgspec
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.params import Depends
+from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from elasticmoe_sglang.api.elastic_ep import ElasticEp
+from elasticmoe_sglang.api.feed import Feed
 from elasticmoe_sglang.api.types import MAX_BODY_BYTES, ErrorBody, OperationList, ScaleRequest, parse_scale_request
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.status import Phase
@@ -21,8 +23,10 @@ from elasticmoe_sglang.errors import (
     OperationIdTaken,
     OperationInProgress,
     StaleRequest,
+    TooManyReaders,
     UserInputError,
 )
+from elasticmoe_sglang.live_figures import LiveFigures
 
 Handler = Callable[[Request], Awaitable[Response]]
 Protect = Callable[[Handler], Handler]
@@ -51,6 +55,7 @@ def build_router(
     dependencies: Sequence[Depends] = (),
     loop: asyncio.AbstractEventLoop | None = None,
     instance_id: str | None = None,
+    feed: Feed | None = None,
 ) -> APIRouter:
     """The routes, for `mount`.
 
@@ -60,19 +65,23 @@ def build_router(
         dependencies: run before each handler.
         loop: the event loop of the coordinator, which runs in another thread; None: the loop that serves the routes.
         instance_id: names this start of the server; None: a new name.
+        feed: of the events; None: one whose figures stay empty.
 
     Status codes: 200, also for an operation that has only begun (`phase` tells), 400 for a malformed or impossible
     request, 404 for an unknown operation, 409 while another change runs, for a stale request and for an id of another
-    target, 503 while the HMM does not answer. For vLLM's size 200 once it has been reached, 408 when its timeout has
-    passed, 500 when the change failed. A body with status 400 or more is an `ErrorBody`.
+    target, 503 while the HMM does not answer or too many readers follow the events. For vLLM's size 200 once it has
+    been reached, 408 when its timeout has passed, 500 when the change failed. A body with status 400 or more is an
+    `ErrorBody`.
     """
-    handlers = Handlers(ElasticEp(coordinator, instance_id=instance_id or uuid.uuid4().hex, loop=loop))
+    elastic = ElasticEp(coordinator, instance_id=instance_id or uuid.uuid4().hex, loop=loop)
+    handlers = Handlers(elastic, feed or Feed(coordinator, LiveFigures(), loop=loop))
     router = APIRouter(tags=["elastic expert parallelism"], dependencies=list(dependencies))
     for method, path, handler in (
         ("POST", "/scale_elastic_ep", handlers.scale),
         ("GET", "/elastic_ep/operations", handlers.operations),
         ("GET", "/elastic_ep/operations/{operation_id}", handlers.operation),
         ("GET", "/elastic_ep/status", handlers.status),
+        ("GET", "/elastic_ep/events", handlers.events),
         # SGLang's clients ask with GET, vLLM's with POST, and each gets its own answer.
         ("GET", "/is_scaling_elastic_ep", handlers.sglang_state),
         ("POST", "/is_scaling_elastic_ep", handlers.vllm_state),
@@ -84,8 +93,9 @@ def build_router(
 class Handlers:
     """One method for each route."""
 
-    def __init__(self, elastic: ElasticEp) -> None:
+    def __init__(self, elastic: ElasticEp, feed: Feed) -> None:
         self._elastic = elastic
+        self._feed = feed
 
     async def scale(self, request: Request) -> Response:
         """Change the number of active ranks, or retire or restore some."""
@@ -129,6 +139,16 @@ class Handlers:
         """Ranks, membership, epoch, placement, memory, HMM, the running and the last ended operation."""
         return _json(await self._elastic.status())
 
+    async def events(self, request: Request) -> Response:
+        """Status, operations and figures as server-sent events: every second, and at once when something changes."""
+        try:
+            stream = self._feed.open()
+        except ElasticMoEError as error:
+            return self._refusal(error)
+        # A proxy in front of the server must not collect events.
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
     async def sglang_state(self, request: Request) -> Response:
         """Whether a change is running, in SGLang's terms."""
         return _json(self._elastic.scaling_state())
@@ -149,7 +169,7 @@ class Handlers:
             return _json(body, status=409)
         if isinstance(error, UserInputError):
             return _json(ErrorBody(error=str(error)), status=400)
-        if isinstance(error, HmmError):
+        if isinstance(error, (HmmError, TooManyReaders)):
             return _json(ErrorBody(error=str(error)), status=503)
         raise error
 

@@ -10,12 +10,13 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from elasticmoe_sglang.api.feed import Event
 from elasticmoe_sglang.api.types import OperationList, ScaleAnswer, ScaleRequest, ServerStatus
 from elasticmoe_sglang.cli.exits import ServerRefused, ServerUnreachable
 from elasticmoe_sglang.coordinator.status import Operation
@@ -25,6 +26,12 @@ KEY_VARIABLE = "ELASTICMOE_ADMIN_KEY"
 DEFAULT_PORT = 30000
 _ANSWER_S = 30.0
 _POLL_S = 0.05
+# The events' stream is never silent for longer while the server lives.
+_SILENCE_S = 10.0
+_EVENT = b"data: "
+
+Policy = dict[str, Any]
+"""Answer of GET /elastic_ep/policy."""
 
 Payload = TypeVar("Payload")
 
@@ -83,23 +90,57 @@ class ServerClient:
             show(operation)
         return operation
 
+    def events(self) -> Generator[Event, None, None]:
+        """The server's events until the stream ends: the first at once, the next ones every second or earlier."""
+        with self._open("/elastic_ep/events", _SILENCE_S) as answer:
+            yield from self._read(answer)
+
+    def policy(self) -> Policy | None:
+        """The policy's state; None: this server has none."""
+        try:
+            return self._ask("/elastic_ep/policy", Policy)
+        except ServerRefused as refusal:
+            if refusal.status == 404:
+                return None
+            raise
+
+    def _read(self, lines: Iterable[bytes]) -> Generator[Event, None, None]:
+        try:
+            for line in lines:
+                if line.startswith(_EVENT):
+                    yield self._decode(line[len(_EVENT) :], Event)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+
     def _ask(self, path: str, kind: type[Payload], body: bytes | None = None) -> Payload:
+        with self._open(path, _ANSWER_S, body) as answer:
+            try:
+                content = answer.read()
+            except (OSError, http.client.HTTPException) as error:
+                raise self._unreachable(error) from error
+        return self._decode(content, kind)
+
+    def _open(self, path: str, timeout_s: float, body: bytes | None = None) -> http.client.HTTPResponse:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         try:
             request = urllib.request.Request(self.url + path, data=body, headers=headers)
-            with self._opener.open(request, timeout=_ANSWER_S) as answer:
-                content = answer.read()
+            answer: http.client.HTTPResponse = self._opener.open(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:
             with error:
                 raise _refused(error.code, error.read(), self._key is not None) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise ServerUnreachable(
-                f"no server answers at {self.url}: {reason}",
-                hint="Start one with `elasticmoe serve`, or give its address with --url or --port",
-            ) from error
+            raise self._unreachable(error) from error
+        return answer
+
+    def _unreachable(self, error: Exception) -> ServerUnreachable:
+        return ServerUnreachable(
+            f"no server answers at {self.url}: {getattr(error, 'reason', error)}",
+            hint="Start one with `elasticmoe serve`, or give its address with --url or --port",
+        )
+
+    def _decode(self, content: bytes, kind: type[Payload]) -> Payload:
         try:
             return msgspec.json.decode(content, type=kind)
         except msgspec.DecodeError as error:

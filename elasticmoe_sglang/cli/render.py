@@ -105,8 +105,8 @@ def operations_table(operations: Sequence[Operation]) -> RenderableType:
             operation.operation_id,
             _phase(operation),
             f"{operation.old_ep_size} -> {operation.new_ep_size}",
-            _milliseconds(operation.timings.total_ms),
-            _milliseconds(operation.max_pause_ms),
+            milliseconds(operation.timings.total_ms),
+            milliseconds(operation.max_pause_ms),
             f"{operation.columns_moved}/{operation.columns_planned}",
             format_bytes(operation.bytes_moved),
             operation.error or "",
@@ -141,7 +141,7 @@ def operation_panel(operation: Operation) -> RenderableType:
         ("longest pause", operation.max_pause_ms),
     ):
         if value is not None:
-            grid.add_row(name, _milliseconds(value))
+            grid.add_row(name, milliseconds(value))
     grid.add_row("", operation.message)
     if operation.error:
         grid.add_row("error", Text(operation.error, style="red"))
@@ -152,7 +152,8 @@ def _phase(operation: Operation) -> Text:
     return Text(operation.phase.value, style=_PHASE_STYLES.get(operation.phase, "yellow"))
 
 
-def _milliseconds(value: float | None) -> str:
+def milliseconds(value: float | None) -> str:
+    """Milliseconds as a short text; None as a dash."""
     if value is None:
         return "-"
     return f"{value:.1f} ms" if value < 1000 else f"{value / 1000:.2f} s"

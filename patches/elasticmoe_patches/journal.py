@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from elasticmoe_patches.live import live
 from elasticmoe_patches.worker.migration import Progress
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def remember(tokenizer_manager: Any, tokenized: Any) -> None:
     state = tokenizer_manager.rid_to_state.get(tokenized.rid)
     if state is not None:
         setattr(state, JOURNAL, tokenized)
+        live(tokenizer_manager).sent(tokenized.rid, state)
 
 
 def open_requests(tokenizer_manager: Any) -> set[str]:

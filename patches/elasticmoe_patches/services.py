@@ -178,7 +178,7 @@ class Services:
     def _start_imm(self) -> subprocess.Popen[bytes] | None:
         """Start an IMM in the place of the one that has ended; None when the server is ending. It ends by the lifeline,
         like the workers."""
-        if self._ending():
+        if self.ending():
             return None
         if self._imm is not None:
             self._imm.kill()
@@ -285,7 +285,7 @@ class Services:
             hmm,
             config,
             restart=None if self.hmm is None else self._start_hmm,
-            ending=self._ending,
+            ending=self.ending,
         )
         coordinator.await_memory = lambda: hmm_failover.whole(_MEMORY_S)
         coordinator.tidy = hmm_failover.tidy
@@ -293,7 +293,7 @@ class Services:
         return coordinator
 
     def _on_event(self, event: Event) -> None:
-        if self._coordinator is not None and not self._ending():
+        if self._coordinator is not None and not self.ending():
             self._coordinator.post(event)
 
     def watch(self, watchdog: Any) -> None:
@@ -319,7 +319,7 @@ class Services:
 
     # -- the end --------------------------------------------------------------------------------------------------
 
-    def _ending(self) -> bool:
+    def ending(self) -> bool:
         """All processes end, and none is to be replaced."""
         return self._ends
 
@@ -360,7 +360,7 @@ class Services:
 
     def _end_server(self, sentence: str) -> None:
         """End the server through SGLang's handler of SIGQUIT, which kills the process tree."""
-        if self._ending():
+        if self.ending():
             return
         logger.critical("%s; the server ends, because it cannot serve its requests any more", sentence)
         os.kill(os.getpid(), signal.SIGQUIT)

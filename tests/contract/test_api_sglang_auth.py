@@ -11,7 +11,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from elasticmoe_sglang.api.feed import Feed
+from elasticmoe_sglang.api.page import PATH, render_page, serve_page
 from elasticmoe_sglang.api.router import build_router, mount
+from elasticmoe_sglang.live_figures import LiveFigures
 from tests.helpers.fake_cluster import FakeCluster
 
 REQUESTS = [
@@ -37,21 +40,22 @@ def auth() -> ModuleType:
     return module
 
 
+KEYS = [
+    (None, None, None, True),
+    (None, "admin", None, False),
+    (None, "admin", "wrong", False),
+    (None, "admin", "admin", True),
+    ("user", None, None, False),
+    ("user", None, "user", True),
+    ("user", "admin", "user", False),
+    ("user", "admin", "admin", True),
+]
+keys = pytest.mark.parametrize(("api_key", "admin_api_key", "sent", "allowed"), KEYS)
+
+
 @pytest.mark.filterwarnings("ignore:ORJSONResponse is deprecated")
 @pytest.mark.parametrize(("method", "path", "body"), REQUESTS)
-@pytest.mark.parametrize(
-    ("api_key", "admin_api_key", "sent", "allowed"),
-    [
-        (None, None, None, True),
-        (None, "admin", None, False),
-        (None, "admin", "wrong", False),
-        (None, "admin", "admin", True),
-        ("user", None, None, False),
-        ("user", None, "user", True),
-        ("user", "admin", "user", False),
-        ("user", "admin", "admin", True),
-    ],
-)
+@keys
 def test_keys(
     auth: ModuleType,
     method: str,
@@ -70,3 +74,21 @@ def test_keys(
         headers = {"Authorization": f"Bearer {sent}"} if sent else {}
         answer = client.request(method, path, json=body, headers=headers)
     assert answer.status_code == (200 if allowed else 401)
+
+
+@pytest.mark.filterwarnings("ignore:ORJSONResponse is deprecated")
+@keys
+def test_keys_of_the_page_and_its_events(
+    auth: ModuleType, api_key: str | None, admin_api_key: str | None, sent: str | None, allowed: bool
+) -> None:
+    """The document is open: a browser can send no key with an address. The events, and with them all data, are not."""
+    coordinator = FakeCluster().coordinator()
+    feed = Feed(coordinator, LiveFigures(), ending=lambda: True)  # or the stream would go on
+    app = FastAPI()
+    mount(app, build_router(coordinator, auth.auth_level(auth.AuthLevel.ADMIN_OPTIONAL), feed=feed))
+    serve_page(app)
+    auth.add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
+    with TestClient(app) as client:
+        assert client.get(PATH).content == render_page()
+        headers = {"Authorization": f"Bearer {sent}"} if sent else {}
+        assert client.get("/elastic_ep/events", headers=headers).status_code == (200 if allowed else 401)

@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lifeline",
         "run_dir_reaper",
         "generated_page",
+        "live_figures",
     ),
     ("config", "comm.membership", "wire"),
     ("runtime", "launch_config"),

@@ -73,14 +73,14 @@ def test_requests_are_waited_for_and_then_sglang_goes_on_at_once(services: Servi
         tokenizer, seen = Tokenizer(), []
 
         async def original(_self: Tokenizer) -> None:
-            seen.append(f"requests {len(tokenizer.rid_to_state)}, ending {services._ending()}")
+            seen.append(f"requests {len(tokenizer.rid_to_state)}, ending {services.ending()}")
 
         task = asyncio.create_task(hooks.around_sigterm_watchdog(original, tokenizer))
         tokenizer.rid_to_state["a"] = SimpleNamespace(dispatched=True)
         await asyncio.sleep(0.3)
         hooks.stop(tokenizer)
         await asyncio.sleep(0.3)
-        seen.append("draining" if not services._ending() else "ending")
+        seen.append("draining" if not services.ending() else "ending")
         tokenizer.rid_to_state.clear()
         await asyncio.wait_for(task, 1)
         return seen
@@ -152,11 +152,11 @@ def test_a_request_that_was_answered_is_not_waited_for(left: list[str], waited: 
 def test_a_change_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     services = make_services(concurrent.futures.Future())
     asyncio.run(services.begin_to_end())
-    assert services._ending() and killed == ["all"]
+    assert services.ending() and killed == ["all"]
     services = make_services(done := concurrent.futures.Future())
     done.set_result(None)
     asyncio.run(services.begin_to_end())
-    assert services._ending() and killed == ["all"]
+    assert services.ending() and killed == ["all"]
 
 
 def test_the_end_of_a_process_of_sglang_ends_the_server(services: Services, caplog: pytest.LogCaptureFixture) -> None:
@@ -202,6 +202,6 @@ print("still here")
 
 def test_the_coordinator_knows_when_sglang_kills_its_own_tree(services: Services) -> None:
     before_kill_process_tree(os.getpid() + 1)
-    assert not services._ending()
+    assert not services.ending()
     before_kill_process_tree(os.getpid(), include_parent=False)
-    assert services._ending()
+    assert services.ending()

@@ -29,19 +29,35 @@ def around_setup_and_run(original: Any, *args: Any, **kwargs: Any) -> None:
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
+    from elasticmoe_patches.live import live
     from elasticmoe_patches.services import services
+    from elasticmoe_sglang.api.feed import Feed
+    from elasticmoe_sglang.api.page import serve_page
     from elasticmoe_sglang.api.refusals import build_refusals
     from elasticmoe_sglang.api.router import build_router, mount
 
     tokenizer_manager = kwargs["tokenizer_manager"] if "tokenizer_manager" in kwargs else args[1]
     protect = auth_level(AuthLevel.ADMIN_OPTIONAL)  # the level of SGLang's own scaling endpoint
+    feed = Feed(
+        services().coordinator,
+        live(tokenizer_manager).figures,
+        model=tokenizer_manager.served_model_name,
+        loop=services().loop,
+        ending=services().ending,
+        instance_id=services().instance_id,
+    )
     router = build_router(
-        services().coordinator, protect=protect, loop=services().loop, instance_id=services().instance_id
+        services().coordinator,
+        protect=protect,
+        loop=services().loop,
+        instance_id=services().instance_id,
+        feed=feed,
     )
     mount(app, build_refusals(refused_routes(), protect))
     services().watch(subprocess_watchdog(args, kwargs))
     mount(app, router)
     start_with_server(app, lambda: start_tokenizer(tokenizer_manager))
+    serve_page(app)
     original(*args, **kwargs)
     services().leave()
 
