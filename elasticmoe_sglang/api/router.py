@@ -16,13 +16,17 @@ from elasticmoe_sglang.api.types import (
     ErrorBody,
     OperationList,
     ScalingState,
+    parse_limit,
+    parse_policy_request,
     parse_scale_request,
     target_of,
 )
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.status import Operation, Phase, Status
-from elasticmoe_sglang.errors import ElasticMoEError, HmmError, OperationInProgress, UserInputError
+from elasticmoe_sglang.errors import ElasticMoEError, HmmError, OperationInProgress, PhaseTimeout, UserInputError
 from elasticmoe_sglang.event_loop import run_in
+from elasticmoe_sglang.policy.controller import PolicyController
+from elasticmoe_sglang.policy.view import PolicyView
 
 Handler = Callable[[Request], Awaitable[Response]]
 _ResultT = TypeVar("_ResultT")
@@ -57,6 +61,7 @@ def build_router(
     protect: Callable[[Handler], Handler] = unprotected,
     dependencies: Sequence[Depends] = (),
     loop: asyncio.AbstractEventLoop | None = None,
+    policy: PolicyController | None = None,
 ) -> APIRouter:
     """The routes, for `mount`.
 
@@ -65,6 +70,7 @@ def build_router(
             the admin key.
         dependencies: run before each handler.
         loop: the event loop of the coordinator, which runs in another thread; None: the loop that serves the routes.
+        policy: asks for changes by itself; manual requests go through it, and it has a route.
 
     Status codes: 202 with an operation that is running, 200 with one that has ended (`phase` tells how) and for all
     other responses, 400 for a malformed or impossible request, 404 for an unknown operation, 409 while another change
@@ -75,6 +81,7 @@ def build_router(
         return await (coroutine if loop is None else run_in(loop, coroutine))
 
     router = APIRouter(tags=["elastic expert parallelism"], dependencies=list(dependencies))
+    submit = coordinator.submit if policy is None else policy.submit
 
     @protect
     async def scale_elastic_ep(request: Request) -> Response:
@@ -82,7 +89,7 @@ def build_router(
         try:
             asked = parse_scale_request(await _body(request))
             operation_id = None if asked.operation_id is msgspec.UNSET else asked.operation_id
-            operation = await call(coordinator.submit(target_of(asked), operation_id))
+            operation = await call(submit(target_of(asked), operation_id))
         except ElasticMoEError as error:
             return _refusal(error)
         if asked.wait:
@@ -121,7 +128,38 @@ def build_router(
     # SGLang's clients ask with GET, vLLM's with POST.
     add("/is_scaling_elastic_ep", is_scaling_elastic_ep, methods=["GET"], response_model=None)
     add("/is_scaling_elastic_ep", is_scaling_elastic_ep, methods=["POST"], response_model=None)
+    if policy is not None:
+        _add_policy(router, policy, protect, call)
     return router
+
+
+def _add_policy(
+    router: APIRouter,
+    policy: PolicyController,
+    protect: Callable[[Handler], Handler],
+    call: Callable[[Coroutine[Any, Any, PolicyView]], Awaitable[PolicyView]],
+) -> None:
+    async def replace_settings(values: dict[str, Any]) -> PolicyView:
+        return policy.set(values)
+
+    @protect
+    async def show_policy(request: Request) -> Response:
+        """Settings, state, figures and the latest decisions, newest first; ?limit= says how many."""
+        try:
+            return _json(policy.view(parse_limit(request.query_params.get("limit"))))
+        except UserInputError as error:
+            return _refusal(error)
+
+    @protect
+    async def set_policy(request: Request) -> Response:
+        """Replace the settings that the body has."""
+        try:
+            return _json(await call(replace_settings(parse_policy_request(await _body(request)))))
+        except UserInputError as error:
+            return _refusal(error)
+
+    router.add_api_route("/elastic_ep/policy", show_policy, methods=["GET"], response_model=None)
+    router.add_api_route("/elastic_ep/policy", set_policy, methods=["POST"], response_model=None)
 
 
 def scaling_state(coordinator: Coordinator) -> ScalingState:
@@ -163,12 +201,14 @@ def _refusal(error: ElasticMoEError) -> Response:
         status = 400
     elif isinstance(error, OperationInProgress):
         status = 409
-    elif isinstance(error, HmmError):
+    elif isinstance(error, (HmmError, PhaseTimeout)):
         status = 503
     else:
         raise error
     return _json(ErrorBody(error=str(error)), status=status)
 
 
-def _json(payload: Operation | OperationList | Status | ScalingState | ErrorBody, status: int = 200) -> Response:
+def _json(
+    payload: Operation | OperationList | Status | ScalingState | PolicyView | ErrorBody, status: int = 200
+) -> Response:
     return Response(msgspec.json.encode(payload), status_code=status, media_type="application/json")

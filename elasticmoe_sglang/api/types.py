@@ -10,6 +10,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from elasticmoe_sglang.coordinator.status import Operation
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.planner import RetireRanks, ScaleTo, Target
+from elasticmoe_sglang.policy.controller import DECISIONS_KEPT
+from elasticmoe_sglang.policy.settings import SETTINGS_USAGE
 
 MAX_BODY_BYTES = 16 << 10
 SCALE_USAGE = (
@@ -61,14 +63,7 @@ _FIELDS = get_type_hints(ScaleRequest, include_extras=True)
 
 def parse_scale_request(body: bytes) -> ScaleRequest:
     """Raises UserInputError for a malformed request; whether the change is possible is for the planner to decide."""
-    if len(body) > MAX_BODY_BYTES:
-        raise UserInputError(f"the body is larger than {MAX_BODY_BYTES} bytes", hint=SCALE_USAGE)
-    try:
-        values = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserInputError("the body is not JSON", hint=SCALE_USAGE) from error
-    if not isinstance(values, dict):
-        raise UserInputError(f"the body must be a JSON object, not {_shown(values)}", hint=SCALE_USAGE)
+    values = _object(body, SCALE_USAGE)
     for name, value in values.items():
         if name not in _FIELDS:
             raise UserInputError(f"unknown field {_shown(name)}", hint=SCALE_USAGE)
@@ -79,6 +74,32 @@ def parse_scale_request(body: bytes) -> ScaleRequest:
             (meta,) = _FIELDS[name].__metadata__
             raise UserInputError(f"{name} must be {meta.description}, not {_shown(value)}") from None
     return ScaleRequest(**values)
+
+
+def parse_policy_request(body: bytes) -> dict[str, Any]:
+    """Settings by name, whose values the policy checks. Raises UserInputError for anything but a JSON object."""
+    return _object(body, SETTINGS_USAGE)
+
+
+def parse_limit(text: str | None) -> int:
+    """The number of decisions to show. Raises UserInputError."""
+    if text is None:
+        return 20
+    if not text.isdecimal() or not text.isascii() or int(text[:9]) > DECISIONS_KEPT:
+        raise UserInputError(f"limit must be a whole number from 0 to {DECISIONS_KEPT}, not {_shown(text)}")
+    return int(text[:9])
+
+
+def _object(body: bytes, usage: str) -> dict[str, Any]:
+    if len(body) > MAX_BODY_BYTES:
+        raise UserInputError(f"the body is larger than {MAX_BODY_BYTES} bytes", hint=usage)
+    try:
+        values = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserInputError("the body is not JSON", hint=usage) from error
+    if not isinstance(values, dict):
+        raise UserInputError(f"the body must be a JSON object, not {_shown(values)}", hint=usage)
+    return values
 
 
 def target_of(request: ScaleRequest) -> Target:

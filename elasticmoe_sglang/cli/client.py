@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -19,6 +19,7 @@ import msgspec
 from elasticmoe_sglang.api.types import OperationList, ScaleRequest
 from elasticmoe_sglang.cli.exits import ServerRefused, ServerUnreachable
 from elasticmoe_sglang.coordinator.status import Operation, Status
+from elasticmoe_sglang.policy.view import PolicyView
 
 URL_VARIABLE = "ELASTICMOE_URL"
 KEY_VARIABLE = "ELASTICMOE_ADMIN_KEY"
@@ -72,6 +73,13 @@ class ServerClient:
 
     def status(self) -> Status:
         return self._ask("/elastic_ep/status", Status)
+
+    def policy(self, limit: int = 20) -> PolicyView:
+        return self._ask(f"/elastic_ep/policy?limit={limit}", PolicyView)
+
+    def set_policy(self, values: dict[str, Any]) -> PolicyView:
+        """Replace settings by name."""
+        return self._ask("/elastic_ep/policy", PolicyView, body=msgspec.json.encode(values))
 
     def follow(self, operation: Operation, timeout_s: float, show: Callable[[Operation], None]) -> Operation:
         """Poll the operation until it has ended or `timeout_s` is over, and call `show` with every result."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from elasticmoe_patches import device
+from elasticmoe_patches import device, measure
 from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE, Answers
 from elasticmoe_sglang import run_dir_reaper
 from elasticmoe_sglang.comm.control_page import ControlPage
@@ -36,6 +36,7 @@ from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.imm.client import ImmClient, start_imm
 from elasticmoe_sglang.planner import initial_placement
+from elasticmoe_sglang.policy.controller import PolicyController
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.wire.to_coordinator import Hello
 from elasticmoe_sglang.wire.to_worker import CommitCommand
@@ -142,6 +143,7 @@ class Services:
         self._workers: Workers | None = None
         self._coordinator: Coordinator | None = None
         self._failover: FailoverController | None = None
+        self.policy: PolicyController | None = None
         self._closing: concurrent.futures.Future[None] | None = None
         self._ends = False
         self._stopped = False
@@ -219,6 +221,15 @@ class Services:
         coordinator = Coordinator(
             config=config, membership=membership, placement=placement, memory=HmmMemory(hmm), workers=workers
         )
+        self.policy = PolicyController(
+            coordinator,
+            config.policy_settings(),
+            max_ep_size=config.max_ep_size,
+            sample=measure.sample_of(self._tokenizer, lambda: workers.membership().ranks),
+            meter=measure.METER,
+            wait_s=config.prepare_deadline_s,
+        )
+        self._policy_task = self.loop.create_task(self.policy.run())
         self._kv_task = self.loop.create_task(workers.balance_kv(lambda: coordinator.idle))
         hmm_failover = HmmFailover(
             coordinator,

@@ -36,6 +36,7 @@ def around_setup_and_run(original: Any, *args: Any, **kwargs: Any) -> None:
         services().start_coordinator(tokenizer_manager),
         protect=auth_level(AuthLevel.ADMIN_OPTIONAL),  # the level of SGLang's own scaling endpoint
         loop=services().loop,
+        policy=services().policy,
     )
     mount(app, router)
     start_with_server(app, tokenizer_manager.auto_create_handle_loop)

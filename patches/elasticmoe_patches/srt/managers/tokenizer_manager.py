@@ -8,6 +8,7 @@ import signal
 import time
 from typing import Any
 
+from elasticmoe_patches import measure
 from elasticmoe_patches.journal import remember
 from elasticmoe_patches.spec import MAIN, Hooks
 
@@ -42,8 +43,9 @@ def after_init_request_dispatcher(_result: None, self: Any) -> None:
     expires="SGLang can continue a request on another rank itself.",
 )
 async def around_send_one_request(original: Any, self: Any, tokenized_obj: Any) -> None:
-    """Keeps the tokenised request, so that it can go on elsewhere when its rank dies."""
+    """Keeps the tokenised request, so that it can go on elsewhere when its rank dies; and counts it."""
     remember(self, tokenized_obj)
+    measure.arrived(self, tokenized_obj)
     await original(self, tokenized_obj)
 
 
@@ -56,7 +58,28 @@ async def around_send_batch_request(original: Any, self: Any, tokenized_objs: An
     """The same for requests that are tokenised as a batch."""
     for tokenized_obj in tokenized_objs:
         remember(self, tokenized_obj)
+        measure.arrived(self, tokenized_obj)
     await original(self, tokenized_objs)
+
+
+@hook(
+    "before",
+    "TokenizerManager._handle_batch_output(self, recv_obj)",
+    expires="SGLang tells plugins when a request's first and last token came.",
+)
+def before_handle_batch_output(self: Any, recv_obj: Any) -> None:
+    """Counts tokens, first tokens and ends of requests, by which the policy decides."""
+    measure.output(recv_obj)
+
+
+@hook(
+    "before",
+    "TokenizerManager._handle_abort_req(self, recv_obj)",
+    expires="SGLang tells plugins when a request has ended.",
+)
+def before_handle_abort_req(self: Any, recv_obj: Any) -> None:
+    """The same for requests that end without output."""
+    measure.aborted(recv_obj)
 
 
 @hook(
