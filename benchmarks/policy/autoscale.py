@@ -19,6 +19,7 @@ from benchmarks.scaling.costs import H200
 from benchmarks.scaling.report import table
 from benchmarks.scaling.simulation import DecodeLoad, Weights
 from benchmarks.scaling.workload import Lengths
+from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.model_shape import shape_of
 from elasticmoe_sglang.policy.decision import Action, Decision
 from elasticmoe_sglang.policy.settings import Autoscale, PolicySettings, Slo, parse_slo
@@ -46,7 +47,7 @@ class Scenario:
 SCENARIOS = {
     "qwen3-30b-a3b-2": Scenario("qwen3-30b-a3b", 2048, "bfloat16", 2, 15000.0),
     "qwen3-30b-a3b-8": Scenario("qwen3-30b-a3b", 2048, "bfloat16", 8, 15000.0),
-    "deepseek-v3-64": Scenario("deepseek-v3", 7168, "fp8_block128", 64, 5000.0),
+    "deepseek-v3-64": Scenario("deepseek-v3", 7168, "fp8_block128", 64, 15000.0),
 }
 
 
@@ -155,7 +156,7 @@ def make_machine(scenario: Scenario) -> Machine:
 
 
 def sustained_rate(machine: Machine, slo: Slo, prompt: Lengths, output: Lengths) -> float:
-    """Requests a second that the largest size serves within the SLO for four minutes."""
+    """Requests a second that the largest size serves within the SLO for four minutes. Raises UserInputError for none."""
     lengths = make_trace("steady", 200.0, prompt, output, seed=1).requests[:2000]
     mean = sum(request.output_tokens for request in lengths) / len(lengths)
     low, high = 0.0, 1.2 * machine.capacity(machine.largest, slo) / mean
@@ -167,6 +168,8 @@ def sustained_rate(machine: Machine, slo: Slo, prompt: Lengths, output: Lengths)
         trace = Trace(name="sustained", duration_s=_TRIAL_S, requests=cut)
         attained = Server(machine, trace, slo, Scheduled(), machine.largest).run().attainment
         low, high = (rate, high) if attained >= _SUSTAINED else (low, rate)
+    if not low:
+        raise UserInputError(f"{machine.largest} ranks meet the SLO {slo} at no rate", hint="Give a weaker one")
     return low
 
 

@@ -19,6 +19,7 @@ _PERIOD_SURE = 0.6
 """Correlation of the load with itself one period ago that makes a period."""
 _CHANCE = 3.0
 """Correlation of n bins of noise stays below this many times 1/sqrt(n)."""
+_SAME_PEAK = 0.9
 _PERIODS_USED = 3
 _REFRESH_S = 60.0
 
@@ -143,6 +144,9 @@ def find_period(rates: Array) -> int | None:
     start = max(int(unlike[0]), _PERIOD_LEAST_BINS)
     if start > longest:
         return None
-    best = start + int(np.argmax(correlation[start:]))
+    # Two periods are a period too: of peaks that are about as high, the first one counts.
+    best = start + int(np.argmax(correlation[start:] >= _SAME_PEAK * correlation[start:].max()))
+    while best < longest and correlation[best + 1] > correlation[best]:
+        best += 1
     sure = max(_PERIOD_SURE, _CHANCE / math.sqrt(len(centred) - best))
     return best if correlation[best] >= sure else None
