@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from elasticmoe_sglang.policy.capacity import RankCapacity, rank_capacity
-from elasticmoe_sglang.policy.estimator import Snapshot
+from elasticmoe_sglang.policy.estimator import NOW_S, Snapshot
 from elasticmoe_sglang.policy.settings import PolicySettings, Slo
 
 # A size of n ranks that run b requests each is used up to 1 - x / sqrt(n * b) of its capacity: the spread of the number
@@ -23,8 +23,10 @@ from elasticmoe_sglang.policy.settings import PolicySettings, Slo
 _GROW, _SIZE, _SHRINK = (0.5, 0.97), (1.0, 0.92), (1.5, 0.87)
 _LEAST_USE = 0.3
 _UNKNOWN_RUNNING = 16.0
-_SURE = 2.0
-"""Standard errors by which the fast window's load must exceed what fits, to count."""
+_SURE, _QUITE_SURE = 2.0, 3.0
+"""Standard errors by which the load in the fast window, and in the last seconds, must exceed what fits, to count."""
+_FALLING = 0.8
+"""Below this share of the slow window's load the fast window's shows that it still falls."""
 _QUEUE_SHARE = 0.5
 """Share of the TTFT limit that the queue may take."""
 _FEWEST_JUDGED = 5
@@ -34,6 +36,8 @@ _RELAX_PER_S = 0.01 / 60
 _PAID_SHARE = 0.25
 """Of the predicted gain, that growing has to bring."""
 _SAME_LOAD = 0.8
+_OUTGROWN_S, _OUTGROWN_SHARE = 900.0, 0.75
+"""For so long a size that was outgrown is not returned to, unless the load has fallen to this share."""
 
 
 class Action(str, Enum):
@@ -84,6 +88,7 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
         changed_at: when the last change ended. held_until: no action before, after a manual request.
         lowered: tokens a second of a rank at which `lowered_ranks` missed the SLO unexpectedly at `lowered_at`.
         unpaid: not to grow beyond this size until `unpaid_until`.
+        outgrown: the size that was too small at `outgrown_at`, for a load that reached `outgrown_load` tokens a second.
     """
 
     changed_at: float = -math.inf
@@ -94,6 +99,9 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     trial: Trial | None = None
     unpaid: int | None = None
     unpaid_until: float = -math.inf
+    outgrown: int = 0
+    outgrown_load: float = 0.0
+    outgrown_at: float = -math.inf
 
 
 class _View:
@@ -107,9 +115,11 @@ class _View:
         self.least = min(settings.min_ep_size, capacity)
         output = snapshot.output_tokens
         self.fast, self.slow = snapshot.arrivals_fast * output, snapshot.arrivals_slow * output
-        self.latest = max(self.fast, snapshot.arrivals_now * output)
+        self.now_load = snapshot.arrivals_now * output
+        self.latest = max(self.fast, self.now_load)
         seen = max(1, snapshot.arrivals_seen)
         self.error = math.sqrt((1 + snapshot.output_spread**2) / seen)
+        self.now_error = math.sqrt((1 + snapshot.output_spread**2) / max(1.0, snapshot.arrivals_now * NOW_S))
         slow_seen = max(1.0, snapshot.arrivals_slow * snapshot.slow_s)
         self.slow_error = math.sqrt((1 + snapshot.output_spread**2) / slow_seen)
         self.backlog = snapshot.waiting * output / settings.drain_s
@@ -191,9 +201,12 @@ def decide(
     if now < state.held_until:
         return nothing(f"a manual request holds the policy for {state.held_until - now:.0f} s more"), state
     view = _View(snapshot, slo, settings, state, max_ep_size, now)
+    if now < state.outgrown_at + _OUTGROWN_S and view.slow > state.outgrown_load:
+        # A burst that has just begun is larger than what was measured when it was seen.
+        view.state = state = msgspec.structs.replace(state, outgrown_load=view.slow)
     if ranks < view.least:
         because = f"{_ranks(ranks)} are fewer than the smallest size allowed, {view.least}"
-        return _grown(view, view.least, because, trial=False)
+        return _grown(view, view.least, because, trial=False, forecast=True)
     trial = state.trial
     if trial is not None and now >= trial.due:
         unpaid = _unpaid(view, trial)
@@ -228,30 +241,37 @@ class _Need(NamedTuple):
 
     Attributes:
         unexpected: the load should fit. It counts only when the queue from before the last change has had its time.
+        forecast: the load is not there yet.
     """
 
     size: int
     because: str
     unexpected: bool = False
+    forecast: bool = False
 
 
 def _needs(view: _View) -> Iterator[_Need]:
     """Every reason to grow beyond the active ranks. A longer queue never removes a reason, and makes none smaller."""
     s, slo = view.s, view.slo
     limit = view.fits(s.ranks, _GROW)
-    wait, sure = view.queue_wait_s(), view.fast * (1 - _SURE * view.error)
-    load = view.fast if sure > view.slow else view.slow
+    wait = view.queue_wait_s()
+    # The shortest window that is surely above the longer ones.
+    load = sure = view.slow * (1 - view.slow_error)
+    for rate, error in ((view.fast, _SURE * view.error), (view.now_load, _QUITE_SURE * view.now_error)):
+        if rate * (1 - error) > max(sure, view.slow):
+            load, sure = rate, rate * (1 - error)
+    load = max(load, view.slow)
     if wait > _QUEUE_SHARE * (slo.ttft_s or 1.0):
         text = f"{s.waiting} requests wait, the last of them for about {_seconds(wait)}"
         size = view.size_for(max(load, view.latest, s.tokens_per_s) + view.backlog)
         # Where this size should work the queue off, it is given the time to.
         yield _Need(max(size, min(s.ranks + 1, view.most)), text, unexpected=size <= s.ranks)
-    if limit is not None and max(view.slow, sure) > limit:
+    if limit is not None and sure > limit:
         text = f"the load of {load:.0f} tokens/s is more than the {limit:.0f} that {_ranks(s.ranks)} are used up to"
         yield _Need(view.size_for(load + view.backlog, above=s.ranks), text)
     if limit is not None and view.expected > limit:
         text = f"{view.expected:.0f} tokens/s are expected ({s.expected_because}), and {limit:.0f} fit"
-        yield _Need(view.size_for(view.expected, above=s.ranks), text)
+        yield _Need(view.size_for(view.expected, above=s.ranks), text, forecast=True)
     for late, ok, name, what in (
         (s.first_late, s.first_ok, "first token", slo.ttft_s),
         (s.pace_late, s.pace_ok, "pace", slo.itl_s),
@@ -289,7 +309,7 @@ def _grow(view: _View, needs: Sequence[_Need]) -> tuple[Decision, PolicyState]:
     size = need.size
     if state.unpaid is not None and now < state.unpaid_until:
         size = min(size, state.unpaid)
-    return _grown(view, size, need.because, trial=True)
+    return _grown(view, size, need.because, trial=True, forecast=need.forecast)
 
 
 def _lowering(view: _View, need: _Need) -> _Need:
@@ -304,7 +324,9 @@ def _lowering(view: _View, need: _Need) -> _Need:
     return need._replace(size=view.size_for(view.slow + view.backlog, above=s.ranks), because=text)
 
 
-def _grown(view: _View, size: int, because: str, *, trial: bool) -> tuple[Decision, PolicyState]:
+def _grown(
+    view: _View, size: int, because: str, *, trial: bool, forecast: bool = False
+) -> tuple[Decision, PolicyState]:
     s, state = view.s, view.state
     text = f"{because}; {_ranks(size)} are needed"
     if trial:
@@ -319,6 +341,8 @@ def _grown(view: _View, size: int, because: str, *, trial: bool) -> tuple[Decisi
             late_share=_late_share(s),
         )
         state = msgspec.structs.replace(state, trial=made)
+    if not forecast:
+        state = msgspec.structs.replace(state, outgrown=s.ranks, outgrown_load=view.slow, outgrown_at=view.now)
     return Decision(at=view.now, action=Action.GROW, ranks=s.ranks, desired=size, because=text, inputs=s), state
 
 
@@ -366,6 +390,9 @@ def _shrink_or_not(view: _View) -> Decision:
     if s.ranks <= view.least:
         return _nothing(view, f"the load of {view.slow:.0f} tokens/s is served by the smallest size allowed")
     size = _smaller(view)
+    if size is not None and 0 < view.fast < _FALLING * view.slow and view.fast * (1 + view.error) < view.slow:
+        text = f"the load falls, from {view.slow:.0f} to {view.fast:.0f} tokens/s; waiting to see how far"
+        return _nothing(view, text)
     if size is None:
         return _nothing(view, f"the load of {view.slow:.0f} tokens/s needs {_ranks(s.ranks)}")
     fits = view.fits(size, _SHRINK)
@@ -386,8 +413,12 @@ def _smaller(view: _View) -> int | None:
         return None
     # Lengths are known of requests that have ended, and at first only short ones have.
     slow = max(view.slow * (1 + view.slow_error), s.tokens_per_s) + view.backlog
+    too_small = 0
+    surely = view.slow * (1 + _SURE * view.slow_error)
+    if view.now < view.state.outgrown_at + _OUTGROWN_S and surely > _OUTGROWN_SHARE * view.state.outgrown_load:
+        too_small = view.state.outgrown
     # By half at most: what is known of this size says less of much smaller ones.
-    for size in range(max(view.least, -(-s.ranks // 2)), s.ranks):
+    for size in range(max(view.least, too_small + 1, -(-s.ranks // 2)), s.ranks):
         if s.kv_use is not None and s.kv_use * s.ranks / size > _KV_AFTER:
             continue
         if slow <= 0 and view.expected <= 0 and not s.running:

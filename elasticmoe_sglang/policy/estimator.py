@@ -18,7 +18,7 @@ from elasticmoe_sglang.policy.windows import Bucket, Buckets, Durations
 
 REPORT_WINDOW_S = 60.0
 """Of what is shown: attainment, goodput, quantiles."""
-_NOW_S = 3.0
+NOW_S = 3.0
 _QUEUE_S = 2.0
 _STEADY = 0.05
 """Change of the number of running requests within a second that makes a full rank's rate its capacity."""
@@ -271,7 +271,7 @@ class Estimator:
             waiting=sample.waiting,
             waiting_least=self._shortest_queue(now),
             running=sample.running,
-            arrivals_now=sum(b.arrivals for b in fast[: int(_NOW_S)]) / min(_NOW_S, age),
+            arrivals_now=sum(b.arrivals for b in fast[: int(NOW_S)]) / min(NOW_S, age),
             arrivals_fast=seen / fast_s,
             arrivals_slow=sum(b.arrivals for b in slow) / slow_s,
             arrivals_seen=seen,

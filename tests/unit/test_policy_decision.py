@@ -112,9 +112,9 @@ def test_cooling_down_and_hysteresis() -> None:
         decision, _ = ask(seen, state)
         assert decision.action is Action.NOTHING and "cooling down" in decision.because
     # What a size was grown for is not given up at once: between the two limits nothing happens.
-    grown = ask(at_rate(15.0))[0].desired
+    grown = ask(at_rate(16.0))[0].desired
     assert grown == 3
-    assert ask(at_rate(15.0, ranks=3, models={3: MODEL}), now=2000.0)[0].action is Action.NOTHING
+    assert ask(at_rate(16.0, ranks=3, models={3: MODEL}), now=2000.0)[0].action is Action.NOTHING
 
 
 def test_a_forecast_is_a_floor() -> None:
