@@ -20,7 +20,7 @@ from elasticmoe_sglang.policy.settings import PolicySettings, Slo
 
 # A size of n ranks that run b requests each is used up to 1 - x / sqrt(n * b) of its capacity: the spread of the number
 # of running requests is about its square root. To grow at, to size for, and to shrink to.
-_GROW, _SIZE, _SHRINK = (0.5, 0.97), (1.0, 0.92), (1.5, 0.87)
+_GROW, _SIZE, _SHRINK = (0.5, 0.98), (1.0, 0.94), (1.5, 0.88)
 _LEAST_USE = 0.3
 _UNKNOWN_RUNNING = 16.0
 _SURE, _QUITE_SURE = 2.0, 3.0

@@ -110,7 +110,7 @@ class PolicySettings(msgspec.Struct, frozen=True, kw_only=True):
     hold_s: float = 600.0
     forecast: bool = True
     grow_cool_down_s: float = 2.0
-    shrink_cool_down_s: float = 30.0
+    shrink_cool_down_s: float = 15.0
     fast_window_s: float = 10.0
     slow_window_s: float = 30.0
     drain_s: float = 10.0
