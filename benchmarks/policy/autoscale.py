@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -112,9 +113,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.out / "figures.json"
     figures = Figures(
         simulation=True,
-        invocation=" ".join(["elasticmoe bench", *sys.argv[sys.argv.index("autoscale") :]])
-        if "autoscale" in sys.argv
-        else "elasticmoe bench autoscale",
+        invocation=_invocation(sys.argv),
         slo=str(slo),
         prompt=args.prompt_tokens,
         output=args.output_tokens,
@@ -141,6 +140,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _invocation(argv: Sequence[str]) -> str:
+    words = argv[argv.index("autoscale") :] if "autoscale" in argv else ["autoscale"]
+    return shlex.join(["elasticmoe", "bench", *(word for word in words if word != "--resume")])
+
+
 def make_machine(scenario: Scenario) -> Machine:
     shape = shape_of(json.loads((_ROOT / "configs" / "models" / f"{scenario.model}.json").read_text()))
     weights = Weights(
@@ -156,7 +160,7 @@ def make_machine(scenario: Scenario) -> Machine:
 
 
 def sustained_rate(machine: Machine, slo: Slo, prompt: Lengths, output: Lengths) -> float:
-    """Requests a second that the largest size serves within the SLO for four minutes. Raises UserInputError for none."""
+    """Requests a second that the largest size serves within the SLO for four minutes. Raises UserInputError."""
     lengths = make_trace("steady", 200.0, prompt, output, seed=1).requests[:2000]
     mean = sum(request.output_tokens for request in lengths) / len(lengths)
     low, high = 0.0, 1.2 * machine.capacity(machine.largest, slo) / mean

@@ -77,7 +77,6 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float
     load: float
     waiting: int
-    itl_s: float | None
     late_share: float
 
 
@@ -337,7 +336,6 @@ def _grown(
             tokens_per_s=s.tokens_per_s,
             load=view.slow,
             waiting=s.waiting,
-            itl_s=s.itl_s,
             late_share=_late_share(s),
         )
         state = msgspec.structs.replace(state, trial=made)
@@ -360,10 +358,12 @@ def _unpaid(view: _View, trial: Trial) -> str | None:
     queue_stays = view.queue_wait_s() > wait_limit and s.waiting >= trial.waiting / 2
     if trial.waiting and queue_stays and served < served_before + _PAID_SHARE * (predicted - served_before):
         return f"{served:.0f} tokens/s instead of {served_before:.0f}, and {predicted:.0f} were predicted"
-    if not trial.waiting and trial.late_share > 1 - view.slo.attainment and trial.itl_s and s.itl_s:
-        no_faster = s.itl_s > (1 - _PAID_SHARE * (1 - trial.before / trial.after)) * trial.itl_s
-        if no_faster and served <= served_before and _late_share(s) >= trial.late_share:
-            return f"ITL is {_seconds(s.itl_s)} instead of {_seconds(trial.itl_s)}, and no more requests meet the SLO"
+    judged, late = s.first_ok + s.first_late + s.pace_ok + s.pace_late, _late_share(s)
+    missed = not trial.waiting and trial.late_share > 1 - view.slo.attainment and judged >= _FEWEST_JUDGED
+    # What is missed for another reason than load, such as prompts that take too long, is missed at any size.
+    if missed and late > (1 - _PAID_SHARE * (1 - trial.before / trial.after)) * trial.late_share:
+        itl = "" if s.itl_s is None else f", with an ITL of {_seconds(s.itl_s)}"
+        return f"{late:.0%} of requests miss the SLO instead of {trial.late_share:.0%}{itl}"
     return None
 
 

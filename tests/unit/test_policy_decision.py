@@ -129,7 +129,7 @@ def test_a_forecast_is_a_floor() -> None:
 
 def trial(**values: Any) -> Trial:
     made: dict[str, Any] = {
-        "due": 990.0, "before": 2, "after": 4, "tokens_per_s": 1000.0, "load": 2000.0, "waiting": 50, "itl_s": 0.04,
+        "due": 990.0, "before": 2, "after": 4, "tokens_per_s": 1000.0, "load": 2000.0, "waiting": 50,
         "late_share": 0.5,
     }  # fmt: skip
     return Trial(**(made | values))
@@ -163,6 +163,16 @@ def test_growing_that_paid_or_cannot_be_judged_stays(values: dict[str, Any]) -> 
     seen = msgspec.structs.replace(seen, **{"tokens_per_s": 950.0, **values})
     decision, state = ask(seen, PolicyState(trial=trial()))
     assert decision.action is not Action.STEP_BACK and state.unpaid is None
+
+
+def test_growing_for_misses_that_have_another_cause_is_taken_back() -> None:
+    same = at_rate(20.0, ranks=4, models={2: MODEL, 4: MODEL}, first_ok=50, first_late=50, itl_s=0.02)
+    cause = trial(waiting=0, tokens_per_s=2000.0)
+    decision, _ = ask(same, PolicyState(trial=cause))
+    assert decision.action is Action.STEP_BACK
+    assert "did not pay: 50% of requests miss the SLO instead of 50%, with an ITL of 20 ms" in decision.because
+    better = msgspec.structs.replace(same, first_ok=80, first_late=20)
+    assert ask(better, PolicyState(trial=cause))[0].action is not Action.STEP_BACK
 
 
 def test_a_trial_is_due_only_after_its_change_has_ended() -> None:
