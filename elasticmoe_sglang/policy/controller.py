@@ -74,6 +74,7 @@ class PolicyController:
         self._seen: str | None = None
         self._change_s = 0.0
         self._refused_until = 0.0
+        self._failed = ""
 
     # -- settings and manual requests ---------------------------------------------------------------------------------
 
@@ -118,16 +119,16 @@ class PolicyController:
 
     async def run(self) -> None:
         """Decide once a second until cancelled."""
-        failed = ""
         while True:
             await asyncio.sleep(TICK_S)
             try:
                 await self.step()
-                failed = ""
-            except (ElasticMoEError, OSError, ValueError) as error:
-                # Serving does not depend on the policy, and a bad second must not end it for good.
-                if failed != (failed := f"{type(error).__name__}: {error}"):
+                self._failed = ""
+            except Exception as error:
+                # Nothing is held here, serving does not depend on it, and one bad second must not end it for good.
+                if self._failed != (failed := f"{type(error).__name__}: {error}"):
                     logger.exception("the policy could not decide")
+                self._failed = failed
 
     async def step(self) -> Decision | None:
         """Measure and decide once. Returns the decision; None while the policy is off."""
@@ -222,10 +223,11 @@ class PolicyController:
         decisions = list(self._decisions)
         latest = decisions[-1] if decisions else None
         off = settings.autoscale is Autoscale.OFF
+        state = "off" if off else latest.because if latest is not None else "nothing was decided yet"
         view = PolicyView(
             settings=settings,
             mode=settings.autoscale,
-            state="off" if off else latest.because if latest is not None else "nothing was decided yet",
+            state=f"the policy cannot decide: {self._failed}" if self._failed else state,
             max_ep_size=self._max,
             desired_ranks=None if off or latest is None else latest.desired,
             held_until=time.time() + left if left > 0 else None,

@@ -240,12 +240,13 @@ class _Need(NamedTuple):
 
     Attributes:
         unexpected: the load should fit. It counts only when the queue from before the last change has had its time.
-        forecast: the load is not there yet.
+        missed: because requests missed the SLO. forecast: the load is not there yet.
     """
 
     size: int
     because: str
     unexpected: bool = False
+    missed: bool = False
     forecast: bool = False
 
 
@@ -279,7 +280,7 @@ def _needs(view: _View) -> Iterator[_Need]:
             text = f"{late} of {late + ok} requests missed their {name} limit" + (
                 f" of {_seconds(what)}" if what else ""
             )
-            yield _Need(view.size_for(load + view.backlog, above=s.ranks), text, unexpected=True)
+            yield _Need(view.size_for(load + view.backlog, above=s.ranks), text, unexpected=True, missed=True)
 
 
 def _too_many(late: int, judged: int, attainment: float) -> bool:
@@ -301,7 +302,7 @@ def _grow(view: _View, needs: Sequence[_Need]) -> tuple[Decision, PolicyState]:
     cool_down_s = view.settings.grow_cool_down_s
     # What a queue has done to those who came while it was there is no reason to grow once more.
     waits = {need: state.changed_at + cool_down_s + view.settings.drain_s * need.unexpected - now for need in needs}
-    ready = [_lowering(view, need) if need.unexpected else need for need in needs if waits[need] <= 0]
+    ready = [_lowering(view, need) if need.missed else need for need in needs if waits[need] <= 0]
     if not ready:
         return _nothing(view, f"{largest.because}; cooling down for {waits[largest]:.0f} s"), state
     need = max(ready, key=lambda need: need.size)

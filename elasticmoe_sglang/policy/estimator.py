@@ -6,6 +6,7 @@ No clock is read: every call says when it happened, in seconds on one clock. An 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,9 @@ REPORT_WINDOW_S = 60.0
 """Of what is shown: attainment, goodput, quantiles."""
 NOW_S = 3.0
 _QUEUE_S = 2.0
-_STEADY = 0.05
-"""Change of the number of running requests within a second that makes a full rank's rate its capacity."""
+_FULL_SAMPLES, _STEADY = 10, 0.15
+"""Samples in a row in which all ranks had queues, while the number of running requests differed by at most this share:
+then they do what they can. A queue alone may wait for prefills while the batches still grow."""
 _LENGTHS_KEPT = 256
 _MOST_OPEN = 200_000
 """Requests that are followed at a time. Beyond it the oldest is forgotten."""
@@ -157,6 +159,8 @@ class Estimator:
         self._sampled_at: float | None = None
         self._sample: Sample | None = None
         self._produced_since = 0
+        self._full: deque[int] = deque(maxlen=_FULL_SAMPLES)
+        self._full_ranks = 0
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -238,9 +242,18 @@ class Estimator:
                 running=running,
                 tokens_per_s=tokens / passed,
                 kv_use=sample.kv_use,
-                full=min(before.waiting, sample.waiting) >= sample.ranks
-                and abs(sample.running - before.running) <= _STEADY * running * passed,
+                full=self._is_full(sample),
             )
+
+    def _is_full(self, sample: Sample) -> bool:
+        if sample.waiting < sample.ranks or sample.ranks != self._full_ranks:
+            self._full.clear()
+        self._full_ranks = sample.ranks
+        if sample.waiting < sample.ranks:
+            return False
+        self._full.append(sample.running)
+        most, least = max(self._full), min(self._full)
+        return len(self._full) == _FULL_SAMPLES and most - least <= _STEADY * most
 
     def mark(self, at: float) -> None:
         """The ranks have changed: requests that arrived before `at` do not count for how the SLO is met."""

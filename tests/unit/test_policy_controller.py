@@ -249,6 +249,23 @@ def test_it_remembers_the_last_thousand() -> None:
     run(main())
 
 
+def test_a_second_that_fails_is_told_and_not_the_last() -> None:
+    async def main() -> None:
+        rig = Rig()
+        broken = rig.sample
+        rig.policy._sampler = lambda: 1 // 0  # type: ignore[assignment]
+        loop = asyncio.create_task(rig.policy.run())
+        await asyncio.sleep(2.5)
+        assert rig.policy.view().state.startswith("the policy cannot decide: ZeroDivisionError")
+        rig.policy._sampler = broken
+        rig.now += 1.0
+        await asyncio.sleep(1.5)
+        assert "cannot" not in rig.policy.view().state
+        loop.cancel()
+
+    run(main())
+
+
 def test_settings_change_at_run_time() -> None:
     async def main() -> None:
         rig = Rig(PolicySettings())

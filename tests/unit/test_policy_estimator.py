@@ -151,6 +151,17 @@ def test_capacity_is_learned_from_itl_and_limited_by_slots_kv_and_slo() -> None:
     assert rank_capacity({}, 3, itl_limit_s=0.03, slots=8) is None
 
 
+@pytest.mark.parametrize(("waiting", "growth", "known"), [(4, 0, True), (1, 0, False), (4, 5, False)])
+def test_ranks_are_full_when_queues_stay_and_batches_do_not_grow(waiting: int, growth: int, known: bool) -> None:
+    made = estimator()
+    for second in range(20):
+        made.produced(second + 0.5, 600)
+        running = 40 + growth * second
+        made.sampled(second + 1.0, Sample(ranks=2, running=running, waiting=waiting, slots=200))
+    [model] = look(made, 21.0).models.values()
+    assert model.full_tokens_per_s == (pytest.approx(300.0) if known else None)
+
+
 def test_a_full_rank_s_rate_is_its_capacity() -> None:
     learner = CapacityLearner()
     for _ in range(10):
