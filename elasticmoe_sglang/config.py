@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.policy.settings import PolicySettings, changed, check_sizes
 from elasticmoe_sglang.units import parse_bytes
 
 FLAG_PREFIX = "--elasticmoe-"
@@ -75,6 +76,18 @@ class ElasticConfig:
     window_bytes: int = 4 << 20
     """Bytes of one rank's window in the shared region of a process group; larger messages are split."""
 
+    slo: str | None = None
+    """What requests shall get, like ttft=1s,itl=50ms,attainment=0.9; the policy decides by it. None: no objective."""
+
+    autoscale: str = "off"
+    """Whether the policy changes the size: off, shadow (it decides and does not act) or on."""
+
+    min_ep_size: int = 1
+    """The policy never goes below this size; requests may."""
+
+    autoscale_hold_s: float = 600.0
+    """Seconds for which the policy does nothing after a change that somebody requested."""
+
     def __post_init__(self) -> None:
         _at_least(self, "ep_size", 1)
         _at_least(self, "max_ep_size", 1)
@@ -88,6 +101,7 @@ class ElasticConfig:
             _is_duration(self, name)
         self.headroom_bytes(1 << 40)
         self.mps_percentage()
+        check_sizes(self.policy_settings(), self.max_ep_size)
         if self.ep_size > self.max_ep_size:
             raise UserInputError(
                 f"{flag('ep_size')} {self.ep_size} is larger than {flag('max_ep_size')} {self.max_ep_size}",
@@ -111,6 +125,16 @@ class ElasticConfig:
             f"{flag('multiprocessor_share')} {self.multiprocessor_share!r} is not a share",
             hint="Give equal, all, or a whole percentage from 1 to 100",
         )
+
+    def policy_settings(self) -> PolicySettings:
+        """Those that the policy starts with. Raises UserInputError."""
+        values = {
+            "slo": self.slo,
+            "autoscale": self.autoscale,
+            "min_ep_size": self.min_ep_size,
+            "hold_s": self.autoscale_hold_s,
+        }
+        return changed(PolicySettings(), values)
 
     def headroom_bytes(self, budget: int) -> int:
         """Bytes of a device of `budget` bytes that KV caches leave unused."""
@@ -193,7 +217,7 @@ class ElasticConfig:
 
 def flag(field: str) -> str:
     """The flag of a setting: "max_ep_size" -> "--elasticmoe-max-ep-size"."""
-    unit_free = field.removesuffix("_s") if field.endswith("_deadline_s") else field
+    unit_free = field.removesuffix("_s") if field.endswith(("_deadline_s", "_hold_s")) else field
     return FLAG_PREFIX + unit_free.replace("_", "-")
 
 
@@ -247,6 +271,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         ("collective_deadline_s", "a rank to take part in a collective"),
     ):
         add(field, float, "SECONDS", f"Time allowed for {what}. Default: {defaults[field]:g}.")
+
+    add("slo", str, "SLO", "What requests shall get: ttft=1s,itl=50ms,attainment=0.9. Default: none.")
+    add("autoscale", str, "MODE", "Whether the size follows the load: off, shadow (decides only), on. Default: off.")
+    add("min_ep_size", int, "N", f"Autoscaling never goes below it. Default: {defaults['min_ep_size']}.")
+    hold = f"Autoscaling does nothing for so long after a requested change. Default: {defaults['autoscale_hold_s']:g}."
+    add("autoscale_hold_s", float, "SECONDS", hold)
 
 
 def _size(text: str) -> int:

@@ -40,9 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     for name, defaults in COMMANDS.items():
         sub = commands.add_parser(name, help=defaults.title, description=f"{defaults.title}. {defaults.paper}.")
         _add_arguments(sub, name, defaults)
+    from benchmarks.policy import autoscale, cost
     from benchmarks.scaling import simulation_command
 
-    simulation_command.add_parser(commands)
+    for command in (simulation_command, autoscale, cost):
+        command.add_parser(commands)
     return parser
 
 
@@ -133,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return int(args.run(args)) if args.command == "simulate" else _measure(args, words)
+        return int(args.run(args)) if hasattr(args, "run") else _measure(args, words)
     except (ServerFailed, MethodFailed) as error:
         _say(str(error))
         return 1

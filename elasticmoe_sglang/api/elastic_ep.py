@@ -19,8 +19,10 @@ from elasticmoe_sglang.api.types import (
 )
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.status import Operation, Phase, RankInfo, RankState
-from elasticmoe_sglang.errors import StaleRequest
+from elasticmoe_sglang.errors import StaleRequest, UserInputError
 from elasticmoe_sglang.event_loop import run_in
+from elasticmoe_sglang.policy.controller import PolicyController
+from elasticmoe_sglang.policy.view import PolicyView
 
 _ResultT = TypeVar("_ResultT")
 
@@ -51,14 +53,39 @@ class ElasticEp:
     Args:
         instance_id: names this start of the server.
         loop: the coordinator's event loop, which runs in another thread; None: the loop of the caller.
+        policy: asks for changes by itself; manual requests go through it. None: there is none.
     """
 
     def __init__(
-        self, coordinator: Coordinator, *, instance_id: str, loop: asyncio.AbstractEventLoop | None = None
+        self,
+        coordinator: Coordinator,
+        *,
+        instance_id: str,
+        loop: asyncio.AbstractEventLoop | None = None,
+        policy: PolicyController | None = None,
     ) -> None:
         self.instance_id = instance_id
         self._coordinator = coordinator
+        self._policy = policy
         self._loop = loop
+
+    def policy_view(self, limit: int) -> PolicyView:
+        """The policy's settings, state, figures and latest decisions. Raises UserInputError: there is no policy."""
+        return self._require_policy().view(limit)
+
+    async def set_policy(self, values: dict[str, Any]) -> PolicyView:
+        """Replace some of the policy's settings. Raises UserInputError: one is wrong, or there is no policy."""
+        policy = self._require_policy()
+
+        async def replace() -> PolicyView:
+            return policy.set(values)
+
+        return await self._call(replace())
+
+    def _require_policy(self) -> PolicyController:
+        if self._policy is None:
+            raise UserInputError("this server has no policy")
+        return self._policy
 
     async def _call(self, coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:
         return await (coroutine if self._loop is None else run_in(self._loop, coroutine))
@@ -88,7 +115,8 @@ class ElasticEp:
                 f"the request is for the topology generation {generation}, the current one is {epoch}",
                 hint="The membership has changed: read the status before the next request",
             )
-        return await self._coordinator.submit(target_of(request), operation_id)
+        submit = self._coordinator.submit if self._policy is None else self._policy.submit
+        return await submit(target_of(request), operation_id)
 
     async def wait(self, operation: Operation, timeout_s: float | None = None) -> Operation:
         """The operation once it has ended, or as it is after `timeout_s` seconds; it goes on then."""

@@ -14,7 +14,15 @@ from starlette.requests import ClientDisconnect
 
 from elasticmoe_sglang.api.elastic_ep import ElasticEp
 from elasticmoe_sglang.api.feed import Feed
-from elasticmoe_sglang.api.types import MAX_BODY_BYTES, ErrorBody, OperationList, ScaleRequest, parse_scale_request
+from elasticmoe_sglang.api.types import (
+    MAX_BODY_BYTES,
+    ErrorBody,
+    OperationList,
+    ScaleRequest,
+    parse_limit,
+    parse_policy_request,
+    parse_scale_request,
+)
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.status import Phase
 from elasticmoe_sglang.errors import (
@@ -27,10 +35,12 @@ from elasticmoe_sglang.errors import (
     UserInputError,
 )
 from elasticmoe_sglang.live_figures import LiveFigures
+from elasticmoe_sglang.policy.controller import PolicyController
 
 Handler = Callable[[Request], Awaitable[Response]]
 Protect = Callable[[Handler], Handler]
 
+POLICY = "/elastic_ep/policy"
 VLLM_DRAIN_TIMEOUT_S = 120
 """How long vLLM's request waits when it does not say."""
 
@@ -56,6 +66,7 @@ def build_router(
     loop: asyncio.AbstractEventLoop | None = None,
     instance_id: str | None = None,
     feed: Feed | None = None,
+    policy: PolicyController | None = None,
 ) -> APIRouter:
     """The routes, for `mount`.
 
@@ -66,6 +77,7 @@ def build_router(
         loop: the event loop of the coordinator, which runs in another thread; None: the loop that serves the routes.
         instance_id: names this start of the server; None: a new name.
         feed: of the events; None: one whose figures stay empty.
+        policy: asks for changes by itself; manual requests go through it, and it has a route.
 
     Status codes: 200, also for an operation that has only begun (`phase` tells), 400 for a malformed or impossible
     request, 404 for an unknown operation, 409 while another change runs, for a stale request and for an id of another
@@ -73,7 +85,7 @@ def build_router(
     been reached, 408 when its timeout has passed, 500 when the change failed. A body with status 400 or more is an
     `ErrorBody`.
     """
-    elastic = ElasticEp(coordinator, instance_id=instance_id or uuid.uuid4().hex, loop=loop)
+    elastic = ElasticEp(coordinator, instance_id=instance_id or uuid.uuid4().hex, loop=loop, policy=policy)
     handlers = Handlers(elastic, feed or Feed(coordinator, LiveFigures(), loop=loop))
     router = APIRouter(tags=["elastic expert parallelism"], dependencies=list(dependencies))
     for method, path, handler in (
@@ -82,6 +94,7 @@ def build_router(
         ("GET", "/elastic_ep/operations/{operation_id}", handlers.operation),
         ("GET", "/elastic_ep/status", handlers.status),
         ("GET", "/elastic_ep/events", handlers.events),
+        *((("GET", POLICY, handlers.policy), ("POST", POLICY, handlers.set_policy)) if policy is not None else ()),
         # SGLang's clients ask with GET, vLLM's with POST, and each gets its own answer.
         ("GET", "/is_scaling_elastic_ep", handlers.sglang_state),
         ("POST", "/is_scaling_elastic_ep", handlers.vllm_state),
@@ -148,6 +161,20 @@ class Handlers:
         # A proxy in front of the server must not collect events.
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
+    async def policy(self, request: Request) -> Response:
+        """Settings, state, figures and the latest decisions, newest first; ?limit= says how many."""
+        try:
+            return _json(self._elastic.policy_view(parse_limit(request.query_params.get("limit"))))
+        except ElasticMoEError as error:
+            return self._refusal(error)
+
+    async def set_policy(self, request: Request) -> Response:
+        """Replace settings; the fields that are given."""
+        try:
+            return _json(await self._elastic.set_policy(parse_policy_request(await _body(request))))
+        except ElasticMoEError as error:
+            return self._refusal(error)
 
     async def sglang_state(self, request: Request) -> Response:
         """Whether a change is running, in SGLang's terms."""

@@ -11,6 +11,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from elasticmoe_sglang.coordinator.status import Operation, Status
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.planner import RestoreRanks, RetireRanks, ScaleTo, Target
+from elasticmoe_sglang.policy.settings import DECISIONS_KEPT, SETTINGS_USAGE
 
 MAX_BODY_BYTES = 16 << 10
 SCALE_USAGE = (
@@ -108,6 +109,32 @@ def scale_request(values: Mapping[str, Any]) -> ScaleRequest:
             (meta,) = _FIELDS[name].__metadata__
             raise UserInputError(f"{name} must be {meta.description}, not {_shown(value)}") from None
     return ScaleRequest(**given)
+
+
+def parse_policy_request(body: bytes) -> dict[str, Any]:
+    """Settings by name, whose values the policy checks. Raises UserInputError for anything but a JSON object."""
+    return _object(body, SETTINGS_USAGE)
+
+
+def parse_limit(text: str | None) -> int:
+    """The number of decisions to show. Raises UserInputError."""
+    if text is None:
+        return 20
+    if not text.isdecimal() or not text.isascii() or int(text[:9]) > DECISIONS_KEPT:
+        raise UserInputError(f"limit must be a whole number from 0 to {DECISIONS_KEPT}, not {_shown(text)}")
+    return int(text[:9])
+
+
+def _object(body: bytes, usage: str) -> dict[str, Any]:
+    if len(body) > MAX_BODY_BYTES:
+        raise UserInputError(f"the body is larger than {MAX_BODY_BYTES} bytes", hint=usage)
+    try:
+        values = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserInputError("the body is not JSON", hint=usage) from error
+    if not isinstance(values, dict):
+        raise UserInputError(f"the body must be a JSON object, not {_shown(values)}", hint=usage)
+    return values
 
 
 def target_of(request: ScaleRequest) -> Target:

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -29,6 +29,9 @@ _POLL_S = 0.05
 # The events' stream is never silent for longer while the server lives.
 _SILENCE_S = 10.0
 _EVENT = b"data: "
+
+if TYPE_CHECKING:
+    from elasticmoe_sglang.policy.view import PolicyView
 
 Policy = dict[str, Any]
 """Answer of GET /elastic_ep/policy."""
@@ -80,6 +83,17 @@ class ServerClient:
     def status(self) -> ServerStatus:
         return self._ask("/elastic_ep/status", ServerStatus)
 
+    def policy(self, limit: int = 20) -> PolicyView:
+        from elasticmoe_sglang.policy.view import PolicyView  # which needs NumPy; the other commands do without
+
+        return self._ask(f"/elastic_ep/policy?limit={limit}", PolicyView)
+
+    def set_policy(self, values: dict[str, Any]) -> PolicyView:
+        """Replace settings by name."""
+        from elasticmoe_sglang.policy.view import PolicyView
+
+        return self._ask("/elastic_ep/policy", PolicyView, body=msgspec.json.encode(values))
+
     def follow(self, operation: Operation, timeout_s: float, show: Callable[[Operation], None]) -> Operation:
         """Poll the operation until it has ended or `timeout_s` is over, and call `show` with every result."""
         deadline = time.monotonic() + timeout_s
@@ -95,7 +109,7 @@ class ServerClient:
         with self._open("/elastic_ep/events", _SILENCE_S) as answer:
             yield from self._read(answer)
 
-    def policy(self) -> Policy | None:
+    def policy_if_any(self) -> Policy | None:
         """The policy's state; None: this server has none."""
         try:
             return self._ask("/elastic_ep/policy", Policy)

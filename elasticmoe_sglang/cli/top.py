@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if first is None:
         raise ServerUnreachable(f"the server at {client.url} has closed the connection", hint="Try again")
     seen.take(first)
-    seen.policy = client.policy()
+    seen.policy = client.policy_if_any()
     if args.once or not console.is_terminal:
         events.close()
         console.print(top_view(seen, console.width, height=None))
@@ -60,6 +60,6 @@ def _watch_policy(client: ServerClient, seen: Seen) -> None:
     while True:
         time.sleep(_POLICY_S)
         try:
-            seen.policy = client.policy()
+            seen.policy = client.policy_if_any()
         except (ServerUnreachable, ServerRefused):
             seen.policy = None  # the events' stream says what is wrong

@@ -31,8 +31,12 @@ class SglangPort(Protocol):
             Ids of the requests that were open when the message was sent.
         """
 
-    async def send_again(self, rids: set[str]) -> int:
-        """Send those of these requests that are still open to active ranks; returns how many."""
+    async def send_again(self, rids: set[str], *, suspect: bool) -> int:
+        """Send those of these requests that are still open to active ranks; returns how many.
+
+        Args:
+            suspect: one of them may be what ended their rank.
+        """
 
 
 class MemoryPort(Protocol):

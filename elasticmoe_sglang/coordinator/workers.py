@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -55,6 +56,8 @@ class Workers:
         self._opened: tuple[str, set[str]] = ("", set())
         self._reported: tuple[str, set[int]] = ("", set())
         self._resends = 0
+        self._crashed = False  # a worker since the last resend
+        self._stalled: set[int] = set()
         self._barrier = CommitBarrier(control, COORDINATOR)
         self._pauses: dict[int, float] = {}
         self.on_event: Callable[[s.Event], None] = lambda _event: None
@@ -77,6 +80,7 @@ class Workers:
                 self._hellos.pop(rank, None)
                 self._kv.forget(rank)
                 if rank in self.view().ranks:
+                    self._crashed |= message.status != -signal.SIGKILL or pid in self._stalled
                     logger.error(
                         "the worker of active rank %d (pid %d) exited with status %d", rank, pid, message.status
                     )
@@ -117,6 +121,7 @@ class Workers:
     async def kill(self, rank: int, pid: int) -> None:
         if self.pids.get(rank) == pid:
             logger.error("the worker of rank %d (pid %d) has stalled; killing it", rank, pid)
+            self._stalled.add(pid)
             self._channel.tell_imm(to_imm.KillWorker(rank=rank))
 
     # -- KV -----------------------------------------------------------------------------------------------------
@@ -257,7 +262,9 @@ class Workers:
         # A request that ended on a member is missing in its report, and stays open until its last output has passed.
         await self.fences.wait(operation_id, members)
         here = {rid for report in reports for rid in report.rids}
-        return await self._sglang.send_again(opened - here)
+        # A worker that somebody kills is no request's doing; one that crashes, or that had to be killed, may be.
+        suspect, self._crashed = self._crashed, False
+        return await self._sglang.send_again(opened - here, suspect=suspect)
 
     async def dismiss(self, rank: int) -> None:
         if rank not in self._retiring:

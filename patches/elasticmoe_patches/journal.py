@@ -29,7 +29,7 @@ NO_TOKEN_IDS = "the rank of this request was lost, and a request without token i
 
 @dataclass
 class Resends:
-    """How often a request was sent again.
+    """How often a request was sent again that may be the cause.
 
     Attributes:
         count: in its life. in_place: since it got its last new token.
@@ -73,7 +73,7 @@ def open_requests(tokenizer_manager: Any) -> set[str]:
     }
 
 
-def _continuation(tokenizer_manager: Any, rid: str) -> tuple[Any, Progress] | None:
+def _continuation(tokenizer_manager: Any, rid: str, suspect: bool) -> tuple[Any, Progress] | None:
     """The request and what its client has received; None when it has ended, meanwhile or here with an error."""
     state = tokenizer_manager.rid_to_state.get(rid)
     if state is None or state.finished:
@@ -84,7 +84,7 @@ def _continuation(tokenizer_manager: Any, rid: str) -> tuple[Any, Progress] | No
         return None
     resends = getattr(state, RESENDS, None) or Resends()
     setattr(state, RESENDS, resends)
-    refusal = resends.admit(len(state.output_ids))
+    refusal = resends.admit(len(state.output_ids)) if suspect else None
     if refusal is not None:
         end_with_error(tokenizer_manager, rid, refusal)
         return None
@@ -117,15 +117,19 @@ def _progress(state: Any, request: Any) -> Progress:
     )
 
 
-def send_again(tokenizer_manager: Any, rids: set[str]) -> int:
-    """Send requests to the controller, which gives each to a living rank. Returns how many were still open."""
+def send_again(tokenizer_manager: Any, rids: set[str], *, suspect: bool) -> int:
+    """Send requests to the controller, which gives each to a living rank. Returns how many were still open.
+
+    Args:
+        suspect: the requests may be what ended their rank; then each is sent again a few times only.
+    """
     from sglang.srt.managers.io_struct import wrap_as_pickle
 
     from elasticmoe_patches.srt.managers.io_struct import ElasticResumeReq
 
     sent = 0
     for rid in sorted(rids):
-        found = _continuation(tokenizer_manager, rid)
+        found = _continuation(tokenizer_manager, rid, suspect)
         if found is None:
             continue
         request, progress = found

@@ -20,7 +20,7 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from elasticmoe_patches import device
+from elasticmoe_patches import device, measure
 from elasticmoe_patches.observability import Observability, observability
 from elasticmoe_patches.runtime_state import replay
 from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE, Answers
@@ -42,6 +42,7 @@ from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.imm.client import ImmClient, start_imm
 from elasticmoe_sglang.lifeline import Lifeline
 from elasticmoe_sglang.planner import View, initial_placement
+from elasticmoe_sglang.policy.controller import PolicyController
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.wire.to_coordinator import Hello
 from elasticmoe_sglang.wire.to_worker import CommitCommand
@@ -101,11 +102,11 @@ class SglangRouter:
 
         return await self._run(send())
 
-    async def send_again(self, rids: set[str]) -> int:
+    async def send_again(self, rids: set[str], *, suspect: bool) -> int:
         from elasticmoe_patches.journal import send_again
 
         async def send() -> int:
-            return send_again(self._tokenizer, rids)
+            return send_again(self._tokenizer, rids, suspect=suspect)
 
         if not rids:
             return 0
@@ -158,6 +159,7 @@ class Services:
         self._early: list[Incoming] = []
         self._workers: Workers | None = None
         self._coordinator: Coordinator | None = None
+        self.policy: PolicyController | None = None
         self._closing: concurrent.futures.Future[None] | None = None
         self._channel = WorkerChannel(
             runtime.paths.coordinator_endpoint, runtime.paths.imm_socket, self._deliver, self._start_imm
@@ -232,7 +234,7 @@ class Services:
     @property
     def elastic(self) -> ElasticEp:
         """What callers in this process may do."""
-        return ElasticEp(self.coordinator, instance_id=self.instance_id, loop=self.loop)
+        return ElasticEp(self.coordinator, instance_id=self.instance_id, loop=self.loop, policy=self.policy)
 
     async def _make_coordinator(self) -> Coordinator:
         config = self.runtime.config
@@ -278,6 +280,15 @@ class Services:
         workers.on_event = self._on_event
         if self.observed.metrics is not None:
             self._status_task = self.loop.create_task(feed_status(coordinator.status, observer))
+        self.policy = PolicyController(
+            coordinator,
+            config.policy_settings(),
+            max_ep_size=config.max_ep_size,
+            sample=measure.sample_of(self._tokenizer, lambda: workers.view().ranks),
+            meter=measure.METER,
+            wait_s=config.prepare_deadline_s,
+        )
+        self._policy_task = self.loop.create_task(self.policy.run())
         self._kv_task = self.loop.create_task(workers.balance_kv(lambda: coordinator.idle))
         hmm_failover = HmmFailover(
             coordinator,

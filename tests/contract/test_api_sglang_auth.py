@@ -15,12 +15,17 @@ from elasticmoe_sglang.api.feed import Feed
 from elasticmoe_sglang.api.page import PATH, render_page, serve_page
 from elasticmoe_sglang.api.router import build_router, mount
 from elasticmoe_sglang.live_figures import LiveFigures
+from elasticmoe_sglang.policy.controller import PolicyController
+from elasticmoe_sglang.policy.meter import RequestMeter
+from elasticmoe_sglang.policy.settings import PolicySettings
 from tests.helpers.fake_cluster import FakeCluster
 
 REQUESTS = [
     ("POST", "/scale_elastic_ep", {"new_ep_size": 2}),
     ("GET", "/elastic_ep/operations", None),
     ("GET", "/elastic_ep/status", None),
+    ("GET", "/elastic_ep/policy", None),
+    ("POST", "/elastic_ep/policy", {"min_ep_size": 2}),
     ("GET", "/is_scaling_elastic_ep", None),
     ("POST", "/is_scaling_elastic_ep", None),
 ]
@@ -68,7 +73,9 @@ def test_keys(
 ) -> None:
     app = FastAPI()
     protect = auth.auth_level(auth.AuthLevel.ADMIN_OPTIONAL)
-    mount(app, build_router(FakeCluster().coordinator(), protect))
+    coordinator = FakeCluster().coordinator()
+    policy = PolicyController(coordinator, PolicySettings(), max_ep_size=4, sample=lambda: None, meter=RequestMeter())
+    mount(app, build_router(coordinator, protect, policy=policy))
     auth.add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
     with TestClient(app) as client:
         headers = {"Authorization": f"Bearer {sent}"} if sent else {}

@@ -46,6 +46,10 @@ def test_flags_reach_their_fields() -> None:
         "pull_bandwidth": ("1GiB", 1 << 30),
         "collective_deadline_s": ("9", 9.0),
         "window_bytes": ("64KiB", 64 << 10),
+        "slo": ("ttft=2s", "ttft=2s"),
+        "autoscale": ("shadow", "shadow"),
+        "min_ep_size": ("2", 2),
+        "autoscale_hold_s": ("60", 60.0),
     }
     assert values.keys() == {field.name for field in fields(ElasticConfig)}
     config = parse(*(part for name, (text, _) in values.items() for part in (flag(name), text)))

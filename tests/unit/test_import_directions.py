@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "generated_page",
         "live_figures",
     ),
+    ("policy.settings",),
     ("config", "comm.membership", "wire"),
     ("runtime", "launch_config"),
     ("hmm", "planner"),
@@ -52,6 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("imm",),
     ("coordinator",),
     ("metrics", "tracing"),
+    ("policy",),
     ("api",),
     ("cli",),
 )
@@ -201,6 +203,6 @@ def test_the_check_itself_sees_imports(tmp_path: Path) -> None:
         "sglang.y",
     ]
     assert not inside("sglang_other", "sglang")
-    assert layer_entry("elasticmoe_sglang.comm.membership") == (2, "comm.membership")
+    assert layer_entry("elasticmoe_sglang.comm.membership") == (3, "comm.membership")
     assert layer_entry("elasticmoe_sglang.comm.commit_barrier")[1] == "comm"
     assert layer_entry("elasticmoe_sglang.SUPPORTED_SGLANG") == (0, "")

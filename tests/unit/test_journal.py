@@ -55,11 +55,15 @@ class Tokenizer:
             time_stats=stats,
             **{"input_embeds": None, **fields},
         )
-        journal.remember(self.manager, message)
+
+        async def remember() -> None:
+            journal.remember(self.manager, message)
+
+        asyncio.run(remember())
         return state
 
-    def resend(self, *rids: str) -> int:
-        return journal.send_again(self.manager, set(rids))
+    def resend(self, *rids: str, suspect: bool = True) -> int:
+        return journal.send_again(self.manager, set(rids), suspect=suspect)
 
     def progress(self) -> list[tuple[str, int]]:
         """Request id and number of tokens of each message that was sent."""
@@ -119,3 +123,10 @@ def test_a_request_that_ends_ranks_a_token_at_a_time_is_stopped_too(tokenizer: T
         state.output_ids.append(token)
     assert tokenizer.resend("slow poison") == 0
     assert f"{journal.MOST_RESENDS} times" in ending(state)["message"]
+
+
+def test_a_rank_that_somebody_killed_is_no_requests_doing(tokenizer: Tokenizer) -> None:
+    tokenizer.add("a", [5, 6, 7])
+    for _ in range(40):
+        assert tokenizer.resend("a", suspect=False) == 1
+    assert [tokenizer.resend("a") for _ in range(4)] == [1, 1, 0, 0]

@@ -130,7 +130,8 @@ def event(operations: list[Operation] | msgspec.UnsetType, *seconds: int) -> Eve
         "at": 2000.0,
         "figures": figures,
         "status": {
-            "ep_size": 1, "max_ep_size": 2, "epoch": 0, "membership": [0], "placement": [0, 0], "running": None,
+            "ep_size": 1, "max_ep_size": 2, "epoch": 0, "membership": [0], "target_ranks": [0],
+            "placement": [0, 0], "running": None,
             "last": None, "memory": {"available": False, "error": "the HMM did not answer"},
             "ranks": [{"rank": 0, "state": "active", "device": 0}],
         },

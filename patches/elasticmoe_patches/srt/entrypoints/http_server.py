@@ -52,6 +52,7 @@ def around_setup_and_run(original: Any, *args: Any, **kwargs: Any) -> None:
         loop=services().loop,
         instance_id=services().instance_id,
         feed=feed,
+        policy=services().policy,
     )
     mount(app, build_refusals(refused_routes(), protect))
     services().watch(subprocess_watchdog(args, kwargs))

@@ -7,6 +7,7 @@ import logging
 import time
 from typing import Any
 
+from elasticmoe_patches import measure
 from elasticmoe_patches.features import pin_refusal, refusal, seed_refusal
 from elasticmoe_patches.journal import remember
 from elasticmoe_patches.sampling import draw_seed
@@ -84,6 +85,7 @@ async def around_send_one_request(original: Any, self: Any, tokenized_obj: Any) 
     """Keeps the tokenised request, so that it can go on elsewhere when its rank dies; one that samples has a seed."""
     draw_seed(tokenized_obj)
     remember(self, tokenized_obj)
+    measure.arrived(self, tokenized_obj)
     await original(self, tokenized_obj)
 
 
@@ -97,7 +99,18 @@ async def around_send_batch_request(original: Any, self: Any, tokenized_objs: An
     for tokenized_obj in tokenized_objs:
         draw_seed(tokenized_obj)
         remember(self, tokenized_obj)
+        measure.arrived(self, tokenized_obj)
     await original(self, tokenized_objs)
+
+
+@hook(
+    "before",
+    "TokenizerManager._handle_batch_output(self, recv_obj)",
+    expires="SGLang tells plugins when a request's first and last token came.",
+)
+def before_handle_batch_output(self: Any, recv_obj: Any) -> None:
+    """Counts tokens, first tokens and ends of requests, by which the policy decides."""
+    measure.output(recv_obj)
 
 
 @hook(
@@ -119,10 +132,11 @@ def after_collect_metrics(_result: None, self: Any, state: Any, recv_obj: Any, i
     expires="SGLang's metrics count requests that a scheduler ended.",
 )
 def before_handle_abort_req(self: Any, recv_obj: Any) -> None:
-    """Counts requests that a scheduler ended before they ran: no output of theirs passes `collect_metrics`."""
+    """Counts requests that a scheduler ended before they ran: no output of theirs passes the hooks above."""
     from elasticmoe_patches.observability import note_output
     from elasticmoe_patches.services import services
 
+    measure.aborted(recv_obj)
     state = self.rid_to_state.get(recv_obj.rid)
     if state is not None and recv_obj.finished_reason:
         note_output(services().observed, state, recv_obj.finished_reason)
