@@ -277,8 +277,8 @@ def targets_table(results: Sequence[Result]) -> str:
                 result.scenario,
                 result.trace,
                 _judged(f"{attained:.3f}", attained >= _ATTAIN_SHARE),
-                _judged(f"{share:.2f}", share <= _COST_SHARE),
-                "no plan attains as much" if over is None else _judged(f"{over:.2f}", over <= _ORACLE_SHARE),
+                _judged(f"{share:.3f}", share <= _COST_SHARE),
+                "no plan attains as much" if over is None else _judged(f"{over:.3f}", over <= _ORACLE_SHARE),
             ]
         )
     header = [
