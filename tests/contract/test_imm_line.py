@@ -85,11 +85,20 @@ class Site:
 
     async def whole(self, ranks: dict[int, int]) -> None:
         """An IMM has these workers, and standbys."""
-        self.line.tell(Query())
         await self.until(
             lambda: (p := self.population()) and p.ranks == ranks and len(p.standbys) == STANDBYS,
             f"{ranks} and standbys",
         )
+        assert (await asyncio.to_thread(self.ask)).ranks == ranks
+
+    def ask(self) -> Population:
+        """What the IMM itself says, to somebody else."""
+        client = ImmClient(str(self.folder / "imm.sock"), timeout_s=WITHIN_S)
+        client.send(Query())
+        while not isinstance(message := client.receive(WITHIN_S), Population):
+            assert message is not None
+        client.close()
+        return message
 
     def close(self) -> None:
         self.line.close()
@@ -126,6 +135,9 @@ def test_another_imm_adopts_the_workers_and_refills_standbys(run) -> None:
             await site.until(lambda: site.population() == Population(ranks=ranks, standbys=[], starting=[]), "no IMM")
             await site.whole(ranks)
             assert all(runs(pid) for pid in ranks.values()) and not site.exits()
+        assert [m for m in site.told if isinstance(m, Population)][-1].ranks == ranks
+        first = next(i for i, m in enumerate(site.told) if isinstance(m, Population) and m.ranks == ranks)
+        assert all(m.ranks == ranks for m in site.told[first:] if isinstance(m, Population)), "never forgotten"
         os.kill(ranks[1], signal.SIGKILL)
         await site.until(site.exits, "the exit is reported")
         assert [(e.rank, e.pid, e.status) for e in site.exits()] == [(1, ranks[1], None)]
