@@ -21,8 +21,9 @@ from elasticmoe_sglang.lifeline import Lifeline
 from elasticmoe_sglang.wire.to_coordinator import FromImm, WorkerExited
 from elasticmoe_sglang.wire.to_imm import Assign, Assigned, KillWorker, Population, Query, Refused, Register
 from tests.contract.test_imm import STANDBYS, ended, join_spec, runs, start
-from tests.helpers.leaks import no_leaks
 from tests.helpers.limits import limited
+
+pytestmark = pytest.mark.usefixtures("gives_all_back")
 
 WITHIN_S = 30.0
 
@@ -118,8 +119,7 @@ def run(tmp_path: Path) -> Callable[[Callable[[Site], Coroutine[Any, Any, None]]
             site.close()
 
     def call(main: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
-        with no_leaks():
-            asyncio.run(body(main))
+        asyncio.run(body(main))
 
     return call
 
