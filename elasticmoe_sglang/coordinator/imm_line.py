@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -99,15 +99,10 @@ class ImmLine:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
 
-    def _send(self, request: to_imm.Request, fds: list[int] | None = None) -> bool:
-        """Whether there is an IMM that has it."""
-        if self._client is None:
-            return False
-        try:
-            self._client.send(request, fds or [])
-        except WorkerError:  # what it had said before is read first
-            return False
-        return True
+    def _send(self, request: to_imm.Request, fds: Sequence[int] = ()) -> None:
+        if self._client is not None:
+            with contextlib.suppress(WorkerError):  # it has ended; what it had said before is read first
+                self._client.send(request, fds)
 
     # -- what the IMM says ----------------------------------------------------------------------------------------
 

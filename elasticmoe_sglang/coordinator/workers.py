@@ -98,7 +98,7 @@ class Workers:
         if not expected and message.rank in self.membership().ranks:
             self._sglang.rank_lost(
                 message.rank,
-                f"the worker of active rank {message.rank} (pid {message.pid}) exited with status {message.status}",
+                f"the worker of active rank {message.rank} (pid {message.pid}) {message.how}",
             )
 
     def _end_stalled(self, rank: int, pid: int) -> None:
