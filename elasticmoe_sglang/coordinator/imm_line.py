@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -99,15 +99,10 @@ class ImmLine:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
 
-    def _send(self, request: to_imm.Request, fds: list[int] | None = None) -> bool:
-        """Whether there is an IMM that has it."""
-        if self._client is None:
-            return False
-        try:
-            self._client.send(request, fds or [])
-        except WorkerError:  # what it had said before is read first
-            return False
-        return True
+    def _send(self, request: to_imm.Request, fds: Sequence[int] = ()) -> None:
+        if self._client is not None:
+            with contextlib.suppress(WorkerError):  # it has ended; what it had said before is read first
+                self._client.send(request, fds)
 
     # -- what the IMM says ----------------------------------------------------------------------------------------
 
@@ -147,7 +142,13 @@ class ImmLine:
                 return
             status = self._forget(message.rank)
             message = message if message.status is not None else msgspec.structs.replace(message, status=status)
+        elif isinstance(message, to_imm.Population):
+            # An IMM that has not adopted the workers yet knows of none.
+            message = msgspec.structs.replace(message, ranks=self._ranks())
         self._on_message(message)
+
+    def _ranks(self) -> dict[int, int]:
+        return {rank: worker.pid for rank, worker in self._workers.items()}
 
     def _forget(self, rank: int) -> int | None:
         """The exit status of the rank's process, if it has ended and is known."""
@@ -176,8 +177,7 @@ class ImmLine:
     async def _replace(self) -> None:
         since, backoff_s = time.monotonic(), _BACKOFF_S
         while self._client is None:
-            ranks = {rank: worker.pid for rank, worker in self._workers.items()}
-            self._on_message(to_imm.Population(ranks=ranks, standbys=[], starting=[]))
+            self._on_message(to_imm.Population(ranks=self._ranks(), standbys=[], starting=[]))
             self._watch_workers(True)
             try:
                 process = self._start()
@@ -185,13 +185,14 @@ class ImmLine:
                     return
                 logger.error("the IMM has ended; its workers go on, and another IMM (pid %d) starts", process.pid)
                 self._use(await self._listening(process))
+                self._hand_over()
             except (ElasticMoEError, OSError) as error:
                 logger.error("no IMM could be started: %s; the next attempt follows in %.1f s", error, backoff_s)
+                self._hang_up()
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, _MOST_BACKOFF_S)
                 continue
             self._watch_workers(False)
-            self._hand_over()
         logger.warning(
             "an IMM watches the workers of %s again after %.2f s", list(self._workers), time.monotonic() - since
         )
@@ -210,9 +211,7 @@ class ImmLine:
         """Tell another IMM what the one before knew, and ask again for what it had not done."""
         for rank, arguments in self._arguments.items():
             self._send(to_imm.Register(rank=rank, arguments=arguments))
-        workers = dict(self._workers)
-        adopt = to_imm.AdoptWorkers(ranks={rank: worker.pid for rank, worker in workers.items()})
-        self._send(adopt, [worker.pidfd for worker in workers.values()])
+        self._send(to_imm.AdoptWorkers(ranks=self._ranks()), [worker.pidfd for worker in self._workers.values()])
         for request in list(self._unanswered.values()):
             self._send(request)
         self._send(to_imm.Query())

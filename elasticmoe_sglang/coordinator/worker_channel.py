@@ -125,7 +125,7 @@ class WorkerChannel:
             raise WorkerError(f"the IMM refused: {message.reason}", rank=rank, operation=operation_id)
         assert isinstance(message, WorkerExited)
         raise WorkerError(
-            f"the worker of rank {rank} (pid {message.pid}) exited with status {message.status}",
+            f"the worker of rank {rank} (pid {message.pid}) {message.how}",
             rank=rank,
             operation=operation_id,
             hint="Its log says why",

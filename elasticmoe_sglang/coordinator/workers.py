@@ -81,9 +81,7 @@ class Workers:
                 self._kv.forget(rank)
                 if rank in self.view().ranks:
                     self._crashed |= message.status != -signal.SIGKILL or pid in self._stalled
-                    logger.error(
-                        "the worker of active rank %d (pid %d) exited with status %d", rank, pid, message.status
-                    )
+                    logger.error("the worker of active rank %d (pid %d) %s", rank, pid, message.how)
                 self.on_event(s.WorkerGone(rank=rank, pid=pid))
             case to_coordinator.Hello():
                 self._hellos[message.rank] = message

@@ -107,6 +107,11 @@ class WorkerExited(Message, frozen=True, kw_only=True):
     pid: int
     status: int | None
 
+    @property
+    def how(self) -> str:
+        """For a sentence about the worker."""
+        return "exited" if self.status is None else f"exited with status {self.status}"
+
 
 FromWorker = Hello | Committed | Paused | Broken | Retired | to_worker.Reply
 FromImm = WorkerNote | WorkerExited | to_imm.Reply

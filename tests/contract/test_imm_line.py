@@ -21,8 +21,9 @@ from elasticmoe_sglang.lifeline import Lifeline
 from elasticmoe_sglang.wire.to_coordinator import FromImm, WorkerExited
 from elasticmoe_sglang.wire.to_imm import Assign, Assigned, KillWorker, Population, Query, Refused, Register
 from tests.contract.test_imm import STANDBYS, ended, join_spec, runs, start
-from tests.helpers.leaks import no_leaks
 from tests.helpers.limits import limited
+
+pytestmark = pytest.mark.usefixtures("gives_all_back")
 
 WITHIN_S = 30.0
 
@@ -85,11 +86,20 @@ class Site:
 
     async def whole(self, ranks: dict[int, int]) -> None:
         """An IMM has these workers, and standbys."""
-        self.line.tell(Query())
         await self.until(
             lambda: (p := self.population()) and p.ranks == ranks and len(p.standbys) == STANDBYS,
             f"{ranks} and standbys",
         )
+        assert (await asyncio.to_thread(self.ask)).ranks == ranks
+
+    def ask(self) -> Population:
+        """What the IMM itself says, to somebody else."""
+        client = ImmClient(str(self.folder / "imm.sock"), timeout_s=WITHIN_S)
+        client.send(Query())
+        while not isinstance(message := client.receive(WITHIN_S), Population):
+            assert message is not None
+        client.close()
+        return message
 
     def close(self) -> None:
         self.line.close()
@@ -109,8 +119,7 @@ def run(tmp_path: Path) -> Callable[[Callable[[Site], Coroutine[Any, Any, None]]
             site.close()
 
     def call(main: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
-        with no_leaks():
-            asyncio.run(body(main))
+        asyncio.run(body(main))
 
     return call
 
@@ -126,6 +135,9 @@ def test_another_imm_adopts_the_workers_and_refills_standbys(run) -> None:
             await site.until(lambda: site.population() == Population(ranks=ranks, standbys=[], starting=[]), "no IMM")
             await site.whole(ranks)
             assert all(runs(pid) for pid in ranks.values()) and not site.exits()
+        assert [m for m in site.told if isinstance(m, Population)][-1].ranks == ranks
+        first = next(i for i, m in enumerate(site.told) if isinstance(m, Population) and m.ranks == ranks)
+        assert all(m.ranks == ranks for m in site.told[first:] if isinstance(m, Population)), "never forgotten"
         os.kill(ranks[1], signal.SIGKILL)
         await site.until(site.exits, "the exit is reported")
         assert [(e.rank, e.pid, e.status) for e in site.exits()] == [(1, ranks[1], None)]

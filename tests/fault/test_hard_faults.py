@@ -22,7 +22,7 @@ import requests
 
 from elasticmoe_sglang.descriptors import RESERVE
 from tests.helpers.elastic import ElasticServer
-from tests.helpers.faults import SETTLED_WITHIN_S, change, imbalance, whole
+from tests.helpers.faults import SETTLED_WITHIN_S, ask_for, change, imbalance, whole
 from tests.helpers.footprint import named
 from tests.helpers.limits import address_space, descriptors, limited, out_of_memory, slowed, stopped
 from tests.helpers.load import Pump, Stream, settled
@@ -69,9 +69,25 @@ def proceed(streams: list[Stream], tokens: int = 2) -> None:
         stream.wait_for_tokens(min(known + tokens, stream.wanted), SETTLED_WITHIN_S)
 
 
-def imm_pid(server: ElasticServer) -> int:
-    children = psutil.Process(server.pid).children()
-    return next(pid for pid, name in named(children).items() if name == "imm")
+def pid_of(server: ElasticServer, wanted: str) -> int | None:
+    """Of the controller, the detokenizer or the IMM; None while there is none."""
+    for process in psutil.Process(server.pid).children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if wanted in named([process]).values():
+                return process.pid
+    return None
+
+
+def living(server: ElasticServer, wanted: str) -> int:
+    """The same, waited for; an IMM until it has a standby."""
+    settled(
+        lambda: pid_of(server, wanted) is not None and (wanted != "imm" or standby_pid(server) is not None),
+        2 * SETTLED_WITHIN_S,
+        f"there is a {wanted}",
+    )
+    pid = pid_of(server, wanted)
+    assert pid is not None
+    return pid
 
 
 def replaced(bench: Faulty, rank: int, pid: int) -> Callable[[], bool]:
@@ -87,11 +103,12 @@ def test_the_imm_is_killed(bench: Faulty) -> None:
     """Workers go on, standbys come back, and a worker that another IMM has adopted is missed when it dies."""
     server = bench.server
     with serving(bench, 3) as streams:
-        workers, imm = server.worker_pids(), imm_pid(server)
+        workers, imm = server.worker_pids(), living(server, "imm")
         os.kill(imm, signal.SIGKILL)
         proceed(streams)
         assert server.worker_pids() == workers
-        settled(lambda: standby_pid(server) is not None and imm_pid(server) != imm, 60, "another IMM has a standby")
+        settled(lambda: pid_of(server, "imm") not in (None, imm), 60, "another IMM starts")
+        living(server, "imm")
         assert server.worker_pids() == workers, "no rank has ended"
         os.kill(workers[1], signal.SIGKILL)
         settled(replaced(bench, 1, workers[1]), SETTLED_WITHIN_S, "the adopted worker is missed")
@@ -104,12 +121,11 @@ def test_a_rank_dies_while_there_is_no_imm(bench: Faulty) -> None:
     """Rank 0 needs a standby, and so the next IMM."""
     server = bench.server
     with serving(bench, 3):
-        workers, imm = server.worker_pids(), imm_pid(server)
+        workers, imm = server.worker_pids(), living(server, "imm")
         os.kill(imm, signal.SIGKILL)
         os.kill(workers[2], signal.SIGKILL)
         settled(replaced(bench, 2, workers[2]), SETTLED_WITHIN_S, "a rank is given up without an IMM")
-        imm = imm_pid(server)
-        os.kill(imm, signal.SIGKILL)
+        os.kill(living(server, "imm"), signal.SIGKILL)
         os.kill(workers[0], signal.SIGKILL)
         settled(replaced(bench, 0, workers[0]), 2 * SETTLED_WITHIN_S, "rank 0 is replaced by the next IMM")
     change(server, 2)
@@ -119,8 +135,9 @@ def test_a_rank_dies_while_there_is_no_imm(bench: Faulty) -> None:
 def test_the_imm_is_killed_while_a_rank_joins(bench: Faulty) -> None:
     server = bench.server
     with serving(bench, 2):
+        imm = living(server, "imm")
         operation = server.scale(4, wait=False)
-        os.kill(imm_pid(server), signal.SIGKILL)
+        os.kill(imm, signal.SIGKILL)
         ended = server.ended(operation["operation_id"])
         assert ended["phase"] in ("done", "rolled_back"), ended["error"]
         settled(lambda: standby_pid(server) is not None or ended["phase"] == "done", 60, "a standby")
@@ -156,8 +173,7 @@ def test_the_imm_and_the_controller_stand_still_for_a_while(bench: Faulty) -> No
     with serving(bench, 2) as streams:
         workers = bench.server.worker_pids()
         for name in ("imm", "controller"):
-            pid = next(p for p, n in named(psutil.Process(bench.server.pid).children()).items() if n == name)
-            with stopped(pid):
+            with stopped(living(bench.server, name)):
                 time.sleep(1.0)
                 settled(lambda: all(stream.done.done() for stream in streams[:STREAMS]), 60, "streams end")
         assert bench.server.worker_pids() == workers
@@ -173,7 +189,8 @@ def test_a_rank_is_refused_memory(bench: Faulty, rank: int) -> None:
     with serving(bench, 3):
         pid = bench.server.worker_pids()[rank]
         with limited(pid, resource.RLIMIT_AS, address_space(pid)):
-            bench.server.scale(2 if rank else 4)
+            operation = ask_for(bench.server, {"new_ep_size": 2 if rank else 4, "wait": True})
+            print(f"rank {rank} without memory: {operation['phase']}: {operation['error']}")
             settled(lambda: whole(bench.server), SETTLED_WITHIN_S, "the server is whole")
 
 
@@ -205,7 +222,11 @@ def test_descriptors_are_exhausted(bench: Faulty, who: str) -> None:
     """A change is rolled back with the reason, or goes through; serving is not affected, and the next change works."""
     server = bench.server
     with serving(bench, 3):
-        pids = {"rank 1": server.worker_pids()[1], "HMM": server.status()["memory"]["pid"], "IMM": imm_pid(server)}
+        pids = {
+            "rank 1": server.worker_pids()[1],
+            "HMM": server.status()["memory"]["pid"],
+            "IMM": living(server, "imm"),
+        }
         pid = pids[who]
         room = RESERVE // 2 if who == "HMM" else 0  # less would end it, and another HMM takes over
         with limited(pid, resource.RLIMIT_NOFILE, descriptors(pid) + room):
@@ -252,7 +273,7 @@ def test_clients_that_neither_send_nor_read_nor_leave(bench: Faulty) -> None:
     server = bench.server
     generate = (
         b'{"input_ids": [5, 6, 7], "stream": true, "sampling_params": '
-        b'{"max_new_tokens": 2000, "temperature": 0, "ignore_eos": true}}'
+        b'{"max_new_tokens": 400, "temperature": 0, "ignore_eos": true}}'
     )
     head = "POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
 
@@ -328,7 +349,7 @@ def test_the_server_ends_with_one_sentence(shared: Shared, who: str) -> None:
     server = site.running()
     kept = [device.by_kind for device in site.hmm.status().devices]
     processes = server.processes()
-    pid = next(p for p, name in named(processes).items() if name == who)
+    pid = living(server, who)
     stream = server.stream(PROMPT, 400)
     next(stream)
     os.kill(pid, signal.SIGKILL)

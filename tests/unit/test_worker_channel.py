@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Coroutine
 from pathlib import Path
@@ -87,7 +88,9 @@ def test_a_failure_belongs_to_its_operation() -> None:
 
 def test_a_line_opened_late_learns_who_sits_where(tmp_path: Path) -> None:
     """The controller may have filled ranks before the coordinator connected: what the IMM said then was not for it."""
-    population = to_imm.Population(ranks={0: 11, 1: 12}, standbys=[13], starting=[])
+    population = to_imm.Population(ranks={0: os.getpid()}, standbys=[13], starting=[])
+    assigned = to_imm.Assigned(rank=0, pid=os.getpid())
+    pidfd = os.pidfd_open(os.getpid())
 
     async def main() -> None:
         message: asyncio.Queue[Any] = asyncio.Queue()
@@ -98,8 +101,11 @@ def test_a_line_opened_late_learns_who_sits_where(tmp_path: Path) -> None:
             hub.open()
             with listener.accept()[0] as line:
                 assert to_imm.REQUESTS.unpack(receive_bytes(line)) == to_imm.Query()
+                send_packet(line, FROM_IMM.pack(assigned), [pidfd])
                 send_packet(line, FROM_IMM.pack(population))
+                assert await message.get() == assigned
                 assert await message.get() == population
                 hub.close()
 
     run(main())
+    os.close(pidfd)
