@@ -59,7 +59,11 @@ def test_prometheus_sees_changes_and_a_kill(faulty: Faulty, tmp_path: Path) -> N
     need_prometheus()
     server = faulty.server
     with prometheus(server.url.removeprefix("http://"), tmp_path) as seen:
-        change(server, 2)  # nothing to change, but two ranks are what is asked for now, whatever was before
+        # Nothing to change, but two ranks are what is asked for now, whatever was before; and all that was is seen.
+        unchanged = 'elasticmoe:changes_total{outcome="unchanged"}'
+        earlier = seen.value(unchanged)
+        change(server, 2)
+        settled(lambda: seen.value(unchanged) > earlier, SEEN_WITHIN_S, "the request is seen")
         settled(lambda: gauges(seen) == [2, 2, 0], SEEN_WITHIN_S, "two ranks are seen")
         before, began = counters(seen), time.time()
         with Pump(faulty.load, faulty.request, STREAMS) as pump:
