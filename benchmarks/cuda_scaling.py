@@ -55,7 +55,8 @@ _AROUND_S = 0.3
 DEATHS: tuple[tuple[int, tuple[int | str, ...]], ...] = (
     (4, (3,)), (4, ("HMM",)), (4, (1, 2)), (2, (0,)), (2, (0, 1)), (2, ("HMM", 1)),
 )  # fmt: skip
-"""The number of ranks, and who is killed together, in section deaths."""
+"""The number of ranks, and who is killed together, in section deaths: by place among the active ranks, which need not
+be 0, 1, 2 after an earlier death."""
 PROMPTS = (32, 200, 1000, 60, 2000, 400)
 """Lengths of prompts under which sizes change."""
 
@@ -313,6 +314,8 @@ async def kill(instance: Instance, load: Load, victims: tuple[int | str, ...]) -
     before = await status_of(instance)
     hmm = int(before["memory"]["pid"])
     pids = {rank["rank"]: int(rank["pid"]) for rank in before["ranks"] if rank["state"] == "active"}
+    ranks = sorted(pids)
+    victims = tuple(victim if victim == "HMM" else ranks[int(victim)] for victim in victims)
     at = time.monotonic()
     for victim in victims:
         os.kill(hmm if victim == "HMM" else pids[int(victim)], signal.SIGKILL)
@@ -332,6 +335,7 @@ async def kill(instance: Instance, load: Load, victims: tuple[int | str, ...]) -
     gaps = [max((gap for t, gap in each.gaps() if t >= at and t - gap <= whole), default=0.0) for each in load.records]
     return {
         "killed": list(victims),
+        "ranks_before": ranks,
         "ranks_after": status["membership"],
         "whole_s": round(whole - at, 3),
         "longest_gap_ms": round(max(gaps) * 1e3, 1),
