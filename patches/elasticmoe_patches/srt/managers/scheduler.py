@@ -69,6 +69,8 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
             worker.stopped = True  # SGLang leaves its event loop only when the server is stopped
             return
         except (CollectiveError, CommitError) as error:  # a rank died in a collective, or the leader at the barrier
+            if worker.cuda is not None:
+                worker.cuda.stop_waiting()  # kernels that wait for the dead rank; to set requests aside waits for them
             recover(scheduler, worker, error)
 
 
