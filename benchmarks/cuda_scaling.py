@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -29,12 +30,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 
 from benchmarks.scaling.machine import describe
 from benchmarks.scaling.servers import Instance
@@ -57,6 +59,7 @@ DEATHS: tuple[tuple[int, tuple[int | str, ...]], ...] = (
 )  # fmt: skip
 """The number of ranks, and who is killed together, in section deaths: by place among the active ranks, which need not
 be 0, 1, 2 after an earlier death."""
+FIRST_USE = re.compile(r"rank (\d+): a kernel was loaded while serving: (.*)")
 PROMPTS = (32, 200, 1000, 60, 2000, 400)
 """Lengths of prompts under which sizes change."""
 
@@ -158,23 +161,42 @@ async def rate(session: aiohttp.ClientSession, batch: int, tokens: int, number: 
     return count / seconds
 
 
+@contextmanager
+def suspended(instance: Instance) -> Iterator[None]:
+    """The server's processes stand still: an idle SGLang polls, and shares a core with the one that is measured."""
+    assert instance.pid is not None
+    main = psutil.Process(instance.pid)
+    processes = [main, *main.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
 async def compare(one: Instance, other: Instance, settings: argparse.Namespace) -> list[dict[str, Any]]:
     """Both in turn, round by round, as servers measured one after the other differ by more than what is looked for.
 
-    The first round of each batch size warms up.
+    The first round of each batch size warms up. The server that is not measured is suspended; a few tokens come first,
+    as the other was suspended until now.
     """
     rows = []
     timeout = aiohttp.ClientTimeout(total=60)
+
+    async def alone(session: aiohttp.ClientSession, idle: Instance, batch: int, number: int) -> float:
+        with suspended(idle):
+            await rate(session, batch, 16, number)
+            return await rate(session, batch, settings.tokens, number)
+
     async with (
         aiohttp.ClientSession(one.url, timeout=timeout) as first,
         aiohttp.ClientSession(other.url, timeout=timeout) as second,
     ):
         for batch in BATCHES:
             pairs = [
-                (
-                    await rate(first, batch, settings.tokens, number),
-                    await rate(second, batch, settings.tokens, number),
-                )
+                (await alone(first, other, batch, number), await alone(second, one, batch, number))
                 for number in range(settings.rounds + 1)
             ][1:]
             ratios = sorted(ours / theirs for ours, theirs in pairs)
@@ -276,6 +298,16 @@ async def changes(servers: Servers, settings: argparse.Namespace, record: dict[s
         await lanes
         record["lost"] = [lost.failure for lost in load.lost]
         record["requests"] = len(load.records)
+        record["first_uses"] = first_uses(instance)
+
+
+def first_uses(instance: Instance) -> dict[str, dict[str, int]]:
+    """Rank -> kernel -> how often its workers loaded it while they served."""
+    found: dict[str, dict[str, int]] = {}
+    for rank, kernel in FIRST_USE.findall(instance.log.read_text(errors="replace")):
+        names = found.setdefault(rank, {})
+        names[kernel] = names.get(kernel, 0) + 1
+    return found
 
 
 async def deaths(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from elasticmoe_sglang.comm.commit_barrier import COORDINATOR, Attempts, CommitBarrier, Decision
@@ -62,6 +63,7 @@ class Workers:
         self._pids: dict[int, int] = {}
         self._population = to_imm.Population(ranks={}, standbys=[], starting=[])
         self._hellos: dict[int, to_coordinator.Hello] = {}
+        self._first_uses: Counter[int] = Counter()
         self._joining: set[int] = set()
         self._departures: dict[int, Departure] = {}
         self.fences = OutputFences()
@@ -85,9 +87,12 @@ class Workers:
             self._check_loss(message)
         elif isinstance(message, to_coordinator.Hello):
             self._hellos[message.rank] = message
+            self._first_uses.pop(message.rank, None)
             self._kv.learn(message.rank, message.kv)
         elif isinstance(message, to_coordinator.Paused):
             self.pauses[message.rank] = message.pause_ms
+        elif isinstance(message, to_coordinator.KernelLoaded):
+            self._first_uses[message.rank] += 1
         elif isinstance(message, to_coordinator.Broken) and message.culprit in self._pids.keys() - self._joining:
             # Either it is dead and its exit will be reported, or it has stalled and has to be killed.
             culprit = message.culprit
@@ -118,6 +123,7 @@ class Workers:
             joining=self._joining,
             retiring=self._departures.keys(),
             hellos=self._hellos,
+            first_uses=self._first_uses,
             kv=self._control.kv,
             kv_bytes=self._kv.held(),
         )

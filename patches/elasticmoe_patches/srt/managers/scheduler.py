@@ -6,6 +6,7 @@ from typing import Any
 
 from elasticmoe_patches.plugin import verify_for_process
 from elasticmoe_patches.spec import WORKERS, Hooks
+from elasticmoe_patches.worker import first_use
 from elasticmoe_patches.worker.commit import accept_command, apply_commit, receive_migrated, resume_ready
 from elasticmoe_patches.worker.kv import publish_first_capacity, run_kv_jobs
 from elasticmoe_patches.worker.migration import ORIGIN
@@ -60,6 +61,8 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
     publish_first_capacity(scheduler, worker)
     for socket in (scheduler.ipc_channels.recv_from_tokenizer, scheduler.ipc_channels.recv_from_rpc):
         worker.idle.watch(socket)
+    if worker.loads is not None:
+        first_use.watch(worker, worker.loads)
     worker.enter_service()
     if worker.join_spec.attempt:  # it replaces a dead rank
         report(scheduler, worker, worker.join_spec.operation_id)

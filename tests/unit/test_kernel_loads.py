@@ -1,0 +1,54 @@
+"""First uses of kernels are told apart from what was loaded before.
+
+Triton's hooks are called here as Triton calls them; `tests/gpu/test_cuda_loads.py` loads real kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from triton import knobs
+
+from elasticmoe_kernels.triton.loads import KernelLoads
+
+
+@pytest.fixture
+def loads() -> Iterator[KernelLoads]:
+    made = KernelLoads()
+    yield made
+    made.close()
+
+
+def compiled(name: str) -> None:
+    knobs.runtime.jit_post_compile_hook(repr=f"{name}[num_warps=4](x: i32)", key="", fn=None)
+
+
+def loaded(name: str) -> None:
+    knobs.runtime.kernel_load_end_hook(None, None, name, {}, "hash")
+
+
+def test_only_what_comes_after_the_warm_up_is_reported(loads: KernelLoads) -> None:
+    compiled("scatter")
+    loaded("scatter")
+    told: list[str] = []
+    loads.report(told.append)
+    assert loads.before == ["scatter[num_warps=4](x: i32)"] and not told
+    compiled("gather")
+    loaded("gather")
+    assert told == ["gather[num_warps=4](x: i32)"] and len(loads.before) == 1
+
+
+def test_a_kernel_that_was_compiled_earlier_has_its_name_only(loads: KernelLoads) -> None:
+    told: list[str] = []
+    loads.report(told.append)
+    compiled("gather")
+    loaded("scatter")
+    loaded("scatter")
+    assert told == ["scatter", "scatter"]
+
+
+def test_nothing_is_left_behind() -> None:
+    before = knobs.runtime.jit_post_compile_hook, list(knobs.runtime.kernel_load_end_hook.calls)
+    KernelLoads().close()
+    assert (knobs.runtime.jit_post_compile_hook, knobs.runtime.kernel_load_end_hook.calls) == before
