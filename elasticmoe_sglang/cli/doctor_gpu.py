@@ -20,7 +20,8 @@ from elasticmoe_sglang.units import format_bytes
 
 PROBE_TIMEOUT_S = 120.0
 LEAST_BYTES_A_RANK = 1 << 30
-"""A rank's CUDA context, loaded kernels, graphs and windows, before any weight or KV (0.6 to 0.9 GiB on an H100)."""
+"""For each rank, before any weight or KV. On an H100 a context with SGLang's kernels takes 612 MiB, the graphs of 16
+layers 120 MiB, windows 33 MiB."""
 
 
 class GpuDevice(msgspec.Struct, frozen=True, kw_only=True):

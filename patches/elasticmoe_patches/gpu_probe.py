@@ -32,7 +32,7 @@ def probe() -> dict[str, object]:
     }
     try:
         torch.cuda.current_device()  # initialises CUDA, or says why not
-        report["driver"] = _version(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+        report["driver"] = _driver()
         report["devices"] = [_device(number) for number in range(torch.cuda.device_count())]
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         report["error"] = str(error).splitlines()[0]
@@ -44,7 +44,10 @@ def probe() -> dict[str, object]:
     return report
 
 
-def _version(number: int) -> str:
+def _driver() -> str:
+    from cuda.bindings import driver
+
+    _, number = driver.cuDriverGetVersion()
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
