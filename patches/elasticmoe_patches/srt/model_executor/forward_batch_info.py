@@ -61,6 +61,8 @@ def around_compute_local(
 ) -> Any:
     """Attention is not sharded on an elastic server, so a rank's count is the global one: SGLang launches a subtraction
     of 0 and a clamp that changes nothing before every batch."""
-    if not sharded:
+    from sglang.srt.model_executor.forward_batch_info import _attn_tp_local_shard_bounds
+
+    if _attn_tp_local_shard_bounds(num_tokens_per_dp, sharded=sharded) == (num_tokens_per_dp, 0):
         return global_num_token_non_padded
     return original(global_num_token_non_padded, num_tokens_per_dp, sharded=sharded)
