@@ -20,8 +20,19 @@ def loads() -> Iterator[KernelLoads]:
     made.close()
 
 
+class Function:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
 def compiled(name: str) -> None:
-    knobs.runtime.jit_post_compile_hook(repr=f"{name}[num_warps=4](x: i32)", key="", fn=None)
+    described = {
+        "signature": {"out": "*i32", "count": "i32", "sources": ("*i32", "*i32"), "BLOCK": "constexpr"},
+        "constants": {(3,): 128},
+        "configs": [{(0,): [["tt.divisibility", 16]], (1,): [], (2, 1): [["tt.divisibility", 16]]}],
+        "num_warps": 4,
+    }
+    knobs.runtime.jit_post_compile_hook(key="", repr="", fn=Function(name), compile=described)
 
 
 def loaded(name: str) -> None:
@@ -33,10 +44,10 @@ def test_only_what_comes_after_the_warm_up_is_reported(loads: KernelLoads) -> No
     loaded("scatter")
     told: list[str] = []
     loads.report(told.append)
-    assert loads.before == ["scatter[num_warps=4](x: i32)"] and not told
+    assert loads.before == ["scatter[warps=4, BLOCK=128, aligned: out sources.1]"] and not told
     compiled("gather")
     loaded("gather")
-    assert told == ["gather[num_warps=4](x: i32)"] and len(loads.before) == 1
+    assert told == ["gather[warps=4, BLOCK=128, aligned: out sources.1]"] and len(loads.before) == 1
 
 
 def test_a_kernel_that_was_compiled_earlier_has_its_name_only(loads: KernelLoads) -> None:

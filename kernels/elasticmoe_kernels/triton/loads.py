@@ -8,7 +8,7 @@ kernels, C++ kernels that SGLang compiles) are not seen here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from triton import knobs
@@ -37,9 +37,9 @@ class KernelLoads:
         knobs.runtime.kernel_load_end_hook.remove(self._loaded)
         knobs.runtime.jit_post_compile_hook = self._next
 
-    def _compiled(self, *, repr: str, **rest: Any) -> Any:
-        self._described.text = repr  # this thread loads it next
-        return self._next(repr=repr, **rest) if self._next is not None else None
+    def _compiled(self, **described: Any) -> Any:
+        self._described.text = _describe(described["fn"].name, described["compile"])  # this thread loads it next
+        return self._next(**described) if self._next is not None else None
 
     def _loaded(self, _module: Any, _function: Any, name: str, _metadata: Any, _hash: str) -> None:
         text, self._described.text = getattr(self._described, "text", ""), ""
@@ -48,3 +48,15 @@ class KernelLoads:
             self.before.append(kernel)
         else:
             self._told(kernel)
+
+
+def _describe(name: str, compiled: Mapping[str, Any]) -> str:
+    """`name[warps=4, ARGUMENT=constant, …, aligned: ARGUMENT …]`: what Triton compiled the kernel for."""
+    arguments = list(compiled["signature"])
+
+    def called(path: tuple[int, ...]) -> str:
+        return ".".join([str(arguments[path[0]]), *map(str, path[1:])])
+
+    fixed = "".join(f", {called(path)}={value}" for path, value in compiled["constants"].items())
+    aligned = " ".join(called(path) for path, marks in compiled["configs"][0].items() if marks)
+    return f"{name}[warps={compiled['num_warps']}{fixed}, aligned: {aligned}]"
