@@ -183,36 +183,34 @@ async def compare(one: Instance, other: Instance, settings: argparse.Namespace) 
     as the other was suspended until now.
     """
     rows = []
-    timeout = aiohttp.ClientTimeout(total=60)
 
-    async def alone(session: aiohttp.ClientSession, idle: Instance, batch: int, number: int) -> float:
+    async def alone(instance: Instance, idle: Instance, batch: int, number: int) -> float:
+        # A connection of its own: the server closes one that was idle while it was suspended.
+        timeout = aiohttp.ClientTimeout(total=60)
         with suspended(idle):
-            await rate(session, batch, 16, number)
-            return await rate(session, batch, settings.tokens, number)
+            async with aiohttp.ClientSession(instance.url, timeout=timeout) as session:
+                await rate(session, batch, 16, number)
+                return await rate(session, batch, settings.tokens, number)
 
-    async with (
-        aiohttp.ClientSession(one.url, timeout=timeout) as first,
-        aiohttp.ClientSession(other.url, timeout=timeout) as second,
-    ):
-        for batch in BATCHES:
-            pairs = [
-                (await alone(first, other, batch, number), await alone(second, one, batch, number))
-                for number in range(settings.rounds + 1)
-            ][1:]
-            ratios = sorted(ours / theirs for ours, theirs in pairs)
-            row = {
-                "batch": batch,
-                "first_tokens_per_s": [round(ours, 1) for ours, _ in pairs],
-                "second_tokens_per_s": [round(theirs, 1) for _, theirs in pairs],
-                "ratio": {
-                    "median": round(statistics.median(ratios), 3),
-                    "least": round(ratios[0], 3),
-                    "most": round(ratios[-1], 3),
-                },
-                "target": 0.98,
-            }
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+    for batch in BATCHES:
+        pairs = [
+            (await alone(one, other, batch, number), await alone(other, one, batch, number))
+            for number in range(settings.rounds + 1)
+        ][1:]
+        ratios = sorted(ours / theirs for ours, theirs in pairs)
+        row = {
+            "batch": batch,
+            "first_tokens_per_s": [round(ours, 1) for ours, _ in pairs],
+            "second_tokens_per_s": [round(theirs, 1) for _, theirs in pairs],
+            "ratio": {
+                "median": round(statistics.median(ratios), 3),
+                "least": round(ratios[0], 3),
+                "most": round(ratios[-1], 3),
+            },
+            "target": 0.98,
+        }
+        print(json.dumps(row), flush=True)
+        rows.append(row)
     return rows
 
 
