@@ -17,21 +17,47 @@ def share_batch_info(info: Any, group: Any, *, alone: bool) -> None:
 
     Args:
         group: of all ranks of the tensor-parallel group, on the CPU.
-        alone: no other rank is active: nothing is gathered.
+        alone: no other rank is active: nothing is gathered, and nothing computed while this rank's sizes stay.
     """
+    global _last
+    if not alone:
+        _fill(info, _gathered(info, group, alone=False))
+        return
+    key = (group.rank(), *(getattr(info, name) for name in _LOCAL))
+    if _last is None or _last[0] != key:
+        _last = key, _gathered(info, group, alone=True)
+    _fill(info, _last[1])
+
+
+_LOCAL = (
+    "dp_size", "tp_size", "cp_size", "num_tokens", "num_tokens_for_logprob", "can_run_decode_cuda_graph",
+    "can_run_draft_cuda_graph", "can_run_prefill_cuda_graph", "is_extend_in_batch", "local_can_run_tbo",
+    "local_forward_mode", "prefill_cuda_graph_max_prefix_len",
+)  # fmt: skip
+"""What a rank says of its batch."""
+_last: tuple[tuple[Any, ...], torch.Tensor] | None = None
+"""The last batch's sizes of a rank that was alone, and the rows for them; not to be written."""
+
+
+def _gathered(info: Any, group: Any, *, alone: bool) -> torch.Tensor:
+    """int64 [attention groups, width]: what one rank of each says."""
     from sglang.srt.distributed.utils import all_gather_single
-    from sglang.srt.managers.scheduler_components import dp_attn
 
     mine = info._get_local_tensor(device="cpu")
     a_group = info.tp_size * info.cp_size
-    gathered = _idle(info, info.dp_size * a_group, mine.numel()).clone()
+    rows = _idle(info, info.dp_size * a_group, mine.numel()).clone()
     if alone:
-        gathered[group.rank()] = mine
+        rows[group.rank()] = mine
     else:
-        all_gather_single(gathered.view(-1), mine, group=group)
-    first = gathered[::a_group]  # one rank of each attention group speaks for it
-    tokens, logprobs, decode, extend, _, modes, prefill, prefix, draft = zip(*first.tolist(), strict=True)
-    info.tp0_info_cpu = first
+        all_gather_single(rows.view(-1), mine, group=group)
+    return rows[::a_group]
+
+
+def _fill(info: Any, rows: torch.Tensor) -> None:
+    from sglang.srt.managers.scheduler_components import dp_attn
+
+    tokens, logprobs, decode, extend, _, modes, prefill, prefix, draft = zip(*rows.tolist(), strict=True)
+    info.tp0_info_cpu = rows
     info.global_num_tokens = list(tokens)
     info.global_num_tokens_for_logprob = list(logprobs)
     info.can_run_decode_cuda_graph = bool(min(decode))
