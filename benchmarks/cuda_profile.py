@@ -25,23 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import psutil
 
-from benchmarks.cuda_scaling import Device, Servers, rate, start_servers
+from benchmarks.cuda_scaling import Device, Servers, rate, scheduler_of, start_servers
 from benchmarks.scaling.machine import describe
 from benchmarks.scaling.servers import Instance
 
 SERVERS = ("elastic-1-of-2", "plain")
 _HOST_S = 4.0
 _SAMPLES_HZ = 500
-
-
-def scheduler_pid(instance: Instance) -> int:
-    """The process of the server's rank 0: its scheduler that has used most processor time."""
-    assert instance.pid is not None
-    children = psutil.Process(instance.pid).children(recursive=True)
-    schedulers = [child for child in children if "scheduler" in " ".join(child.cmdline())]
-    return max(schedulers or children, key=lambda child: child.cpu_times().user).pid
 
 
 async def trace(instance: Instance, batch: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -110,7 +101,7 @@ async def host(instance: Instance, batch: int, folder: Path) -> dict[str, Any]:
     """Samples of the scheduler's main thread while `batch` requests decode: share of time in and below functions."""
     if shutil.which("py-spy") is None:
         return {"error": "py-spy is not on the PATH"}
-    out, pid = folder / "host.txt", scheduler_pid(instance)
+    out, pid = folder / "host.txt", scheduler_of(instance).pid
     folder.mkdir(parents=True, exist_ok=True)
     spy = ["py-spy", "record", "--nonblocking", "-r", str(_SAMPLES_HZ), "-d", str(int(_HOST_S)), "-f", "raw"]
     async with aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session:

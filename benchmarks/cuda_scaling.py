@@ -161,12 +161,39 @@ async def rate(session: aiohttp.ClientSession, batch: int, tokens: int, number: 
     return count / seconds
 
 
-@contextmanager
-def suspended(instance: Instance) -> Iterator[None]:
-    """The server's processes stand still: an idle SGLang polls, and shares a core with the one that is measured."""
+def processes_of(instance: Instance) -> list[psutil.Process]:
     assert instance.pid is not None
     main = psutil.Process(instance.pid)
-    processes = [main, *main.children(recursive=True)]
+    return [main, *main.children(recursive=True)]
+
+
+def scheduler_of(instance: Instance) -> psutil.Process:
+    """The process of the server's only active rank: the scheduler that has used most processor time."""
+    found = [process for process in processes_of(instance) if "scheduler" in " ".join(process.cmdline())]
+    return max(found, key=lambda process: process.cpu_times().user)
+
+
+def give_core(instances: Sequence[Instance]) -> int:
+    """Each server's scheduling thread gets the same core, of which no other thread of theirs uses anything.
+
+    Where it runs, and what runs on the core's other half, changes a decode step's host time by half. Returns the core.
+    """
+    core = max(os.sched_getaffinity(0))
+    siblings = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text()
+    shared = {int(number) for part in siblings.strip().split(",") for number in part.split("-")} | {core}
+    rest = os.sched_getaffinity(0) - shared
+    for instance in instances:
+        scheduler = scheduler_of(instance).pid
+        for process in processes_of(instance):
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, {core} if thread.id == scheduler else rest)
+    return core
+
+
+@contextmanager
+def suspended(instance: Instance) -> Iterator[None]:
+    """The server's processes stand still: an idle SGLang polls."""
+    processes = processes_of(instance)
     for process in processes:
         process.suspend()
     try:
@@ -180,9 +207,10 @@ async def compare(one: Instance, other: Instance, settings: argparse.Namespace) 
     """Both in turn, round by round, as servers measured one after the other differ by more than what is looked for.
 
     The first round of each batch size warms up. The server that is not measured is suspended; a few tokens come first,
-    as the other was suspended until now.
+    as the other was suspended until now. The schedulers share a core in turn.
     """
     rows = []
+    give_core([one, other])
 
     async def alone(instance: Instance, idle: Instance, batch: int, number: int) -> float:
         # A connection of its own: the server closes one that was idle while it was suspended.
