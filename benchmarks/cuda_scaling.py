@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -29,12 +30,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 
 from benchmarks.scaling.machine import describe
 from benchmarks.scaling.servers import Instance
@@ -55,7 +57,9 @@ _AROUND_S = 0.3
 DEATHS: tuple[tuple[int, tuple[int | str, ...]], ...] = (
     (4, (3,)), (4, ("HMM",)), (4, (1, 2)), (2, (0,)), (2, (0, 1)), (2, ("HMM", 1)),
 )  # fmt: skip
-"""The number of ranks, and who is killed together, in section deaths."""
+"""The number of ranks, and who is killed together, in section deaths: by place among the active ranks, which need not
+be 0, 1, 2 after an earlier death."""
+FIRST_USE = re.compile(r"rank (\d+): a kernel was loaded while serving: (.*)")
 PROMPTS = (32, 200, 1000, 60, 2000, 400)
 """Lengths of prompts under which sizes change."""
 
@@ -157,39 +161,84 @@ async def rate(session: aiohttp.ClientSession, batch: int, tokens: int, number: 
     return count / seconds
 
 
+def processes_of(instance: Instance) -> list[psutil.Process]:
+    assert instance.pid is not None
+    main = psutil.Process(instance.pid)
+    return [main, *main.children(recursive=True)]
+
+
+def scheduler_of(instance: Instance) -> psutil.Process:
+    """The process of the server's only active rank: the scheduler that has used most processor time."""
+    found = [process for process in processes_of(instance) if "scheduler" in " ".join(process.cmdline())]
+    return max(found, key=lambda process: process.cpu_times().user)
+
+
+def give_core(instances: Sequence[Instance]) -> int:
+    """Each server's scheduling thread gets the same core, of which no other thread of theirs uses anything.
+
+    Where it runs, and what runs on the core's other half, changes a decode step's host time by half. Returns the core.
+    """
+    core = max(os.sched_getaffinity(0))
+    siblings = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text()
+    shared = {int(number) for part in siblings.strip().split(",") for number in part.split("-")} | {core}
+    rest = os.sched_getaffinity(0) - shared
+    for instance in instances:
+        scheduler = scheduler_of(instance).pid
+        for process in processes_of(instance):
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, {core} if thread.id == scheduler else rest)
+    return core
+
+
+@contextmanager
+def suspended(instance: Instance) -> Iterator[None]:
+    """The server's processes stand still: an idle SGLang polls."""
+    processes = processes_of(instance)
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
 async def compare(one: Instance, other: Instance, settings: argparse.Namespace) -> list[dict[str, Any]]:
     """Both in turn, round by round, as servers measured one after the other differ by more than what is looked for.
 
-    The first round of each batch size warms up.
+    The first round of each batch size warms up. The server that is not measured is suspended; a few tokens come first,
+    as the other was suspended until now. The schedulers share a core in turn.
     """
     rows = []
-    timeout = aiohttp.ClientTimeout(total=60)
-    async with (
-        aiohttp.ClientSession(one.url, timeout=timeout) as first,
-        aiohttp.ClientSession(other.url, timeout=timeout) as second,
-    ):
-        for batch in BATCHES:
-            pairs = [
-                (
-                    await rate(first, batch, settings.tokens, number),
-                    await rate(second, batch, settings.tokens, number),
-                )
-                for number in range(settings.rounds + 1)
-            ][1:]
-            ratios = sorted(ours / theirs for ours, theirs in pairs)
-            row = {
-                "batch": batch,
-                "first_tokens_per_s": [round(ours, 1) for ours, _ in pairs],
-                "second_tokens_per_s": [round(theirs, 1) for _, theirs in pairs],
-                "ratio": {
-                    "median": round(statistics.median(ratios), 3),
-                    "least": round(ratios[0], 3),
-                    "most": round(ratios[-1], 3),
-                },
-                "target": 0.98,
-            }
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+    give_core([one, other])
+
+    async def alone(instance: Instance, idle: Instance, batch: int, number: int) -> float:
+        # A connection of its own: the server closes one that was idle while it was suspended.
+        timeout = aiohttp.ClientTimeout(total=60)
+        with suspended(idle):
+            async with aiohttp.ClientSession(instance.url, timeout=timeout) as session:
+                await rate(session, batch, 16, number)
+                return await rate(session, batch, settings.tokens, number)
+
+    for batch in BATCHES:
+        pairs = [
+            (await alone(one, other, batch, number), await alone(other, one, batch, number))
+            for number in range(settings.rounds + 1)
+        ][1:]
+        ratios = sorted(ours / theirs for ours, theirs in pairs)
+        row = {
+            "batch": batch,
+            "first_tokens_per_s": [round(ours, 1) for ours, _ in pairs],
+            "second_tokens_per_s": [round(theirs, 1) for _, theirs in pairs],
+            "ratio": {
+                "median": round(statistics.median(ratios), 3),
+                "least": round(ratios[0], 3),
+                "most": round(ratios[-1], 3),
+            },
+            "target": 0.98,
+        }
+        print(json.dumps(row), flush=True)
+        rows.append(row)
     return rows
 
 
@@ -275,6 +324,16 @@ async def changes(servers: Servers, settings: argparse.Namespace, record: dict[s
         await lanes
         record["lost"] = [lost.failure for lost in load.lost]
         record["requests"] = len(load.records)
+        record["first_uses"] = first_uses(instance)
+
+
+def first_uses(instance: Instance) -> dict[str, dict[str, int]]:
+    """Rank -> kernel -> how often its workers loaded it while they served."""
+    found: dict[str, dict[str, int]] = {}
+    for rank, kernel in FIRST_USE.findall(instance.log.read_text(errors="replace")):
+        names = found.setdefault(rank, {})
+        names[kernel] = names.get(kernel, 0) + 1
+    return found
 
 
 async def deaths(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
@@ -313,6 +372,8 @@ async def kill(instance: Instance, load: Load, victims: tuple[int | str, ...]) -
     before = await status_of(instance)
     hmm = int(before["memory"]["pid"])
     pids = {rank["rank"]: int(rank["pid"]) for rank in before["ranks"] if rank["state"] == "active"}
+    ranks = sorted(pids)
+    victims = tuple(victim if victim == "HMM" else ranks[int(victim)] for victim in victims)
     at = time.monotonic()
     for victim in victims:
         os.kill(hmm if victim == "HMM" else pids[int(victim)], signal.SIGKILL)
@@ -332,6 +393,7 @@ async def kill(instance: Instance, load: Load, victims: tuple[int | str, ...]) -
     gaps = [max((gap for t, gap in each.gaps() if t >= at and t - gap <= whole), default=0.0) for each in load.records]
     return {
         "killed": list(victims),
+        "ranks_before": ranks,
         "ranks_after": status["membership"],
         "whole_s": round(whole - at, 3),
         "longest_gap_ms": round(max(gaps) * 1e3, 1),

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# gpu_all.sh [FOLDER]: what needs one NVIDIA GPU, under MPS: the memory contract, the collectives, the benchmark.
+# gpu_all.sh [FOLDER]: what needs one NVIDIA GPU, under MPS: the memory contract, the collectives, a served change, the
+# benchmark.
 #
 # Starts MPS unless CUDA_MPS_PIPE_DIRECTORY names one (it changes no setting of the card), and ends what it started.
 # FOLDER gets the logs and the benchmark's JSON. PYTHON names the interpreter; ONLY="tests" or ONLY="benchmark" leaves the
@@ -31,6 +32,7 @@ if [[ " $only " == *" tests "* ]]; then
     # shellcheck disable=SC2086
     "$python" -m pytest -v -p no:cacheprovider -m "gpu and not nvlink" ${ARGS:-} \
         tests/contract/test_vmm.py tests/gpu/test_cuda_vmm.py tests/gpu/test_cuda_collectives.py \
+        tests/gpu/test_cuda_loads.py tests/gpu/test_cuda_served.py \
         2>&1 | tee "$out/gpu-tests.log" || status=1
 fi
 if [[ " $only " == *" benchmark "* ]]; then

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from elasticmoe_sglang.cli import doctor_checks
+from elasticmoe_sglang.cli import doctor_checks, doctor_gpu
 from elasticmoe_sglang.cli.doctor_checks import Check, Device, HookReport
 
 
@@ -20,19 +20,36 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the `doctor` command; its namespace carries `run`."""
     text = "Check versions, hooks, devices and memory, and print the commands that fix what is missing."
     parser = subparsers.add_parser("doctor", help=text, description=text)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    _add_flags(parser)
     parser.set_defaults(run=run)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    sizes = "for GPUs: check for so many ranks"
+    parser.add_argument("--max-ep-size", type=_positive, default=1, metavar="N", help=sizes)
+    parser.add_argument("--ranks-per-device", type=_positive, default=1, metavar="N", help=f"{sizes} on each GPU")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of ranks")
+    return number
 
 
 def run(args: argparse.Namespace) -> int:
     """Check and print; returns 0 only if serving would work."""
     devices = doctor_checks.devices()
     hooks = doctor_checks.hooks()
+    kind = devices[0].kind
+    wanted = doctor_gpu.Wanted(max_ep_size=args.max_ep_size, ranks_per_device=args.ranks_per_device)
     checks = [
-        *doctor_checks.versions(),
+        *doctor_checks.versions(kind),
         *doctor_checks.installation(),
         doctor_checks.hooks_check(hooks),
-        *doctor_checks.memory(devices[0].kind),
+        *doctor_checks.memory(kind),
+        *(doctor_gpu.checks(doctor_gpu.probe(), wanted) if kind == "cuda" else []),
         *doctor_checks.system(),
     ]
     ok = all(check.ok or not check.required for check in checks)
@@ -82,7 +99,7 @@ def _mark(check: Check) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m elasticmoe_sglang.cli.doctor`."""
     parser = argparse.ArgumentParser(prog="elasticmoe doctor")
-    parser.add_argument("--json", action="store_true")
+    _add_flags(parser)
     return run(parser.parse_args(argv))
 
 

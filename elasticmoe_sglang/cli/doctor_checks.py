@@ -34,7 +34,6 @@ MIN_FREE_MEMORY = 2 << 30
 
 # Distribution -> exact version needed, or None for any.
 _PACKAGES: dict[str, str | None] = {
-    "torch": "2.13.0",
     "sglang": SUPPORTED_SGLANG,
     "torchvision": None,
     "transformers": "5.12.1",
@@ -47,6 +46,8 @@ _PACKAGES: dict[str, str | None] = {
     "fastapi": None,
     "triton": None,
 }
+# By kind of device. SGLang asks for 2.13.0; on an H100 and an H200 2.11.0 served, with the sglang-kernel built for it.
+_TORCH = {"cuda": ("2.13.0", "2.11.0")}
 _ENTRY_POINTS = (("sglang.srt.plugins", "elasticmoe"), ("sglang.srt.platforms", "elasticmoe_cpu"))
 _REINSTALL = "pip install --no-deps elasticmoe-sglang (in a checkout: make venv)"
 
@@ -82,8 +83,8 @@ class HookReport:
     error: str = ""
 
 
-def versions() -> list[Check]:
-    """Python and the packages that serving imports."""
+def versions(kind: str) -> list[Check]:
+    """Python and the packages that serving imports on this kind of device."""
     python = sys.version_info[:2]
     supported = (3, 10) <= python < (3, 14)
     checks = [
@@ -94,23 +95,25 @@ def versions() -> list[Check]:
             fix="" if supported else "make distclean && make PYTHON=python3.12 venv",
         )
     ]
-    return checks + [_package(name, wanted) for name, wanted in _PACKAGES.items()]
+    torch = _package("torch", *_TORCH.get(kind, ("2.13.0",)))
+    return [*checks, torch, *(_package(name, *([wanted] if wanted else [])) for name, wanted in _PACKAGES.items())]
 
 
-def _package(name: str, wanted: str | None) -> Check:
+def _package(name: str, *wanted: str) -> Check:
+    """`wanted`: the versions that serve, the best first; any where none is named."""
     try:
         found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         found = ""
     # A build tag such as 2.13.0+cpu is the same version.
-    ok = bool(found) and (wanted is None or found.split("+")[0] == wanted)
+    ok = bool(found) and (not wanted or found.split("+")[0] in wanted)
     text = found or "not installed"
     no_deps = "--no-deps " if name in ("sglang", "torchvision") else ""
-    fix = f"{sys.executable} -m pip install {no_deps}{name}" + (f"=={wanted}" if wanted else "")
+    fix = f"{sys.executable} -m pip install {no_deps}{name}" + (f"=={wanted[0]}" if wanted else "")
     return Check(
         name=name,
         ok=ok,
-        found=text if ok or not wanted else f"{text}, needs {wanted}",
+        found=text if ok or not wanted else f"{text}, needs {' or '.join(wanted)}",
         fix="" if ok else fix,
     )
 

@@ -85,8 +85,9 @@ class CudaRegion:
         # The context comes first: a mapping is made for the devices that have one.
         self._control = torch.zeros(self.layout.control_words, dtype=torch.int64, device=self.device)
         self._staged = torch.zeros(self.layout.control_words, dtype=torch.int64, pin_memory=on_gpu)
-        self._error = torch.zeros(1, dtype=torch.int64, pin_memory=on_gpu)
-        self._error_word = ctypes.c_uint64.from_address(self._error.data_ptr())
+        self._words = torch.zeros(2, dtype=torch.int64, pin_memory=on_gpu)
+        self._error_word = ctypes.c_uint64.from_address(self._words.data_ptr())
+        self._stop_word = ctypes.c_uint64.from_address(self._words.data_ptr() + 8)
         self._range = MappedRange(backend, self.layout.capacity * self._pitch)
         self._mapped: dict[int, int] = {}  # rank -> block id of its window
         self._channels: dict[tuple[int, ...], int] = {}
@@ -174,8 +175,9 @@ class CudaRegion:
         mask = ranks_to_mask(region.members)
         staged[w.MEMBERS] = mask - (1 << 64) if mask >> 63 else mask
         staged[w.DEADLINE_NS] = int(min(region.timeout_s, _LONGEST_S) * 1e9)
-        staged[w.ERROR_ADDRESS] = self._error.data_ptr()
-        self._error_word.value = 0
+        staged[w.ERROR_ADDRESS] = self._words.data_ptr()
+        staged[w.STOP_ADDRESS] = self._words.data_ptr() + 8
+        self._error_word.value = self._stop_word.value = 0
         self._control.copy_(staged, non_blocking=True)
         self.drain()
 
@@ -261,6 +263,11 @@ class CudaRegion:
             failure = w.Failure.unpack(self._error_word.value)
             assert failure is not None
             raise self._error_for(failure)
+
+    def stop_waiting(self) -> None:
+        """A peer is lost: kernels that wait for it, now or later in this epoch, give up at once instead of at the
+        deadline. Calls no driver: that could wait for those very kernels."""
+        self._stop_word.value = self.region.epoch + 1
 
     def _error_for(self, failure: w.Failure) -> CollectiveError:
         rank, timeout_s = failure.rank, min(self.region.timeout_s, _LONGEST_S)

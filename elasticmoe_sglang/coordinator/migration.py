@@ -90,6 +90,7 @@ def snapshot(
     joining: Collection[int],
     retiring: Collection[int],
     hellos: Mapping[int, Hello],
+    first_uses: Mapping[int, int],
     kv: Callable[[int], tuple[int, int, int]],
     kv_bytes: Mapping[int, int],
 ) -> list[RankInfo]:
@@ -98,6 +99,7 @@ def snapshot(
     Args:
         active: the committed membership; pids: rank -> pid of its worker; population: for the standby workers.
         hellos: each worker's report of its boot.
+        first_uses: how many kernels each has loaded since.
         kv: returns a rank's (capacity, used, cached) KV tokens, zeros if its worker has not reported them.
         kv_bytes: HMM memory of each rank's KV cache.
     """
@@ -126,6 +128,7 @@ def snapshot(
                 pid=pid,
                 checkpoint_bytes=hello.checkpoint_bytes if hello else None,
                 load_s=hello.load_s if hello else None,
+                first_uses=first_uses.get(rank, 0) if hello else None,
                 kv_bytes=kv_bytes.get(rank) if state is RankState.ACTIVE else None,
                 kv_tokens=tokens[0] if tokens[0] else None,
                 kv_used=tokens[1] if tokens[0] else None,

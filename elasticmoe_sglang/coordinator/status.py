@@ -126,6 +126,7 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
         pid: of its worker, or of the standby worker that is ready for it; None: neither exists.
         checkpoint_bytes: read from the checkpoint by its worker; None until the worker has reported it.
         load_s: seconds in which its worker filled or attached its weights; None until the worker has reported it.
+        first_uses: kernels that its worker has loaded since it serves; their names are in its log. None as above.
         kv_bytes: HMM memory of its KV cache, None where SGLang allocated it.
         kv_tokens, kv_used, kv_cached: capacity, tokens of running requests, tokens of cached prefixes; None for a rank
             that is not active.
@@ -137,6 +138,7 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None = None
     checkpoint_bytes: int | None = None
     load_s: float | None = None
+    first_uses: int | None = None
     kv_bytes: int | None = None
     kv_tokens: int | None = None
     kv_used: int | None = None

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from elasticmoe_sglang.comm.commit_barrier import COORDINATOR, CommitBarrier, Decision
@@ -50,6 +51,7 @@ class Workers:
         self.pids: dict[int, int] = {}
         self._population = to_imm.Population(ranks={}, standbys=[], starting=[])
         self._hellos: dict[int, to_coordinator.Hello] = {}
+        self._first_uses: Counter[int] = Counter()
         self._joining: set[int] = set()
         self._retiring: set[int] = set()
         self.fences = OutputFences()
@@ -85,12 +87,15 @@ class Workers:
                 self.on_event(s.WorkerGone(rank=rank, pid=pid))
             case to_coordinator.Hello():
                 self._hellos[message.rank] = message
+                self._first_uses.pop(message.rank, None)
                 self._kv.learn(message.rank, message.kv)
             case to_coordinator.Committed(rank=rank, operation_id=operation_id):
                 if operation_id == self._reported[0]:
                     self._reported[1].add(rank)
             case to_coordinator.Paused():
                 self._pauses[message.rank] = message.pause_ms
+            case to_coordinator.KernelLoaded():
+                self._first_uses[message.rank] += 1
             case to_coordinator.Broken():
                 self.on_event(s.RankBroken(rank=message.rank, epoch=message.epoch, culprit=message.culprit))
             case _:
@@ -112,6 +117,7 @@ class Workers:
             joining=self._joining,
             retiring=self._retiring,
             hellos=self._hellos,
+            first_uses=self._first_uses,
             kv=self._control.kv,
             kv_bytes=self._kv.held(),
         )

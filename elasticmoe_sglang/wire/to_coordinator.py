@@ -65,6 +65,13 @@ class Paused(Message, frozen=True, kw_only=True):
     pause_ms: float
 
 
+class KernelLoaded(Message, frozen=True, kw_only=True):
+    """A serving rank used a kernel for the first time: its module was loaded, and perhaps compiled, meanwhile."""
+
+    rank: int
+    kernel: str
+
+
 class Broken(Message, frozen=True, kw_only=True):
     """A collective of this epoch failed; this rank has set its requests aside and waits for the commit of the next.
 
@@ -113,7 +120,7 @@ class WorkerExited(Message, frozen=True, kw_only=True):
         return "exited" if self.status is None else f"exited with status {self.status}"
 
 
-FromWorker = Hello | Committed | Paused | Broken | Retired | to_worker.Reply
+FromWorker = Hello | Committed | Paused | KernelLoaded | Broken | Retired | to_worker.Reply
 FromImm = WorkerNote | WorkerExited | to_imm.Reply
 
 FROM_WORKER: Codec[FromWorker] = Codec(FromWorker)

@@ -109,6 +109,17 @@ def test_a_killed_rank_is_named_and_its_successor_joins(pool: DevicePool) -> Non
     assert usage.by_kind == {"window": 3 * LAYOUT.window_bytes}, "the killed rank's window was given back"
 
 
+def test_the_host_ends_a_wait_for_a_lost_rank(pool: DevicePool) -> None:
+    epoch = pool.next_epoch()
+    pool.submit(0, cases.stop_while_waiting, (0, 1), epoch, 1.0)
+    pool.submit(1, cases.meet_or_fail, (0, 1), epoch, 40, TIMEOUT_S + 1)  # it meets once, then stays away
+    seconds, error = pool.result(0)
+    assert isinstance(error, PeerTimeout) and error.rank == 1 and seconds < TIMEOUT_S / 2, (seconds, error)
+    pool.result(1)
+    epoch = pool.next_epoch()  # the stop was for that epoch
+    pool.run((0, 1, 2), cases.everything, (0, 1, 2), epoch, (40,), (torch.float32,), 0, (1,))
+
+
 def test_an_error_word_says_what_happened() -> None:
     assert Failure.unpack(0) is None
     word = 1 << 56 | 63 << 48 | 1 << 44 | 3 << 40 | 77

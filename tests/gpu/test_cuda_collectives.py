@@ -114,6 +114,17 @@ def test_a_killed_rank_is_named_within_the_deadline_and_its_successor_joins(pool
     assert usage.by_kind["window"] == usage.used and usage.used <= 4 * (36 << 20), "the killed rank's window is back"
 
 
+def test_the_host_ends_a_wait_for_a_lost_rank(pool: DevicePool) -> None:
+    epoch = pool.next_epoch()
+    pool.submit(0, cases.stop_while_waiting, (0, 1), epoch, 0.5)
+    pool.submit(1, cases.meet_or_fail, (0, 1), epoch, 40, TIMEOUT_S + 1)
+    seconds, error = pool.result(0)
+    assert isinstance(error, PeerTimeout) and error.rank == 1 and seconds < 1.0, (seconds, error)
+    pool.result(1)
+    epoch = pool.next_epoch()
+    pool.run((0, 1, 2, 3), cases.everything, (0, 1, 2, 3), epoch, (4096,), (torch.bfloat16,), 0, (SUM,))
+
+
 def test_averages_and_maxima(pool: DevicePool) -> None:
     ranks, epoch = (0, 1, 2, 3), pool.next_epoch()
     pool.run(ranks, cases.everything, ranks, epoch, (2048,), (torch.float32,), 0, (AVERAGE, MAXIMUM))

@@ -6,6 +6,7 @@ Every function runs in the workers, at the same time in all ranks of a membershi
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from typing import Any
 
@@ -163,6 +164,17 @@ def meet_or_fail(context: DeviceContext, ranks: tuple[int, ...], epoch: int, cou
     except CollectiveError as error:
         return seconds, error
     return seconds, None
+
+
+def stop_while_waiting(context: DeviceContext, ranks: tuple[int, ...], epoch: int, after_s: float) -> Any:
+    """`meet_or_fail` with a peer that never comes, of which the host is told `after_s` after the call began."""
+    context.adopt(ranks, epoch)
+    told = threading.Timer(after_s, context.device.stop_waiting)
+    told.start()
+    try:
+        return meet_or_fail(context, ranks, epoch, 40)
+    finally:
+        told.join()
 
 
 def differ(context: DeviceContext, ranks: tuple[int, ...], epoch: int, after_s: float = 0.0) -> Any:

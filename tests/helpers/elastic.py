@@ -19,6 +19,7 @@ class ElasticServer(SglangServer):
 
     Args:
         kv_tokens: the most KV tokens of a rank; None: all that its device has room for.
+        device: SGLang's name of the kind of device.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class ElasticServer(SglangServer):
         capacity: int = RANKS,
         admin_key: str | None = None,
         kv_tokens: int | None = 8192,
+        device: str = "cpu",
         **options: Any,
     ) -> None:
-        own = ["--model-path", str(model), "--device", "cpu", "--skip-server-warmup"]
+        own = ["--model-path", str(model), "--device", device, "--skip-server-warmup"]
         own += ["--max-total-tokens", str(kv_tokens)] if kv_tokens is not None else []
         own += ["--elasticmoe-ep-size", str(ep_size), "--elasticmoe-max-ep-size", str(capacity)]
         # A busy machine boots four processes that import SGLang in minutes.

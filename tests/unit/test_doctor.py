@@ -87,7 +87,7 @@ def test_versions_are_compared(monkeypatch: pytest.MonkeyPatch, found: str | Non
         return found
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    check = {check.name: check for check in doctor_checks.versions()}["sglang"]
+    check = {check.name: check for check in doctor_checks.versions("cpu")}["sglang"]
     assert (check.ok, check.found) == (ok, text)
     assert check.fix == ("" if ok else f"{sys.executable} -m pip install --no-deps sglang==0.5.21")
 

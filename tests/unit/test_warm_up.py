@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import pytest
 
-from elasticmoe_patches.worker.warm_up import WarmedUp, WarmUp, rounds
+from elasticmoe_patches.worker.warm_up import Made, WarmedUp, WarmUp, rounds
 
 
-def batches(requests: list[tuple[int, int]]) -> list[int]:
+def batches(requests: list[Made]) -> list[int]:
     """Sizes of the decode batches: the first new token comes from the prefill."""
-    return [sum(new - 1 > step for _, new in requests) for step in range(max(new for _, new in requests) - 1)]
+    longest = max(made.new for made in requests)
+    return [sum(made.new - 1 > step for made in requests) for step in range(longest - 1)]
 
 
 @pytest.mark.parametrize("sizes", [[1], [1, 2, 4, 8, 16], [64, 4, 1, 16], [3, 7]])
 def test_every_captured_graph_is_replayed(sizes: list[int]) -> None:
-    *prompts, batch = rounds(sizes, 100)
+    *_, batch = rounds(sizes, 100)
     assert set(batches(batch)) == set(sizes)
-    assert all(len(round_) == 1 for round_ in prompts)
 
 
 @pytest.mark.parametrize("longest", [1, 3, 4, 5, 2048])
 def test_prompts_grow_up_to_the_longest(longest: int) -> None:
-    lengths = [prompt for [(prompt, _)] in rounds([], longest)]
-    assert lengths[-1] == longest
+    lengths = [round_[0].prompt for round_ in rounds([], longest) if len(round_) == 1]
+    assert lengths[0] == 1 and lengths[-1] == longest
     assert lengths == sorted(set(lengths))
+
+
+def test_prompts_come_together_and_behind_a_cached_beginning() -> None:
+    *_, first, second = rounds([], 2048)
+    assert len(first) == len(second) and len(first) % 16 and len(first) > 1
+    assert [made.family for made in first] == [made.family for made in second] == [0, 1, 2]
+    assert all(short.prompt < long.prompt for short, long in zip(first, second, strict=True))
 
 
 class Scheduler:
@@ -48,7 +55,7 @@ class Scheduler:
 @pytest.mark.process
 def test_rounds_follow_each_other_and_then_it_ends() -> None:
     scheduler = Scheduler()
-    warm = WarmUp([[(4, 1)], [(1, 3), (1, 5)]])
+    warm = WarmUp([[Made(4, 1)], [Made(1, 3), Made(1, 5)]])
     warm.step(scheduler)
     warm.step(scheduler)  # still busy: nothing new
     assert scheduler.sent == [4]

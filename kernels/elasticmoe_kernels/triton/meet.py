@@ -11,8 +11,9 @@ Which peers take part is read from the control block at every launch. A rank tha
 Times and flags enter a branch only through scalar atomics: one thread executes them and all get its result, so all
 threads of a program take the same branch.
 
-A wait that outlasts the deadline writes the error word, marks this rank as failed for the rest of the epoch and raises
-poisoned flags at its peers. No kernel waits after that: a replayed graph runs to its end with meaningless results, and
+A wait ends early when the host writes the stop word, because it knows that a peer has died. A wait that outlasts the
+deadline, or is stopped, writes the error word, marks this rank as failed for the rest of the epoch and raises poisoned
+flags at its peers. No kernel waits after that: a replayed graph runs to its end with meaningless results, and
 the host raises the error when it reads the word.
 """
 
@@ -29,6 +30,7 @@ MEMBERS = tl.constexpr(windows.MEMBERS)
 DEADLINE_NS = tl.constexpr(windows.DEADLINE_NS)
 FAILED = tl.constexpr(windows.FAILED)
 ERROR_ADDRESS = tl.constexpr(windows.ERROR_ADDRESS)
+STOP_ADDRESS = tl.constexpr(windows.STOP_ADDRESS)
 CLOCKS = tl.constexpr(windows.CLOCKS)
 COUNTERS = tl.constexpr(windows.COUNTERS)
 EPOCH_SHIFT = tl.constexpr(windows.EPOCH_SHIFT)
@@ -86,19 +88,31 @@ def time_ns(control, block):
 
 
 @triton.jit
+def _failed_epoch(control):
+    """The epoch that has failed or was stopped by the host, plus one: the later of both."""
+    # The host stores into its word; an atomic on host memory could overwrite that store.
+    told = tl.load(word_at(tl.load(word_at(control) + STOP_ADDRESS)), volatile=True)
+    tl.atomic_max(word_at(control) + FAILED, told, sem="relaxed", scope="gpu")
+    return tl.atomic_add(word_at(control) + FAILED, 0, sem="relaxed", scope="gpu")
+
+
+@triton.jit
 def _await_flag(flag, token, control, block):
-    """The flag's value once it reached the token or the deadline passed."""
+    """The flag's value once it reached the token, the deadline passed or this epoch was stopped."""
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
     if seen < token:
         limit = tl.load(word_at(control) + DEADLINE_NS)
+        epoch = token >> EPOCH_SHIFT
+        failed = epoch - epoch
         began = time_ns(control, block)
         waited = began - began
         polls = 0
-        while (seen < token) & (waited <= limit):
+        while (seen < token) & (waited <= limit) & (failed <= epoch):
             seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
             polls += 1
             if polls % _POLLS_A_LOOK == 0:
                 waited = time_ns(control, block) - began
+                failed = _failed_epoch(control)
     return seen
 
 

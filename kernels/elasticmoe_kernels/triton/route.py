@@ -23,6 +23,10 @@ SINGLE = 4096
 """Up to this many pairs one program does it all: a second launch would cost more than the longer chunk."""
 
 
+_ALIGNED = 4
+"""int32 words in 16 bytes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Routing:
     """Where each pair's row lies.
@@ -113,6 +117,13 @@ def max_blocks(pairs: int, num_slots: int, block_m: int) -> int:
     return experts + (pairs - experts) // block_m
 
 
+def chunks_of(pairs: int) -> tuple[bool, int, int]:
+    """Whether one program sorts all pairs; how many a program sorts; how many programs."""
+    single = pairs <= SINGLE
+    chunk = max(64, next_power_of_2(pairs)) if single else CHUNK
+    return single, chunk, triton.cdiv(pairs, chunk)
+
+
 def route(
     topk_ids: torch.Tensor, slot_table: torch.Tensor | None, *, num_slots: int, mapped_slots: int, block_m: int,
     pdl: bool = False,
@@ -125,16 +136,18 @@ def route(
     pairs = topk_ids.numel()
     device = topk_ids.device
     capacity = max_blocks(pairs, mapped_slots, block_m)
-    single = pairs <= SINGLE
-    chunk = max(64, next_power_of_2(pairs)) if single else CHUNK
-    num_chunks = triton.cdiv(pairs, chunk)
+    single, chunk, num_chunks = chunks_of(pairs)
     slots_p2 = max(16, next_power_of_2(num_slots))
     scratch = torch.empty(2 * num_chunks * slots_p2, dtype=torch.int32, device=device)
     counts, cursor = scratch.split(num_chunks * slots_p2)
     table = topk_ids if slot_table is None else slot_table
-    pair_of_row, row_of_pair, block_slot, block_rows, num_blocks = torch.empty(
-        capacity * block_m + pairs + 2 * capacity + 1, dtype=torch.int32, device=device
-    ).split([capacity * block_m, pairs, capacity, capacity, 1])
+    # Every part starts at a multiple of 16 bytes, or Triton compiles the kernels for each alignment that occurs.
+    sizes = [capacity * block_m, pairs, capacity, capacity, 1]
+    parts = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
+    room = torch.empty(sum(parts), dtype=torch.int32, device=device).split(parts)
+    pair_of_row, row_of_pair, block_slot, block_rows, num_blocks = (
+        part[:size] for part, size in zip(room, sizes, strict=True)
+    )
     warps = 4 if chunk <= 512 else 8
     if not single:
         _count_kernel[(num_chunks,)](

@@ -8,7 +8,8 @@ Every rank owns one window of device memory, mapped by all its peers. In each ra
     data      [channels][2][data_bytes]            written by the owner, read by the peers, by parity of the step
 
 Beside it a rank has a control block of its own (`int64` words in device memory): epoch, members, deadline, step
-counters. The host rewrites it between two launches; captured graphs read it anew at every replay.
+counters. The host rewrites it between two launches; captured graphs read it anew at every replay. Two words of host
+memory belong to it: in one a kernel says why it gave up; in the other the host tells kernels that wait to give up.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ EPOCH_SHIFT = 40
 POISON_STEP = (1 << EPOCH_SHIFT) - 2
 """The step that a rank announces once it has given up: later than any real one. One more: because of a mismatch."""
 
-# Words of the control block. MEMBERS has bit i set for a present rank i; a clock a block; then the step counters.
-EPOCH, MEMBERS, DEADLINE_NS, FAILED, ERROR_ADDRESS, CLOCKS, COUNTERS = 0, 1, 2, 3, 4, 8, 72
+# Words of the control block. MEMBERS has bit i set for a present rank i; FAILED is the epoch that failed, plus one;
+# ERROR_ADDRESS and STOP_ADDRESS are words of host memory; a clock a block; then the step counters.
+EPOCH, MEMBERS, DEADLINE_NS, FAILED, ERROR_ADDRESS, STOP_ADDRESS, CLOCKS, COUNTERS = 0, 1, 2, 3, 4, 5, 8, 72
 MAX_BLOCKS = COUNTERS - CLOCKS
 
 TIMED_OUT, TOLD, MISMATCHED, TOLD_OF_MISMATCH = 1, 2, 3, 4

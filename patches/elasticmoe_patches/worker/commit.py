@@ -192,7 +192,7 @@ def receive_migrated(worker: Worker) -> None:
     """Read what retiring ranks have sent, without blocking."""
     from elasticmoe_patches.srt.managers.io_struct import from_wire
 
-    while worker.peer.poll(0):
+    while int(worker.peer.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # `poll` takes ten times as long
         frames = worker.peer.recv_multipart()
         if not frames[0]:
             worker.inbox.all_sent(int(frames[1]), int(frames[2]))

@@ -8,17 +8,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from elasticmoe_sglang.comm.control_page import ControlPage, WorkerState
+from elasticmoe_sglang.comm.launch_room import LaunchRoom
 from elasticmoe_sglang.comm.region import CollectiveRegion
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.errors import UserInputError, WorkerError
+from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.hmm.client import HmmClient
 
 if TYPE_CHECKING:
     from elasticmoe_sglang.comm.cuda_region import CudaRegion
 
 _FIRST_RANKS_S = 600.0
-_COLLECTIVES_AT_ONCE = 2
-_MOST_PROGRAMS = 32
 
 
 def open_windows(client: HmmClient, region: CollectiveRegion, config: ElasticConfig, *, device: int) -> CudaRegion:
@@ -40,28 +39,13 @@ def open_windows(client: HmmClient, region: CollectiveRegion, config: ElasticCon
 
 
 def _programs(device: int, ranks_per_device: int) -> int:
-    """Programs of a collective's kernel, the same on every rank.
-
-    A program that waits for a peer keeps its multiprocessor. All ranks of the device, each with the collective that
-    ends and the one that begins, must fit beside each other, or one waits for a peer that finds no place. A program
-    may need a whole multiprocessor's registers.
-
-    Raises:
-        UserInputError: the ranks leave each other no room.
-    """
+    """Programs of a collective's kernel. Raises UserInputError: the device's ranks leave each other no room."""
     import torch
 
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    if "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" not in os.environ:  # with it, the driver counts this rank's share alone
-        count //= ranks_per_device
-    room = count // _COLLECTIVES_AT_ONCE
-    if room < 1:
-        raise UserInputError(
-            f"{ranks_per_device} ranks on one GPU leave {count} multiprocessors a rank, and a collective takes "
-            f"{_COLLECTIVES_AT_ONCE}",
-            hint="Lower --elasticmoe-ranks-per-device",
-        )
-    return min(_MOST_PROGRAMS, 1 << room.bit_length() - 1)
+    # With a share under MPS, the driver counts this rank's part alone.
+    ranks = 1 if "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" in os.environ else ranks_per_device
+    return LaunchRoom.of(count, ranks).programs
 
 
 def await_first_members(control: ControlPage, rank: int, members: Iterable[int]) -> None:

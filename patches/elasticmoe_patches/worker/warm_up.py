@@ -4,7 +4,8 @@ The first launch of a kernel loads its module, and the first large batch grows t
 both wait for what runs on the GPU. If that is a collective of another rank, it waits for this rank in turn: probably
 why two ranks that had joined together blocked each other in their first prefill until the collective's deadline (seen
 on an H200, four ranks under MPS). So every captured graph is replayed once, and prompts of
-several lengths are run, while this rank's collectives are local.
+several lengths are run, while this rank's collectives are local. The MoE layer's kernels are loaded from a list
+(`elasticmoe_kernels.triton.warm`); what is still loaded later is named in the log (`first_use.py`).
 
 What it computes is not the model's answer, since the other ranks' experts are missing: nothing is sent out, and the
 KV cache is emptied afterwards.
@@ -16,7 +17,10 @@ import logging
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from elasticmoe_patches.worker.worker import Worker
 
@@ -24,33 +28,50 @@ logger = logging.getLogger(__name__)
 
 _LEAST_PROMPT = 4
 _GROWTH = 4
+_TOGETHER = 3
+_CACHED = (16, 40)
 
 
 class WarmedUp(BaseException):
     """Ends SGLang's event loop; not an Exception, which SGLang would take for a crash."""
 
 
-def rounds(graph_sizes: Sequence[int], longest_prompt: int) -> list[list[tuple[int, int]]]:
-    """What to run, one round after the other: (prompt tokens, new tokens) of each request of the round.
+@dataclass(frozen=True)
+class Made:
+    """A made-up request. Those of one family begin alike: a later one finds its beginning cached. None: of none."""
 
-    First single prompts, up to the longest; then as many requests as the largest captured batch, which end at such
-    lengths that every captured size is replayed.
+    prompt: int
+    new: int
+    family: int | None = None
+
+
+def rounds(graph_sizes: Sequence[int], longest_prompt: int) -> list[list[Made]]:
+    """What to run, one round after the other.
+
+    First single prompts, up to the longest. Then several at once, whose number is neither 1 nor a multiple of 16, for
+    which Triton compiles anew, and the same again with more tokens, behind a cached beginning. Then as many requests as
+    the largest captured batch, which end at such lengths that every captured size is replayed.
     """
-    prompts = []
+    prompts = [[Made(1, 1)]]
     length = _LEAST_PROMPT
     while length < longest_prompt:
-        prompts.append([(length, 1)])
+        prompts.append([Made(length, 1)])
         length *= _GROWTH
-    prompts.append([(longest_prompt, 2)])
+    if longest_prompt > 1:
+        prompts.append([Made(longest_prompt, 2)])
+    room = longest_prompt // _TOGETHER
+    together = [
+        [Made(min(tokens, room), 1, family) for family in range(_TOGETHER)] for tokens in _CACHED if room >= _CACHED[-1]
+    ]
     sizes = sorted(graph_sizes)
-    batch = [(1, 1 + 2 * sum(size > number for size in sizes)) for number in range(max(sizes, default=0))]
-    return [*prompts, batch] if batch else prompts
+    batch = [Made(1, 1 + 2 * sum(size > number for size in sizes)) for number in range(max(sizes, default=0))]
+    return [*prompts, *together, *([batch] if batch else [])]
 
 
 class WarmUp:
     """Injects the rounds at the top of the loop's iterations, each once the one before has ended."""
 
-    def __init__(self, todo: list[list[tuple[int, int]]]) -> None:
+    def __init__(self, todo: list[list[Made]]) -> None:
         self._todo = todo
         self._number = 0
 
@@ -60,22 +81,22 @@ class WarmUp:
             return
         if not self._todo:
             raise WarmedUp
-        for prompt, new in self._todo.pop(0):
-            scheduler.handle_generate_request(self._request(scheduler, prompt, new))
+        for made in self._todo.pop(0):
+            scheduler.handle_generate_request(self._request(scheduler, made))
 
-    def _request(self, scheduler: Any, prompt: int, new: int) -> Any:
+    def _request(self, scheduler: Any, made: Made) -> Any:
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         self._number += 1
-        sampling = SamplingParams(max_new_tokens=new, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_new_tokens=made.new, temperature=0.0, ignore_eos=True)
         sampling.normalize(None)
         vocabulary = scheduler.model_config.vocab_size
+        first = self._number if made.family is None else -1 - made.family
         return TokenizedGenerateReqInput(
             rid=f"elasticmoe-warm-up-{self._number}",
             input_text=None,
-            # Different prompts, so that none is found in the cache.
-            input_ids=array("q", ((self._number + 7 * token) % vocabulary for token in range(prompt))),
+            input_ids=array("q", ((first + 7 * token) % vocabulary for token in range(made.prompt))),
             input_embeds=None,
             mm_inputs=None,
             token_type_ids=None,
@@ -88,13 +109,28 @@ class WarmUp:
         )
 
 
+def load_moe_kernels(scheduler: Any, worker: Worker, longest_prompt: int) -> None:
+    """Every kernel of the MoE layer, up to the rows of all ranks' longest prompts together."""
+    from elasticmoe_kernels.triton.warm import load_moe
+    from elasticmoe_patches.worker.loader import moe_layers
+
+    layer = moe_layers(scheduler.tp_worker.model_runner.model)[0]
+    if layer.w13_weight.dtype not in (torch.bfloat16, torch.float16):
+        return  # computed by PyTorch
+    most = worker.region.capacity * longest_prompt
+    counts = load_moe(layer.w13_weight, layer.w2_weight, top_k=layer.top_k, most=most)
+    logger.info("rank %d: MoE kernels loaded for batches of %s tokens", worker.rank, counts)
+
+
 def warm_up(loop: Callable[[Any], None], scheduler: Any, worker: Worker) -> None:
     """Run the scheduler's event loop over made-up requests until they have ended, and remove all traces of them."""
     started = time.monotonic()
     runner = scheduler.tp_worker.model_runner.decode_cuda_graph_runner
     sizes = runner.capture_bs if runner is not None else []
     room = min(scheduler.max_req_input_len - 8, scheduler.max_total_num_tokens // 2)
-    worker.warm_up = WarmUp(rounds(sizes, max(1, min(scheduler.chunked_prefill_size or room, room)))).step
+    longest = max(1, min(scheduler.chunked_prefill_size or room, room))
+    load_moe_kernels(scheduler, worker, longest)
+    worker.warm_up = WarmUp(rounds(sizes, longest)).step
     sender = scheduler.ipc_channels.send_to_detokenizer
     socket, sender.socket = sender.socket, None
     try:

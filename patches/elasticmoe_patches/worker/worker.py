@@ -39,6 +39,7 @@ from elasticmoe_sglang.worker.pause import PauseMeter
 from elasticmoe_sglang.worker.weights import WorkerWeights
 
 if TYPE_CHECKING:
+    from elasticmoe_kernels.triton.loads import KernelLoads
     from elasticmoe_sglang.comm.cuda_region import CudaRegion
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Worker:
     join_spec: the change that started this worker.
     region, barrier: this rank's view of the collective region; its end of the commit barrier.
     cuda: the windows of a rank on a GPU, from `init_world` on; None on the CPU.
+    loads: hears of kernels that are loaded; as `cuda`.
     memory: the weights, in HMM memory.
     model: set by the loader.
     kv: the KV cache in HMM memory, set by `open_kv`; None where SGLang's pool has memory of its own.
@@ -124,6 +126,7 @@ class Worker:
         else:
             self.region.set_membership(self._membership(join_spec.members, join_spec.epoch))
         self.cuda: CudaRegion | None = None
+        self.loads: KernelLoads | None = None
         self.barrier = CommitBarrier(self.region.control, self.rank)
         self.memory = WorkerWeights(
             self.client,
@@ -166,6 +169,9 @@ class Worker:
     def init_world(self, *, world_size: int, rank: int) -> None:
         """Initialise torch.distributed over the collective region. On a GPU SGLang has set the device by now."""
         if self._on_gpu:
+            from elasticmoe_kernels.triton.loads import KernelLoads
+
+            self.loads = KernelLoads()
             self.cuda = open_windows(self.client, self.region, self.runtime.config, device=self.device)
         install_backend(self.region)
         init_elastic(self.region, rank=rank, world_size=world_size)

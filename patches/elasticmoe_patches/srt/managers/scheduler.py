@@ -7,6 +7,7 @@ from typing import Any
 from elasticmoe_patches.plugin import verify_for_process
 from elasticmoe_patches.sampling import own_generator
 from elasticmoe_patches.spec import WORKERS, Hooks
+from elasticmoe_patches.worker import first_use
 from elasticmoe_patches.worker.commit import accept_command, apply_commit, receive_migrated, resume_ready
 from elasticmoe_patches.worker.kv import publish_first_capacity, run_kv_jobs
 from elasticmoe_patches.worker.migration import ACCEPTED, ORIGIN
@@ -62,6 +63,8 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
     for socket in (scheduler.ipc_channels.recv_from_tokenizer, scheduler.ipc_channels.recv_from_rpc):
         worker.idle.watch(socket)
     own_generator(scheduler.tp_worker.random_seed, worker.rank, worker.join_spec.epoch)
+    if worker.loads is not None:
+        first_use.watch(worker, worker.loads)
     worker.enter_service()
     if worker.join_spec.attempt:  # it replaces a dead rank
         report(scheduler, worker, worker.join_spec.operation_id)
@@ -71,6 +74,8 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
             worker.stopped = True  # SGLang leaves its event loop only when the server is stopped
             return
         except (CollectiveError, CommitError) as error:  # a rank died in a collective, or the leader at the barrier
+            if worker.cuda is not None:
+                worker.cuda.stop_waiting()  # kernels that wait for the dead rank; to set requests aside waits for them
             recover(scheduler, worker, error)
 
 
