@@ -42,6 +42,7 @@ class PolicyController:
         sample: returns what the active ranks do now, None where that is not known.
         clock: the clock of the meter's times.
         wait_s: seconds that a manual request waits for the end of a change that the policy started.
+        on_step: given the view, without decisions, after every step.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class PolicyController:
         meter: RequestMeter,
         clock: Callable[[], float] = time.perf_counter,
         wait_s: float = 120.0,
+        on_step: Callable[[PolicyView], None] = lambda _view: None,
     ) -> None:
         check_sizes(settings, max_ep_size)
         self._coordinator = coordinator
@@ -63,6 +65,7 @@ class PolicyController:
         self._meter = meter
         self._clock = clock
         self._wait_s = wait_s
+        self._on_step = on_step
         self._estimator = Estimator(settings.objective)
         self._state = PolicyState()
         self._snapshot: Snapshot | None = None
@@ -122,6 +125,7 @@ class PolicyController:
             await asyncio.sleep(TICK_S)
             try:
                 await self.step()
+                self._on_step(self.view(0))
                 self._failed = ""
             except Exception as error:
                 # Nothing is held here, serving does not depend on it, and one bad second must not end it for good.

@@ -43,6 +43,7 @@ from elasticmoe_sglang.imm.client import ImmClient, start_imm
 from elasticmoe_sglang.lifeline import Lifeline
 from elasticmoe_sglang.planner import View, initial_placement
 from elasticmoe_sglang.policy.controller import PolicyController
+from elasticmoe_sglang.policy.view import PolicyView
 from elasticmoe_sglang.runtime import Runtime, current_runtime
 from elasticmoe_sglang.wire.to_coordinator import Hello
 from elasticmoe_sglang.wire.to_worker import CommitCommand
@@ -287,6 +288,7 @@ class Services:
             sample=measure.sample_of(self._tokenizer, lambda: workers.view().ranks),
             meter=measure.METER,
             wait_s=config.prepare_deadline_s,
+            on_step=self._policy_stepped,
         )
         self._policy_task = self.loop.create_task(self.policy.run())
         self._kv_task = self.loop.create_task(workers.balance_kv(lambda: coordinator.idle))
@@ -302,6 +304,15 @@ class Services:
         coordinator.tidy = hmm_failover.tidy
         workers.announce()
         return coordinator
+
+    def _policy_stepped(self, view: PolicyView) -> None:
+        if self.observed is not None and self.observed.metrics is not None:
+            self.observed.metrics.policy(
+                attainment=view.attainment,
+                goodput_tokens=view.goodput_tokens_per_s,
+                desired_ranks=view.desired_ranks if view.desired_ranks is not None else view.ranks,
+                decisions_total=view.decisions_total,
+            )
 
     def _on_event(self, event: Event) -> None:
         if self._coordinator is not None and not self.ending():
