@@ -1,4 +1,4 @@
-"""A program around an elastic `sgl.Engine`, for tests/e2e/test_sgl_engine.py: what it sees is printed as one line of JSON.
+"""A program around an elastic `sgl.Engine`, for tests/e2e/test_sgl_engine.py: it prints what it sees as a line of JSON.
 
 python -m tests.helpers.engine_program MODEL
 """
