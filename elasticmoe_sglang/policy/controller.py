@@ -91,7 +91,8 @@ class PolicyController:
             self._estimator.slo = settings.objective or self._estimator.slo
             self._estimator.mark(self._clock())
         if settings.autoscale is not self._settings.autoscale:
-            # Whoever turns it on wants it to act, also where a manual request has held it.
+            # Whoever turns it on wants it to act, also where a manual request has held it, or is about to.
+            self._follow(self._clock())
             self._state = msgspec.structs.replace(self._state, trial=None, held_until=float("-inf"))
         self._settings = settings
         return self.view()

@@ -158,6 +158,21 @@ def test_a_manual_request_wins_and_holds_the_policy() -> None:
     run(main())
 
 
+def test_turning_it_on_ends_a_hold_also_of_a_change_that_has_just_ended() -> None:
+    async def main() -> None:
+        rig = Rig(PolicySettings(slo=SLO, autoscale=Autoscale.SHADOW))
+        await rig.steps(5)
+        operation = await rig.policy.submit(ScaleTo(size=3))
+        await rig.coordinator.wait(operation.operation_id)
+        assert rig.policy.view().held_until is not None
+        rig.policy.set({"autoscale": "on"})
+        rig.waiting = 40
+        await rig.steps(20)
+        assert rig.size == 4
+
+    run(main())
+
+
 def test_a_request_that_did_not_come_through_the_policy_holds_it_too() -> None:
     async def main() -> None:
         rig = Rig()
