@@ -1,7 +1,8 @@
 """Faults beside a clean death: processes that stand still or crawl, memory and descriptors refused, clients that
 neither read nor leave, the IMM, the HMM and the controller killed.
 
-Streams run through each of them; none is lost, or the end is the one that docs/operations.md names.
+Streams run through each of them; none is lost, or the end is the one that docs/operations.md names. The cases that
+differ least from another one, or wait long, are for `make soak`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -34,6 +36,10 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 faulty = pytest.mark.shared("faulty")
 
 STREAMS = 4
+
+
+def soaked(value: str) -> Any:
+    return pytest.param(value, marks=pytest.mark.soak)
 
 
 @pytest.fixture
@@ -117,6 +123,7 @@ def test_the_imm_is_killed(bench: Faulty) -> None:
 
 
 @faulty
+@pytest.mark.soak
 def test_a_rank_dies_while_there_is_no_imm(bench: Faulty) -> None:
     """Rank 0 needs a standby, and so the next IMM."""
     server = bench.server
@@ -132,6 +139,7 @@ def test_a_rank_dies_while_there_is_no_imm(bench: Faulty) -> None:
 
 
 @faulty
+@pytest.mark.soak
 def test_the_imm_is_killed_while_a_rank_joins(bench: Faulty) -> None:
     server = bench.server
     with serving(bench, 2):
@@ -169,6 +177,7 @@ def test_a_rank_that_is_slow_is_waited_for(bench: Faulty) -> None:
 
 
 @faulty
+@pytest.mark.soak
 def test_the_imm_and_the_controller_stand_still_for_a_while(bench: Faulty) -> None:
     with serving(bench, 2) as streams:
         workers = bench.server.worker_pids()
@@ -183,7 +192,8 @@ def test_the_imm_and_the_controller_stand_still_for_a_while(bench: Faulty) -> No
 
 
 @faulty
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [1, 0])
 def test_a_rank_is_refused_memory(bench: Faulty, rank: int) -> None:
     """Its address space may not grow: it goes on without, or fails and is lost like a rank that dies."""
     with serving(bench, 3):
@@ -204,6 +214,7 @@ def test_a_rank_is_killed_by_its_control_group(bench: Faulty) -> None:
 
 
 @faulty
+@pytest.mark.soak
 def test_the_hmm_is_refused_memory(bench: Faulty) -> None:
     with serving(bench, 2):
         pid = bench.server.status()["memory"]["pid"]
@@ -217,7 +228,7 @@ def test_the_hmm_is_refused_memory(bench: Faulty) -> None:
 
 
 @faulty
-@pytest.mark.parametrize("who", ["rank 1", "HMM", "IMM"])
+@pytest.mark.parametrize("who", [soaked("rank 1"), "HMM", soaked("IMM")])
 def test_descriptors_are_exhausted(bench: Faulty, who: str) -> None:
     """A change is rolled back with the reason, or goes through; serving is not affected, and the next change works."""
     server = bench.server
@@ -306,7 +317,7 @@ def running_requests(server: ElasticServer) -> int:
 
 
 @faulty
-@pytest.mark.parametrize("first", ["HMM", pytest.param("rank", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("first", ["HMM", soaked("rank")])
 def test_the_hmm_is_killed_while_a_rank_dies(bench: Faulty, first: str) -> None:
     server = bench.server
     with serving(bench, 4):
@@ -342,7 +353,7 @@ def test_a_second_server_on_the_hmm_is_refused(shared: Shared, tmp_path: Path) -
 
 
 @pytest.mark.shared("site")
-@pytest.mark.parametrize("who", ["controller", pytest.param("detokenizer", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("who", ["controller", soaked("detokenizer")])
 def test_the_server_ends_with_one_sentence(shared: Shared, who: str) -> None:
     """Within a second; an HMM that stands apart keeps everything."""
     site: Site = shared.site()
