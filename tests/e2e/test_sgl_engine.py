@@ -40,11 +40,13 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         try:
             printed, _ = program.communicate(timeout=540)
         finally:
-            left = [process.pid for process in psutil.process_iter() if _session(process) == program.pid]
-            for pid in left:
-                psutil.Process(pid).kill()
+            ours = [process for process in psutil.process_iter() if _session(process) == program.pid]
+            # Multiprocessing's resource tracker, and what removes the run folder, outlive the others for a moment.
+            _, left = psutil.wait_procs(ours, timeout=10)
+            for process in left:
+                process.kill()
     assert program.returncode == 0, (folder / "log").read_text()[-8000:]
-    assert not left, "the Engine has left processes behind"
+    assert not left, f"the Engine has left processes behind: {left}"
     answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return answer
 
