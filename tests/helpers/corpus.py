@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ _FEATURES: Mapping[str, dict[str, Any]] = {
     "penalties": {"sampling": {"frequency_penalty": 0.7, "presence_penalty": 0.3}},
     "repetition penalty": {"sampling": {"repetition_penalty": 1.1}},
 }
-_FROM_ANSWERS = ("stop", "stop token", "end", "min new tokens penalty", "pinned")
+_FROM_ANSWERS = ("stop", "stop regex", "stop token", "end", "min new tokens penalty", "pinned")
 """Their fields depend on the model's answers."""
 _SEEDED: Mapping[str, dict[str, Any]] = {
     "seed": {"sampling": {"temperature": _SPREAD, "sampling_seed": 1234}},
@@ -234,6 +235,8 @@ def _from_answers(load: Load, name: str, prompt: list[int]) -> tuple[list[int], 
     free = load.start(prompt, _FEATURE_TOKENS).wait(60)
     if name == "stop":
         return prompt, {"sampling": {"stop": [_late_piece(free.output.text)]}}
+    if name == "stop regex":
+        return prompt, {"sampling": {"stop_regex": re.escape(_late_piece(free.output.text))}}
     late = [token for at, token in enumerate(free.ids) if at > len(free.ids) * 2 // 3 and free.ids.index(token) == at]
     return prompt, {"sampling": {"stop_token_ids": late[:1], "ignore_eos": False}}
 
