@@ -78,7 +78,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         name="`min_new_tokens`", note="as penalties", cases=("min new tokens penalty",), exact_without_overlap=True
     ),
-    Feature(name="`stop`, `stop_token_ids`", cases=("stop", "stop token")),
+    Feature(name="`stop`, `stop_regex`, `stop_token_ids`", cases=("stop", "stop regex", "stop token")),
     Feature(name="natural end (EOS)", cases=("end",)),
     Feature(name="`regex`", cases=("regex",)),
     Feature(name="`json_schema`", cases=("json schema",)),

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from elasticmoe_sglang.tiny_model import VOCAB, Arch, make_tiny_model
 from tests.helpers.load import Load, Output, Stream, first_difference
 from tests.helpers.server import SglangServer
 
-REASONING = ("--reasoning-parser", "qwen3")
+REASONING = ("--reasoning-parser", "deepseek-v3")
 """For requests whose reasoning is counted."""
 TOKENS = 160
 LONG = 640
@@ -30,7 +31,7 @@ _LONG_TOKENS = 16
 
 _FEATURE_TOKENS = 96
 _TOP = 4
-_LEAST_TO_END = 30
+_ENDS_AFTER = range(36, 84)
 _END_TOKEN = 0
 _SPREAD = 4.0
 """A temperature at which these models' tokens are not certain."""
@@ -49,7 +50,7 @@ _FEATURES: Mapping[str, dict[str, Any]] = {
     "penalties": {"sampling": {"frequency_penalty": 0.7, "presence_penalty": 0.3}},
     "repetition penalty": {"sampling": {"repetition_penalty": 1.1}},
 }
-_FROM_ANSWERS = ("stop", "stop token", "end", "min new tokens penalty", "pinned")
+_FROM_ANSWERS = ("stop", "stop regex", "stop token", "end", "min new tokens penalty", "pinned")
 """Their fields depend on the model's answers."""
 _SEEDED: Mapping[str, dict[str, Any]] = {
     "seed": {"sampling": {"temperature": _SPREAD, "sampling_seed": 1234}},
@@ -213,7 +214,7 @@ def settle(features: Sequence[Feature], load: Load) -> None:
 def _ask_feature(load: Load, name: str, prompt: list[int]) -> Feature:
     fields = {**_FEATURES, **_SEEDED, **_SAMPLED}.get(name)
     if fields is None:
-        fields = _fields_from_answers(load, name, prompt)
+        prompt, fields = _from_answers(load, name, prompt)
     feature = Feature(name=name, prompt=prompt, fields=dict(fields), outputs={}, rank=1 if name == "pinned" else None)
     if name not in _SEEDED and name not in _SAMPLED:
         stream = feature.start(load, pinned=False).wait(60)
@@ -223,31 +224,35 @@ def _ask_feature(load: Load, name: str, prompt: list[int]) -> Feature:
     return feature
 
 
-def _fields_from_answers(load: Load, name: str, prompt: list[int]) -> dict[str, Any]:
+def _from_answers(load: Load, name: str, prompt: list[int]) -> tuple[list[int], dict[str, Any]]:
+    """The prompt, or another one that serves, and the fields."""
     if name == "pinned":
-        return {}
+        return prompt, {}
     if name in ("end", "min new tokens penalty"):
-        bias, ended_after = _bias_to_end(load, prompt)
+        prompt, bias, ended_after = _ends_by_itself(load, prompt)
         more = {"min_new_tokens": ended_after + 8} if name != "end" else {}
-        return {"sampling": {"logit_bias": bias, "ignore_eos": False, **more}}
+        return prompt, {"sampling": {"logit_bias": bias, "ignore_eos": False, **more}}
     free = load.start(prompt, _FEATURE_TOKENS).wait(60)
     if name == "stop":
-        return {"sampling": {"stop": [_late_piece(free.output.text)]}}
+        return prompt, {"sampling": {"stop": [_late_piece(free.output.text)]}}
+    if name == "stop regex":
+        return prompt, {"sampling": {"stop_regex": re.escape(_late_piece(free.output.text))}}
     late = [token for at, token in enumerate(free.ids) if at > len(free.ids) * 2 // 3 and free.ids.index(token) == at]
-    return {"sampling": {"stop_token_ids": late[:1], "ignore_eos": False}}
+    return prompt, {"sampling": {"stop_token_ids": late[:1], "ignore_eos": False}}
 
 
-def _bias_to_end(load: Load, prompt: list[int]) -> tuple[dict[str, float], int]:
-    """A bias with which the model ends by itself, late, and after how many tokens."""
-    biases = [{str(_END_TOKEN): 18.0 + step / 4} for step in range(36)]
+def _ends_by_itself(load: Load, prompt: list[int]) -> tuple[list[int], dict[str, float], int]:
+    """A prompt and a bias with which the model ends by itself, late, and after how many tokens."""
+    turned = [[*prompt[at:], *prompt[:at]] for at in range(min(len(prompt), 10))]
+    tried = [(each, {str(_END_TOKEN): 20 + step / 2}) for each in turned for step in range(6)]
     streams = [
-        load.start(prompt, _FEATURE_TOKENS, sampling={"logit_bias": bias, "ignore_eos": False}) for bias in biases
+        load.start(each, _FEATURE_TOKENS, sampling={"logit_bias": bias, "ignore_eos": False}) for each, bias in tried
     ]
-    for bias, stream in zip(biases, streams, strict=True):
-        tokens = len(stream.wait(120).ids)
-        if _LEAST_TO_END <= tokens < _FEATURE_TOKENS - 16:
-            return bias, tokens
-    raise AssertionError(f"no bias ends the answer late: {[len(stream.ids) for stream in streams]}")
+    load.wait(streams)
+    for (each, bias), stream in zip(tried, streams, strict=True):
+        if len(stream.ids) in _ENDS_AFTER:
+            return each, bias, len(stream.ids)
+    raise AssertionError(f"no bias ends an answer late: {[len(stream.ids) for stream in streams]}")
 
 
 def _late_piece(text: str) -> str:
