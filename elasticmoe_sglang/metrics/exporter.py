@@ -11,6 +11,7 @@ from elasticmoe_sglang.coordinator.status import Operation, Phase, RankInfo, Sta
 from elasticmoe_sglang.metrics import table
 from elasticmoe_sglang.metrics.streams import StreamMeter
 from elasticmoe_sglang.metrics.table import TABLE, Metric
+from elasticmoe_sglang.planner import Cause
 from elasticmoe_sglang.wire.to_hmm import KINDS
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ _HEALTHY, _TOLERANCE, _ADJUST = 0, 1, 2
 _SETTLED_WITHIN_S = 60.0
 """The longest gap around a change is observed when every stream goes on, but no later than this."""
 _ENDED = (Phase.DONE.value, Phase.FAILED.value, Phase.ROLLED_BACK.value, "unchanged")
-_CAUSE = "target"
 _PHASES = ("planned", "preparing", "committing", "finishing", "total")
 
 
@@ -61,7 +61,8 @@ class Metrics(Observer):
         self._decisions: dict[str, int] = {}
         # A series that begins with its first event has no increase at it.
         for outcome in _ENDED:
-            self._counters[table.CHANGES.name].labels(cause=_CAUSE, outcome=outcome)
+            for cause in (Cause.TARGET, Cause.RESTORE):
+                self._counters[table.CHANGES.name].labels(cause=cause.value, outcome=outcome)
         for phase in _PHASES:
             self._histograms[table.CHANGE_SECONDS.name].labels(phase=phase)
         self._show_ranks(ep_size)
@@ -88,8 +89,9 @@ class Metrics(Observer):
         changed = bool(operation.joining or operation.retiring or operation.moves)
         outcome = operation.phase.value if changed else "unchanged"
         self._count(table.CHANGES, 1, cause=operation.cause.value, outcome=outcome)
-        if operation.phase is Phase.DONE or operation.timings.finishing_ms is not None:
-            self._wanted = operation.new_ep_size  # it was committed
+        committed = operation.phase is Phase.DONE or operation.timings.finishing_ms is not None
+        if committed and operation.cause is Cause.TARGET:
+            self._wanted = operation.new_ep_size
         if not changed:
             return
         self._count(table.REQUESTS_MOVED, operation.moved_requests)
