@@ -68,7 +68,8 @@ CHANGES = Metric(
     unit="operations",
     help="Changes of the EP size that have ended",
     labels={
-        "cause": "what the change was for, as in its operation: `target` (asked for) or `restore` (lost ranks came back); losses are in recovery_seconds",
+        "cause": "what the change was for, as in its operation: `target` (asked for) or `restore` (lost ranks came "
+        "back); losses are in recovery_seconds",
         "outcome": "`done`, `failed`, `rolled_back`, or `unchanged` when nothing had to change",
     },
 )

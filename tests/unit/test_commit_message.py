@@ -17,7 +17,7 @@ def test_the_commit_travels_in_either_encoding_of_sglang(pickled: bool, monkeypa
     register_types()
     monkeypatch.setattr(io_struct, "_USE_PICKLE_IPC", pickled)
     command = CommitCommand(
-        operation_id="3.1", before=(0, 1), members=(0, 2), epoch=3, attempt=1, placement=(0, 2, 2), expires=1.5
+        operation_id="3.1", before=(0, 1), members=(0, 2), lost=(), epoch=3, attempt=1, placement=(0, 2, 2), expires=1.5
     )
     received = from_wire(to_wire(ElasticCommandReq(command=command)))
     assert received.command == command

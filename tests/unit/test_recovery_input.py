@@ -29,7 +29,7 @@ class Rank:
             fences=[],
             inbox=MigrationInbox(),
             recovery=RecoveryInbox(),
-            peer=SimpleNamespace(poll=lambda timeout: 0),
+            peer=SimpleNamespace(getsockopt=lambda option: 0),
             agent=SimpleNamespace(post=self.posted.append),
         )
         self.fences: list[Any] = []
