@@ -17,7 +17,7 @@ from elasticmoe_sglang.wire.to_worker import ReleaseMigrated, Resumed
 
 logger = logging.getLogger(__name__)
 
-# After this long, requests continue although output of their old rank may still be in the detokenizer.
+# After this long, the requests of a rank whose output has not passed are taken from the journal instead.
 OUTPUT_FENCE_S = 5.0
 _POLL_S = 0.002
 _REMEMBERED = 64
@@ -39,7 +39,7 @@ class OutputFences:
         deadline = time.monotonic() + timeout_s
         while absent := set(ranks) - self._passed.get(operation_id, set()):
             if time.monotonic() > deadline:
-                logger.error("output of ranks %s did not pass within %.0f s; continuing", sorted(absent), timeout_s)
+                logger.error("output of ranks %s did not pass within %.0f s", sorted(absent), timeout_s)
                 return False
             await asyncio.sleep(_POLL_S)
         return True
@@ -47,8 +47,13 @@ class OutputFences:
 
 async def migrate(channel: WorkerChannel, fences: OutputFences, retired: Retired) -> int:
     """Have the survivors resume the requests that the retiring rank sent them, and wait until all run there and their
-    KV has been copied out of the retiring rank's memory. Returns the number of requests."""
-    await fences.wait(retired.operation_id, [retired.rank])
+    KV has been copied out of the retiring rank's memory. Returns the number of requests.
+
+    Raises:
+        WorkerError: the rank's last output did not arrive in time, or requests are missing at survivors.
+    """
+    if not await fences.wait(retired.operation_id, [retired.rank]):
+        raise WorkerError("its last output did not arrive in time", rank=retired.rank, operation=retired.operation_id)
     with_kv = 0
 
     async def resumed(survivor: int, migrated: int) -> int:

@@ -7,7 +7,7 @@ retries: implementations do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from elasticmoe_sglang.coordinator.status import CommitReport, MemoryStatus, PullReport, RankInfo, Withdrawal
@@ -31,10 +31,11 @@ class SglangPort(Protocol):
             Ids of the requests that were open when the message was sent.
         """
 
-    async def send_again(self, rids: set[str], *, suspect: bool) -> int:
+    async def send_again(self, rids: set[str], *, gone: Collection[tuple[int, int]], suspect: bool) -> int:
         """Send those of these requests that are still open to active ranks; returns how many.
 
         Args:
+            gone: (rank, epoch in which it joined) of workers that have ended; their outputs do not count any more.
             suspect: one of them may be what ended their rank.
         """
 

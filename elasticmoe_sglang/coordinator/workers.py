@@ -58,6 +58,8 @@ class Workers:
         self._opened: tuple[str, set[str]] = ("", set())
         self._reported: tuple[str, set[int]] = ("", set())
         self._resends = 0
+        self._joined: dict[int, int] = {}  # rank -> epoch in which its worker joined; 0 for the first ones
+        self._gone: set[tuple[int, int]] = set()
         self._crashed = False  # a worker since the last resend
         self._stalled: set[int] = set()
         self._barrier = CommitBarrier(control, COORDINATOR)
@@ -79,6 +81,7 @@ class Workers:
             case to_coordinator.WorkerExited(rank=rank, pid=pid):
                 if self.pids.get(rank) == pid:
                     del self.pids[rank]
+                self._gone.add((rank, self._joined.get(rank, 0)))
                 self._hellos.pop(rank, None)
                 self._kv.forget(rank)
                 if rank in self.view().ranks:
@@ -151,6 +154,7 @@ class Workers:
     async def boot(self, join_spec: to_worker.JoinSpec) -> PullReport:
         rank = join_spec.rank
         self._joining.add(rank)
+        self._joined[rank] = join_spec.epoch
         self._channel.forget(lambda message: getattr(message, "rank", None) == rank)
         self._channel.tell_imm(to_imm.Assign(join_spec=join_spec))
         hello = await self._channel.wait_for(to_coordinator.Hello, rank=rank)
@@ -264,11 +268,12 @@ class Workers:
             *(self._channel.wait_for(to_worker.Counted, rank=rank, operation_id=operation_id) for rank in members)
         )
         # A request that ended on a member is missing in its report, and stays open until its last output has passed.
-        await self.fences.wait(operation_id, members)
+        if not await self.fences.wait(operation_id, members):
+            raise WorkerError("the output of a rank did not pass in time", operation=operation_id)
         here = {rid for report in reports for rid in report.rids}
         # A worker that somebody kills is no request's doing; one that crashes, or that had to be killed, may be.
         suspect, self._crashed = self._crashed, False
-        return await self._sglang.send_again(opened - here, suspect=suspect)
+        return await self._sglang.send_again(opened - here, gone=self._gone, suspect=suspect)
 
     async def dismiss(self, rank: int) -> None:
         if rank not in self._retiring:

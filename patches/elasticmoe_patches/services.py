@@ -16,13 +16,14 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from elasticmoe_patches import device, measure
 from elasticmoe_patches.observability import Observability, observability
 from elasticmoe_patches.runtime_state import replay
+from elasticmoe_patches.senders import Sender, Senders
 from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE, Answers
 from elasticmoe_sglang import run_dir_reaper
 from elasticmoe_sglang.api.elastic_ep import ElasticEp
@@ -56,16 +57,15 @@ _HELLO_DEADLINE_S = 60.0
 # For an HMM that takes the place of one that has ended, while survivors of a loss wait for it.
 _MEMORY_S = 20.0
 _LOOK_AT_IMM_S = 0.5
-# The output that a worker sent before its death has passed the detokenizer after this time.
-_LAST_OUTPUT_S = 0.05
 _services: Services | None = None
 
 
 class SglangRouter:
     """The coordinator's `SglangPort`: sends on SGLang's sockets, in the tokenizer's event loop, which owns them."""
 
-    def __init__(self, tokenizer_manager: Any) -> None:
+    def __init__(self, tokenizer_manager: Any, senders: Senders) -> None:
         self._tokenizer = tokenizer_manager
+        self._senders = senders
         self._answers: Answers = getattr(tokenizer_manager, ATTRIBUTE)
 
     async def send_command(self, command: CommitCommand) -> None:
@@ -103,15 +103,16 @@ class SglangRouter:
 
         return await self._run(send())
 
-    async def send_again(self, rids: set[str], *, suspect: bool) -> int:
+    async def send_again(self, rids: set[str], *, gone: Collection[Sender], suspect: bool) -> int:
         from elasticmoe_patches.journal import send_again
 
         async def send() -> int:
+            # Without an await between: what comes later of a dead worker is not in what is sent again.
+            self._senders.bar(gone)
             return send_again(self._tokenizer, rids, suspect=suspect)
 
         if not rids:
             return 0
-        await asyncio.sleep(_LAST_OUTPUT_S)
         return await self._run(send())
 
     async def _run(self, coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:
@@ -128,12 +129,13 @@ class Services:
     Attributes:
         loop: the coordinator's event loop, which runs in a thread.
         observed: metrics and traces; None until the coordinator starts.
-        instance_id: names this start of the server.
+        instance_id: names this start of the server. senders: whose outputs count.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.instance_id = uuid.uuid4().hex
+        self.senders = Senders()
         self.hmm: HmmProcess | None = None
         if runtime.config.run_dir is None:
             run_dir_reaper.watch(str(runtime.paths.run_dir), os.getpid())
@@ -250,7 +252,7 @@ class Services:
             channel=self._channel,
             hmm=hmm,
             control=self.control,
-            sglang=SglangRouter(self._tokenizer),
+            sglang=SglangRouter(self._tokenizer, self.senders),
         )
         for message in self._early:
             workers.message(message)

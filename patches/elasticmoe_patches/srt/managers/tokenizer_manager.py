@@ -104,13 +104,18 @@ async def around_send_batch_request(original: Any, self: Any, tokenized_objs: An
 
 
 @hook(
-    "before",
+    "around",
     "TokenizerManager._handle_batch_output(self, recv_obj)",
-    expires="SGLang tells plugins when a request's first and last token came.",
+    expires="SGLang tells plugins when a request's first and last token came, and its outputs name their process.",
 )
-def before_handle_batch_output(self: Any, recv_obj: Any) -> None:
-    """Counts tokens, first tokens and ends of requests, by which the policy decides."""
-    measure.output(recv_obj)
+async def around_handle_batch_output(original: Any, self: Any, recv_obj: Any) -> None:
+    """Drops what a dead worker had sent once its requests are sent to others; counts tokens, first tokens and ends of
+    requests, by which the policy decides."""
+    from elasticmoe_patches.services import services
+
+    if services().senders.admit(recv_obj):
+        measure.output(recv_obj)
+        await original(self, recv_obj)
 
 
 @hook(
