@@ -109,8 +109,9 @@ def snapshot(
         kv_bytes: HMM memory of each rank's KV cache.
     """
     waiting = iter(
-        [(RankState.STANDBY, pid) for pid in population.standbys]
-        + [(RankState.STARTING, pid) for pid in population.starting]
+        # One that has just been assigned to a rank is still among them until the IMM says what there is now.
+        [(RankState.STANDBY, pid) for pid in population.standbys if pid not in pids.values()]
+        + [(RankState.STARTING, pid) for pid in population.starting if pid not in pids.values()]
     )
     infos = []
     for rank in range(config.max_ep_size):

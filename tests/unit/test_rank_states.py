@@ -18,6 +18,7 @@ from elasticmoe_sglang.wire.to_imm import Population
         ([], [21], [("starting", 21), ("inactive", None)]),
         ([22], [21], [("standby", 22), ("starting", 21)]),
         ([22, 23], [], [("standby", 22), ("standby", 23)]),
+        ([11, 22], [10], [("standby", 22), ("inactive", None)]),
     ],
 )
 def test_a_starting_standby_is_no_standby_yet(
