@@ -14,12 +14,15 @@ from elasticmoe_sglang.policy.estimator import Sample
 from elasticmoe_sglang.policy.meter import RequestMeter
 
 METER = RequestMeter()
+HEALTH_CHECK = "HEALTH_CHECK"
+"""What ids of SGLang's own health checks begin with (`sglang.srt.constants`)."""
 
 
 def arrived(tokenizer_manager: Any, tokenized: Any) -> None:
-    """A tokenised request is about to be sent. Only requests that generate count."""
+    """A tokenised request is about to be sent. Only requests that generate count, and no health checks."""
     state = tokenizer_manager.rid_to_state.get(tokenized.rid)
-    if state is not None and hasattr(tokenized, "sampling_params"):
+    generates = hasattr(tokenized, "sampling_params") and not tokenized.rid.startswith(HEALTH_CHECK)
+    if state is not None and generates:
         streams = bool(getattr(tokenized, "stream", False))
         METER.arrived(state.time_stats.created_time, tokenized.rid, len(tokenized.input_ids or ()), streams)
 

@@ -39,11 +39,13 @@ def batch(rids: list[str], lengths: list[int], reasons: list[Any], ids: list[lis
 
 def test_a_request_from_its_arrival_to_its_end(meter: RequestMeter) -> None:
     now = measure.time.perf_counter()
-    here = tokenizer({"a": now - 0.5, "gone": now})
+    here = tokenizer({"a": now - 0.5, "gone": now, "HEALTH_CHECK_1": now})
     measure.arrived(here, request("a"))
     measure.arrived(here, request("unknown"))
+    measure.arrived(here, request("HEALTH_CHECK_1"))
     measure.arrived(here, SimpleNamespace(rid="gone", input_ids=[1]))  # an embedding: nothing is generated
     measure.output(SimpleNamespace(rids=["gone"], embeddings=[[0.1]], finished_reasons=[{"type": "stop"}]))
+    measure.output(batch(["HEALTH_CHECK_1"], [1], [{"type": "length"}], [[5]]))
     measure.output(batch(["a"], [1], [None], [[5]]))
     measure.output(batch(["a"], [3], [{"type": "length"}], [[6, 7]]))
     made = Estimator(parse_slo(SLO))
@@ -80,3 +82,10 @@ def test_the_sample_is_of_the_active_ranks() -> None:
     assert sample() == Sample(ranks=2, running=5, waiting=1, kv_use=0.3, slots=8)
     active.append(3)  # which has not published anything yet
     assert sample() is None
+
+
+@pytest.mark.process
+def test_health_checks_are_named_as_sglang_names_them() -> None:
+    from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+
+    assert measure.HEALTH_CHECK == HEALTH_CHECK_RID_PREFIX
