@@ -20,6 +20,11 @@ from elasticmoe_sglang.wire.to_coordinator import Paused
 HOOKS = hook = Hooks(__name__, WORKERS)
 
 
+@hook("replace", "kill_itself_when_parent_died()", expires="SGLang lets a plugin decide whom its schedulers end with.")
+def outlive_parent() -> None:
+    """A worker's parent is the IMM, which it outlives: it ends with the main process, by the lifeline."""
+
+
 @hook("after", "Scheduler.init_request_dispatcher(self)", expires="SGLang lets plugins register control messages.")
 def after_init_request_dispatcher(_result: None, self: Any) -> None:
     """Receives the commit through SGLang's control broadcast, in the same iteration on all ranks."""
