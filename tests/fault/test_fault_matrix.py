@@ -200,6 +200,18 @@ def begin(bench: Faulty, fault: Fault) -> tuple[str, float]:
     return operation["operation_id"], time.time()
 
 
+def check_end(fault: Fault, operation: dict[str, Any], status: dict[str, Any]) -> None:
+    """The operation's phase says what serves: a fault up to the commit leaves the ranks of before, one after it those of
+    the change. A rank that was lost is back in either case."""
+    # The HMM has no part in the commit: the ranks commit, and what fails is giving memory back.
+    committed = fault.phase == "finishing" or (fault.victim == "HMM" and fault.phase == "committing")
+    wanted = operation["ranks_after"] if committed else operation["ranks_before"]
+    assert status["target_ranks"] == status["membership"] == wanted
+    assert (operation["serving_epoch"] == operation["epoch"]) == committed
+    clean = "done" if committed else "rolled_back"
+    assert operation["phase"] == clean or (fault.victim == "HMM" and operation["phase"] == "failed"), operation["error"]
+
+
 @pytest.mark.parametrize("fault", list(_params()))
 def test_killed_in_a_change(bench: Faulty, rows: list[Row], fault: Fault) -> None:
     server = bench.server
@@ -241,6 +253,7 @@ def test_killed_in_a_change(bench: Faulty, rows: list[Row], fault: Fault) -> Non
         f"{fault.id}: {operation['phase']}, longest gap {gap:.2f} s, whole after {whole_s:.2f} s: {operation['error']}"
     )
     assert gap < BACK_WITHIN_S
+    check_end(fault, operation, server.status())
     change(server, 6 - start)
     settled(lambda: imbalance(server.status()) is None, SETTLED_WITHIN_S, "the ledger agrees after the next change")
 
