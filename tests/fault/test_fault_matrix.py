@@ -201,8 +201,8 @@ def begin(bench: Faulty, fault: Fault) -> tuple[str, float]:
 
 
 def check_end(fault: Fault, operation: dict[str, Any], status: dict[str, Any]) -> None:
-    """The operation's phase says what serves: a fault up to the commit leaves the ranks of before, one after it those of
-    the change. A rank that was lost is back in either case."""
+    """The operation's phase says what serves: a fault up to the commit leaves the ranks of before, one after it those
+    of the change. A rank that was lost is back in either case."""
     # The HMM has no part in the commit: the ranks commit, and what fails is giving memory back.
     committed = fault.phase == "finishing" or (fault.victim == "HMM" and fault.phase == "committing")
     wanted = operation["ranks_after"] if committed else operation["ranks_before"]
