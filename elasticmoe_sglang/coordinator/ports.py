@@ -35,7 +35,7 @@ class SglangPort(Protocol):
         """Send those of these requests that are still open to active ranks; returns how many.
 
         Args:
-            gone: (rank, epoch in which it joined) of workers that have ended; their outputs do not count any more.
+            gone: (rank, incarnation) of workers that have ended; their outputs do not count any more.
             suspect: one of them may be what ended their rank.
         """
 

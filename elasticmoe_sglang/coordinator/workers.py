@@ -9,6 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
+
 from elasticmoe_sglang.comm.commit_barrier import COORDINATOR, CommitBarrier, Decision
 from elasticmoe_sglang.comm.control_page import ControlPage
 from elasticmoe_sglang.config import ElasticConfig
@@ -58,7 +60,8 @@ class Workers:
         self._opened: tuple[str, set[str]] = ("", set())
         self._reported: tuple[str, set[int]] = ("", set())
         self._resends = 0
-        self._joined: dict[int, int] = {}  # rank -> epoch in which its worker joined; 0 for the first ones
+        self._boots = 0
+        self._incarnation: dict[int, int] = {}  # rank -> that of its worker; 0 for the first ones
         self._gone: set[tuple[int, int]] = set()
         self._crashed = False  # a worker since the last resend
         self._stalled: set[int] = set()
@@ -81,7 +84,7 @@ class Workers:
             case to_coordinator.WorkerExited(rank=rank, pid=pid):
                 if self.pids.get(rank) == pid:
                     del self.pids[rank]
-                self._gone.add((rank, self._joined.get(rank, 0)))
+                self._gone.add((rank, self._incarnation.get(rank, 0)))
                 self._hellos.pop(rank, None)
                 self._kv.forget(rank)
                 if rank in self.view().ranks:
@@ -154,9 +157,11 @@ class Workers:
     async def boot(self, join_spec: to_worker.JoinSpec) -> PullReport:
         rank = join_spec.rank
         self._joining.add(rank)
-        self._joined[rank] = join_spec.epoch
+        self._boots += 1
+        self._incarnation[rank] = self._boots
         self._channel.forget(lambda message: getattr(message, "rank", None) == rank)
-        self._channel.tell_imm(to_imm.Assign(join_spec=join_spec))
+        spec = msgspec.structs.replace(join_spec, incarnation=self._boots)
+        self._channel.tell_imm(to_imm.Assign(join_spec=spec))
         hello = await self._channel.wait_for(to_coordinator.Hello, rank=rank)
         if hello.checkpoint_bytes:
             logger.warning("rank %d read %d bytes of the checkpoint to join", hello.rank, hello.checkpoint_bytes)

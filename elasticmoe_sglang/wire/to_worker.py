@@ -29,6 +29,7 @@ class JoinSpec(msgspec.Struct, frozen=True, kw_only=True):
         kv_chunks: KV memory to begin with; 0: the rank's share of what the weights leave.
         txn: the HMM transaction that its memory belongs to; empty when the rank opens its own.
         operation_id: the change, for messages; empty at the start of a server.
+        incarnation: tells this worker from all others of the rank; 0 at the start of a server.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class JoinSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_chunks: int = 0
     txn: str = ""
     operation_id: str = ""
+    incarnation: int = 0
 
 
 class Enter(Message, frozen=True, kw_only=True):

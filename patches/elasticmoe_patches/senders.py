@@ -13,7 +13,7 @@ from typing import Any
 from elasticmoe_sglang.comm.membership import MAX_CAPACITY
 
 Sender = tuple[int, int]
-"""(rank, incarnation); the incarnation is the epoch in which the process joined."""
+"""(rank, incarnation); see `JoinSpec.incarnation`."""
 
 
 def tag(rank: int, incarnation: int) -> int:

@@ -18,5 +18,5 @@ HOOKS = hook = Hooks(__name__, WORKERS)
 )
 def around_to_payload(original: Any, self: Any, *, dp_rank: int, is_idle_batch: bool) -> Any:
     """Adds the worker's incarnation to the rank of an output; see `senders.py`."""
-    incarnation = current_worker().join_spec.epoch
+    incarnation = current_worker().join_spec.incarnation
     return original(self, dp_rank=tag(dp_rank, incarnation), is_idle_batch=is_idle_batch)
