@@ -51,7 +51,9 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def choose(log_weights: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One column of each row, with a probability proportional to its weight.
+    """One column of each row, with a probability proportional to its weight, whatever the order of the columns.
+
+    SGLang sorts them only if some request of the batch samples with top-k, top-p or min-p.
 
     Args:
         log_weights: [n, m], -inf for what must not be chosen.
@@ -59,10 +61,11 @@ def choose(log_weights: torch.Tensor, seeds: torch.Tensor, positions: torch.Tens
     Returns:
         [n, 1] int64.
     """
-    edges = log_weights.double().exp().cumsum(-1)
+    weights, columns = log_weights.double().exp().sort(dim=-1, descending=True, stable=True)
+    edges = weights.cumsum(-1)
     total = edges[:, -1:]
     aim = torch.minimum(uniform(seeds, positions)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(edges, aim, right=True)
+    return columns.gather(-1, torch.searchsorted(edges, aim, right=True))
 
 
 def keep_likely(probs: torch.Tensor, min_ps: torch.Tensor) -> torch.Tensor:

@@ -218,7 +218,8 @@ def test_a_pin_to_a_rank_that_is_not_active_is_refused(running: Running) -> None
     server = running.server
     inactive = next(rank for rank in range(RANKS) if rank not in server.status()["membership"])
     for fields in ({"routed_dp_rank": inactive}, {"input_embeds": [[0.0] * 256]}, {"session_params": {"id": "a"}}):
-        body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2}, **fields}
+        prompt = {} if "input_embeds" in fields else {"input_ids": [5, 6]}
+        body = {**prompt, "sampling_params": {"max_new_tokens": 2}, **fields}
         response = server.post("/generate", body)
         assert response.status_code == 400 and next(iter(fields)) in response.text, response.text
     assert len(server.generate([5, 6], 2)["output_ids"]) == 2

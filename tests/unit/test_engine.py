@@ -45,6 +45,7 @@ def test_every_seed_settles(first: int) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(12000)
 def test_many_more_seeds_settle() -> None:
     """ELASTICMOE_SEEDS (200,000) seeds; the record says how often faults overlapped."""
     seeds = int(os.environ.get("ELASTICMOE_SEEDS", "200000"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,3 +131,21 @@ def test_a_rank_that_somebody_killed_is_no_requests_doing(tokenizer: Tokenizer) 
     for _ in range(40):
         assert tokenizer.resend("a", suspect=False) == 1
     assert [tokenizer.resend("a") for _ in range(4)] == [1, 1, 0, 0]
+
+
+def test_logprobs_of_the_prompt_are_not_computed_again() -> None:
+    """They were sent; SGLang would count the output with the prompt, fail an assertion and end the rank."""
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    req: Any = object.__new__(Req)
+    req.return_logprob, req.grammar, req.sampling_params = True, None, SamplingParams()
+    names = [f"{kind}_{part}" for kind in KINDS for part in ("val", "idx")]
+    req.logprob = SimpleNamespace(**dict.fromkeys(names))
+    Progress(output_ids=(4, 5), carried={}, aborted=False, unseen_logprobs=2, sent_again=True).apply(req)
+    assert all(getattr(req.logprob, f"input_{kind}_{part}") == [] for kind in INPUTS for part in ("val", "idx"))
+    assert req.logprob.output_token_logprobs_idx == [4, 5]
+
+
+INPUTS = ("token_logprobs", "top_logprobs", "token_ids_logprobs")
+KINDS = tuple(f"{side}_{kind}" for side in ("input", "output") for kind in INPUTS)

@@ -49,6 +49,14 @@ def test_a_row_is_chosen_alike_whatever_else_is_in_the_batch() -> None:
     assert not torch.equal(together, choose(logits, seeds + 1, positions))
 
 
+def test_a_row_is_chosen_alike_whether_its_columns_are_sorted_or_not() -> None:
+    """They are, if another request of the batch samples with top-k."""
+    logits = torch.randn(64, 100, generator=torch.Generator().manual_seed(2)).log_softmax(-1)
+    seeds, positions = torch.arange(64), torch.arange(64) * 3
+    ordered, columns = logits.sort(dim=-1, descending=True)
+    assert torch.equal(choose(logits, seeds, positions), columns.gather(-1, choose(ordered, seeds, positions)))
+
+
 def test_min_p_leaves_out_what_is_unlikely() -> None:
     probs = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.06, 0.04]])
     assert torch.equal(keep_likely(probs, torch.tensor([0.5, 0.05])), torch.tensor([[0.5, 0.3, 0.0], [0.9, 0.06, 0.0]]))

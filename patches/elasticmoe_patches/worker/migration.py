@@ -81,7 +81,14 @@ class Progress:
 
 
 def _fill_logprobs(logprob: Any, tokens: tuple[int, ...]) -> None:
-    """Entries that are never sent again, so that later ones stand at their token's index."""
+    """Entries that are never sent again, so that later ones stand at their token's index.
+
+    The prompt's were sent with the first token. SGLang would compute them again over prompt and output, and fail an
+    assertion that counts them; with lists, though empty, they are done, as after a retraction.
+    """
+    for name in ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs"):
+        for part in ("val", "idx"):
+            setattr(logprob, f"{name}_{part}", [])
     logprob.output_token_logprobs_val = [0.0] * len(tokens)
     logprob.output_token_logprobs_idx = list(tokens)
     for name in ("output_top_logprobs", "output_token_ids_logprobs"):
