@@ -40,6 +40,8 @@ TOLD = tl.constexpr(windows.TOLD)
 MISMATCHED = tl.constexpr(windows.MISMATCHED)
 TOLD_OF_MISMATCH = tl.constexpr(windows.TOLD_OF_MISMATCH)
 _POLLS_A_LOOK = tl.constexpr(64)
+_POLLS_A_STOP = tl.constexpr(1 << 14)
+"""The stop word is in host memory: all ranks' waiting programs together must not keep the bus busy with it."""
 
 
 @triton.jit
@@ -112,6 +114,7 @@ def _await_flag(flag, token, control, block):
             polls += 1
             if polls % _POLLS_A_LOOK == 0:
                 waited = time_ns(control, block) - began
+            if polls % _POLLS_A_STOP == 0:
                 failed = _failed_epoch(control)
     return seen
 
