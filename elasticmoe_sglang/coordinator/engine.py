@@ -556,6 +556,8 @@ class Engine:
         problems, failed = yield from self._each(change, first)
         strayed = [step for step in failed if isinstance(step, s.Migrate | s.Resend)]
         if strayed:
+            # What a rank could not hand over is no problem once it was sent again.
+            problems = [problem for problem, step in zip(problems, failed, strict=True) if step not in strayed]
             problems += yield from self._resend_strayed(change, strayed)
         release = [
             s.Release(rank=rank, columns=columns) for rank in plan.survivors if (columns := _departed(plan, rank))
