@@ -383,11 +383,17 @@ class Services:
         self._ends = True
 
     def _end_server(self, sentence: str) -> None:
-        """End the server through SGLang's handler of SIGQUIT, which kills the process tree."""
+        """Kill the process tree; through SGLang's handler of SIGQUIT where that has to dump requests first, which takes
+        more than a minute."""
+        from sglang.srt.utils import kill_process_tree
+
         if self.ending():
             return
         logger.critical("%s; the server ends, because it cannot serve its requests any more", sentence)
-        os.kill(os.getpid(), signal.SIGQUIT)
+        if self._tokenizer is not None and self._tokenizer.crash_dump_folder:
+            os.kill(os.getpid(), signal.SIGQUIT)
+        else:
+            kill_process_tree(os.getpid())
 
     def stop(self) -> None:
         self.ends()
