@@ -32,7 +32,7 @@ from tests.helpers.restarts import PROMPT, Site
 from tests.helpers.server import ServerFailed
 from tests.helpers.shared import COLLECTIVE_DEADLINE_S, Faulty, Shared, standby_pid
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 faulty = pytest.mark.shared("faulty")
 
 STREAMS = 4
@@ -89,7 +89,7 @@ def living(server: ElasticServer, wanted: str) -> int:
     settled(
         lambda: pid_of(server, wanted) is not None and (wanted != "imm" or standby_pid(server) is not None),
         4 * SETTLED_WITHIN_S,  # it imports SGLang
-        f"there is a {wanted}",
+        f"{wanted} runs",
     )
     pid = pid_of(server, wanted)
     assert pid is not None
