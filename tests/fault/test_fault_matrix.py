@@ -1,6 +1,7 @@
 """A process is killed in each phase of a change, up and down: serving goes on, nothing is lost, the next change works.
 
-One server for all cases, with streams running all the time. The points at which processes are killed are those of
+One server for all cases. Streams run all the time, and so many requests with long prompts that some are being prefilled
+and some wait in queues when the process is killed. The points at which processes are killed are those of
 `elasticmoe_sglang/faults.py`. At the end the matrix is printed (`pytest -s`) and recorded (`tests/helpers/record.py`).
 "Longest gap" is the longest time between two tokens of any stream around the fault; "whole again" is when the HMM's
 ledger equalled the placement and every rank had a living process, counted from the fault. A change that is
@@ -30,6 +31,8 @@ Way = Literal["2 -> 4", "4 -> 2"]
 Phase = Literal["preparing", "committing", "finishing"]
 
 STREAMS = 4
+LENGTHY = 20
+"""Requests with long prompts that run beside them: more than four ranks have slots for."""
 # The target is 2 s on a quiet machine, and tests share theirs with others. Whoever waits for a dead process until a
 # deadline of the hand-over is over waits 5 s.
 BACK_WITHIN_S = 4.5
@@ -113,6 +116,7 @@ class Row:
     median_ms: float
     settled_s: float
     requests: int
+    no_token_yet: int
     lost: int
 
     def facts(self) -> dict[str, Any]:
@@ -122,6 +126,7 @@ class Row:
             "median_gap_ms": round(self.median_ms, 1),
             "whole_again_s": round(self.settled_s, 2),
             "requests": self.requests,
+            "prefilled_or_queued_at_the_kill": self.no_token_yet,
             "lost": self.lost,
         }
 
@@ -143,14 +148,14 @@ def _publish(rows: list[Row]) -> None:
     if not rows:
         return
     lines = [
-        "| change | phase | killed | at | ended as | longest gap, s | whole again, s | requests |",
-        "|" + "---|" * 8,
+        "| change | phase | killed | at | ended as | longest gap, s | whole again, s | requests | no token yet |",
+        "|" + "---|" * 9,
     ]
     for row in rows:
         fault = row.fault
         lines.append(
             f"| {fault.way} | {fault.phase} | {fault.victim} | {fault.point} | {row.phase} | {row.gap_s:.2f} "
-            f"| {row.settled_s:.2f} | {row.requests} |"
+            f"| {row.settled_s:.2f} | {row.requests} | {row.no_token_yet} |"
         )
     print("\n" + "\n".join(lines))
     for row in rows:
@@ -218,7 +223,7 @@ def test_killed_in_a_change(bench: Faulty, rows: list[Row], fault: Fault) -> Non
     start = int(fault.way[0])
     change(server, start)
     settled(lambda: whole(server), SETTLED_WITHIN_S, "the server is whole before the change")
-    with Pump(bench.load, bench.request, STREAMS) as pump:
+    with Pump(bench.load, bench.request, STREAMS) as pump, Pump(bench.load, bench.lengthy_request, LENGTHY) as crowd:
         settled(lambda: len(pump.streams) >= STREAMS, 10, "streams start")
         for stream in pump.streams[:STREAMS]:
             stream.wait_for_tokens(4, 60)
@@ -229,13 +234,15 @@ def test_killed_in_a_change(bench: Faulty, rows: list[Row], fault: Fault) -> Non
         except TimeoutError as error:
             raise AssertionError(f"{error}: {imbalance(server.status())}\n{server.log_tail(150)}") from error
         whole_s = time.time() - at
-        running = [stream for stream in pump.streams if not stream.done.done()]
+        running = [stream for stream in pump.streams if stream.ids and not stream.done.done()]
         known = [len(stream.ids) for stream in running]
         for stream, tokens in zip(running, known, strict=True):
             stream.wait_for_tokens(min(tokens + 1, stream.wanted), BACK_WITHIN_S)
-    bench.load.wait(pump.streams)
-    for stream in pump.streams:
+    streams = pump.streams + crowd.streams
+    bench.load.wait(streams)
+    for stream in streams:
         stream.check(bench.expected[stream.rid])
+    no_token_yet = [stream for stream in crowd.streams if stream.sent_at < at < stream.first_at]
     gap, _ = longest_gap(pump.streams, at - 0.2, at + whole_s)
     gaps = [gap for stream in pump.streams for gap in stream.gaps()]
     rows.append(
@@ -245,14 +252,16 @@ def test_killed_in_a_change(bench: Faulty, rows: list[Row], fault: Fault) -> Non
             gap_s=gap,
             median_ms=statistics.median(gaps) * 1e3,
             settled_s=whole_s,
-            requests=len(pump.streams),
-            lost=sum(stream.lost for stream in pump.streams),
+            requests=len(streams),
+            no_token_yet=len(no_token_yet),
+            lost=sum(stream.lost for stream in streams),
         )
     )
     print(
         f"{fault.id}: {operation['phase']}, longest gap {gap:.2f} s, whole after {whole_s:.2f} s: {operation['error']}"
     )
     assert gap < BACK_WITHIN_S
+    assert len(no_token_yet) > 1, "nothing was being prefilled or waited in a queue"
     check_end(fault, operation, server.status())
     change(server, 6 - start)
     settled(lambda: imbalance(server.status()) is None, SETTLED_WITHIN_S, "the ledger agrees after the next change")

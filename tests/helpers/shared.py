@@ -39,6 +39,10 @@ EXPERTS = 16
 ROOM = 12
 """Columns that fit a device of the faulty server beside the dense weights: one rank alone cannot hold all."""
 FAULTY_TOKENS = 96
+LENGTHY = (300, 600, 1000, 2000)
+"""Prompts, in tokens, of requests that keep the faulty server's queues from being empty."""
+FAULTY_LIMITS = ("--max-running-requests", str(SLOTS * RANKS), "--chunked-prefill-size", str(4 * CHUNK * RANKS))
+LENGTHY_TOKENS = 12
 COLLECTIVE_DEADLINE_S = 15
 """Of the faulty server: tests wait for it."""
 
@@ -51,12 +55,19 @@ class Faulty:
     load: Load
     cases: list[Case]
     run_dir: Path
+    lengthy: list[Case]
     rng: random.Random = field(default_factory=lambda: random.Random(3))
     expected: dict[str, list[int]] = field(default_factory=dict)
 
     def request(self, load: Load) -> Stream:
-        case = self.rng.choice(self.cases)
-        stream = load.start(case.prompt, self.rng.randint(FAULTY_TOKENS // 2, FAULTY_TOKENS))
+        return self._start(load, self.rng.choice(self.cases), self.rng.randint(FAULTY_TOKENS // 2, FAULTY_TOKENS))
+
+    def lengthy_request(self, load: Load) -> Stream:
+        """A long prompt and few tokens. No two have a prefix in common in the cache."""
+        return self._start(load, self.rng.choice(self.lengthy), LENGTHY_TOKENS, extra_key=str(self.rng.random()))
+
+    def _start(self, load: Load, case: Case, tokens: int, **fields: str) -> Stream:
+        stream = load.start(case.prompt, tokens, **fields)
         self.expected[stream.rid] = case.ids
         return stream
 
@@ -152,14 +163,17 @@ def faulty_server(folder: Path, args: tuple[str, ...] = ()) -> Iterator[Faulty]:
     budget = dense_bytes(model) + ROOM * column_bytes(model) + column_bytes(model) // 2
     rng = random.Random(11)
     prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((2, 17, 64)))] for _ in range(20)]
+    lengthy = [[rng.randrange(3, VOCAB) for _ in range(length)] for length in LENGTHY * 2]
     own = ["--elasticmoe-run-dir", str(run_dir), "--elasticmoe-device-budget", str(budget)]
-    own += ["--elasticmoe-collective-deadline", str(COLLECTIVE_DEADLINE_S), *REASONING, "--enable-metrics", *args]
+    own += ["--elasticmoe-collective-deadline", str(COLLECTIVE_DEADLINE_S), *REASONING, "--enable-metrics"]
+    own += [*FAULTY_LIMITS, *args]
     try:
         with (
             ElasticServer(model, own, log=folder / "server.log", env={ENV_FAULTS: "1"}) as server,
             Load(server.url) as load,
         ):
-            yield Faulty(server=server, load=load, cases=ask(load, prompts, FAULTY_TOKENS), run_dir=run_dir)
+            cases, long_cases = ask(load, prompts, FAULTY_TOKENS), ask(load, lengthy, LENGTHY_TOKENS)
+            yield Faulty(server=server, load=load, cases=cases, lengthy=long_cases, run_dir=run_dir)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
 
