@@ -13,7 +13,7 @@ import psutil
 
 from elasticmoe_sglang.hmm.client import HmmClient
 from tests.helpers.elastic import ElasticServer
-from tests.helpers.leaks import holdings
+from tests.helpers.leaks import holdings, sockets
 from tests.helpers.load import Load, settled
 
 # Python's and malloc's arenas settle in the first changes; what is left after them is not to grow with their number.
@@ -35,12 +35,15 @@ class Footprint:
     transactions: int
     clients: int
     proportional_bytes: int = field(compare=False)
+    connections: dict[str, list[str]] = field(compare=False)
+    """What a failure shows of sockets."""
 
     def check(self, earlier: Footprint) -> None:
         """Nothing beyond what was there earlier; memory within GROWTH_BYTES."""
         for name, now in self.descriptors.items():
             more = now - earlier.descriptors[name]
-            assert not more, f"{name} has more descriptors: {dict(more)}"
+            were, are = "\n".join(earlier.connections[name]), "\n".join(self.connections[name])
+            assert not more, f"{name} has more descriptors: {dict(more)}; sockets before:\n{were}\nnow:\n{are}"
         assert self.processes == earlier.processes
         assert self.shm == earlier.shm and self.sockets == earlier.sockets
         counts = (self.blocks, self.transactions, self.clients)
@@ -95,10 +98,12 @@ def footprint(server: ElasticServer) -> Footprint:
     lasting |= {name: pid for pid, name in named(everybody).items() if name != "other"}
     # Before this test's own client: the HMM closes its side of that a moment later.
     descriptors = {name: holdings(pid).descriptors for name, pid in lasting.items()}
+    connections = {name: sockets(pid) for name, pid in lasting.items()}
     with HmmClient(endpoint, name="test") as client:
         hmm = client.status()
     return Footprint(
         descriptors=descriptors,
+        connections=connections,
         processes=Counter(process.name() for process in everybody),
         shm=frozenset(name for process in everybody for name in shared_memory(process.pid)),
         sockets=frozenset(os.listdir(Path(endpoint.removeprefix("ipc://")).parent)),

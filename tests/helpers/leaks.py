@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -76,6 +78,27 @@ def _descriptors(pid: int) -> Iterator[str]:
             continue
         # Sockets and pipes are told apart by inode; a leak shows as one more of its sort.
         yield link.split(":")[0] if link.startswith(("socket:", "pipe:")) else link
+
+
+def sockets(pid: int) -> list[str]:
+    """Its connected sockets, one line each: address, peer's address, and the peer's process where it is on this host.
+    Empty without `ss` (Debian's iproute2)."""
+    if shutil.which("ss") is None:
+        return []
+    options = ("--no-header", "--numeric", "--processes")
+    lines = {
+        family: subprocess.run(["ss", f"--{family}", *options], capture_output=True, text=True, check=True).stdout
+        for family in ("unix", "tcp")
+    }
+    columns = [line.split() for line in lines["unix"].splitlines()]
+    # netid, state, two queue lengths, path, inode, peer's path, peer's inode, processes
+    owners = {each[5]: (each[4], each[8] if len(each) > 8 else "-") for each in columns}
+    found = [
+        f"{each[4]} -> {' '.join(owners.get(each[7], ('?', 'nobody')))}"
+        for each in columns
+        if len(each) > 8 and f"pid={pid}," in each[8]
+    ]
+    return sorted(found + [line for line in lines["tcp"].splitlines() if f"pid={pid}," in line])
 
 
 def _shm_files() -> Iterator[str]:
