@@ -16,6 +16,7 @@ from elasticmoe_sglang.comm.control_page import ControlPage
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator import steps as s
 from elasticmoe_sglang.coordinator.engine import commit_id
+from elasticmoe_sglang.coordinator.incarnations import Incarnations
 from elasticmoe_sglang.coordinator.kv_balancer import KvBalancer
 from elasticmoe_sglang.coordinator.migration import OutputFences, migrate, snapshot
 from elasticmoe_sglang.coordinator.ports import SglangPort
@@ -60,9 +61,7 @@ class Workers:
         self._opened: tuple[str, set[str]] = ("", set())
         self._reported: tuple[str, set[int]] = ("", set())
         self._resends = 0
-        self._boots = 0
-        self._incarnation: dict[int, int] = {}  # rank -> that of its worker; 0 for the first ones
-        self._gone: set[tuple[int, int]] = set()
+        self._incarnations = Incarnations()
         self._crashed = False  # a worker since the last resend
         self._stalled: set[int] = set()
         self._barrier = CommitBarrier(control, COORDINATOR)
@@ -78,13 +77,14 @@ class Workers:
                 # Not who serves a rank: an IMM that has just begun does not know. Assignments and exits tell that.
                 self._population = message
                 self.on_event(s.StandbysReady(count=len(message.standbys)))
-            case to_imm.Assigned(rank=rank, pid=pid):
+            case to_imm.Assigned(rank=rank, pid=pid, incarnation=incarnation):
                 self.pids[rank] = pid
+                self._incarnations.assigned(pid, incarnation)
                 self.on_event(s.WorkerUp(rank=rank, pid=pid))
             case to_coordinator.WorkerExited(rank=rank, pid=pid):
                 if self.pids.get(rank) == pid:
                     del self.pids[rank]
-                self._gone.add((rank, self._incarnation.get(rank, 0)))
+                self._incarnations.exited(rank, pid)
                 self._hellos.pop(rank, None)
                 self._kv.forget(rank)
                 if rank in self.view().ranks:
@@ -157,10 +157,8 @@ class Workers:
     async def boot(self, join_spec: to_worker.JoinSpec) -> PullReport:
         rank = join_spec.rank
         self._joining.add(rank)
-        self._boots += 1
-        self._incarnation[rank] = self._boots
         self._channel.forget(lambda message: getattr(message, "rank", None) == rank)
-        spec = msgspec.structs.replace(join_spec, incarnation=self._boots)
+        spec = msgspec.structs.replace(join_spec, incarnation=self._incarnations.next())
         self._channel.tell_imm(to_imm.Assign(join_spec=spec))
         hello = await self._channel.wait_for(to_coordinator.Hello, rank=rank)
         if hello.checkpoint_bytes:
@@ -278,7 +276,7 @@ class Workers:
         here = {rid for report in reports for rid in report.rids}
         # A worker that somebody kills is no request's doing; one that crashes, or that had to be killed, may be.
         suspect, self._crashed = self._crashed, False
-        return await self._sglang.send_again(opened - here, gone=self._gone, suspect=suspect)
+        return await self._sglang.send_again(opened - here, gone=self._incarnations.gone, suspect=suspect)
 
     async def dismiss(self, rank: int) -> None:
         if rank not in self._retiring:

@@ -90,10 +90,15 @@ class _Child:
     sock: socket.socket | None
     rank: int | None = None
     ready: bool = False
+    incarnation: int = 0
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+
+def _assigned(child: _Child, rank: int) -> to_imm.Assigned:
+    return to_imm.Assigned(rank=rank, pid=child.pid, incarnation=child.incarnation)
 
 
 def exit_status(pidfd: int) -> int | None:
@@ -382,7 +387,7 @@ class ImmServer:
                 self._send(sock, to_imm.Registered(rank=rank, arguments=arguments))
             for child in self._children.values():
                 if child.rank is not None:
-                    self._send(sock, to_imm.Assigned(rank=child.rank, pid=child.pid), [child.pidfd])
+                    self._send(sock, _assigned(child, child.rank), [child.pidfd])
             self._send(sock, self._population())
 
     def _adopt(self, request: to_imm.AdoptWorkers, fds: list[int]) -> None:
@@ -417,9 +422,9 @@ class ImmServer:
         except (OSError, WorkerError) as error:
             self._refuse(sock, rank, f"no process could be started for rank {rank}: {error}")
             return
-        child.rank = rank
+        child.rank, child.incarnation = rank, request.join_spec.incarnation
         # Before the worker hears it: whatever becomes of this process, somebody watches that one.
-        self._tell(to_imm.Assigned(rank=rank, pid=child.pid), fds=[child.pidfd])
+        self._tell(_assigned(child, rank), fds=[child.pidfd])
         assert child.sock is not None
         try:
             send_packet(child.sock, packet)

@@ -34,6 +34,8 @@ class Assigned(Message, frozen=True, kw_only=True):
 
     rank: int
     pid: int
+    incarnation: int = 0
+    """See `JoinSpec.incarnation`. 0, too, where an IMM reports a worker that an earlier one started."""
 
 
 class KillWorker(Message, frozen=True, kw_only=True):
