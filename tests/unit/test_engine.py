@@ -164,12 +164,14 @@ DEFECTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "8": _strayed_requests_stay,
     "9": _late_is_taken_for_dead,
 }
+FROM_SEED = {"8": 300, "9": 700}
+"""Rare ones: nothing is found before, which takes seconds to see."""
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_planted_defect_is_found(defect: str, monkeypatch: pytest.MonkeyPatch) -> None:
     DEFECTS[defect](monkeypatch)
-    for seed in range(SEEDS):
+    for seed in range(FROM_SEED.get(defect, 0), SEEDS):
         try:
             world(seed).run()
         except Broken as found:
