@@ -106,6 +106,7 @@ class Engine:
         self._wanted: s.Wanted | None = None
         self._unsent = False
         self._lingering: dict[int, int | None] = {}
+        self._strays: set[int] = set()  # ranks that ended while they retired, until their requests have been sent again
         self._debts: list[s.Step] = []
         self._restore_at = 0.0
         self._restore_backoff = _RESTORE_BACKOFF_S
@@ -347,7 +348,7 @@ class Engine:
         """Requests may be on no rank: send them again until that has succeeded."""
         backoff = _BACKOFF_S
         while self._unsent and not self.lost() and not self._broken:
-            resend = s.Resend(operation_id="", forget=-1)
+            resend = s.Resend(operation_id="", forget=tuple(sorted(self._strays)))
             try:
                 if not (yield from self._end_lingering()):
                     continue
@@ -355,6 +356,7 @@ class Engine:
                     [resend], "sending requests again", self._now + self._deadlines.finish, interrupted=self._loss
                 )
                 self._unsent = False
+                self._strays.clear()
             except Failed as error:
                 logger.error("requests could not be sent again: %s", text_of(error))
                 yield Until(lambda: bool(self.lost() or self._broken), self._now + backoff)
@@ -394,13 +396,31 @@ class Engine:
     def _pay_debts(self, deadline: float) -> Program[None]:
         """In order, because memory must not be freed before it is unmapped. Raises what the first failure raises."""
         while self._debts:
-            try:
-                yield All([self._debts[0]], "cleaning up", deadline)
-            except Failed as error:
-                if not isinstance(error.cause, TransactionError):
-                    raise
-                logger.info("%s: %s", s.describe(self._debts[0]), error)  # it has ended with its HMM
+            step = self._still_owed(self._debts[0])
+            if step is not None:
+                try:
+                    yield All([step], "cleaning up", deadline)
+                except Failed as error:
+                    if not isinstance(error.cause, TransactionError):
+                        raise
+                    logger.info("%s: %s", s.describe(step), error)  # it has ended with its HMM
             del self._debts[0]
+
+    def _still_owed(self, step: s.Step) -> s.Step | None:
+        """What of a step that has failed is to be done in the present view: a recovery does not wait for it, and may
+        have put another worker into the rank, or the columns back."""
+        owners = self.view.owners
+        match step:
+            case s.Dismiss(rank=rank) if rank in self.view.ranks and rank not in self.lost():
+                return None
+            case s.Release(rank=rank, columns=columns):
+                left = tuple(column for column in columns if owners[column] != rank)
+                return s.Release(rank=rank, columns=left) if left else None
+            case s.Drop(rank=rank, txn=txn, moves=moves):
+                unowned = tuple(move for move in moves if owners[move.column] != rank)
+                return s.Drop(rank=rank, txn=txn, moves=unowned) if unowned else None
+            case _:
+                return step
 
     def _end(self, reason: str) -> None:
         self._ended = True
@@ -549,7 +569,11 @@ class Engine:
         plan = change.plan
         first: list[s.Step] = [s.CommitMemory(txn=change.txn)]
         if plan.cause is Cause.LOSS:
-            first.append(s.Resend(operation_id=_commit_id(change), forget=-1))
+            # Who could not be ended before may still hold requests: then they are sent again after it has ended.
+            if (yield from self._end_lingering()):
+                first.append(s.Resend(operation_id=_commit_id(change)))
+            else:
+                self._unsent = True
         else:
             first.append(s.Route(ranks=plan.after.ranks))
             first += [s.Migrate(rank=rank, operation_id=_commit_id(change)) for rank in plan.retiring]
@@ -580,17 +604,19 @@ class Engine:
 
     def _resend_strayed(self, change: _Transition, strayed: Sequence[s.Step]) -> Program[list[str]]:
         """Requests of a retiring rank that died, or of a lost one, may be on no rank."""
-        problems: list[str] = []
         for step in strayed:
-            forget = step.rank if isinstance(step, s.Migrate) else -1
             if isinstance(step, s.Migrate):
                 self._lingering[step.rank] = change.retiring[step.rank]
-            if not (yield from self._end_lingering()):
-                self._unsent = True
-                return [*problems, f"could not end the worker of rank {forget}"]
-            more, failed = yield from self._each(change, [s.Resend(operation_id="", forget=forget)])
-            problems += more
-            self._unsent = self._unsent or bool(failed)
+                self._strays.add(step.rank)
+        if not (yield from self._end_lingering()):  # all of them, before any request is sent again
+            self._unsent = True
+            return [f"could not end the workers of ranks {sorted(self._lingering)}"]
+        resend = s.Resend(operation_id="", forget=tuple(sorted(self._strays)))
+        problems, failed = yield from self._each(change, [resend])
+        if failed:
+            self._unsent = True
+        else:
+            self._strays.clear()
         return problems
 
     def _undo(self, change: _Transition, reason: str) -> Program[str]:

@@ -138,12 +138,12 @@ class WorkersPort(Protocol):
             WorkerError: the retiring rank died, or requests are missing: `resend` what is on no rank.
         """
 
-    async def resend(self, operation_id: str, forget: int) -> int:
+    async def resend(self, operation_id: str, forget: Sequence[int]) -> int:
         """Send open requests that are on no rank again. Returns their number.
 
         Args:
             operation_id: a recovery's commit, after which its participants report their requests unasked; "": ask them.
-            forget: a rank that died while it retired, whose requests have arrived in part; -1: none.
+            forget: ranks that ended while they retired, whose requests have arrived in part.
         """
 
     async def release(self, rank: int, columns: Sequence[int]) -> None:

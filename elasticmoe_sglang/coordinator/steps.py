@@ -123,11 +123,11 @@ class Resend:
 
     Attributes:
         operation_id: of a commit that the ranks answer with their requests; empty: ask them.
-        forget: a rank that died while it retired: what has arrived of it is not complete. -1: none.
+        forget: ranks that ended while they retired: what has arrived of them is not complete.
     """
 
     operation_id: str
-    forget: int
+    forget: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -257,13 +257,13 @@ class Workers:
         retired = await self._channel.wait_for(to_coordinator.Retired, rank=rank, operation_id=operation_id)
         return await migrate(self._channel, self.fences, retired)
 
-    async def resend(self, operation_id: str, forget: int) -> int:
+    async def resend(self, operation_id: str, forget: Sequence[int]) -> int:
         members = self.view().ranks
         known, opened = self._opened
         if operation_id != known or not known:
             self._resends += 1
             operation_id = f"resend-{self._resends}"
-            count = to_worker.CountRequests(operation_id=operation_id, forget=forget)
+            count = to_worker.CountRequests(operation_id=operation_id, forget=tuple(forget))
             for member in members:
                 await self._channel.tell_worker(member, count)
             opened = await self._sglang.send_recover_route(operation_id, members)

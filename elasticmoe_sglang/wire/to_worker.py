@@ -129,11 +129,11 @@ class Resumed(Message, frozen=True, kw_only=True):
 class CountRequests(Message, frozen=True, kw_only=True):
     """When the fence of this operation has been read, say which requests are here.
 
-    forget: a retiring rank that died while handing over; what has arrived of it is not complete and will be sent again.
+    forget: retiring ranks that ended while migrating; what has arrived of them is not complete and is sent again.
     """
 
     operation_id: str
-    forget: int
+    forget: tuple[int, ...]
 
 
 class Counted(Message, frozen=True, kw_only=True):

@@ -698,11 +698,10 @@ class World:
         for process in members:
             if not process.alive or process.broken:
                 raise WorkerError("it does not answer", rank=process.rank)
-        forgotten = {p.pid for p in self.processes if p.rank == step.forget and not p.alive}
-        for number, source in list(self._in_transit.items()):
-            if source in forgotten or not any(p.pid == source and p.retiring and p.alive for p in self.processes):
-                del self._in_transit[number]
-        here = {number for process in members for number in process.requests}
+        forgotten = {p.pid for p in self.processes if p.rank in step.forget and not p.alive}
+        self._in_transit = {n: source for n, source in self._in_transit.items() if source not in forgotten}
+        # What has arrived and waits for the rest of its rank's requests is on a rank.
+        here = {number for process in members for number in process.requests} | set(self._in_transit)
         strayed = [n for n in self.remaining if n not in self.done and n not in here]
         for number in strayed:
             self.random.choice(members).requests.add(number)

@@ -166,7 +166,7 @@ class FakeCluster:
         for rank in ranks:
             self.kv.pop(rank, None)
 
-    async def resend(self, operation_id: str, forget: int) -> int:
+    async def resend(self, operation_id: str, forget: Sequence[int]) -> int:
         return 3
 
     async def route(self, ranks: Sequence[int]) -> None:

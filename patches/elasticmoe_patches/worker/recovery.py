@@ -62,7 +62,8 @@ def answer_counts(scheduler: Any, worker: Worker) -> None:
     for message in [count for count in counts if count.operation_id in worker.fences]:
         counts.remove(message)
         receive_migrated(worker)
-        worker.inbox.forget(message.forget)
+        for rank in message.forget:
+            worker.inbox.forget(rank)
         report(scheduler, worker, message.operation_id)
 
 
