@@ -99,7 +99,7 @@ class Engine:
         self._goal = view.ranks  # the ranks of the last target
         self._broken: dict[int, int] = {}
         self._broken_since = 0.0
-        self._meetings: list[float] = []
+        self._meetings: dict[int, float] = {}
         self._standbys = 0
         self._memory: ElasticMoEError | None = None
         self._closing = False
@@ -332,7 +332,8 @@ class Engine:
         silent = [rank for rank in self.view.ranks if rank not in self._broken]
         if not silent:
             since = self._now - _MEETINGS_S
-            self._meetings = [*(time for time in self._meetings if time > since), self._now]
+            # Once for each epoch: a recovery that fails for another reason finds them broken as before.
+            self._meetings = {e: at for e, at in self._meetings.items() if at > since} | {self.view.epoch: self._now}
             if len(self._meetings) > _MEETINGS:
                 self._end("collectives of living ranks fail again and again; the ranks do not do the same")
             return True

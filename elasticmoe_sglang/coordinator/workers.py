@@ -89,7 +89,8 @@ class Workers:
                 self._kv.forget(rank)
                 if rank in self.view().ranks:
                     self._crashed |= message.status != -signal.SIGKILL or pid in self._stalled
-                    logger.error("the worker of active rank %d (pid %d) %s", rank, pid, message.how)
+                    level = logging.INFO if message.status == 0 else logging.ERROR  # 0: at a server's ordinary end
+                    logger.log(level, "the worker of active rank %d (pid %d) %s", rank, pid, message.how)
                 self.on_event(s.WorkerGone(rank=rank, pid=pid))
             case to_coordinator.Hello():
                 self._hellos[message.rank] = message
