@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -146,13 +147,22 @@ def alone(context: DeviceContext, times: int) -> None:
     device.check()
 
 
-def meet_or_fail(context: DeviceContext, ranks: tuple[int, ...], epoch: int, count: int, delay_s: float = 0.0) -> Any:
-    """One all-reduce after a delay: the seconds it took, and the error that the device reported (None: none)."""
+def meet_or_fail(
+    context: DeviceContext,
+    ranks: tuple[int, ...],
+    epoch: int,
+    count: int,
+    delay_s: float = 0.0,
+    met: Callable[[], None] = lambda: None,
+) -> Any:
+    """One all-reduce after a delay: the seconds it took, and the error that the device reported (None: none). `met` is
+    called once all have met."""
     context.adopt(ranks, epoch)
     device, group = context.device, context.everybody
     tensor = torch.ones(count, dtype=torch.float32, device=device.device)
     collectives.all_reduce(device.windows, group, tensor, tensor.clone())  # everybody is there, everything compiled
     device.drain()
+    met()
     time.sleep(delay_s)
     started = time.monotonic()
     for _ in range(3):
@@ -167,12 +177,10 @@ def meet_or_fail(context: DeviceContext, ranks: tuple[int, ...], epoch: int, cou
 
 
 def stop_while_waiting(context: DeviceContext, ranks: tuple[int, ...], epoch: int, after_s: float) -> Any:
-    """`meet_or_fail` with a peer that never comes, of which the host is told `after_s` after the call began."""
-    context.adopt(ranks, epoch)
+    """`meet_or_fail` with a peer that meets once and never again, of which the host is told `after_s` later."""
     told = threading.Timer(after_s, context.device.stop_waiting)
-    told.start()
     try:
-        return meet_or_fail(context, ranks, epoch, 40)
+        return meet_or_fail(context, ranks, epoch, 40, met=told.start)
     finally:
         told.join()
 

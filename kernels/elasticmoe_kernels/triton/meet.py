@@ -40,8 +40,11 @@ TOLD = tl.constexpr(windows.TOLD)
 MISMATCHED = tl.constexpr(windows.MISMATCHED)
 TOLD_OF_MISMATCH = tl.constexpr(windows.TOLD_OF_MISMATCH)
 _POLLS_A_LOOK = tl.constexpr(64)
-_POLLS_A_STOP = tl.constexpr(1 << 14)
-"""The stop word is in host memory: all ranks' waiting programs together must not keep the bus busy with it."""
+
+
+# The stop word is in host memory: all ranks' waiting programs together must not keep the bus busy with it. Triton's
+# interpreter needs 0.1 ms for a poll.
+_POLLS_A_STOP = tl.constexpr(1 << 7 if triton.knobs.runtime.interpret else 1 << 14)
 
 
 @triton.jit
