@@ -39,7 +39,7 @@ EXPERTS = 16
 ROOM = 12
 """Columns that fit a device of the faulty server beside the dense weights: one rank alone cannot hold all."""
 FAULTY_TOKENS = 96
-LENGTHY = (300, 600, 1000, 2000)
+LENGTHY = (300, 600, 1000, 1400)
 """Prompts, in tokens, of requests that keep the faulty server's queues from being empty."""
 FAULTY_LIMITS = ("--max-running-requests", str(SLOTS * RANKS), "--chunked-prefill-size", str(4 * CHUNK * RANKS))
 LENGTHY_TOKENS = 12
