@@ -72,6 +72,7 @@ def test_tokenizer_speaks(tmp_path: Path) -> None:
     assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS] == [0, 1, 2]
 
 
+@pytest.mark.process  # computes for seconds
 @pytest.mark.parametrize("arch", ARCHS)
 def test_greedy_decoding_is_well_conditioned(arch: Arch, tmp_path: Path) -> None:
     """Default sizes: over 1024 greedy tokens, the best token leads by far more than float32 rounding moves logits.
