@@ -60,7 +60,7 @@ def test_prometheus_sees_changes_and_a_kill(faulty: Faulty, tmp_path: Path) -> N
     server = faulty.server
     with prometheus(server.url.removeprefix("http://"), tmp_path) as seen:
         # Nothing to change, but two ranks are what is asked for now, whatever was before; and all that was is seen.
-        unchanged = 'elasticmoe:changes_total{outcome="unchanged"}'
+        unchanged = 'sum(elasticmoe:changes_total{outcome="unchanged"})'
         earlier = seen.value(unchanged)
         change(server, 2)
         settled(lambda: seen.value(unchanged) > earlier, SEEN_WITHIN_S, "the request is seen")

@@ -46,7 +46,9 @@ class Prometheus:
 
     def value(self, expression: str) -> float:
         """The value of its only series, 0 where there is none yet."""
-        return next(iter(self.values(expression)), 0.0)
+        found = self.values(expression)
+        assert len(found) < 2, f"{expression} has {len(found)} series"
+        return found[0] if found else 0.0
 
     def rules(self) -> dict[str, dict[str, Any]]:
         """The alerting rules as Prometheus evaluates them, by name."""
