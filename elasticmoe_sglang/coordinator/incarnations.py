@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class Incarnations:
     """Attributes:
@@ -12,6 +14,8 @@ class Incarnations:
         self.gone: set[tuple[int, int]] = set()
         self._boots = 0
         self._of: dict[int, int] = {}  # pid -> incarnation, of workers that live
+        self._stalled: set[int] = set()
+        self._crashed = False
 
     def next(self) -> int:
         """For a worker that is about to boot. 0 is that of a rank's first worker, which boots with the server."""
@@ -22,6 +26,24 @@ class Incarnations:
         """The IMM has put this process into a rank. What it says first holds: another IMM does not know."""
         self._of.setdefault(pid, incarnation)
 
-    def exited(self, rank: int, pid: int) -> None:
-        """By the process and not by the rank: the next one may have been asked for before this exit was reported."""
+    def stalled(self, pid: int) -> None:
+        """The coordinator ends this worker, because it stands still."""
+        self._stalled.add(pid)
+
+    def exited(self, rank: int, pid: int, status: int | None, *, serving: bool) -> None:
+        """By the process and not by the rank: the next one may have been asked for before this exit was reported.
+
+        Args:
+            status: os.waitstatus_to_exitcode's; None where nobody could learn it.
+            serving: it had requests; False while it boots for a rank.
+        """
         self.gone.add((rank, self._of.pop(pid, 0)))
+        if serving:
+            self._crashed |= status != -signal.SIGKILL or pid in self._stalled
+        self._stalled.discard(pid)
+
+    def take_suspicion(self) -> bool:
+        """Whether, since the last call, a worker may have ended by a request's doing. One that somebody kills has not;
+        one that crashed, or that stood still, may have."""
+        crashed, self._crashed = self._crashed, False
+        return crashed

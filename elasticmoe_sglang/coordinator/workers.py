@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -62,8 +61,6 @@ class Workers:
         self._reported: tuple[str, set[int]] = ("", set())
         self._resends = 0
         self._incarnations = Incarnations()
-        self._crashed = False  # a worker since the last resend
-        self._stalled: set[int] = set()
         self._barrier = CommitBarrier(control, COORDINATOR)
         self._pauses: dict[int, float] = {}
         self.on_event: Callable[[s.Event], None] = lambda _event: None
@@ -84,11 +81,11 @@ class Workers:
             case to_coordinator.WorkerExited(rank=rank, pid=pid):
                 if self.pids.get(rank) == pid:
                     del self.pids[rank]
-                self._incarnations.exited(rank, pid)
+                serving = rank in self.view().ranks and rank not in self._joining
+                self._incarnations.exited(rank, pid, message.status, serving=serving)
                 self._hellos.pop(rank, None)
                 self._kv.forget(rank)
                 if rank in self.view().ranks:
-                    self._crashed |= message.status != -signal.SIGKILL or pid in self._stalled
                     level = logging.INFO if message.status == 0 else logging.ERROR  # 0: at a server's ordinary end
                     logger.log(level, "the worker of active rank %d (pid %d) %s", rank, pid, message.how)
                 self.on_event(s.WorkerGone(rank=rank, pid=pid))
@@ -132,7 +129,7 @@ class Workers:
     async def kill(self, rank: int, pid: int) -> None:
         if self.pids.get(rank) == pid:
             logger.error("the worker of rank %d (pid %d) has stalled; killing it", rank, pid)
-            self._stalled.add(pid)
+            self._incarnations.stalled(pid)
             self._channel.tell_imm(to_imm.KillWorker(rank=rank))
 
     # -- KV -----------------------------------------------------------------------------------------------------
@@ -275,8 +272,7 @@ class Workers:
         if not await self.fences.wait(operation_id, members):
             raise WorkerError("the output of a rank did not pass in time", operation=operation_id)
         here = {rid for report in reports for rid in report.rids}
-        # A worker that somebody kills is no request's doing; one that crashes, or that had to be killed, may be.
-        suspect, self._crashed = self._crashed, False
+        suspect = self._incarnations.take_suspicion()
         return await self._sglang.send_again(opened - here, gone=self._incarnations.gone, suspect=suspect)
 
     async def dismiss(self, rank: int) -> None:
