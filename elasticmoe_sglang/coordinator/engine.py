@@ -99,6 +99,7 @@ class Engine:
         self._goal = view.ranks  # the ranks of the last target
         self._broken: dict[int, int] = {}
         self._broken_since = 0.0
+        self._broken_ahead: list[s.RankBroken] = []  # in a view that has been committed, which is not known here yet
         self._meetings: dict[int, float] = {}
         self._standbys = 0
         self._memory: ElasticMoEError | None = None
@@ -170,10 +171,9 @@ class Engine:
                 if self._alive.get(rank) == pid:
                     del self._alive[rank]
                     self._broken.pop(rank, None)
-            case s.RankBroken(rank=rank, epoch=epoch, culprit=culprit):
-                if rank in self.view.ranks and epoch == self.view.epoch:
-                    self._broken_since = now if not self._broken else self._broken_since
-                    self._broken[rank] = culprit
+                    self._broken_ahead = [each for each in self._broken_ahead if each.rank != rank]
+            case s.RankBroken():
+                self._hear_broken(event)
             case s.StandbysReady(count=count):
                 self._standbys = count
             case s.MemoryHeld(reason=reason):
@@ -564,6 +564,16 @@ class Engine:
         serving = {rank: self._serving.get(rank) for rank in plan.survivors}
         self._serving = serving | {rank: change.booted[rank] for rank in plan.joining}
         self._broken.clear()
+        ahead, self._broken_ahead = self._broken_ahead, []
+        for broken in ahead:
+            self._hear_broken(broken)
+
+    def _hear_broken(self, event: s.RankBroken) -> None:
+        if event.epoch > self.view.epoch:
+            self._broken_ahead.append(event)
+        elif event.epoch == self.view.epoch and event.rank in self.view.ranks:
+            self._broken_since = self._broken_since if self._broken else self._now
+            self._broken[event.rank] = event.culprit
 
     def _finish(self, change: _Transition) -> Program[list[str]]:
         """Returns a sentence for each step that failed."""
