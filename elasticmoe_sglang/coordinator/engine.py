@@ -417,6 +417,8 @@ class Engine:
             case s.Release(rank=rank, columns=columns):
                 left = tuple(column for column in columns if owners[column] != rank)
                 return s.Release(rank=rank, columns=left) if left else None
+            case s.Drop(rank=rank) if rank in self.lost():
+                return None  # what it mapped has ended with it
             case s.Drop(rank=rank, txn=txn, moves=moves):
                 unowned = tuple(move for move in moves if owners[move.column] != rank)
                 return s.Drop(rank=rank, txn=txn, moves=unowned) if unowned else None

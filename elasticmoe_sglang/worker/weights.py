@@ -134,8 +134,9 @@ class WorkerWeights:
     def _dense_block(self, txn: str | None) -> tuple[Block, bool]:
         """Our device's dense block, and whether this rank has just allocated it (ranks of one device share it)."""
         found = self._client.lookup(kind="dense", device=self._device)
-        if found:
-            return found[0], False
+        settled = [block for block in found if block.txn is None or block.txn == txn]  # others may be rolled back yet
+        if settled:
+            return settled[0], False
         [block] = self._client.allocate(self._device, "dense", txn=txn)
         return block, True
 
@@ -157,9 +158,9 @@ class WorkerWeights:
         )
 
     def _attach_columns(self, owned: Sequence[int], txn: str | None) -> frozenset[int]:
-        known = self._client.lookup(kind="column", columns=list(owned)) if owned else []
-        here = {block.column: block for block in known if block.device == self._device and block.sealed}
-        elsewhere = {block.column: block for block in known if block.device != self._device and block.sealed}
+        known = self._filled_blocks(owned, txn) if owned else []
+        here = {block.column: block for block in known if block.device == self._device}
+        elsewhere = {block.column: block for block in known if block.device != self._device}
         self._map(list(here.values()))
         missing = [column for column in owned if column not in here]
         self.pull({column: elsewhere[column].device for column in missing if column in elsewhere}, txn)
@@ -201,30 +202,34 @@ class WorkerWeights:
         near = [column for column, source in sources.items() if source == self._device]
         far = [column for column, source in sources.items() if source != self._device]
         if near:
-            self._map(self._sealed(near, self._device))
+            self._map(self._filled_on(near, self._device, txn))
         if not far:
             return PullResult(columns=len(near), bytes=0, seconds=time.monotonic() - started)
         new = self._client.allocate(self._device, "column", columns=far, txn=txn or None)
-        copied = sum(self._fetch(column, sources[column], block) for column, block in zip(far, new, strict=True))
+        copied = sum(self._fetch(column, sources[column], block, txn) for column, block in zip(far, new, strict=True))
         self._client.seal([block.block_id for block in new])
         self.pulled_bytes += copied
         return PullResult(columns=len(sources), bytes=copied, seconds=time.monotonic() - started)
 
-    def _sealed(self, columns: Sequence[int], device: int) -> list[Block]:
-        found = {
-            block.column: block
-            for block in self._client.lookup(kind="column", device=device, columns=list(columns))
-            if block.sealed
-        }
+    def _filled_blocks(self, columns: Sequence[int], txn: str | None, device: int | None = None) -> list[Block]:
+        """Sealed blocks of these columns. What another change has allocated may be rolled back yet, so such a block
+        counts only where there is no other: that change serves, and the HMM has not heard so."""
+        sealed = [b for b in self._client.lookup(kind="column", device=device, columns=list(columns)) if b.sealed]
+        settled = [block for block in sealed if block.txn is None or block.txn == txn]
+        known = {block.column for block in settled}
+        return settled + [block for block in sealed if block.column not in known]
+
+    def _filled_on(self, columns: Sequence[int], device: int, txn: str | None) -> list[Block]:
+        found = {block.column: block for block in self._filled_blocks(columns, txn, device)}
         gone = [column for column in columns if column not in found]
         if gone:
             raise WorkerError(f"columns {gone} are not on device {device} any more", rank=self._rank)
         return [found[column] for column in columns]
 
-    def _fetch(self, column: int, source_device: int, block: Block) -> int:
+    def _fetch(self, column: int, source_device: int, block: Block, txn: str | None) -> int:
         assert block.column == column
         self._map([block])
-        [source] = self._sealed([column], source_device)
+        [source] = self._filled_on([column], source_device, txn)
         [handle] = self._client.handles([source.block_id])
         stats = self.columns.pull(column, handle, bytes_per_second=self._limit, should_stop=self._stop.is_set)
         if not stats.complete:

@@ -14,7 +14,7 @@ from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
 from elasticmoe_sglang.hmm.process import spawn_hmm
 from elasticmoe_sglang.wire.to_hmm import ModelSpec
-from elasticmoe_sglang.worker.weights import WorkerWeights
+from elasticmoe_sglang.worker.weights import Attached, WorkerWeights
 
 RANKS = 4
 COLUMNS = ColumnLayout.of([("0.w13_weight", (8, 4), torch.float32), ("0.w2_weight", (4, 4), torch.float32)])
@@ -69,3 +69,42 @@ def test_waiting_ranks_do_not_wait_for_each_other(endpoint: str, ranks_per_devic
         thread.join(30)
     assert sorted(found) == list(range(RANKS))
     assert all(bool((dense == 7.0).all()) for dense in found.values())
+
+
+def test_blocks_that_may_be_rolled_back_are_not_shared(endpoint: str) -> None:
+    """The rollback of a change that has failed waits for a rank that does not answer, and a recovery does not wait for
+    it: the columns which the change put onto a device must not be mapped there by the rank that is booted."""
+    with HmmClient(endpoint, name="coordinator") as coordinator, HmmClient(endpoint, name="first") as first:
+        source = WorkerWeights(first, rank=0, device=0, bytes_per_second=None, deadline_s=20)
+        whole = attach_to(source, owned=[0, 1, 2, 3], txn=None, fill_dense=True)
+        assert whole.load_columns == {0, 1, 2, 3}
+        for column in range(RANKS):
+            source.columns.views(COLUMNS)["0.w13_weight"][column].fill_(column + 1.0)
+        source.filled()
+        failed, recovery = coordinator.begin("failed"), coordinator.begin("recovery")
+        with HmmClient(endpoint, name="second") as second:
+            earlier = WorkerWeights(second, rank=1, device=1, bytes_per_second=None, deadline_s=20)
+            assert not attach_to(earlier, owned=[1, 2], txn=failed).load_columns
+        with HmmClient(endpoint, name="third") as third:
+            booted = WorkerWeights(third, rank=1, device=1, bytes_per_second=None, deadline_s=20)
+            assert not attach_to(booted, owned=[1], txn=recovery).load_columns
+            booted.pull({2: 0}, recovery)
+            coordinator.rollback(failed)
+            coordinator.commit(recovery)
+            held = coordinator.lookup(kind="column", device=1)
+            assert sorted(block.column for block in held if block.column is not None) == [1, 2]
+            for column in (1, 2):
+                assert torch.all(booted.columns.views(COLUMNS)["0.w13_weight"][column] == column + 1.0)
+
+
+def attach_to(memory: WorkerWeights, *, owned: list[int], txn: str | None, fill_dense: bool = False) -> Attached:
+    return memory.attach(
+        SPEC,
+        COLUMNS,
+        DENSE,
+        owned=owned,
+        txn=txn,
+        dense_source=0,
+        fill_dense=fill_dense,
+        table_device=torch.device("cpu"),
+    )

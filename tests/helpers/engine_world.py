@@ -57,14 +57,15 @@ class Broken(AssertionError):
 
 @dataclass(eq=False)
 class Process:
-    """A worker. `view`: None until it is a member. `at`: the proposals at whose barrier it stands."""
+    """A worker. `view`: None until it is a member. `mapped`: column -> block. `at`: the proposals at whose barrier it
+    stands."""
 
     pid: int
     rank: int
     alive: bool = True
     stopped: bool = False
     view: View | None = None
-    mapped: set[int] = field(default_factory=set)
+    mapped: dict[int, int] = field(default_factory=dict)
     broken: bool = False
     booted: bool = False
     retiring: bool = False
@@ -110,15 +111,17 @@ class World:
         self.capacity, self.columns = capacity, columns
         self._pid = 100
         self._unheard = 0  # deaths that are on their way to the engine
+        self.blocks: dict[int, tuple[int, int]] = {}  # block -> (rank, column)
+        self._last_block = 0
         self.processes: list[Process] = []
         for rank in ranks:
             process = self._spawn(rank)
             process.view, process.booted = self.view, True
-            process.mapped = set(self.view.placement.columns_of(rank))
+            for column in self.view.placement.columns_of(rank):
+                process.mapped[column] = self._allocate(rank, column)
         self.hmm_alive = True
         self.hmm_instance = 1
-        self.blocks = {(owner, column) for column, owner in enumerate(self.view.owners)}
-        self.txns: dict[str, set[tuple[int, int]]] = {}
+        self.txns: dict[str, set[int]] = {}
         self.proposals: dict[tuple[int, int], Proposal] = {}
         self.routed = set(ranks)
         self.standbys = 1
@@ -346,7 +349,9 @@ class World:
             self.later(0.05, self._adopt)
             return
         self.hmm_alive, self.hmm_instance = True, self.hmm_instance + 1
-        self.blocks |= {(p.rank, column) for p in self.processes if p.alive for column in p.mapped}
+        for process in self.processes:
+            if process.alive:
+                self.blocks |= {block: (process.rank, column) for column, block in process.mapped.items()}
         self.note("another HMM serves")
         self.post(s.MemoryHeld(reason=None))
 
@@ -378,7 +383,7 @@ class World:
             raise Broken("two views serve at the same time")
         for process in serving:
             assert process.view is not None
-            short = set(process.view.placement.columns_of(process.rank)) - process.mapped
+            short = set(process.view.placement.columns_of(process.rank)) - process.mapped.keys()
             if short:
                 raise Broken(f"rank {process.rank} serves without columns {sorted(short)}")
             for number in sorted(process.requests):
@@ -466,7 +471,7 @@ class World:
             process.broken = False
             if process.rank in plan.after.ranks:
                 process.view = plan.after
-                short = set(plan.after.placement.columns_of(process.rank)) - process.mapped
+                short = set(plan.after.placement.columns_of(process.rank)) - process.mapped.keys()
                 if short:
                     raise Broken(f"rank {process.rank} committed without columns {sorted(short)}")
             else:
@@ -542,7 +547,8 @@ class World:
             case s.Drop(rank=rank, moves=moves):
                 process = self.of(rank)
                 if process is not None:
-                    process.mapped -= {move.column for move in moves}
+                    for move in moves:
+                        process.mapped.pop(move.column, None)
             case s.Commit():
                 return (yield from self._commit(step))
             case s.Withdraw(plan=plan, attempt=attempt):
@@ -606,14 +612,23 @@ class World:
                 raise WorkerError("it exited while it pulled", rank=process.rank)
             if column in process.mapped:
                 raise WorkerError(f"column {column} is mapped already", rank=process.rank)
-            if not any(held == column for _, held in self.blocks):
+            known = {block: rank for block, (rank, held) in self.blocks.items() if held == column}
+            if not known:
                 raise Broken(f"column {column} is nowhere any more")
-            if (process.rank, column) not in self.blocks:
+            unsettled = {block for name, blocks in self.txns.items() if name != txn for block in blocks}
+            usable = known.keys() - unsettled or known.keys()
+            here = [block for block in usable if known[block] == process.rank]
+            if not here:
                 if txn not in self.txns:
                     raise TransactionError("the transaction has ended")
-                self.txns[txn].add((process.rank, column))
-                self.blocks.add((process.rank, column))
-            process.mapped.add(column)
+                here = [self._allocate(process.rank, column)]
+                self.txns[txn].add(here[0])
+            process.mapped[column] = here[0]
+
+    def _allocate(self, rank: int, column: int) -> int:
+        self._last_block += 1
+        self.blocks[self._last_block] = rank, column
+        return self._last_block
 
     def _commit(self, step: s.Commit) -> Part:
         plan = step.plan
@@ -711,10 +726,11 @@ class World:
         if not self.hmm_alive or txn not in self.txns:
             return  # it ended with its HMM
         freed = self.txns.pop(txn)
-        mapped = {(p.rank, column) for p in self.processes if p.alive for column in p.mapped}
+        mapped = {block for p in self.processes if p.alive for block in p.mapped.values()}
         if freed & mapped:
-            raise Broken(f"the HMM frees {sorted(freed & mapped)}, which workers map")
-        self.blocks -= freed
+            raise Broken(f"the HMM frees {[self.blocks[block] for block in freed & mapped]}, which workers map")
+        for block in freed:
+            self.blocks.pop(block, None)
 
     def _dismiss(self, rank: int) -> Part:
         process = self.of(rank)
@@ -732,16 +748,18 @@ class World:
         process = self.of(rank)
         if rank in self.view.ranks:
             if process is not None:
-                process.mapped -= set(columns)
+                for column in columns:
+                    process.mapped.pop(column, None)
         elif process is not None and process.retiring:
             raise Broken(f"memory of rank {rank} is released while its worker lives")
         self._need_hmm()
-        self.blocks -= {(rank, column) for column in columns}
+        released = {(rank, column) for column in columns}
+        self.blocks = {block: place for block, place in self.blocks.items() if place not in released}
 
     def _tidy(self) -> None:
         placed = {(owner, column) for column, owner in enumerate(self.view.owners)}
         mapped = {(p.rank, column) for p in self.processes if p.alive for column in p.mapped}
-        self.blocks = {block for block in self.blocks if block in placed or block in mapped}
+        self.blocks = {block: place for block, place in self.blocks.items() if place in placed or place in mapped}
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -763,13 +781,13 @@ class World:
         assert set(members) == set(self.view.ranks), "workers that are no members are left"
         for rank, process in members.items():
             assert process.view == self.view
-            assert process.mapped == set(self.view.placement.columns_of(rank)), f"rank {rank} maps {process.mapped}"
+            assert process.mapped.keys() == set(self.view.placement.columns_of(rank)), f"rank {rank} maps {[*process.mapped]}"
         others = [p.rank for p in self.processes if p.alive and p not in members.values()]
         assert not others, f"workers of ranks {others} are left over"
         assert not self.txns, "a transaction is open"
         assert all(phase.ended for phase in self.phases.values()), f"operations are open: {self.phases}"
         placed = {(owner, column) for column, owner in enumerate(self.view.owners)}
-        assert placed <= self.blocks, "the ledger lacks columns"
+        assert placed <= set(self.blocks.values()), "the ledger lacks columns"
         assert not self._in_transit
 
 
