@@ -781,7 +781,9 @@ class World:
         assert set(members) == set(self.view.ranks), "workers that are no members are left"
         for rank, process in members.items():
             assert process.view == self.view
-            assert process.mapped.keys() == set(self.view.placement.columns_of(rank)), f"rank {rank} maps {[*process.mapped]}"
+            assert process.mapped.keys() == set(self.view.placement.columns_of(rank)), (
+                f"rank {rank} maps {[*process.mapped]}"
+            )
         others = [p.rank for p in self.processes if p.alive and p not in members.values()]
         assert not others, f"workers of ranks {others} are left over"
         assert not self.txns, "a transaction is open"
