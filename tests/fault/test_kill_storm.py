@@ -40,10 +40,12 @@ STREAMS = 12
 RUNNING_PER_RANK = 2
 """Fewer than the streams of a rank, so that requests wait."""
 LENGTHS = (1, 5, 30, 120, 300, 1000, 2000)
-BETWEEN_S = 1.6
-AGAIN = 0.5
+BETWEEN_S = 3.0
+AGAIN = 0.4
 """How often another kill follows within AGAIN_WITHIN_S."""
 AGAIN_WITHIN_S = 0.6
+"""Most kills come while an earlier one has not healed. With half the time between them two cores boot workers all the
+time, and hardly ever serve."""
 CHANGE = 0.3
 """How often a change of size is asked for before a kill."""
 GAP_P99_S, GAP_MAX_S = 1.0, 2.0
