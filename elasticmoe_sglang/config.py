@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from elasticmoe_sglang import cpu_bind
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.policy.settings import PolicySettings, changed, check_sizes
 from elasticmoe_sglang.units import parse_bytes
@@ -35,6 +36,10 @@ class ElasticConfig:
     multiprocessor_share: str = "equal"
     """Of a GPU that ranks share, what each may compute on: equal (one part of ranks_per_device), all (the whole GPU for
     everybody), or a percentage such as 40. Given to NVIDIA's MPS; more ranks then mean more compute on one GPU."""
+
+    cpu_bind: str = cpu_bind.OFF
+    """Cores of each device where ranks compute on the CPU: off, auto, or sets like 0-3;4-7. A worker runs on those of
+    its device only, with as many threads; other processes run on the rest, where there is one."""
 
     standbys: int = 1
     """Standby workers (SGLang imported, waiting), so that a joining rank does not wait for the start of a process."""
@@ -101,6 +106,8 @@ class ElasticConfig:
             _is_duration(self, name)
         self.headroom_bytes(1 << 40)
         self.mps_percentage()
+        if self.cpu_bind not in (cpu_bind.OFF, cpu_bind.AUTO):
+            cpu_bind.check(self.cpu_bind, self.num_devices)
         check_sizes(self.policy_settings(), self.max_ep_size)
         if self.ep_size > self.max_ep_size:
             raise UserInputError(
@@ -154,6 +161,13 @@ class ElasticConfig:
     def device_of(self, rank: int) -> int:
         """The device of `rank`."""
         return rank // self.ranks_per_device
+
+    def cores_of(self, rank: int) -> tuple[int, ...] | None:
+        """Cores that the rank's worker is bound to, ascending; None: any. `auto` must have been resolved."""
+        assert self.cpu_bind != cpu_bind.AUTO
+        if self.cpu_bind == cpu_bind.OFF:
+            return None
+        return cpu_bind.parse_core_sets(self.cpu_bind)[self.device_of(rank)]
 
     @property
     def num_devices(self) -> int:
@@ -244,6 +258,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         str,
         "SHARE",
         "What each rank may use of a GPU that ranks share: equal, all, or a percentage. Default: equal.",
+    )
+    add(
+        "cpu_bind",
+        str,
+        "CORES",
+        "Bind workers to the cores of their device, on the CPU: off, auto, or sets like 0-3;4-7. Default: off.",
     )
     add("standbys", int, "N", f"Standby workers kept ready for joining ranks. Default: {defaults['standbys']}.")
     add("restore", _on_off, "on|off", "Bring lost ranks back as soon as a standby worker is ready. Default: on.")

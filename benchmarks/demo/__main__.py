@@ -18,7 +18,7 @@ import msgspec
 from rich.console import Console
 
 from benchmarks.demo.figures import Figures, figures
-from benchmarks.demo.report import report
+from benchmarks.demo.report import cores_sentence, report
 from benchmarks.demo.scenario import DemoFailed, Progress, play
 from benchmarks.demo.settings import Settings
 from benchmarks.demo.views import LiveView, PlainView
@@ -71,7 +71,8 @@ async def _run(settings: Settings, progress: Progress, view: PlainView | LiveVie
         await _make_model(settings, progress, view)
         command = "elasticmoe serve " + shlex.join(settings.serve_args())
         view.say(f"starting: {command} (log: {settings.log})")
-        # The ranks share this machine's cores; more threads in each would only compete for them.
+        view.say(cores_sentence(settings.cpu_bind))
+        # More threads in each rank would compete for the cores that ranks share.
         server = ElasticServer(
             settings.serve_args(), log=settings.log, port=settings.port, env={"OMP_NUM_THREADS": "1"},
             waiting=view.waiting,

@@ -102,6 +102,7 @@ def figures(progress: Progress, command: str) -> Figures:
         settings={
             "sizes": settings.sizes, "ranks": settings.ranks, "streams": settings.streams, "tokens": settings.tokens,
             "experts": settings.experts, "layers": settings.layers, "serve": settings.serve_args(),
+            "cpu_bind": settings.cpu_bind,
         },
         boot_s=round(progress.boot_s, 1),
         duration_s=round(end - begin, 2),

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.demo.figures import ChangeFigures, Figures
+from elasticmoe_sglang.cpu_bind import OFF
 from elasticmoe_sglang.units import format_bytes
 
 _LEGEND = """
@@ -22,13 +23,21 @@ def report(result: Figures) -> RenderableType:
     """The table, the machine and the checks."""
     parts: list[RenderableType] = [table(result), Text(_LEGEND, style="dim")]
     cores, load = result.machine["cores"], result.machine["load_1min"]
-    parts.append(Text(f"{cores} cores, load {load} in the last minute\n", style="dim"))
+    parts.append(Text(f"{cores} cores, load {load} in the last minute", style="dim"))
+    parts.append(Text(cores_sentence(str(result.settings["cpu_bind"])) + "\n", style="dim"))
     for check in result.checks:
         mark = ("ok    ", "green") if check.passed else ("FAILED", "bold red")
         parts.append(Text.assemble(mark, f"  {check.name}: {check.detail}"))
     parts += [Text(f"        {failure}", style="red") for failure in result.failures[:10]]
     parts += [Text(f"        {row.old} -> {row.new}: {row.error}", style="red") for row in result.changes if row.error]
     return Group(*parts)
+
+
+def cores_sentence(cpu_bind: str) -> str:
+    """Whether ranks have cores of their own, and what follows for tokens/s."""
+    if cpu_bind == OFF:
+        return "fewer cores than ranks: they share them, and more ranks do not raise tokens/s"
+    return f"each rank has cores of its own: {cpu_bind}"
 
 
 def table(result: Figures) -> Table:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.streams import Ask
+from elasticmoe_sglang.cpu_bind import resolve
 
 # The tiny model's tokenizer was trained on Python code.
 PROMPTS = (
@@ -50,9 +52,14 @@ class Settings:
     def log(self) -> Path:
         return self.out / "server.log"
 
+    @property
+    def cpu_bind(self) -> str:
+        """Cores of each rank, `off` where this machine has fewer cores than ranks."""
+        return resolve("auto", sorted(os.sched_getaffinity(0)), ranks=self.ranks, devices=self.ranks)
+
     def serve_args(self) -> list[str]:
         """Arguments of `elasticmoe serve`."""
-        size = ["--ep-size", str(self.sizes[0]), "--max-ep-size", str(self.ranks)]
+        size = ["--ep-size", str(self.sizes[0]), "--max-ep-size", str(self.ranks), "--cpu-bind", self.cpu_bind]
         return ["--model-path", str(self.model), *size, "--device", "cpu", "--max-total-tokens", "16384"]
 
     def reference_asks(self) -> list[Ask]:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elasticmoe_sglang.coordinator.status import DeviceMemory, MemoryStatus, Operation, Phase, RankState, Status
+from elasticmoe_sglang.cpu_bind import format_cores
 from elasticmoe_sglang.units import format_bytes
 
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
@@ -58,7 +59,7 @@ def ranks_table(status: Status) -> Table:
         table.add_row(
             str(rank.rank),
             Text(rank.state.value, style=_RANK_STYLES[rank.state]),
-            str(rank.device),
+            str(rank.device) if rank.cores is None else f"{rank.device} (cores {format_cores(rank.cores)})",
             str(rank.pid) if rank.pid is not None else "-",
             str(status.placement.count(rank.rank)),
             *("-" if tokens is None else str(tokens) for tokens in (rank.kv_tokens, rank.kv_used, rank.kv_cached)),

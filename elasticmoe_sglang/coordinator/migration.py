@@ -131,6 +131,7 @@ def snapshot(
                 rank=rank,
                 state=state,
                 device=config.device_of(rank),
+                cores=config.cores_of(rank),
                 pid=pid,
                 checkpoint_bytes=hello.checkpoint_bytes if hello else None,
                 load_s=hello.load_s if hello else None,

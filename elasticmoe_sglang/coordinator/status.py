@@ -130,11 +130,13 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
         kv_bytes: HMM memory of its KV cache, None where SGLang allocated it.
         kv_tokens, kv_used, kv_cached: capacity, tokens of running requests, tokens of cached prefixes; None for a rank
             that is not active.
+        cores: those that its worker is bound to; None: any.
     """
 
     rank: int
     state: RankState
     device: int
+    cores: tuple[int, ...] | None = None
     pid: int | None = None
     checkpoint_bytes: int | None = None
     load_s: float | None = None

@@ -1,15 +1,20 @@
-"""The server's devices: the HMM's memory backend, how much memory there is, whether ranks can share a device."""
+"""The server's devices: the HMM's memory backend, memory, whether ranks can share a device, and cores on the CPU."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
+from elasticmoe_sglang import cpu_bind
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import HmmTaken, UserInputError
 from elasticmoe_sglang.hmm.client import HmmClient
+
+logger = logging.getLogger(__name__)
 
 SERVER_ENDS_S = 10.0
 """A server that is started in the place of one that is ending waits so long for the HMM."""
@@ -66,6 +71,52 @@ def check_devices(config: ElasticConfig) -> None:
             "run in turns, each waiting for the others' time slices",
             hint=_START_MPS,
         )
+
+
+def settle_cores(config: ElasticConfig) -> ElasticConfig:
+    """The settings with the cores of each device of this machine.
+
+    Raises:
+        UserInputError: cores that this process may not run on, or any for GPUs.
+    """
+    setting = config.cpu_bind
+    if on_cuda():
+        if setting not in (cpu_bind.OFF, cpu_bind.AUTO):
+            raise UserInputError(
+                f"--elasticmoe-cpu-bind {setting} is for ranks that compute on the CPU", hint="Leave the flag out"
+            )
+        return replace(config, cpu_bind=cpu_bind.OFF)
+    usable, ranks = sorted(os.sched_getaffinity(0)), config.max_ep_size
+    settled = cpu_bind.resolve(setting, usable, ranks=ranks, devices=config.num_devices)
+    if setting == cpu_bind.AUTO and settled == cpu_bind.OFF:
+        logger.warning("workers are not bound to cores: %d ranks, %d cores", ranks, len(usable))
+    return replace(config, cpu_bind=settled)
+
+
+def leave_cores_to_ranks(config: ElasticConfig) -> None:
+    """This process, and what it starts from here on, runs on the cores that no device has, if there are any."""
+    if config.cpu_bind == cpu_bind.OFF:
+        return
+    taken = {core for cores in cpu_bind.parse_core_sets(config.cpu_bind) for core in cores}
+    if rest := os.sched_getaffinity(0) - taken:
+        cpu_bind.bind_process(rest)
+
+
+def bind_rank(config: ElasticConfig, rank: int) -> None:
+    """This process is a rank's worker: it runs on the cores of its device, with as many threads as are its share.
+
+    To be called before it computes. A smaller OMP_NUM_THREADS of the user's is kept.
+    """
+    cores = config.cores_of(rank)
+    if cores is None:
+        return
+    import torch
+
+    cpu_bind.bind_process(cores)
+    threads = max(1, len(cores) // config.ranks_per_device)
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(min(threads, int(limit)) if limit.isdecimal() and int(limit) else threads)
+    logger.info("rank %d: bound to cores %s, threads: %d", rank, cpu_bind.format_cores(cores), torch.get_num_threads())
 
 
 def check_hmm(config: ElasticConfig) -> None:

@@ -33,6 +33,7 @@ def test_flags_reach_their_fields() -> None:
         "max_ep_size": ("6", 6),
         "ranks_per_device": ("2", 2),
         "multiprocessor_share": ("40", "40"),
+        "cpu_bind": ("0-3;4-7;9", "0-3;4-7;9"),
         "standbys": ("0", 0),
         "restore": ("off", False),
         "hmm_endpoint": ("ipc:///tmp/x.sock", "ipc:///tmp/x.sock"),

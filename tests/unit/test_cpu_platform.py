@@ -65,6 +65,12 @@ def test_cores_are_shared_among_ranks(
     assert os.environ["OMP_NUM_THREADS"] == threads
 
 
+def test_workers_that_bind_themselves_choose_their_threads() -> None:
+    environment.set_rank_defaults(2, [(0, 1), (5,)])
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "0,1|5"
+    assert "OMP_NUM_THREADS" not in os.environ
+
+
 def test_the_users_variables_win(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.setenv(name, "mine")

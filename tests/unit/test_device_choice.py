@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from elasticmoe_patches import device
+from elasticmoe_sglang import cpu_bind
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import HmmUnavailable, UserInputError
 from elasticmoe_sglang.hmm.process import spawn_hmm
@@ -86,3 +89,61 @@ def test_an_hmm_of_ones_own_must_fit_the_ranks(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(UserInputError, match="memory of kind cpu, and the server needs cuda"):
             device.check_hmm(four)
     device.check_hmm(SHARED)
+
+
+@pytest.fixture
+def four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[set[int]]]:
+    """A process that may run on four cores; what it was bound to since."""
+    bound: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(cpu_bind, "bind_process", lambda cores: bound.append(set(cores)))
+    threads = torch.get_num_threads()
+    yield bound
+    torch.set_num_threads(threads)
+
+
+def test_cores_of_devices_and_of_the_others(
+    four_cores: list[set[int]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    config = device.settle_cores(ElasticConfig(ep_size=1, max_ep_size=2, cpu_bind="0,1;2"))
+    device.leave_cores_to_ranks(config)
+    device.bind_rank(config, 0)
+    assert torch.get_num_threads() == 2
+    device.bind_rank(config, 1)
+    assert torch.get_num_threads() == 1
+    assert four_cores == [{3}, {0, 1}, {2}]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    device.bind_rank(config, 0)
+    assert torch.get_num_threads() == 1, "the user's variable is the most"
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    device.bind_rank(ElasticConfig(ep_size=1, max_ep_size=4, ranks_per_device=2, cpu_bind="0-1;2-3"), 1)
+    assert torch.get_num_threads() == 1, "ranks of one device share its cores"
+    assert not caplog.records
+
+
+def test_where_no_core_is_left_the_others_are_not_bound(four_cores: list[set[int]]) -> None:
+    config = device.settle_cores(ElasticConfig(ep_size=1, max_ep_size=4, cpu_bind="auto"))
+    assert config.cpu_bind == "0;1;2;3"
+    device.leave_cores_to_ranks(config)
+    off = ElasticConfig(ep_size=1, max_ep_size=4)
+    assert device.settle_cores(off) == off
+    device.leave_cores_to_ranks(off)
+    device.bind_rank(off, 0)
+    assert not four_cores
+
+
+def test_auto_says_where_it_binds_nothing(four_cores: list[set[int]], caplog: pytest.LogCaptureFixture) -> None:
+    assert device.settle_cores(ElasticConfig(ep_size=1, max_ep_size=5, cpu_bind="auto")).cpu_bind == "off"
+    assert "not bound to cores: 5 ranks, 4 cores" in caplog.text
+
+
+def test_impossible_cores_are_refused(four_cores: list[set[int]]) -> None:
+    with pytest.raises(UserInputError, match=r"may not run on core 7\. It may run on 0-3"):
+        device.settle_cores(ElasticConfig(ep_size=1, max_ep_size=2, cpu_bind="0;7"))
+
+
+def test_gpus_have_no_cores(one_gpu: Path) -> None:
+    assert device.settle_cores(ElasticConfig(ep_size=1, max_ep_size=2, cpu_bind="auto")).cpu_bind == "off"
+    with pytest.raises(UserInputError, match="ranks that compute on the CPU"):
+        device.settle_cores(ElasticConfig(ep_size=1, max_ep_size=2, cpu_bind="0;1"))

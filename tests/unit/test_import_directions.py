@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "run_dir_reaper",
         "generated_page",
         "live_figures",
+        "cpu_bind",
     ),
     ("policy.settings",),
     ("config", "comm.membership", "wire"),

@@ -41,7 +41,7 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             server_args.attention_backend = ATTENTION_BACKEND
         if server_args.mem_fraction_static is None and server_args.max_total_tokens is None and not kv_is_chosen():
             server_args.max_total_tokens = KV_TOKENS
-        environment.set_rank_defaults(ranks(server_args))
+        environment.set_rank_defaults(ranks(server_args), bound_cores())
 
     def get_device(self, local_rank: int | None = None) -> str:
         # A string, as for the accelerators: SGLang splits what it detects at the colon.
@@ -94,6 +94,15 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         sdpa_backend.register()
         BaseFusedOp.register_oot_forward(UnquantizedFusedMoEMethod, unquant.forward, DISPATCH_KEY)
         install_for_platform("worker")
+
+
+def bound_cores() -> list[tuple[int, ...]] | None:
+    """The cores of each rank of an elastic server; None where its workers are not bound to any."""
+    runtime = current_runtime()
+    if runtime is None:
+        return None
+    found = [runtime.config.cores_of(rank) for rank in range(runtime.config.max_ep_size)]
+    return [cores for cores in found if cores is not None] or None
 
 
 def kv_is_chosen() -> bool:

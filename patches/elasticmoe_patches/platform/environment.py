@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 
 def usable_cores() -> list[int]:
@@ -21,16 +22,21 @@ def set_defaults() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
-def set_rank_defaults(ranks: int) -> None:
+def set_rank_defaults(ranks: int, bound: Sequence[Sequence[int]] | None = None) -> None:
     """Share the cores among `ranks` scheduler processes of this machine.
 
+    Args:
+        bound: the cores of each rank where workers bind themselves, and choose their number of threads.
+
     SGLang refuses more ranks than NUMA nodes unless SGLANG_CPU_OMP_THREADS_BIND has one entry a rank
-    (``utils/numa_utils.py``). Without sgl_kernel the entries are checked but bind nothing, so the thread count is what
-    keeps the ranks from fighting for cores.
+    (``utils/numa_utils.py``). Without sgl_kernel the entries are checked but bind nothing, so where workers do not bind
+    themselves the thread count is what keeps the ranks from fighting for cores.
     """
-    cores = usable_cores()
-    if ranks > 1:
+    groups = bound
+    if groups is None:
+        cores = usable_cores()
         per_rank = max(1, len(cores) // ranks)
         groups = [[cores[(rank * per_rank + i) % len(cores)] for i in range(per_rank)] for rank in range(ranks)]
+        os.environ.setdefault("OMP_NUM_THREADS", str(per_rank))
+    if ranks > 1:
         os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, g)) for g in groups))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores) // ranks)))

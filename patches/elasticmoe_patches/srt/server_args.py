@@ -8,7 +8,7 @@ import sys
 import uuid
 from typing import Any
 
-from elasticmoe_patches.device import check_devices, check_hmm, on_cuda
+from elasticmoe_patches.device import check_devices, check_hmm, leave_cores_to_ranks, on_cuda, settle_cores
 from elasticmoe_patches.launch import BACKEND, elastic_config, shape_arguments
 from elasticmoe_patches.plugin import install_for_process
 from elasticmoe_patches.spec import DPC, MAIN, Hooks
@@ -51,8 +51,10 @@ def prepare_launch(args: argparse.Namespace, config: ElasticConfig) -> None:
     """
     shape_arguments(args, config)
     check_devices(config)
+    config = settle_cores(config)
     check_hmm(config)
     new_runtime(config).export()
+    leave_cores_to_ranks(config)
     # Read by SGLang's DeepSeek model: a shared expert that every rank holds whole.
     os.environ.setdefault("SGLANG_SHARED_EXPERT_TP1", "1")
     # A rank that gives up KV capacity moves cached prefixes to other rows; only the Python core's nodes are accessible.
