@@ -24,7 +24,7 @@ _ends: list[int] = []  # reading ends of this process: they are open until it en
 class Lifeline:
     """The main process's end: `Lifeline.hold(path)`. What is tied to it ends with `cut`, or with this process.
 
-    Programs started from here do not inherit it. A child that is forked without one must close `fd`, or its own life
+    Programs started from here do not inherit it. A child that is forked without one must `let_go`, or its own life
     counts as well.
     """
 
@@ -42,6 +42,10 @@ class Lifeline:
 
     def cut(self) -> None:
         """Kill every process that is tied to it."""
+        self.let_go()
+
+    def let_go(self) -> None:
+        """In a fork of the main process: close it without an effect on others."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

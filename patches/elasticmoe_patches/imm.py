@@ -1,4 +1,5 @@
-"""The IMM's program, `python -m elasticmoe_patches.imm BACKEND`: import everything a rank needs, then fork standbys.
+"""The IMM: import everything a rank needs, then fork standbys. The first one of a server may be a fork of the main
+process, which has imported most of it; the others are programs, `python -m elasticmoe_patches.imm BACKEND`.
 
 With the backend "cuda" it imports nothing, and its children become programs of their own
 (docs/adr/0009-standbys-on-a-gpu.md).
@@ -18,14 +19,16 @@ from elasticmoe_sglang.runtime import current_runtime
 logger = logging.getLogger("elasticmoe_patches.imm")  # this file is __main__
 
 
-def main() -> None:
+def serve(backend: str) -> None:
+    """Be the IMM until the server ends."""
     runtime = current_runtime()
     assert runtime is not None, "the IMM is started by the launcher, which sets its environment"
     paths, config = runtime.paths, runtime.config
     leave_signals_to_main()
     tie(paths.lifeline)
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s IMM] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    on_cuda = sys.argv[1:] == ["cuda"]
+    log_format = "[%(asctime)s IMM] %(message)s"
+    logging.basicConfig(level=logging.INFO, format=log_format, datefmt="%Y-%m-%d %H:%M:%S", force=True)
+    on_cuda = backend == "cuda"
     if not on_cuda:
         preload()
     ImmServer(
@@ -39,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(*sys.argv[1:])

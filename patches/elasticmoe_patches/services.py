@@ -20,7 +20,7 @@ from collections.abc import Collection, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from elasticmoe_patches import device, measure
+from elasticmoe_patches import device, measure, prefork
 from elasticmoe_patches.observability import Observability, observability
 from elasticmoe_patches.runtime_state import replay
 from elasticmoe_patches.senders import Sender, Senders
@@ -137,6 +137,13 @@ class Services:
         self.instance_id = uuid.uuid4().hex
         self.senders = Senders()
         self.hmm: HmmProcess | None = None
+        self._ends = False
+        self._stopped = False
+        may_fork = device.memory_backend() == "cpu" and prefork.possible()
+        self._lifeline = Lifeline.hold(runtime.paths.lifeline)
+        self._doorbells = create_doorbells(runtime.config.max_ep_size)
+        self._imm: subprocess.Popen[bytes] | prefork.ForkedProcess | None = None
+        self._start_first(may_fork)
         if runtime.config.run_dir is None:
             run_dir_reaper.watch(str(runtime.paths.run_dir), os.getpid())
         if runtime.config.hmm_endpoint is None:
@@ -148,12 +155,6 @@ class Services:
         # Stays open: a new HMM adopts the region from this lease.
         self._region = open_region(self._client, runtime.config, runtime.run_id)
         self.control: ControlPage = format_region(self._region, runtime.config)
-        self._lifeline = Lifeline.hold(runtime.paths.lifeline)
-        self._doorbells = create_doorbells(runtime.config.max_ep_size)
-        self._ends = False
-        self._stopped = False
-        self._imm: subprocess.Popen[bytes] | None = None
-        self._start_imm()
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="elasticmoe-coordinator", daemon=True)
         self._thread.start()
@@ -180,6 +181,29 @@ class Services:
                 backend=device.memory_backend(),
             )
 
+    def _start_first(self, may_fork: bool) -> None:
+        """The IMM, and children for SGLang's controller and detokenizer: forks of this process where that is sound. On
+        GPUs the IMM does without SGLang, and this process may have initialised CUDA."""
+        if not may_fork:
+            self._start_imm()
+            return
+        self._imm = prefork.ForkedProcess(prefork.fork(self._run_imm))
+        prefork.prepare(2, close=self._lifeline.let_go)
+
+    def _run_imm(self) -> int:
+        import setproctitle
+
+        from elasticmoe_patches import imm
+
+        setproctitle.setproctitle("elasticmoe_patches.imm")
+        self._lifeline.let_go()
+        os.environ[ENV_DOORBELLS] = self._doorbell_numbers()
+        imm.serve(device.memory_backend())
+        return 0
+
+    def _doorbell_numbers(self) -> str:
+        return ",".join(map(str, self._doorbells))
+
     def _start_imm(self) -> subprocess.Popen[bytes] | None:
         """Start an IMM in the place of the one that has ended; None when the server is ending. It ends by the lifeline,
         like the workers."""
@@ -188,13 +212,13 @@ class Services:
         if self._imm is not None:
             self._imm.kill()
             self._imm.wait()
-        self._imm = start_imm(
+        self._imm = started = start_imm(
             "elasticmoe_patches.imm",
             [device.memory_backend()],
-            environment={ENV_DOORBELLS: ",".join(map(str, self._doorbells))},
+            environment={ENV_DOORBELLS: self._doorbell_numbers()},
             fds=self._doorbells,
         )
-        return self._imm
+        return started
 
     async def _open_channel(self) -> None:
         await asyncio.to_thread(self._wait_for_imm)

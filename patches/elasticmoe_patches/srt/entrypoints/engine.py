@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from elasticmoe_patches import prefork
 from elasticmoe_patches.plugin import install_for_process, verify_for_process
 from elasticmoe_patches.spec import MAIN, Hooks
 
@@ -39,6 +40,7 @@ def around_launch_subprocesses(original: Any, cls: type, *args: Any, **kwargs: A
     from elasticmoe_patches.services import services
 
     launched = original(cls, *args, **kwargs)
+    prefork.dismiss()
     verify_for_process("main")
     tokenizer_manager = launched[0]
     services().start_coordinator(tokenizer_manager)
@@ -61,7 +63,8 @@ def around_launch_scheduler_processes(original: Any, cls: type, *args: Any, **kw
     from elasticmoe_patches.services import start_services
 
     start_services()
-    return original(cls, *args, **kwargs)
+    with prefork.used():
+        return original(cls, *args, **kwargs)
 
 
 @hook(
@@ -73,11 +76,12 @@ def around_launch_detokenizers(
     original: Any, cls: type, server_args: Any, port_args: Any, run_detokenizer_process_func: Any
 ) -> Any:
     """The detokenizer passes on the fence behind a retiring rank's last output: no token overtakes another."""
-    return original(cls, server_args, port_args, detokenizer_process)
+    with prefork.used():
+        return original(cls, server_args, port_args, detokenizer_process)
 
 
 def controller_process(*args: Any, **kwargs: Any) -> None:
-    """SGLang's data-parallel controller with our hooks installed; runs in a spawned process."""
+    """SGLang's data-parallel controller with our hooks installed; runs in a process of its own."""
     from elasticmoe_sglang.lifeline import die_with_parent
 
     die_with_parent()
