@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -20,7 +21,6 @@ import pytest
 
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import spawn_hmm
-from elasticmoe_sglang.runtime import ENV_RUN_DIR
 from elasticmoe_sglang.tiny_model import make_tiny_model
 from tests.helpers.elastic import ElasticServer
 from tests.helpers.load import Load, settled
@@ -91,7 +91,9 @@ def test_a_stop_is_quiet_and_soon(way: Way, model: Path, tmp_path: Path) -> None
         server = stack.enter_context(ElasticServer(model, args, log=tmp_path / "log", env=env))
         load = stack.enter_context(Load(server.url))
         tree = [psutil.Process(server.pid), *server.processes()]
-        run_dir = Path(next(found for p in tree[1:] if (found := p.environ().get(ENV_RUN_DIR))))
+        imm = re.search(r"IMM ready at (\S+)/imm\.sock", server.log.read_text(errors="replace"))
+        assert imm is not None
+        run_dir = Path(imm[1])
         assert run_dir.is_dir()
         # After such a request SGLang has an entry that it never removes, and would wait for.
         samples = {"input_ids": PROMPT, "sampling_params": {"n": 2, "max_new_tokens": 4}, "stream": True}
