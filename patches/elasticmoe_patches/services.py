@@ -240,6 +240,8 @@ class Services:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def _deliver(self, message: Incoming) -> None:
+        if self.ending():
+            return  # workers that are ended with the server are no losses
         if self._workers is None:
             self._early.append(message)
         else:
