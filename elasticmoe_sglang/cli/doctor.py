@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from elasticmoe_sglang.cli import doctor_checks, doctor_gpu
+from elasticmoe_sglang.cli import doctor_checks, doctor_gpu, doctor_npu
 from elasticmoe_sglang.cli.doctor_checks import Check, Device, HookReport
+from elasticmoe_sglang.hmm.vmm import acl_probe
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    sizes = "for GPUs: check for so many ranks"
+    sizes = "for GPUs and NPUs: check for so many ranks"
     parser.add_argument("--max-ep-size", type=_positive, default=1, metavar="N", help=sizes)
     parser.add_argument("--ranks-per-device", type=_positive, default=1, metavar="N", help=f"{sizes} on each GPU")
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         *doctor_checks.installation(),
         doctor_checks.hooks_check(hooks),
         *doctor_checks.memory(kind),
-        *(doctor_gpu.checks(doctor_gpu.probe(), wanted) if kind == "cuda" else []),
+        *_device_checks(kind, wanted),
         *doctor_checks.system(),
     ]
     ok = all(check.ok or not check.required for check in checks)
@@ -58,6 +59,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(as_text(ok, checks, hooks, devices))
     return 0 if ok else 1
+
+
+def _device_checks(kind: str, wanted: doctor_gpu.Wanted) -> list[Check]:
+    if kind == "cuda":
+        return doctor_gpu.checks(doctor_gpu.probe(), wanted)
+    if kind == "npu":
+        return doctor_npu.checks(acl_probe.probe(), doctor_npu.installed(), wanted.max_ep_size)
+    return []
 
 
 def as_json(ok: bool, checks: Sequence[Check], hooks: HookReport, devices: Sequence[Device]) -> dict[str, object]:

@@ -48,6 +48,8 @@ _PACKAGES: dict[str, str | None] = {
 }
 # By kind of device. SGLang asks for 2.13.0; on an H100 and an H200 2.11.0 served, with the sglang-kernel built for it.
 _TORCH = {"cuda": ("2.13.0", "2.11.0")}
+# By kind of device: what that kind's own checks judge. On NPUs triton-ascend takes triton's place.
+_ELSEWHERE = {"npu": ("triton",)}
 _ENTRY_POINTS = (("sglang.srt.plugins", "elasticmoe"), ("sglang.srt.platforms", "elasticmoe_cpu"))
 _REINSTALL = "pip install --no-deps elasticmoe-sglang (in a checkout: make venv)"
 
@@ -96,7 +98,8 @@ def versions(kind: str) -> list[Check]:
         )
     ]
     torch = _package("torch", *_TORCH.get(kind, ("2.13.0",)))
-    return [*checks, torch, *(_package(name, *([wanted] if wanted else [])) for name, wanted in _PACKAGES.items())]
+    others = {name: wanted for name, wanted in _PACKAGES.items() if name not in _ELSEWHERE.get(kind, ())}
+    return [*checks, torch, *(_package(name, *([wanted] if wanted else [])) for name, wanted in others.items())]
 
 
 def _package(name: str, *wanted: str) -> Check:

@@ -47,6 +47,7 @@ def install_cuda_groups(region: CollectiveRegion, device: CudaRegion) -> None:
         return CudaProcessGroup(region, ranks, channel, timeout_s, device) if region.rank in ranks else None
 
     region.group_type = make
+    region.group_device = "cuda"
 
 
 class CudaProcessGroup(ElasticProcessGroup):

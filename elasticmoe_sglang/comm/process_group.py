@@ -385,8 +385,8 @@ _region: CollectiveRegion | None = None  # of the groups that torch makes by the
 
 
 def install_backend(region: CollectiveRegion) -> None:
-    """Register the backend with torch.distributed for CPU tensors, and for CUDA tensors if the region's groups carry
-    them (`cuda_group.install_cuda_groups`). Again with another region: that one from now on."""
+    """Register the backend with torch.distributed for CPU tensors, and for a device's if the region's groups carry them
+    (`install_cuda_groups`, `install_npu_groups`). Again with another region: that one from now on."""
     global _region
     registered = _region is not None
     _region = region
@@ -400,7 +400,7 @@ def install_backend(region: CollectiveRegion) -> None:
         assert group is not None, "torch.distributed creates a group only on its own ranks"
         return group
 
-    devices = ["cpu"] if region.group_type is None else ["cpu", "cuda"]
+    devices = ["cpu", *filter(None, [region.group_device])]
     dist.Backend.register_backend(BACKEND_NAME, create, extended_api=True, devices=devices)
     _install_object_collectives()
     if "default_pg.new_group(" not in inspect.getsource(_c10d):

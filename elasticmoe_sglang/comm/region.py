@@ -65,6 +65,8 @@ class CollectiveRegion:
         self.group_type: Any = None
         """Called with (region, ranks, channel, timeout_s) to make a process group, None on ranks outside of it. While
         it is not set, groups carry CPU tensors only."""
+        self.group_device = ""
+        """Set with `group_type`: type of the devices whose tensors those groups carry beside the CPU's."""
 
     @staticmethod
     def region_bytes(capacity: int, channels: int, window_bytes: int) -> int:

@@ -36,9 +36,9 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = PROG) -> HmmC
         "the machine's memory, in equal shares)",
     )
     parser.add_argument(
-        "--devices", type=int, help="how many, without a --budget for each (default: all GPUs; on the CPU 1)"
+        "--devices", type=int, help="how many, without a --budget for each (default: all GPUs or NPUs; on the CPU 1)"
     )
-    parser.add_argument("--backend", help="kind of memory (default: cuda where there is an NVIDIA GPU, else cpu)")
+    parser.add_argument("--backend", help="kind of memory (default: cuda or npu where there is one, else cpu)")
     parser.add_argument(
         "--exit-with-parent",
         nargs="?",

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elasticmoe_sglang import cpu_bind
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import HmmTaken, UserInputError
 from elasticmoe_sglang.hmm.client import HmmClient
+from elasticmoe_sglang.hmm.vmm import acl_probe
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
 SERVER_ENDS_S = 10.0
 """A server that is started in the place of one that is ending waits so long for the HMM."""
+_LEFT_FREE = 10 << 30
 _MPS_CONTROL = "nvidia-cuda-mps-control"
 _MPS_FOLDERS = ("/usr/bin", "/usr/local/nvidia/bin")
 _START_MPS = (
@@ -33,9 +40,40 @@ def on_cuda() -> bool:
     return torch.version.cuda is not None and torch.cuda.device_count() > 0
 
 
+def on_npu() -> bool:
+    """Whether SGLang computes on Ascend NPUs: torch_npu is loaded and sees one, and there is no NVIDIA GPU. Creates no
+    context."""
+    return _npu_count() > 0 and not on_cuda()
+
+
+def _npu_count() -> int:
+    import torch
+
+    npu = getattr(torch, "npu", None)  # there once torch_npu is loaded
+    return 0 if npu is None else int(npu.device_count())
+
+
 def memory_backend() -> str:
     """The name of the HMM's memory backend."""
-    return "cuda" if on_cuda() else "cpu"
+    if on_cuda():
+        return "cuda"
+    return "npu" if on_npu() else "cpu"
+
+
+def survives_fork(backend: str) -> bool:
+    """Whether a standby can be a fork of the IMM: SGLang's imports initialise CUDA or ACL, and neither survives one."""
+    return backend == "cpu"
+
+
+def torch_device(kind: str, number: int) -> torch.device:
+    """Where a rank's tensors are: `kind` with the number of its device, but on the CPU, which has none.
+
+    With "npu" alone SGLang takes a parameter on npu:1 for one on another device: after loading it copies it there and
+    back, slots without memory included.
+    """
+    import torch
+
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, number)
 
 
 def budgets(config: ElasticConfig) -> list[int]:
@@ -48,13 +86,56 @@ def budgets(config: ElasticConfig) -> list[int]:
         import torch
 
         return [torch.cuda.get_device_properties(device).total_memory for device in devices]
+    if on_npu():
+        return list(acl_probe.total_memory()[: config.num_devices])
     import psutil
 
     return [psutil.virtual_memory().total // config.num_devices for _ in devices]
 
 
+def static_fraction(memory: int) -> float:
+    """SGLang's --mem-fraction-static for an NPU of so many bytes: what weights and KV may take of it.
+
+    10 GiB are left for activations and columns of experts that arrive later, half of a device smaller than 20 GiB.
+    SGLang's own rule takes gigabytes from a small device for the prefill alone, and arrives at a negative fraction.
+    """
+    return round(1 - min(_LEFT_FREE, memory // 2) / memory, 3)
+
+
+def check_device_flag(device: str | None) -> None:
+    """Looks at SGLang's --device, None where it was not given.
+
+    Raises:
+        UserInputError: it names NPUs where there are none that torch can use, with the reason, or another kind of
+            device than the memory of this server will be on.
+    """
+    kind = (device or "").partition(":")[0]
+    acl_probe.visible_devices()
+    if kind == "npu" and not on_npu():
+        raise UserInputError(f"--device npu, and {_why_no_npu()}", hint="`elasticmoe doctor` names what is missing")
+    found = memory_backend()
+    if kind in ("cpu", "cuda", "npu") and kind != found:
+        hide = {"cuda": "CUDA_VISIBLE_DEVICES=", "npu": f"{acl_probe.VISIBLE}="}.get(found)
+        raise UserInputError(
+            f"--device {kind} contradicts this machine, whose {found} devices an elastic server would use",
+            hint=f"Leave --device out{f', or hide them: export {hide}' if hide else ''}",
+        )
+
+
+def _why_no_npu() -> str:
+    if on_cuda():
+        return "this machine has NVIDIA GPUs, which come first"
+    if importlib.util.find_spec("torch_npu") is None:
+        return "torch_npu is not installed"
+    if acl_probe.visible_devices() == ():
+        return f"{acl_probe.VISIBLE} is empty, which hides every NPU"
+    return acl_probe.probe().error or "CANN finds no NPU"
+
+
 def check_devices(config: ElasticConfig) -> None:
-    """Raises UserInputError: too few GPUs for the ranks, or several ranks a GPU without MPS."""
+    """Raises UserInputError: too few GPUs or NPUs for the ranks, several ranks a GPU without MPS, several an NPU."""
+    if on_npu():
+        _check_npus(config)
     if not on_cuda():
         return
     import torch
@@ -73,14 +154,30 @@ def check_devices(config: ElasticConfig) -> None:
         )
 
 
+def _check_npus(config: ElasticConfig) -> None:
+    if config.ranks_per_device > 1:
+        raise UserInputError(
+            f"{config.ranks_per_device} ranks an NPU are not supported: nothing divides its cores between processes",
+            hint="Leave --elasticmoe-ranks-per-device out",
+        )
+    found = _npu_count()
+    if found < config.num_devices:
+        named = os.environ.get(acl_probe.VISIBLE)
+        raise UserInputError(
+            f"{config.max_ep_size} ranks need {config.num_devices} NPUs, not {found}"
+            + (f" ({acl_probe.VISIBLE}={named})" if named is not None else ""),
+            hint=f"Lower --elasticmoe-max-ep-size, or let the server see more NPUs by {acl_probe.VISIBLE}",
+        )
+
+
 def settle_cores(config: ElasticConfig) -> ElasticConfig:
     """The settings with the cores of each device of this machine.
 
     Raises:
-        UserInputError: cores that this process may not run on, or any for GPUs.
+        UserInputError: cores that this process may not run on, or any for GPUs or NPUs.
     """
     setting = config.cpu_bind
-    if on_cuda():
+    if memory_backend() != "cpu":
         if setting not in (cpu_bind.OFF, cpu_bind.AUTO):
             raise UserInputError(
                 f"--elasticmoe-cpu-bind {setting} is for ranks that compute on the CPU", hint="Leave the flag out"

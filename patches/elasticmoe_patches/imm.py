@@ -1,7 +1,7 @@
 """The IMM: import everything a rank needs, then fork standbys. The first one of a server may be a fork of the main
 process, which has imported most of it; the others are programs, `python -m elasticmoe_patches.imm BACKEND`.
 
-With the backend "cuda" it imports nothing, and its children become programs of their own
+With the backends "cuda" and "npu" it imports nothing, and its children become programs of their own
 (docs/adr/0009-standbys-on-a-gpu.md).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from elasticmoe_patches.device import survives_fork
 from elasticmoe_patches.worker.preload import preload
 from elasticmoe_patches.worker.program import become_standby, never_forked, worker_main
 from elasticmoe_sglang.imm.server import ImmServer
@@ -28,16 +29,16 @@ def serve(backend: str) -> None:
     tie(paths.lifeline)
     log_format = "[%(asctime)s IMM] %(message)s"
     logging.basicConfig(level=logging.INFO, format=log_format, datefmt="%Y-%m-%d %H:%M:%S", force=True)
-    on_cuda = backend == "cuda"
-    if not on_cuda:
+    forks = survives_fork(backend)
+    if forks:
         preload()
     ImmServer(
         paths.imm_socket,
-        never_forked if on_cuda else worker_main,
+        worker_main if forks else never_forked,
         standbys=config.standbys,
         capacity=config.max_ep_size,
         lifeline=paths.lifeline,
-        become=become_standby if on_cuda else None,
+        become=None if forks else become_standby,
     ).serve()
 
 

@@ -20,6 +20,7 @@ STRUCTS = {"aclrtMemLocation": acl.MemLocation, "aclrtPhysicalMemProp": acl.Phys
 ENUMERATORS = {
     "ACL_MEM_HANDLE_TYPE_NONE": acl.MEM_HANDLE_TYPE_NONE,
     "ACL_MEM_ALLOCATION_TYPE_PINNED": acl.MEM_ALLOCATION_TYPE_PINNED,
+    "ACL_HBM_MEM": acl.HBM_MEM,
     "ACL_HBM_MEM_HUGE": acl.HBM_MEM_HUGE,
     "ACL_MEM_LOCATION_TYPE_DEVICE": acl.MEM_LOCATION_TYPE_DEVICE,
     "ACL_RT_MEM_ALLOC_GRANULARITY_MINIMUM": acl.GRANULARITY_MINIMUM,
@@ -47,6 +48,7 @@ C_TYPES = {
 
 # What ctypes cannot say: const, and which enumeration an int is.
 SPELLED = {
+    ("aclrtGetMemInfo", 0): "aclrtMemAttr",
     ("aclrtMallocPhysical", 2): "const aclrtPhysicalMemProp *",
     ("aclrtMemcpyAsync", 2): "const void *",
     ("aclrtMemcpyAsync", 4): "aclrtMemcpyKind",

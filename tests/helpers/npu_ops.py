@@ -1,7 +1,8 @@
 """torch_npu's operators that SGLang's NPU MoE path calls: their real schemas, and plain CPU code behind them.
 
 tests/helpers/npu_suite/check_ops.py compares the schemas with the real torch_npu, so a call that passes here has the
-argument names, order and types of the real operator. What the CPU code computes follows CANN's description of each.
+argument names, order and types of the real operator, and the outputs' shapes and dtypes with its Meta kernels. What the
+CPU code computes follows CANN's description of each.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def init_routing(x, expert_idx, *, active_num=-1, expert_num=-1, expert_tokens_n
     row_of_pair = torch.empty_like(flat)
     row_of_pair[order] = torch.arange(flat.numel(), dtype=torch.int32)
     counts = torch.bincount(flat, minlength=expert_num).to(torch.int64)
-    return x[order // expert_idx.shape[1]], row_of_pair, counts, x.new_empty(0, dtype=torch.float32)
+    # The scales of a quantised call: there all the same, one a row, and not written. Poison, as above.
+    scales = torch.full((active_num,), float("nan"), dtype=torch.float32)
+    return x[order // expert_idx.shape[1]], row_of_pair, counts, scales
 
 
 def finalize_routing(rows, skip1, skip2, bias, scales, src_to_dst, expert_idx, drop_pad_mode=0, k=1):
@@ -72,17 +75,19 @@ def finalize_routing(rows, skip1, skip2, bias, scales, src_to_dst, expert_idx, d
     return (picked.float() * scales.float()[..., None]).sum(1).to(rows.dtype)
 
 
+IMPLEMENTATIONS = {
+    "npu_grouped_matmul": grouped_matmul,
+    "npu_swiglu": swiglu,
+    "npu_moe_init_routing_v2": init_routing,
+    "npu_moe_finalize_routing": finalize_routing,
+}
+
+
 @functools.cache
 def register() -> torch.library.Library:
     """Defines torch.ops.npu.* for this process. Not where the real torch_npu is loaded."""
     library = torch.library.Library("npu", "DEF")
-    implementations = {
-        "npu_grouped_matmul": grouped_matmul,
-        "npu_swiglu": swiglu,
-        "npu_moe_init_routing_v2": init_routing,
-        "npu_moe_finalize_routing": finalize_routing,
-    }
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
-        library.impl(name, implementations[name], "CPU")
+        library.impl(name, IMPLEMENTATIONS[name], "CPU")
     return library

@@ -51,7 +51,15 @@ class Failed:
     seconds: float
 
 
-def _serve(path: str, rank: int, timeout_s: float, scratch: str, pipe: Connection, with_groups: bool) -> None:
+def _serve(
+    path: str,
+    rank: int,
+    timeout_s: float,
+    scratch: str,
+    pipe: Connection,
+    with_groups: bool,
+    install: Callable[[CollectiveRegion], None] | None,
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -64,6 +72,8 @@ def _serve(path: str, rank: int, timeout_s: float, scratch: str, pipe: Connectio
     if with_groups:
         from elasticmoe_sglang.comm.process_group import init_elastic
 
+        if install is not None:
+            install(region)
         init_elastic(region, rank, region.capacity)
         context.memo["group"] = dist.new_group(list(range(region.capacity)), backend="gloo")
     pipe.send(("ready", 0.0))
@@ -86,6 +96,7 @@ class WorkerPool:
     timeout_s: the collective region's deadline for a late member.
     scratch: folder for what the workers share besides the collective region.
     with_groups: workers set up torch.distributed.
+    install: called with each worker's region before that, to choose another type of group.
     """
 
     def __init__(
@@ -98,11 +109,13 @@ class WorkerPool:
         window_bytes: int = 1 << 20,
         channels: int = 6,
         with_groups: bool = True,
+        install: Callable[[CollectiveRegion], None] | None = None,
     ) -> None:
         self.capacity = capacity
         self.scratch = scratch
         self.timeout_s = timeout_s
         self.with_groups = with_groups
+        self._install = install
         self.epoch = 0
         self._last: tuple[int, ...] = ()
         self._context = mp.get_context("forkserver")
@@ -123,7 +136,9 @@ class WorkerPool:
         ours, theirs = self._context.Pipe()
         path = f"/proc/{os.getpid()}/fd/{self.fd}"
         process = self._context.Process(
-            target=_serve, args=(path, rank, self.timeout_s, self.scratch, theirs, self.with_groups), daemon=True
+            target=_serve,
+            args=(path, rank, self.timeout_s, self.scratch, theirs, self.with_groups, self._install),
+            daemon=True,
         )
         process.start()
         theirs.close()

@@ -90,7 +90,7 @@ def test_no_gpu_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (["--devices", "0"], "--devices 0 leaves no device"),
-        (["--backend", "npu"], "'npu' devices cannot be looked up"),
+        (["--backend", "xpu"], "'xpu' devices cannot be looked up"),
     ],
 )
 def test_what_cannot_be_chosen(no_gpu: None, arguments: list[str], message: str) -> None:

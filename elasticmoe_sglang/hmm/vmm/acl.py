@@ -27,6 +27,7 @@ LIBRARY = "libascendcl.so"
 # Enumerators of acl_rt.h.
 MEM_HANDLE_TYPE_NONE = 0
 MEM_ALLOCATION_TYPE_PINNED = 0
+HBM_MEM = 1
 HBM_MEM_HUGE = 4
 MEM_LOCATION_TYPE_DEVICE = 1
 GRANULARITY_MINIMUM = 0
@@ -65,8 +66,10 @@ _out = ctypes.POINTER
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aclInit": (ctypes.c_char_p,),
     "aclrtSetDevice": (_i32,),
+    "aclrtResetDevice": (_i32,),
     "aclrtGetDevice": (_out(_i32),),
     "aclrtGetDeviceCount": (_out(_u32),),
+    "aclrtGetMemInfo": (_int, _out(_size), _out(_size)),
     "aclrtGetCurrentContext": (_out(_ptr),),
     "aclrtSetCurrentContext": (_ptr,),
     "aclrtDeviceCanAccessPeer": (_out(_i32), _i32, _i32),
@@ -103,7 +106,7 @@ def _rows(error: type[DriverError], rows: Sequence[tuple[int, str, str, str | No
 
 
 _RULES = "The call breaks one of CANN's rules for virtual memory; see docs/hardware.md."
-_CANN = "Source CANN's set_env.sh, and check `npu-smi info`."
+CANN_HINT = "Source CANN's set_env.sh, and check `npu-smi info`."
 _DEVICE = "Check `npu-smi info` and the device log; the device may need a reset by its administrator."
 
 # Codes a memory call can answer with (acl_base_rt.h and error_codes/rt_error_codes.h). Others are named by their range.
@@ -147,7 +150,7 @@ CODES: dict[int, Meaning] = {
     **_rows(
         DeviceFault,
         [
-            (207004, "ACL_ERROR_RT_NO_DEVICE", "there is no device", _CANN),
+            (207004, "ACL_ERROR_RT_NO_DEVICE", "there is no device", CANN_HINT),
             (500000, "ACL_ERROR_INTERNAL_ERROR", "CANN failed internally", _DEVICE),
             (507000, "ACL_ERROR_RT_INTERNAL_ERROR", "the runtime failed internally", _DEVICE),
             (507022, "ACL_ERROR_RT_IPC_ERROR", "communication between processes failed", _DEVICE),
@@ -198,6 +201,8 @@ class Acl:
             self._calls[name] = function
         self._recent = library.aclGetRecentErrMsg
         self._recent.argtypes, self._recent.restype = [], ctypes.c_char_p
+        self._soc_name = library.aclrtGetSocName
+        self._soc_name.argtypes, self._soc_name.restype = [], ctypes.c_char_p
 
     def status(self, name: str, *arguments: Any) -> int:
         """The call's aclError, for the few places where a failure is an answer."""
@@ -205,6 +210,11 @@ class Acl:
 
     def __call__(self, name: str, *arguments: Any) -> None:
         self.check(self.status(name, *arguments), name)
+
+    def soc_name(self) -> str:
+        """The chip, such as "Ascend910B3"; empty when the runtime does not say. Wants a device context."""
+        name = self._soc_name()
+        return name.decode(errors="replace") if name else ""
 
     def check(self, status: int, call: str) -> None:
         """Raises the exception that the code's meaning stands for."""
@@ -224,7 +234,7 @@ def load() -> Acl:
     try:
         library = ctypes.CDLL(LIBRARY)
     except OSError as error:
-        raise VmmError(f"{LIBRARY} cannot be loaded: {error}", hint=_CANN) from error
+        raise VmmError(f"{LIBRARY} cannot be loaded: {error}", hint=CANN_HINT) from error
     acl = Acl(library)
     # torch_npu may have initialised ACL in this process already; that answer is as good as success.
     status = acl.status("aclInit", None)

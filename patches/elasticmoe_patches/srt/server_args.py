@@ -8,10 +8,21 @@ import sys
 import uuid
 from typing import Any
 
-from elasticmoe_patches.device import check_devices, check_hmm, leave_cores_to_ranks, on_cuda, settle_cores
+from elasticmoe_patches.device import (
+    budgets,
+    check_device_flag,
+    check_devices,
+    check_hmm,
+    leave_cores_to_ranks,
+    on_cuda,
+    on_npu,
+    settle_cores,
+    static_fraction,
+)
 from elasticmoe_patches.launch import BACKEND, elastic_config, shape_arguments
 from elasticmoe_patches.plugin import install_for_process
 from elasticmoe_patches.spec import DPC, MAIN, Hooks
+from elasticmoe_patches.srt.layers.moe.moe_runner.ascend import ND_ENV
 from elasticmoe_sglang.config import ElasticConfig, add_arguments
 from elasticmoe_sglang.errors import HmmTaken, HmmUnavailable, UserInputError
 from elasticmoe_sglang.runtime import current_runtime, new_runtime
@@ -50,6 +61,7 @@ def prepare_launch(args: argparse.Namespace, config: ElasticConfig) -> None:
         HmmUnavailable: the HMM that the settings name does not answer.
     """
     shape_arguments(args, config)
+    check_device_flag(getattr(args, "device", None))
     check_devices(config)
     config = settle_cores(config)
     check_hmm(config)
@@ -71,7 +83,25 @@ def prepare_launch(args: argparse.Namespace, config: ElasticConfig) -> None:
     if share is not None and on_cuda():
         # Read by the driver when a process makes its context; the IMM and the workers inherit it.
         os.environ.setdefault("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", str(share))
+    if on_npu():
+        _prepare_npu(args, config)
     install_for_process("main")
+
+
+def _prepare_npu(args: argparse.Namespace, config: ElasticConfig) -> None:
+    """Settings of a server on NPUs. Raises UserInputError for NPU graphs: a collective goes through the host."""
+    for name in ("cuda_graph_backend_decode", "cuda_graph_backend_prefill"):
+        if getattr(args, name, None) not in (None, "disabled"):
+            raise UserInputError(
+                f"--{name.replace('_', '-')} {getattr(args, name)} is not supported on NPUs: collectives wait for the "
+                "host, which a captured graph cannot",
+                hint="Leave the flag out",
+            )
+    args.disable_cuda_graph = True
+    if args.mem_fraction_static is None:
+        args.mem_fraction_static = static_fraction(min(budgets(config)))
+    # SGLang casts weights to FRACTAL_NZ unless told not to; an expert's column stays plain rows.
+    os.environ[ND_ENV] = "1"
 
 
 @hook(

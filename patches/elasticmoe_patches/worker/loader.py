@@ -27,6 +27,7 @@ from sglang.srt.model_loader.loader import (
 )
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 
+from elasticmoe_patches.device import torch_device
 from elasticmoe_patches.worker.dummy_weights import dummy_fingerprint, fill_dummy
 from elasticmoe_patches.worker.worker import LoadedModel, Worker, current_worker
 from elasticmoe_sglang.errors import UserInputError
@@ -155,7 +156,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
         worker = current_worker()
         started = time.monotonic()
-        target = torch.device(device_config.device)
+        target = torch_device(torch.device(device_config.device).type, worker.device)
         quant_config = _get_quantization_config(model_config, self.load_config)
         with set_default_torch_dtype(model_config.dtype):
             with target:
@@ -207,8 +208,8 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 worker.memory.slot_table, control=worker.cuda.windows.control, ranks=worker.region.capacity
             )
         bind(layers, parameters, worker.memory, columns, table)
-        if target.type == "cuda":
-            torch.cuda.empty_cache()  # the parameters that the model was built with
+        if target.type != "cpu":
+            torch.get_device_module(target).empty_cache()  # the parameters that the model was built with
         if dummy:
             fill_dummy(parameters, worker.memory.columns.views(columns), found)
             torch.get_device_module(target).synchronize()

@@ -1,9 +1,9 @@
 """The worker's process: what a standby does once it is assigned a rank, as a fork of the IMM or a program of its own.
 
 The program, `python -m elasticmoe_patches.worker.program`, replaces a forked child and keeps its pid, so that neither
-the IMM nor anybody else sees a difference but the time. Standbys on NVIDIA GPUs are such programs, because SGLang's
-kernels initialise CUDA when they are imported and CUDA does not survive a fork. SGLang is imported inside functions
-only: an IMM for GPUs imports this module and not SGLang.
+the IMM nor anybody else sees a difference but the time. Standbys on NVIDIA GPUs and Ascend NPUs are such programs,
+because SGLang's imports initialise CUDA or ACL, and neither survives a fork. SGLang is imported inside functions only:
+an IMM for such devices imports this module and not SGLang.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from elasticmoe_patches.worker.requests import IterationInput
 from elasticmoe_sglang.comm.commit_barrier import CommitBarrier, Decision
 from elasticmoe_sglang.comm.control_page import WorkerState
 from elasticmoe_sglang.comm.membership import Membership
+from elasticmoe_sglang.comm.npu_group import install_npu_groups
 from elasticmoe_sglang.comm.process_group import init_elastic, install_backend
 from elasticmoe_sglang.comm.region import CollectiveRegion, open_region
 from elasticmoe_sglang.errors import CommitError, ElasticMoEError, WorkerError
@@ -87,7 +88,7 @@ class Worker:
     rank, device: what this process serves, and where.
     join_spec: the change that started this worker.
     region, barrier: this rank's view of the collective region; its end of the commit barrier.
-    cuda: the windows of a rank on a GPU, from `init_world` on; None on the CPU.
+    cuda: the windows of a rank on a GPU, from `init_world` on; None elsewhere.
     loads: hears of kernels that are loaded; as `cuda`.
     memory: the weights, in HMM memory.
     model: set by the loader.
@@ -118,9 +119,9 @@ class Worker:
         self.region = CollectiveRegion(region.fd, self.rank, timeout_s=config.collective_deadline_s)
         region.close()
         self.region.register(WorkerState.STARTING)
-        # On a GPU also the first ranks boot by themselves: none waits for another's compiling and capturing.
-        self._on_gpu = self.client.backend.name == "cuda"
-        self._boots_alone = join_spec.joining_rank or self._on_gpu
+        # On a GPU or NPU also the first ranks boot by themselves: none waits for another's compiling and capturing.
+        self._kind = self.client.backend.name
+        self._boots_alone = join_spec.joining_rank or self._kind != "cpu"
         if self._boots_alone:
             self.region.solo()
         else:
@@ -167,12 +168,14 @@ class Worker:
         self.region.control.set_worker_state(self.rank, state)
 
     def init_world(self, *, world_size: int, rank: int) -> None:
-        """Initialise torch.distributed over the collective region. On a GPU SGLang has set the device by now."""
-        if self._on_gpu:
+        """Initialise torch.distributed over the collective region. On a GPU or NPU SGLang has set the device by now."""
+        if self._kind == "cuda":
             from elasticmoe_kernels.triton.loads import KernelLoads
 
             self.loads = KernelLoads()
             self.cuda = open_windows(self.client, self.region, self.runtime.config, device=self.device)
+        elif self._kind == "npu":
+            install_npu_groups(self.region)
         install_backend(self.region)
         init_elastic(self.region, rank=rank, world_size=world_size)
 

@@ -23,10 +23,28 @@ aclError standin_error(aclError code, const char *format, ...) {
 
 const char *aclGetRecentErrMsg(void) { return recent[0] ? recent : NULL; }
 
+/* ASCEND_RT_VISIBLE_DEVICES as torch_npu's own reading of it (npu/__init__.py) says: what follows a character that is
+ * neither digit nor comma is dropped, ids must ascend or none is visible, and the list ends at one that does not exist. */
+static int visible(int count) {
+    const char *text = getenv("ASCEND_RT_VISIBLE_DEVICES");
+    if (!text) return count;
+    int seen = 0, last = -1;
+    while (*text >= '0' && *text <= '9') {
+        char *end;
+        long id = strtol(text, &end, 10);
+        if (id <= last) return 0;
+        if (id >= count) break;
+        last = (int)id;
+        seen++;
+        text = end + (*end == ',');
+    }
+    return seen;
+}
+
 int standin_device_count(void) {
     const char *text = getenv("CANN_STANDIN_DEVICES");
     int count = text ? atoi(text) : 2;
-    return count < 1 ? 1 : count > STANDIN_MAX_DEVICES ? STANDIN_MAX_DEVICES : count;
+    return visible(count < 1 ? 1 : count > STANDIN_MAX_DEVICES ? STANDIN_MAX_DEVICES : count);
 }
 
 size_t standin_capacity(void) {

@@ -2,6 +2,7 @@
  *
  * "Device memory" is memfd pages of the host. Environment:
  *   CANN_STANDIN_DEVICES    how many devices exist                      default 2, at most 16
+ *   ASCEND_RT_VISIBLE_DEVICES  which of them this process sees          default all
  *   CANN_STANDIN_HBM_BYTES  capacity of each device, per process        default 4 GiB
  *   CANN_STANDIN_SOC        what aclrtGetSocName answers                default Ascend910B3
  */

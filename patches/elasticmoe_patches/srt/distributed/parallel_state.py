@@ -75,7 +75,7 @@ def reduce_scatterv(
     import torch.distributed as dist
 
     sizes = _sizes(self.world_size, input_.shape[0], sizes)
-    if input_.is_cuda and len(set(sizes)) == 1:  # gloo, on the CPU platform, has no reduce-scatter
+    if not input_.is_cpu and len(set(sizes)) == 1:  # gloo, on the CPU platform, has no reduce-scatter
         rows = input_.new_empty((sizes[0], *input_.shape[1:])) if output is None else output
         dist.reduce_scatter_tensor(rows, input_, group=self.device_group)
         return rows
