@@ -1,4 +1,7 @@
-"""`elasticmoe bench autoscale`: the policy against fixed sizes and an oracle, in a SIMULATION of larger machines."""
+"""`elasticmoe bench autoscale`: the policy against fixed sizes and an oracle, in a SIMULATION of larger machines.
+
+With `--live` on a real server instead (live.py).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.policy import live
 from benchmarks.policy.governors import Policy, best_plan
 from benchmarks.policy.service import Machine, Outcome, Scheduled, Server
 from benchmarks.policy.traces import KINDS, Request, Trace, make_trace, read_trace
@@ -27,6 +31,18 @@ from elasticmoe_sglang.policy.settings import Autoscale, PolicySettings, Slo, pa
 
 _TEXT = "Policy against fixed sizes and an oracle on recorded or made loads"
 _ROOT = Path(__file__).parents[2]
+_DEFAULTS = {
+    "slo": "ttft=1s,itl=40ms,attainment=0.9",
+    "prompt_tokens": "lognormal:256-8192",
+    "output_tokens": "lognormal:256-4096",
+    "out": "benchmarks/results/autoscale",
+}
+_LIVE_DEFAULTS = {
+    "slo": "ttft=1s,itl=200ms,attainment=0.9",
+    "prompt_tokens": "16-64",
+    "output_tokens": "24-72",
+    "out": "benchmarks/results/autoscale-live",
+}
 _CONTEXT = 4096
 _PEAK = 0.9
 """Peak of the made loads, of the rate that the largest size sustains."""
@@ -90,23 +106,31 @@ class Figures(msgspec.Struct, kw_only=True):
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command; its namespace carries `run`."""
-    parser = commands.add_parser("autoscale", help=_TEXT, description=f"{_TEXT}. A simulation: nothing is measured.")
+    what = "A simulation: nothing is measured, unless it is told to play them --live"
+    parser = commands.add_parser("autoscale", help=_TEXT, description=f"{_TEXT}. {what}.")
     parser.add_argument("--scenarios", nargs="+", choices=sorted(SCENARIOS), default=sorted(SCENARIOS, reverse=True))
     parser.add_argument("--traces", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument(
         "--file", type=Path, help="a load of JSON lines {at, prompt_words, output_tokens}, beside these"
     )
-    parser.add_argument("--slo", default="ttft=1s,itl=40ms,attainment=0.9", help="(default: %(default)s)")
-    parser.add_argument("--prompt-tokens", default="lognormal:256-8192", help="(default: %(default)s)")
-    parser.add_argument("--output-tokens", default="lognormal:256-4096", help="(default: %(default)s)")
+    parser.add_argument("--slo", help=f"(default: {_DEFAULTS['slo']}; live: {_LIVE_DEFAULTS['slo']})")
+    for name in ("prompt_tokens", "output_tokens"):
+        told = f"(default: {_DEFAULTS[name]}; live: {_LIVE_DEFAULTS[name]})"
+        parser.add_argument(f"--{name.replace('_', '-')}", help=told)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results" / "autoscale")
+    parser.add_argument("--out", type=Path, help=f"(default: {_DEFAULTS['out']}; live: {_LIVE_DEFAULTS['out']})")
     parser.add_argument("--resume", action="store_true", help="keep the results that the output folder has")
+    live.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write and print the report; raises UserInputError for an impossible SLO, lengths or trace."""
+    for name, value in (_LIVE_DEFAULTS if args.live else _DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, _ROOT / value if name == "out" else value)
+    if args.live:
+        return live.run(args, _invocation(sys.argv))
     slo = parse_slo(args.slo)
     prompt, output = Lengths.parse(args.prompt_tokens), Lengths.parse(args.output_tokens)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -51,9 +51,36 @@ def shape(kind: str) -> tuple[Rate, float]:
     raise ValueError(f"no trace {kind!r}")
 
 
-def make_trace(kind: str, peak_rate: float, prompt: Lengths, output: Lengths, *, seed: int = 0) -> Trace:
+@dataclass(frozen=True, kw_only=True)
+class Excerpt:
+    """The first `duration_s` seconds of a load that runs `faster` than it was described."""
+
+    faster: float
+    duration_s: float
+
+
+LIVE = {
+    "steady": Excerpt(faster=1.0, duration_s=90.0),
+    "ramp": Excerpt(faster=13.5, duration_s=120.0),
+    "burst": Excerpt(faster=6.0, duration_s=120.0),
+    "daily": Excerpt(faster=5.0, duration_s=360.0),
+}
+"""For a real server, so that a run is a few minutes: the whole ramp in two minutes, two bursts of ten seconds a minute
+apart, three days of two minutes."""
+
+
+def make_trace(
+    kind: str, peak_rate: float, prompt: Lengths, output: Lengths, *, seed: int = 0, excerpt: Excerpt | None = None
+) -> Trace:
     """Poisson arrivals of at most `peak_rate` requests a second."""
-    rate, duration_s = shape(kind)
+    described, duration_s = shape(kind)
+    faster = 1.0
+    if excerpt is not None:
+        faster, duration_s = excerpt.faster, excerpt.duration_s
+
+    def rate(now: float) -> float:
+        return described(now * faster)
+
     rng = random.Random(f"{kind}/{seed}")
     requests = []
     now = rng.expovariate(peak_rate)
