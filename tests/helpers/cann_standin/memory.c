@@ -62,6 +62,14 @@ int standin_device_of(const void *address, size_t size) {
     }
 }
 
+/* For the simulated NPU (tests/helpers/npusim), which reads and writes device memory itself. */
+int cann_standin_holds(const void *address, size_t size, int device) {
+    pthread_mutex_lock(&standin_lock);
+    int home = standin_device_of(address, size);
+    pthread_mutex_unlock(&standin_lock);
+    return home == device;
+}
+
 static aclError need_context(const char *call) {
     if (standin_current_device() >= 0) return ACL_SUCCESS;
     return standin_error(ACL_ERROR_RT_CONTEXT_NULL, "%s: this thread has no context, call aclrtSetDevice first", call);

@@ -69,6 +69,8 @@ int standin_current_device(void); /* -1: this thread has no context */
 int standin_peer_enabled(int device, int peer);
 size_t standin_capacity(void);
 
+int cann_standin_holds(const void *address, size_t size, int device); /* whether all of it is that device's */
+
 /* All of these want the lock held. */
 extern pthread_mutex_t standin_lock;
 extern Physical *standin_physicals;

@@ -1,0 +1,61 @@
+"""The simulated NPU: the real torch_npu over the stand-in for CANN, computing on the host. See ../../README.md.
+
+torch calls `autoload` in every process that imports it, as it does for torch_npu itself, by the entry point beside this
+package.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+RECORD = "NPUSIM_RECORD"
+"""A folder: each process leaves there which operators it ran, as `<pid>.json`."""
+_EVERY_S = 1.0
+
+
+def autoload() -> None:
+    import torch_npu  # noqa: F401  (registers the device; this entry point may come first)
+
+    from elasticmoe_patches.platform import torchvision_ops
+
+    torchvision_ops.declare_if_unloadable()
+    install()
+
+
+@functools.cache
+def install() -> None:
+    """Replace torch_npu's kernels in this process."""
+    from npusim_device import attention, operators, packages
+    from npusim_device.dispatch import register
+
+    torch.ops.load_library(os.environ["NPUSIM_LIBRARY"])
+    torch.ops.npusim.install()
+    packages.install()
+    register(operators.OPERATORS)
+    register(attention.OPERATORS)
+    attention.install_atb()
+    if RECORD in os.environ:
+        threading.Thread(target=_record, name="npusim-record", daemon=True).start()
+
+
+def _record() -> None:
+    """Write what this process has run, again and again: most processes of a server are killed in the end."""
+    from npusim_device.dispatch import CHECKED, calls
+
+    path = Path(os.environ[RECORD]) / f"{os.getpid()}.json"
+    last: dict[str, int] = {}
+    while True:
+        time.sleep(_EVERY_S)
+        now = calls()
+        if now != last:
+            scratch = path.with_suffix(".new")
+            scratch.write_text(json.dumps({"calls": now, "checked": dict(CHECKED)}, indent=1, sort_keys=True))
+            scratch.rename(path)
+            last = now
