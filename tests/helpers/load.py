@@ -46,6 +46,7 @@ class Stream:
     Attributes:
         arrivals: (time, ids received until then), one entry an event, of all outputs together.
         ranks: ranks that reported tokens of it, in order.
+        moves: tokens that had come, of its first output, when another rank than before reported for the first time.
         problems: what an event showed that must not be: a token that changed, text that was taken back.
         cut: how this client ended it early.
     """
@@ -60,6 +61,7 @@ class Stream:
         self.outputs: dict[int, Output] = {}
         self.arrivals: list[tuple[float, int]] = []
         self.ranks: list[int] = []
+        self.moves: list[int] = []
         self.problems: list[str] = []
         self.cut: Cut | None = None
         self.error: str | None = None
@@ -113,6 +115,7 @@ class Stream:
             self.error = str(event["error"])
             return
         output = self.outputs.setdefault(int(event.get("index") or 0), Output())
+        before = len(output.ids)
         meta = event["meta_info"]
         ids, text = list(event["output_ids"]), str(event["text"])
         logprobs, tops = meta.get("output_token_logprobs") or [], meta.get("output_top_logprobs") or []
@@ -137,6 +140,8 @@ class Stream:
             self.problems.append(f"the server counts {counted} tokens and has sent {len(ids)}")
         rank = meta.get("dp_rank")
         if rank is not None and (not self.ranks or self.ranks[-1] != rank):
+            if self.ranks:
+                self.moves.append(before)
             self.ranks.append(rank)
         self.arrivals.append((time.time(), sum(len(each.ids) for each in self.outputs.values())))
 
