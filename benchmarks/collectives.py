@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 
+from benchmarks.scaling.machine import describe
 from elasticmoe_sglang.comm.commit_barrier import CommitBarrier, Decision
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.planner import Placement, View
@@ -229,11 +229,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    load = os.getloadavg()[0]
     report: dict[str, Any] = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "torch": torch.__version__,
-        "load_before": round(load, 2),
+        "machine": describe(),
         "against_gloo": [row for size in arguments.ranks for row in against_gloo(size)],
         "cost_of_capacity": cost_of_capacity(),
         "barrier": [commit_times(size) for size in arguments.ranks],

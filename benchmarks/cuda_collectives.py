@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.scaling.machine import describe
 from elasticmoe_kernels.triton import collectives
 from elasticmoe_kernels.triton.windows import WindowLayout
 from elasticmoe_sglang.hmm.space import ColumnSpace
@@ -242,7 +243,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "commit": os.environ.get("COMMIT") or _commit(),
+        "machine": describe(),
         "command": "scripts/gpu_all.sh",
         "mps": _mps_serves(),
         "copy_rate_bytes_read_and_written_per_s": copy_rate,
@@ -270,11 +271,6 @@ def _mps_serves() -> bool:
         ["nvidia-cuda-mps-control"], input="get_server_list\n", capture_output=True, text=True, timeout=20
     )
     return asked.returncode == 0 and bool(asked.stdout.strip())
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def _print_table(result: dict[str, Any]) -> None:

@@ -133,7 +133,6 @@ async def run(settings: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "device": device.name,
         "machine": describe(),
-        "commit": os.environ.get("COMMIT", ""),
         "command": " ".join(sys.argv),
         "rows": [],
     }

@@ -25,7 +25,6 @@ import random
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -563,7 +562,6 @@ async def run(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "device": device.name,
         "machine": describe(),
-        "commit": os.environ.get("COMMIT") or _commit(),
         "command": " ".join(sys.argv),
         "settings": {name: value for name, value in vars(settings).items() if not isinstance(value, Path)},
         "boot_s": {},
@@ -587,10 +585,6 @@ async def run(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
             settings.out.write_text(json.dumps(result, indent=1) + "\n")
             print(f"{name}: {record.get('error', 'measured')} after {record['seconds']} s", flush=True)
     return result
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def show(result: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from moe_check import check, poison, reference, relative, unmapped_slots
 from moe_compile import compile_part
 from moe_timing import Inputs, Timer, ceilings
 from moe_tune import install, tune_point
+from scaling.machine import describe
 
 from elasticmoe_kernels.triton.config import plan_for, shape_name, tuned_entries
 
@@ -111,8 +112,8 @@ def run(args: argparse.Namespace) -> None:
         ]
         helpers += warm
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "errors": [], "tuned": {}, "points": [],
-        "notes": [],
+        "device": torch.cuda.get_device_name(), "machine": describe(), "torch": torch.__version__, "errors": [],
+        "tuned": {}, "points": [], "notes": [],
     }  # fmt: skip
 
     def save() -> None:

@@ -39,6 +39,7 @@ class ElasticServer:
         env: variables on top of this process's environment.
         start_timeout_s: until it must answer.
         waiting: called about twice a second during the start, with the seconds so far.
+        enter: called in the server's process before it becomes the server.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ElasticServer:
         env: Mapping[str, str] | None = None,
         start_timeout_s: float = 400.0,
         waiting: Callable[[float], None] = lambda seconds: None,
+        enter: Callable[[], None] = lambda: None,
     ) -> None:
         self.port = port if port is not None else free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -60,6 +62,7 @@ class ElasticServer:
         self._env = {**os.environ, **(env or {})}
         self._start_timeout_s = start_timeout_s
         self._waiting = waiting
+        self._enter = enter
         self._process: subprocess.Popen[bytes] | None = None
 
     async def __aenter__(self) -> ElasticServer:
@@ -74,7 +77,7 @@ class ElasticServer:
                 stderr=subprocess.STDOUT,
                 env=self._env,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=self._begin,
             )
         try:
             await self._wait_healthy(started)
@@ -86,6 +89,11 @@ class ElasticServer:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stop()
+
+    def _begin(self) -> None:
+        """In the child."""
+        _end_with_parent()
+        self._enter()
 
     async def died(self) -> None:
         """Waits until the server ends. Raises ServerFailed when its main process has ended."""

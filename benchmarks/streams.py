@@ -7,6 +7,7 @@ record is in the list from the moment its request is sent. All times are `time.m
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ import msgspec
 Tokens = Callable[["StreamRecord", int], None]
 """Called with the record and the number of tokens that have just arrived for it."""
 
+GAP_MEDIANS = 5
+GAP_FLOOR_S = 0.15
 _STALL_S = 60.0
 _AFTER_FAILURE_S = 0.5
 # An event repeats everything generated so far, text and ids, so a line grows with the output.
@@ -64,6 +67,35 @@ class StreamRecord:
     def gaps(self) -> list[tuple[float, float]]:
         """(when, seconds) between each token and the one before it, at the arrival of the later one."""
         return [(late, late - early) for early, late in zip(self.arrivals, self.arrivals[1:], strict=False)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstGap:
+    """Of one stream around a change, seconds: its longest gap, and what that may be at most."""
+
+    longest: float
+    median: float
+
+    @property
+    def limit(self) -> float:
+        """A gap that somebody who reads along notices: five usual ones, and not below 150 ms."""
+        return max(GAP_MEDIANS * self.median, GAP_FLOOR_S)
+
+    @property
+    def over_limit(self) -> float:
+        return self.longest / self.limit
+
+
+def worst_gap(gaps: Sequence[tuple[float, float]], since: float, until: float) -> WorstGap | None:
+    """The longest of a stream's gaps that lie in [since, until], even in part; None without one.
+
+    Args:
+        gaps: (when, seconds) as `StreamRecord.gaps` gives them, of the stream's whole life.
+    """
+    inside = [gap for at, gap in gaps if at > since and at - gap < until]
+    if not inside:
+        return None
+    return WorstGap(longest=max(inside), median=statistics.median(gap for _, gap in gaps))
 
 
 class _MetaInfo(msgspec.Struct):

@@ -22,6 +22,7 @@ from benchmarks.demo.report import cores_sentence, report
 from benchmarks.demo.scenario import DemoFailed, Progress, play
 from benchmarks.demo.settings import Settings
 from benchmarks.demo.views import LiveView, PlainView
+from benchmarks.scaling.machine import describe
 from benchmarks.server import ElasticServer, ServerFailed
 from elasticmoe_sglang.errors import ElasticMoEError
 
@@ -47,7 +48,7 @@ def main() -> int:
         if not progress.records:
             return 1
         failed = True
-    result = figures(progress, shlex.join(["python", "-m", "benchmarks.demo", *sys.argv[1:]]))
+    result = figures(progress, shlex.join(["python", "-m", "benchmarks.demo", *sys.argv[1:]]), describe())
     _write(settings, progress, result)
     console.print()
     console.print(report(result), highlight=False)

@@ -6,19 +6,19 @@ bytes) comes from the operation.
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
-from importlib.metadata import version
-from pathlib import Path
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from benchmarks.demo.scenario import Change, Progress
-from benchmarks.streams import StreamRecord
+from benchmarks.streams import GAP_FLOOR_S, GAP_MEDIANS, StreamRecord, WorstGap, worst_gap
 from elasticmoe_sglang.coordinator.status import Operation, Phase
 
 RATE_BIN_S = 0.5
+PAUSE_MS = 50.0
+"""The most that a commit may delay a rank's next batch where four ranks share two cores."""
 # A change may affect a stream until this long after the operation has ended.
 _AFTER_S = 0.5
 
@@ -29,10 +29,10 @@ class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         pause_ms: the longest time that a rank took from its last batch before the commit to the first one after it,
             less the median of such intervals.
-        longest_gap_ms: the longest time between two tokens of one stream around the change; `median_gap_ms` is the
-            median of that same stream over its whole life.
+        longest_gap_ms: the longest time between two tokens of one stream around the change, of the stream that came
+            closest to its limit, or furthest beyond it (`WorstGap.limit`); `median_gap_ms` is the median of that same
+            stream over its whole life.
         commit_s: when the new membership began to serve.
-        commit_gap_ms: as longest_gap_ms, around the phase `committing` alone.
         streams: that were decoding when the change was asked for.
         moved_requests: migrated from retiring ranks to survivors.
         lost: streams alive during the change that did not end with exactly the tokens asked for.
@@ -52,7 +52,7 @@ class ChangeFigures(msgspec.Struct, frozen=True, kw_only=True):
     pause_ms: float | None = None
     longest_gap_ms: float | None = None
     median_gap_ms: float | None = None
-    commit_gap_ms: float | None = None
+    gap_limit_ms: float | None = None
     streams: int = 0
     columns_moved: int = 0
     bytes_moved: int = 0
@@ -72,7 +72,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """A run. `tokens_per_s[i]` covers the seconds from i * `rate_bin_s` on, since the first request was sent."""
 
     command: str
-    machine: dict[str, str | float]
+    machine: dict[str, Any]
     settings: dict[str, object]
     boot_s: float
     duration_s: float
@@ -90,15 +90,16 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
         return all(check.passed for check in self.checks)
 
 
-def figures(progress: Progress, command: str) -> Figures:
-    """The figures of a finished run."""
+def figures(progress: Progress, command: str, machine: dict[str, Any]) -> Figures:
+    """The figures of a finished run on a machine, as `machine.describe` tells of it."""
     everything = [*progress.reference, *progress.records]
     begin = origin(progress)
     end = max((record.ended_at or record.sent_at for record in everything), default=begin)
     settings = progress.settings
+    changes = [_change(change, everything, begin) for change in progress.changes]
     return Figures(
         command=command,
-        machine=machine(),
+        machine=machine,
         settings={
             "sizes": settings.sizes, "ranks": settings.ranks, "streams": settings.streams, "tokens": settings.tokens,
             "experts": settings.experts, "layers": settings.layers, "serve": settings.serve_args(),
@@ -109,15 +110,15 @@ def figures(progress: Progress, command: str) -> Figures:
         load_ended_s=None if progress.load_ended_at is None else round(progress.load_ended_at - begin, 3),
         streams=len(everything),
         tokens=sum(len(record.token_ids) for record in everything),
-        changes=[_change(change, everything, begin) for change in progress.changes],
-        checks=checks(progress),
+        changes=changes,
+        checks=checks(progress, changes),
         failures=[f"{record.ask.key}: {record.failure}" for record in everything if record.lost] + progress.mismatches,
         rate_bin_s=RATE_BIN_S,
         tokens_per_s=_rates(everything, begin, end),
     )  # fmt: skip
 
 
-def checks(progress: Progress) -> list[Check]:
+def checks(progress: Progress, changes: Sequence[ChangeFigures]) -> list[Check]:
     """The checks that decide the exit status."""
     everything = [*progress.reference, *progress.records]
     wanted = list(zip(progress.settings.sizes, progress.settings.sizes[1:], strict=False))
@@ -137,6 +138,24 @@ def checks(progress: Progress) -> list[Check]:
               detail=f"{len(everything) - len(incomplete)} of {len(everything)}, {got} of {asked} tokens"),
         Check(name="tokens equal to the reference", passed=not mismatches and compared > 0,
               detail=f"{compared - len(mismatches)} of {compared} streams"),
+        *_time_checks(changes),
+    ]  # fmt: skip
+
+
+def _time_checks(changes: Sequence[ChangeFigures]) -> list[Check]:
+    """Of the change that comes closest to each limit, or furthest beyond it."""
+    pauses = [pause for change in changes if (pause := change.pause_ms) is not None]
+    gaps = [
+        (gap, limit)
+        for change in changes
+        if (gap := change.longest_gap_ms) is not None and (limit := change.gap_limit_ms) is not None
+    ]
+    pause = max(pauses, default=math.inf)
+    gap, limit = max(gaps, key=lambda pair: pair[0] / pair[1], default=(math.inf, 0.0))
+    return [
+        Check(name="pause", passed=pause <= PAUSE_MS, detail=f"{pause:.1f} ms, at most {PAUSE_MS:g}"),
+        Check(name="longest gap", passed=gap <= limit,
+              detail=f"{gap:.0f} ms, at most {limit:.0f} ({GAP_MEDIANS} medians, or {GAP_FLOOR_S * 1e3:.0f} ms)"),
     ]  # fmt: skip
 
 
@@ -145,29 +164,10 @@ def origin(progress: Progress) -> float:
     return min((record.sent_at for record in progress.reference), default=progress.started_at)
 
 
-def machine() -> dict[str, str | float]:
-    """The machine and versions of the run."""
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_1min": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "sglang": version("sglang"),
-    }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def _change(change: Change, records: list[StreamRecord], begin: float) -> ChangeFigures:
     ended_at = change.ended_at if change.ended_at is not None else change.asked_at
     until = ended_at + _AFTER_S
-    longest, median = _longest_gap(records, change.asked_at, until)
+    worst = _worst_gap(records, change.asked_at, until)
     around = [record for record in records if record.sent_at < until and (record.ended_at or until) > change.asked_at]
     row = ChangeFigures(
         old=change.old,
@@ -176,19 +176,15 @@ def _change(change: Change, records: list[StreamRecord], begin: float) -> Change
         error=change.error,
         asked_s=round(change.asked_at - begin, 3),
         ended_s=round(ended_at - begin, 3),
-        longest_gap_ms=longest,
-        median_gap_ms=median,
+        longest_gap_ms=None if worst is None else worst.longest * 1e3,
+        median_gap_ms=None if worst is None else worst.median * 1e3,
+        gap_limit_ms=None if worst is None else worst.limit * 1e3,
         streams=_decoding(records, change.asked_at),
         lost=sum(record.lost for record in around),
     )
     if change.operation is None:
         return row
-    row = _with_operation(row, change.operation)
-    if row.commit_s is None or row.committing_ms is None:
-        return row
-    committed_at = begin + row.commit_s
-    commit_gap, _ = _longest_gap(records, committed_at - row.committing_ms / 1e3, committed_at)
-    return msgspec.structs.replace(row, commit_gap_ms=commit_gap)
+    return _with_operation(row, change.operation)
 
 
 def _with_operation(row: ChangeFigures, operation: Operation) -> ChangeFigures:
@@ -217,15 +213,9 @@ def _commit_s(asked_s: float, operation: Operation) -> float | None:
     return round(asked_s + sum(part or 0.0 for part in before) / 1e3, 3)
 
 
-def _longest_gap(records: list[StreamRecord], since: float, until: float) -> tuple[float | None, float | None]:
-    """Milliseconds: the longest gap that lies in these times, even in part, and the median gap of its stream."""
-    worst: tuple[float | None, float | None] = (None, None)
-    for record in records:
-        gaps = record.gaps()
-        inside = [gap for at, gap in gaps if at > since and at - gap < until]
-        if inside and (worst[0] is None or max(inside) * 1e3 > worst[0]):
-            worst = (max(inside) * 1e3, statistics.median(gap for _, gap in gaps) * 1e3)
-    return worst
+def _worst_gap(records: Sequence[StreamRecord], since: float, until: float) -> WorstGap | None:
+    found = [gap for record in records if (gap := worst_gap(record.gaps(), since, until)) is not None]
+    return max(found, key=lambda gap: gap.over_limit, default=None)
 
 
 def _decoding(records: list[StreamRecord], at: float) -> int:

@@ -41,7 +41,9 @@ def draw(progress: Progress, result: Figures, path: Path) -> None:
         fontsize=13,
     )
     cores = result.machine["cores"]
-    bottom.set_xlabel(f"seconds since the first request   ({cores} CPU cores; SGLang {result.machine['sglang']})")
+    bottom.set_xlabel(
+        f"seconds since the first request   ({cores} CPU cores; SGLang {result.machine['versions']['sglang']})"
+    )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -14,15 +14,15 @@ from elasticmoe_sglang.units import format_bytes
 _LEGEND = """
 total        from the request to the end of the change; streams continue meanwhile
 pause        delay of the next batch by the commit (measured by the server)
-longest gap  between two tokens of any stream around the change; median gap:
-             of that stream over its whole life
+longest gap  between two tokens around the change, of the stream that came
+             closest to its limit; median gap: of that stream over its life
 """
 
 
 def report(result: Figures) -> RenderableType:
     """The table, the machine and the checks."""
     parts: list[RenderableType] = [table(result), Text(_LEGEND, style="dim")]
-    cores, load = result.machine["cores"], result.machine["load_1min"]
+    cores, load = result.machine["cores"], result.machine["load_average"][0]
     parts.append(Text(f"{cores} cores, load {load} in the last minute", style="dim"))
     parts.append(Text(cores_sentence(str(result.settings["cpu_bind"])) + "\n", style="dim"))
     for check in result.checks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 
@@ -23,6 +22,3 @@ class Clock:
     def of_unix(self, unix: float) -> float:
         """A Unix time of this machine on this clock."""
         return unix - self._unix
-
-    async def sleep_until(self, moment: float) -> None:
-        await asyncio.sleep(max(0.0, moment - self.now()))

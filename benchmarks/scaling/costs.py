@@ -46,13 +46,13 @@ class Costs:
     Attributes:
         per_node, hbm_bytes: devices of a node; memory of one.
         cores_per_node: how many joining ranks of a node can boot at full speed together.
-        new_column_s: one new column: create, export, import, map, set access.
+        new_column_s: one new column: create, export, import, map, set access; on the CPU also its fresh pages.
         old_column_s: one departed column: unmap and release.
         message_s: one command from the Coordinator, which sends them one by one.
         near_copy, far_copy: one device's rate to a peer in its node, and to another node.
         boot_s: from a standby to the commit barrier without copying weights: attach, build the model.
-        capture_s: capturing the joining rank's graphs.
-        commit_s: from when the last rank is ready to the first token after the switch, less an ordinary step.
+        capture_s: capturing the joining rank's graphs; cold_capture_s: those of a new server, with compiling.
+        commit_s: from when the last rank is ready until all have passed the commit barrier.
         commit_rank_s: what each further rank adds to that.
         cold_boot_s: a new server's start without its weights and graphs.
         load_rate: reading a checkpoint, one node.
@@ -70,6 +70,7 @@ class Costs:
     far_copy: Cost
     boot_s: Cost
     capture_s: Cost
+    cold_capture_s: Cost
     commit_s: Cost
     commit_rank_s: Cost
     cold_boot_s: Cost
@@ -83,7 +84,9 @@ class Costs:
 
 
 _VMM = "per-call times of the driver on H200: create 10 us, export 36, import 20, map 2, set access 28"
-_HOST = "small model on a two-core CPU host, end to end"
+_CHANGES = (
+    "results/cuda-changes-*-h100.json and cuda-scaling-h200.json, Qwen3-30B-A3B with 16 layers, ranks share one GPU"
+)
 
 H200 = Costs(
     name="H200",
@@ -95,9 +98,10 @@ H200 = Costs(
     message_s=assumed(0.2e-3, "a message between processes of one host and its handling"),
     near_copy=measured(394e9, "NVLink copy of 432 MiB and more between two H200"),
     far_copy=assumed(45e9, "one 400 Gbit/s network port per device at 90 %"),
-    boot_s=assumed(2.5, f"{_HOST}, with room for a larger model's construction"),
-    capture_s=measured(66.0, "cold start of Qwen3-30B-A3B: compiling and capturing, on a slow virtual machine"),
-    commit_s=measured(3e-3, f"{_HOST}: 1 to 3 ms at the commit barrier"),
+    boot_s=measured(2.6, f"preparing a rank from a ready standby, median 4.6 s, less its capture; {_CHANGES}"),
+    capture_s=measured(2.0, "graphs of a joining rank whose kernels are compiled: docs/hardware.md"),
+    cold_capture_s=measured(66.0, "cold start of Qwen3-30B-A3B: compiling and capturing, on a slow virtual machine"),
+    commit_s=measured(34.7e-3, f"the phase `committing`, median of 34; {_CHANGES}"),
     commit_rank_s=assumed(20e-6, "one more arrival at the commit barrier"),
     cold_boot_s=measured(45.0, "cold start of Qwen3-30B-A3B without compiling and capturing, rounded"),
     load_rate=assumed(10e9, "local NVMe drives"),
@@ -115,8 +119,10 @@ ASCEND_910C = replace(
     near_copy=published(196e9, "unified bus: 392 GB/s per package of two dies"),
     far_copy=published(196e9, "unified bus, the same across the nodes of one supernode"),
     cores_per_node=assumed(16, "each joining rank of a node has its own core"),
-    capture_s=assumed(66.0, "as on H200"),
-    commit_s=assumed(3e-3, "as on the CPU"),
+    boot_s=assumed(2.6, "as on H200"),
+    capture_s=assumed(2.0, "as on H200"),
+    cold_capture_s=assumed(66.0, "as on H200"),
+    commit_s=assumed(34.7e-3, "as on H200"),
     cold_boot_s=assumed(45.0, "as on H200"),
     memory_rate=published(1.6e12, "data sheet: 3.2 TB/s per package of two dies"),
 )

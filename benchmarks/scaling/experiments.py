@@ -1,26 +1,51 @@
-"""What each command measures: the cases of one experiment, each a method under a workload and a schedule."""
+"""The experiments as data: which methods, at which sizes, under which load. `runner` carries them out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from benchmarks.scaling.ablation import ABLATIONS
 from benchmarks.scaling.figures import Slo
-from benchmarks.scaling.runner import RunPlan
-from benchmarks.scaling.schedule import Schedule
-from benchmarks.scaling.servers import ServerSettings
-from benchmarks.scaling.workload import Lengths, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """One run. `label` is its row in the report."""
+class Run:
+    """One stretch of load.
 
-    label: str
+    Attributes:
+        sizes: the first one, then those to change to. The same size twice is a moment at which nothing is changed: its
+            figures are what a change's would be without one.
+        share: open loop at this share of the capacity of the first size; None: a closed loop.
+        lanes: of the closed loop; None: the experiment's.
+        seconds: before the first change, between changes, and after the last; None: the experiment's.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    share: float | None = None
+    lanes: int | None = None
+    seconds: float | None = None
+
+    @property
+    def measures_capacity(self) -> bool:
+        """Later open loops of the same arm are sized by it, so it comes first."""
+        return self.share is None and len(self.sizes) == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One method and what its servers go through, one run after the other, from one start.
+
+    Attributes:
+        largest: size that the servers are prepared for (`--max-ep-size`); other methods do not know it.
+        without: mechanisms that joining ranks do without.
+    """
+
+    name: str
     method: str
-    plan: RunPlan
-    settings: ServerSettings
+    runs: tuple[Run, ...]
+    largest: int = 2
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,149 +58,115 @@ class TinyModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Defaults:
-    """A command's settings at CPU size; flags override them.
+class Experiment:
+    """Arms under the same workload, at CPU size.
 
     Attributes:
-        changes: as `Schedule.parse` reads them.
-        window_s: before and after a change.
+        prompt, output: words and tokens, as `Lengths.parse` reads them.
+        lanes: clients of a closed loop.
+        window_s: before and after a change, at most.
+        seconds: of load before a change and after it.
+        flags: further SGLang flags of all servers.
     """
 
     title: str
     paper: str
-    start: int = 2
-    changes: str = "20:4"
-    methods: tuple[str, ...] = ("elastic", "cold-restart", "replica", "colocated", "static")
-    rate: float = 3.0
-    even: bool = True
-    burst_rate: float | None = None
-    burst_at: float = 0.0
-    burst_s: float = 0.0
-    rates: tuple[float, ...] = ()
-    prompt: str = "8-32"
-    output: str = "16"
-    duration_s: float = 60.0
-    settle_s: float = 20.0
-    window_s: float = 15.0
+    arms: tuple[Arm, ...]
+    repetitions: int = 5
+    prompt: str = "4-24"
+    output: str = "160"
+    lanes: int = 6
+    seconds: float = 8.0
+    window_s: float = 10.0
     slo: Slo = field(default_factory=lambda: Slo(ttft_s=1.0, tpot_s=0.2))
-    tiny: TinyModel = field(default_factory=TinyModel)
-    ablations: tuple[str, ...] = ()
+    tiny: TinyModel = TinyModel()
+    flags: tuple[str, ...] = ()
 
 
-COMMANDS: dict[str, Defaults] = {
-    "scaling": Defaults(
-        title="Throughput while the size changes, all methods",
-        paper="ElasticMoE (arXiv 2510.02613), scale-up: latency, downtime, peak memory, throughput",
+def _capacity(*sizes: int) -> tuple[Run, ...]:
+    return tuple(Run(name=f"closed loop at {size}", sizes=(size,)) for size in sizes)
+
+
+def _fixed(size: int) -> Run:
+    return Run(name=f"no change at {size}", sizes=(size, size), share=0.8)
+
+
+_UP = Run(name="up at 0.8", sizes=(1, 2), share=0.8)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "scale": Experiment(
+        title="One rank more and one less under load, all methods",
+        paper="ElasticMoE (arXiv 2510.02613): latency, downtime, peak memory, throughput, SLO attainment; Table 3",
+        arms=(
+            Arm(
+                name="elastic",
+                method="elastic",
+                runs=(
+                    *_capacity(1, 2),
+                    *(Run(name=f"up at {share}", sizes=(1, 2), share=share) for share in (0.5, 0.8, 1.2)),
+                    Run(name="down at 0.5", sizes=(2, 1), share=0.5),
+                    _fixed(1),
+                    _fixed(2),
+                ),
+            ),
+            Arm(name="plain 1", method="plain", runs=(*_capacity(1), _fixed(1))),
+            Arm(name="plain 2", method="plain", runs=(*_capacity(2), _fixed(2))),
+            Arm(name="cold-restart", method="cold-restart", runs=(*_capacity(1), _UP)),
+            Arm(name="replica", method="replica", runs=(*_capacity(1), _UP)),
+            Arm(name="colocated", method="colocated", runs=(*_capacity(1), _UP)),
+        ),
+        # Large enough that computing dominates: on two cores a second rank is worth having.
+        tiny=TinyModel(layers=6, hidden=768, experts=16),
+        prompt="lognormal:16-1300",
+        output="24-48",
+        lanes=16,
+        # One prefill step must not hold up decoding streams for long; shared by all ranks that there may be.
+        flags=("--chunked-prefill-size", "256"),
     ),
-    "table1": Defaults(
+    "timing": Experiment(
+        title="Changes of one rank under closed loops, four ranks on the same cores",
+        paper="",
+        arms=(
+            Arm(
+                name="elastic, 2 of 4",
+                method="elastic",
+                largest=4,
+                runs=(*_capacity(2), Run(name="changes", sizes=(2, 3, 2, 1, 2, 3, 2, 1, 2), seconds=2.0)),
+            ),
+            Arm(name="elastic, 2 of 2", method="elastic", runs=_capacity(2)),
+            Arm(name="plain 2", method="plain", runs=_capacity(2)),
+        ),
+    ),
+    "reserve": Experiment(
+        title="One active rank with room for more, against plain SGLang without",
+        paper="",
+        arms=tuple(
+            Arm(
+                name=name,
+                method=method,
+                largest=largest,
+                runs=tuple(Run(name=f"{lanes} at a time", sizes=(1,), lanes=lanes, seconds=8.0) for lanes in (1, 8)),
+            )
+            for name, method, largest in (
+                ("plain 1", "plain", 1), ("elastic, 1 of 2", "elastic", 2), ("elastic, 1 of 4", "elastic", 4),
+                ("elastic, 1 of 8", "elastic", 8),
+            )
+        ),
+    ),
+    "ablation": Experiment(
         title="Scale-up with one mechanism disabled at a time",
         paper="ElasticMoE, Table 1",
-        methods=("elastic",),
-        ablations=("", *ABLATIONS),
-        rate=2.0,
-        duration_s=20.0,
-        changes="8:4",
-        settle_s=8.0,
-        window_s=8.0,
+        arms=tuple(
+            Arm(
+                name=f"without {name}" if name else "elastic",
+                method="elastic",
+                largest=4,
+                without=(name,) if name else (),
+                runs=(Run(name="up", sizes=(2, 4), lanes=4),),
+            )
+            for name in ("", *ABLATIONS)
+        ),
         # Large enough that copying and reading its weights are visible next to the boot of a process.
         tiny=TinyModel(layers=8, hidden=512, experts=32),
     ),
-    "table3": Defaults(
-        title="Scale-down",
-        paper="ElasticMoE, Table 3",
-        start=4,
-        changes="20:2",
-        methods=("elastic", "cold-restart", "colocated"),
-    ),
-    "throughput": Defaults(
-        title="Throughput before, during and after, up and down",
-        paper="ElasticMoE: 6.002 / 3.943 / 7.818 requests/s for a scale-up",
-        changes="20:4,90:2",
-        duration_s=130.0,
-        methods=("elastic", "cold-restart"),
-        rate=6.0,
-    ),
-    "slo": Defaults(
-        title="SLO attainment against the request rate, with a change in each run",
-        paper="ElasticMoE: SLO attainment against request rate",
-        methods=("elastic", "cold-restart"),
-        even=False,
-        rates=(1.0, 3.0, 6.0),
-        changes="10:4",
-        duration_s=40.0,
-        settle_s=10.0,
-        window_s=10.0,
-    ),
-    "burst": Defaults(
-        title="A burst of requests, answered by a scale-up two seconds after it begins",
-        paper="ElasticMoE: burst replay",
-        methods=("elastic", "cold-restart", "static"),
-        even=False,
-        rate=1.0,
-        burst_rate=5.0,
-        burst_at=20.0,
-        burst_s=30.0,
-        changes="22:4,60:2",
-        duration_s=80.0,
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Settings after flags, and where servers come from."""
-
-    defaults: Defaults
-    model: Path
-    device: str
-    kv_tokens: int
-    seed: int
-    trace: Path | None
-    server_args: tuple[str, ...]
-    log_dir: Path
-    boot_limit_s: float = 150.0
-
-    def cases(self) -> list[Case]:
-        """In the order in which they are run."""
-        d = self.defaults
-        cases = []
-        for rate in d.rates or (d.rate,):
-            for method in d.methods:
-                for ablation in d.ablations if d.ablations and method == "elastic" else ("",):
-                    words = [method, f"without {ablation}" if ablation else "", f"at {rate:g}/s" if d.rates else ""]
-                    label = " ".join(filter(None, words))
-                    cases.append(
-                        Case(label=label, method=method, plan=self._plan(rate), settings=self._settings(ablation))
-                    )
-        return cases
-
-    def _plan(self, rate: float) -> RunPlan:
-        d = self.defaults
-        workload = Workload(
-            rate=rate,
-            even=d.even,
-            burst_rate=d.burst_rate,
-            burst_at=d.burst_at,
-            burst_s=d.burst_s,
-            prompt=Lengths.parse(d.prompt),
-            output=Lengths.parse(d.output),
-            trace=self.trace,
-            seed=self.seed,
-        )
-        return RunPlan(
-            workload=workload,
-            schedule=Schedule.parse(d.start, d.changes),
-            duration_s=d.duration_s,
-            settle_s=d.settle_s,
-        )
-
-    def _settings(self, ablation: str) -> ServerSettings:
-        settings = ServerSettings(
-            model=str(self.model),
-            device=self.device,
-            kv_tokens=self.kv_tokens,
-            log_dir=self.log_dir,
-            boot_limit_s=self.boot_limit_s,
-            args=self.server_args,
-        )
-        return replace(settings, without=(ablation,)) if ablation else settings
+}  # fmt: skip

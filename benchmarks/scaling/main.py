@@ -1,34 +1,41 @@
-"""`elasticmoe bench`: one command per experiment; also `python -m benchmarks.scaling.main`."""
+"""`elasticmoe bench`: one command per experiment, and `report`; also `python -m benchmarks.scaling.main`."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
+import random
+import re
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.scaling import machine, page
-from benchmarks.scaling.analyser import analyse
-from benchmarks.scaling.experiments import COMMANDS, Defaults, Experiment
-from benchmarks.scaling.figures import Slo
+from benchmarks.scaling import machine
+from benchmarks.scaling.experiments import EXPERIMENTS, Arm, Experiment
+from benchmarks.scaling.groups import Group
 from benchmarks.scaling.methods import METHODS, MethodFailed
 from benchmarks.scaling.plots import draw
 from benchmarks.scaling.records import RunLog, read_log, write_log
-from benchmarks.scaling.report import Result, Results, compare_outputs, describe_workload, markdown, targets
-from benchmarks.scaling.runner import run
+from benchmarks.scaling.report import markdown, targets_table, write_block
+from benchmarks.scaling.runner import carry_out
+from benchmarks.scaling.servers import ServerSettings
+from benchmarks.scaling.summary import Results, summarise
+from benchmarks.scaling.targets import judge
 from benchmarks.server import ServerFailed
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.tiny_model import make_tiny_model
 
-_RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,9 +44,18 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure what a change of size costs, compared with what users do today. Runs real servers.",
     )
     commands = parser.add_subparsers(dest="command", metavar="EXPERIMENT", required=True)
-    for name, defaults in COMMANDS.items():
-        sub = commands.add_parser(name, help=defaults.title, description=f"{defaults.title}. {defaults.paper}.")
-        _add_arguments(sub, name, defaults)
+    for name, experiment in EXPERIMENTS.items():
+        text = f"{experiment.title}."
+        sub = commands.add_parser(name, help=experiment.title, description=f"{text} {experiment.paper}")
+        sub.set_defaults(run=_measure)
+        _add_arguments(sub, name, experiment)
+    every = commands.add_parser("all", help="all of these, one after the other")
+    every.add_argument("--repetitions", type=int, help="instead of each experiment's own")
+    every.set_defaults(run=_all)
+    report = commands.add_parser("report", help="write README.md and docs/benchmarks.md from the committed figures")
+    report.add_argument("--again", action="store_true", help="recompute every committed figure from its log first")
+    report.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
+    report.set_defaults(run=_report)
     from benchmarks.policy import autoscale, cost
     from benchmarks.scaling import simulation_command
 
@@ -48,260 +64,218 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_arguments(parser: argparse.ArgumentParser, name: str, d: Defaults) -> None:
-    what = parser.add_argument_group("what is measured")
-    what.add_argument("--methods", type=_names, default=d.methods, help=f"out of {','.join(METHODS)}")
-    what.add_argument("--start", type=int, default=d.start, help="first size (default: %(default)s)")
-    what.add_argument("--changes", default=d.changes, help="SECOND:SIZE,... (default: %(default)s)")
-    what.add_argument("--duration", type=float, default=d.duration_s, help="seconds of load (default: %(default)g)")
-    what.add_argument(
-        "--settle", type=float, default=d.settle_s, help="seconds of load after the last change (default: %(default)g)"
+def _add_arguments(parser: argparse.ArgumentParser, name: str, experiment: Experiment) -> None:
+    known = [arm.name for arm in experiment.arms]
+    parser.add_argument("--arms", nargs="+", choices=known, default=known, metavar="ARM", help=f"out of: {known}")
+    parser.add_argument(
+        "--repetitions", type=int, default=experiment.repetitions, help="of each arm (default: %(default)s)"
     )
-    what.add_argument(
-        "--window",
-        type=float,
-        default=d.window_s,
-        help="seconds measured before and after a change (default: %(default)g)",
+    parser.add_argument(
+        "--resume", action="store_true", help="go through those arms and repetitions of which a log is missing"
     )
-    load = parser.add_argument_group("load")
-    load.add_argument("--rate", type=float, default=d.rate, help="requests per second (default: %(default)g)")
-    if d.rates:
-        load.add_argument("--rates", type=_numbers, default=d.rates, help="several rates, instead of --rate")
-    load.add_argument("--arrivals", choices=("even", "poisson"), default="even" if d.even else "poisson")
-    load.add_argument("--burst-rate", type=float, default=d.burst_rate)
-    load.add_argument("--burst-at", type=float, default=d.burst_at)
-    load.add_argument("--burst-length", type=float, default=d.burst_s)
-    load.add_argument(
-        "--prompt-words", default=d.prompt, help="N, LOW-HIGH or lognormal:LOW-HIGH (default: %(default)s)"
-    )
-    load.add_argument("--output-tokens", default=d.output, help="the same for output tokens (default: %(default)s)")
-    load.add_argument(
-        "--trace", type=Path, help="file of JSON lines {at, prompt_words, output_tokens}, instead of the options above"
-    )
-    load.add_argument("--seed", type=int, default=0)
-    load.add_argument(
-        "--slo-ttft",
-        type=float,
-        default=d.slo.ttft_s,
-        help="limit of the time to first token, seconds (default: %(default)g)",
-    )
-    load.add_argument(
-        "--slo-tpot", type=float, default=d.slo.tpot_s, help="and of the time per token after it (default: %(default)g)"
-    )
-    if d.ablations:
-        load.add_argument(
-            "--ablations",
-            type=_names,
-            default=d.ablations,
-            help="mechanisms to disable, one run each; an empty name disables nothing",
-        )
+    parser.add_argument("--within", type=float, metavar="SECONDS", help="begin no other repetition after this long")
+    parser.add_argument("--again", action="store_true", help="run nothing: recompute everything from the logs")
     servers = parser.add_argument_group("servers")
     servers.add_argument("--model-path", type=Path, help="model to serve (default: a tiny model, made for the run)")
     servers.add_argument("--device", default="cpu")
-    servers.add_argument("--kv-tokens", type=int, default=8192, help="KV tokens per rank (default: %(default)s)")
+    servers.add_argument("--kv-tokens", type=int, default=32768, help="KV tokens per rank (default: %(default)s)")
     servers.add_argument(
         "--boot-limit",
         type=float,
-        default=150.0,
-        help="seconds for a server that starts during the run (default: %(default)g)",
+        default=400.0,
+        help="seconds for a server that starts during a run (default: %(default)g)",
     )
     servers.add_argument(
-        "--server-args",
-        type=shlex.split,
-        default=[],
-        help="further SGLang flags for all servers, quoted as one argument",
+        "--server-args", type=shlex.split, default=[], help="further SGLang flags for all servers, in one argument"
     )
-    out = parser.add_argument_group("results")
-    out.add_argument("--out", type=Path, default=_RESULTS / name, help="output folder (default: %(default)s)")
-    if name == "scaling":
-        out.add_argument("--page", type=Path, help="write these results into the marked block of this Markdown file")
-    source = out.add_mutually_exclusive_group()
-    source.add_argument(
-        "--again",
-        action="store_true",
-        help="run nothing: recompute figures, report and picture from the logs in the output folder",
-    )
-    source.add_argument("--resume", action="store_true", help="run only the cases without a log in the output folder")
+    parser.add_argument("--out", type=Path, default=RESULTS / name, help="output folder (default: %(default)s)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when everything ran (whatever the figures say), 1 when a run was not possible.
+    """0 when everything ran and every target was met; 1 when a target was missed or a run was not possible.
 
     Raises:
         UserInputError: an impossible setting.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
+    args.invocation = shlex.join(["elasticmoe", "bench", *words])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return int(args.run(args)) if hasattr(args, "run") else _measure(args, words)
+        return int(args.run(args))
     except (ServerFailed, MethodFailed) as error:
         _say(str(error))
         return 1
 
 
-def _measure(args: argparse.Namespace, words: Sequence[str]) -> int:
-    defaults = _with_flags(COMMANDS[args.command], args)
-    unknown = [method for method in defaults.methods if method not in METHODS]
-    if unknown:
-        raise UserInputError(f"no such method: {', '.join(unknown)}", hint=f"Known: {', '.join(METHODS)}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    invocation = shlex.join(["elasticmoe", "bench", *words])
-    with tempfile.TemporaryDirectory(prefix="elasticmoe-bench-") as folder:
-        model, about_model = _model(args, defaults, Path(folder))
-        experiment = Experiment(
-            defaults=defaults,
-            model=model,
-            device=args.device,
-            kv_tokens=args.kv_tokens,
-            seed=args.seed,
-            trace=args.trace,
-            server_args=tuple(args.server_args),
-            log_dir=Path(folder),
-            boot_limit_s=args.boot_limit,
-        )
-        logs = _stored(experiment, args.out) if args.again else _run_all(experiment, args.out, invocation, args.resume)
-    results = _results(experiment, logs)
-    runs = list(logs.values())
-    first, last = runs[0].about, runs[-1].about
-    found = Results(
-        command=args.command,
-        title=defaults.title,
-        paper=defaults.paper,
-        invocation=last["invocation"],
-        machine=first["machine"],
-        load_average_after=last["load_average_after"],
-        model=about_model,
-        workload=describe_workload(defaults),
-        slo=defaults.slo,
-        results=results,
-    )
-    (args.out / "figures.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
-    draw(args.command, results, runs, args.out / "figures.png")
-    report = markdown(found)
-    (args.out / "report.md").write_text(report)
-    if getattr(args, "page", None) is not None:
-        page.write(args.page, found, args.out / "figures.png")
-    print(report)
-    for target in targets(results) if args.command == "scaling" else []:
-        if not target.met:
-            print(f"elasticmoe bench: {target.name}: wanted {target.wanted}, found {target.found}", file=sys.stderr)
-    return 0
+def _all(args: argparse.Namespace) -> int:
+    more = ["--repetitions", str(args.repetitions)] if args.repetitions else []
+    statuses = [main([name, *more]) for name in EXPERIMENTS]
+    return max(*statuses, main(["report"]))
 
 
-def _with_flags(d: Defaults, args: argparse.Namespace) -> Defaults:
-    return replace(
-        d,
-        methods=tuple(args.methods),
-        start=args.start,
-        changes=args.changes,
-        duration_s=args.duration,
-        settle_s=args.settle,
-        window_s=args.window,
-        rate=args.rate,
-        rates=tuple(getattr(args, "rates", ())),
-        even=args.arrivals == "even",
-        burst_rate=args.burst_rate,
-        burst_at=args.burst_at,
-        burst_s=args.burst_length,
-        prompt=args.prompt_words,
-        output=args.output_tokens,
-        slo=Slo(ttft_s=args.slo_ttft, tpot_s=args.slo_tpot),
-        ablations=tuple(getattr(args, "ablations", ())),
-    )
+# -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def _model(args: argparse.Namespace, d: Defaults, folder: Path) -> tuple[Path, str]:
+def _measure(args: argparse.Namespace) -> int:
+    experiment = EXPERIMENTS[args.command]
+    logs = args.out / "logs"
+    if not args.again:
+        if not args.resume:
+            shutil.rmtree(logs, ignore_errors=True)
+        _run_sessions(args, experiment, logs)
+    results = _write(args.command, args.out)
+    print(markdown(results, experiment))
+    missed = [verdict for verdict in judge(results) if not verdict.met]
+    for verdict in missed:
+        _say(f"missed: {verdict.target.text}: {verdict.found}, wanted {verdict.wanted}")
+    return 1 if missed else 0
+
+
+def _run_sessions(args: argparse.Namespace, experiment: Experiment, logs: Path) -> None:
+    """Each arm once in a repetition, in a shuffled order: what drifts on the machine meets all of them."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="elasticmoe-bench-") as scratch:
+        folder = Path(scratch)
+        model, about_model = _model(args, experiment, folder)
+        for repetition in range(args.repetitions):
+            arms = [arm for arm in experiment.arms if arm.name in args.arms]
+            random.Random(repetition).shuffle(arms)
+            for arm in arms:
+                if args.within is not None and time.monotonic() - began > args.within:
+                    return
+                if all(_log_path(logs, arm.name, run.name, repetition).exists() for run in arm.runs):
+                    continue
+                about = {"machine": machine.describe(), "model": about_model, "invocation": args.invocation}
+                settings = ServerSettings(
+                    model=str(model), device=args.device, kv_tokens=args.kv_tokens, log_dir=folder,
+                    boot_limit_s=args.boot_limit, args=(*experiment.flags, *args.server_args), without=arm.without,
+                )  # fmt: skip
+                try:
+                    _session(experiment, arm, repetition, settings, about, logs)
+                finally:
+                    _keep_server_logs(folder, logs / slug(arm.name) / f"servers-{repetition}")
+
+
+def _session(
+    experiment: Experiment, arm: Arm, repetition: int, settings: ServerSettings, about: dict[str, object], logs: Path
+) -> None:
+    def keep(log: RunLog) -> None:
+        write_log(_log_path(logs, arm.name, log.run, repetition), log)
+
+    with _group() as group:
+        if group is not None:
+            settings = replace(settings, enter=group.enter)
+        method = METHODS[arm.method](settings, arm.largest)
+        asyncio.run(carry_out(experiment, arm, repetition, method, group=group, about=about, say=_say, keep=keep))
+
+
+@contextlib.contextmanager
+def _group() -> Iterator[Group | None]:
+    """None where this user may make no control group: memory and CPU time are then not measured, and it is said."""
+    group = Group()
+    try:
+        group.__enter__()
+    except OSError as error:
+        _say(f"memory and CPU time are not measured: {error}")
+        yield None
+        return
+    try:
+        yield group
+    finally:
+        group.__exit__()
+
+
+def _model(args: argparse.Namespace, experiment: Experiment, folder: Path) -> tuple[Path, str]:
     if args.model_path is not None:
         return args.model_path, args.model_path.name
-    tiny = d.tiny
+    tiny = experiment.tiny
     about = f"tiny Qwen3-MoE, {tiny.layers} layers, {tiny.experts} experts, hidden {tiny.hidden}, float32"
-    if args.again:
-        return folder, about
-    path = make_tiny_model(folder / "model", layers=tiny.layers, hidden=tiny.hidden, experts=tiny.experts)
-    return path, about
+    return make_tiny_model(folder / "model", layers=tiny.layers, hidden=tiny.hidden, experts=tiny.experts), about
 
 
-def _log_path(out: Path, label: str) -> Path:
-    return out / "logs" / f"{label.replace(' ', '_').replace('/', '')}.json"
+def _keep_server_logs(folder: Path, target: Path) -> None:
+    """For whoever looks for the cause of something; git ignores them."""
+    for log in folder.glob("*.log"):
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.move(log, target / log.name)
 
 
-def _run_all(experiment: Experiment, out: Path, invocation: str, resume: bool) -> dict[str, RunLog]:
-    """One case after the other, never two at once."""
-    logs = {}
-    workload = describe_workload(experiment.defaults)
-    for case in experiment.cases():
-        path = _log_path(out, case.label)
-        if resume and path.exists():
-            logs[case.label] = _read(path, workload)
-            continue
-        method = METHODS[case.method](case.settings, case.plan.schedule.largest)
-        about = {
-            "label": case.label, "workload": workload, "invocation": invocation, "machine": machine.describe()
-        }  # fmt: skip
-        try:
-            log = asyncio.run(run(method, case.plan, about=about, say=_say))
-        finally:
-            for server_log in experiment.log_dir.glob("*.log"):
-                target = path.with_suffix("") / server_log.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(server_log, target)
-        log.about["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
-        write_log(path, log)
-        logs[case.label] = log
-    return logs
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def _stored(experiment: Experiment, out: Path) -> dict[str, RunLog]:
-    paths = {case.label: _log_path(out, case.label) for case in experiment.cases()}
-    missing = [label for label, path in paths.items() if not path.exists()]
-    if missing:
-        raise UserInputError(f"{out} has no log of {', '.join(missing)}", hint="Run without --again")
-    workload = describe_workload(experiment.defaults)
-    return {label: _read(path, workload) for label, path in paths.items()}
+def _log_path(logs: Path, arm: str, run: str, repetition: int) -> Path:
+    return logs / slug(arm) / f"{slug(run)}-{repetition}.json.xz"
 
 
-def _read(path: Path, workload: str) -> RunLog:
-    """Raises UserInputError for the log of another workload."""
-    log = read_log(path)
-    if log.about["workload"] != workload:
-        raise UserInputError(
-            f"{path} is of another workload: {log.about['workload']}",
-            hint=f"Use the settings of that run, or measure again. Asked for: {workload}",
-        )
-    return log
+# -- reporting --------------------------------------------------------------------------------------------------------
 
 
-def _results(experiment: Experiment, logs: dict[str, RunLog]) -> list[Result]:
-    d = experiment.defaults
-    # Requests are numbered alike in all runs of one rate; with several rates there is nothing common to compare.
-    reference = next((log for log in logs.values() if log.method == "static"), next(iter(logs.values())))
-    results = []
-    for case in experiment.cases():
-        log = logs[case.label]
-        result = Result(
-            label=case.label,
-            method=case.method,
-            rate=case.plan.workload.rate,
-            figures=analyse(log, d.slo, window_s=d.window_s),
-        )
-        if log is not reference and not d.rates:
-            result.different_outputs, result.compared_outputs = compare_outputs(log, reference)
-        results.append(result)
+def recompute(name: str, out: Path) -> tuple[Results, list[RunLog]]:
+    """From all logs in the folder. Raises UserInputError where there is none."""
+    logs = [read_log(path) for path in sorted((out / "logs").glob("*/*.json.xz"))]
+    if not logs:
+        raise UserInputError(f"{out} has no logs", hint="Run without --again")
+    return summarise(name, EXPERIMENTS[name], logs), logs
+
+
+def as_json(results: Results) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n"
+
+
+def _write(name: str, out: Path) -> Results:
+    results, logs = recompute(name, out)
+    (out / "figures.json").write_bytes(as_json(results))
+    (out / "report.md").write_text(markdown(results, EXPERIMENTS[name]))
+    draw(logs, out / "figures.png")
     return results
+
+
+def committed(folder: Path) -> list[Results]:
+    """The figures of every experiment of which there are some, in the experiments' order."""
+    paths = [folder / name / "figures.json" for name in EXPERIMENTS]
+    return [msgspec.json.decode(path.read_bytes(), type=Results) for path in paths if path.exists()]
+
+
+def differences(folder: Path) -> list[str]:
+    """Experiments whose committed figures or report are not what their logs give."""
+    found = []
+    for results in committed(folder):
+        out = folder / results.experiment
+        again, _ = recompute(results.experiment, out)
+        report = markdown(again, EXPERIMENTS[results.experiment])
+        if (out / "figures.json").read_bytes() != as_json(again) or (out / "report.md").read_text() != report:
+            found.append(results.experiment)
+    return found
+
+
+def pages(found: Sequence[Results]) -> dict[Path, str]:
+    """The blocks of the pages that show results."""
+    if not found:
+        return dict.fromkeys((ROOT / "README.md", ROOT / "docs" / "benchmarks.md"), "No results are committed.")
+    return {
+        ROOT / "README.md": targets_table(found),
+        ROOT / "docs" / "benchmarks.md": "\n".join(
+            markdown(results, EXPERIMENTS[results.experiment], "##") for results in found
+        ),
+    }
+
+
+def _report(args: argparse.Namespace) -> int:
+    wrong = differences(args.results) if args.again else []
+    for name in wrong:
+        _say(f"{name}: the logs give other figures than those in {args.results / name}")
+    found = committed(args.results)
+    for page, text in pages(found).items():
+        write_block(page, text)
+    print(targets_table(found))
+    return 1 if wrong or not all(verdict.met for results in found for verdict in judge(results)) else 0
 
 
 def _say(text: str) -> None:
     print(f"elasticmoe bench: {text}", file=sys.stderr, flush=True)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A method owns the servers, routes requests, and carries out a change. All of the
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from abc import ABC, abstractmethod
 from typing import Any
@@ -14,7 +15,7 @@ import aiohttp
 
 from benchmarks.scaling.ablation import environment
 from benchmarks.scaling.clock import Clock
-from benchmarks.scaling.records import ChangeRecord, DevicePeak, Holding
+from benchmarks.scaling.records import ChangeRecord, DevicePeak
 from benchmarks.scaling.servers import Instance, ServerSettings
 from benchmarks.server import ServerFailed
 from benchmarks.streams import Ask, StreamRecord
@@ -32,7 +33,7 @@ class MethodFailed(Exception):
 class Method(ABC):
     """Args:
     settings: of its servers.
-    capacity: the largest size of the run.
+    capacity: the largest size that it may get.
 
     Attributes:
         serving: instances that take new requests, in turn.
@@ -46,7 +47,6 @@ class Method(ABC):
         self.capacity = capacity
         self.serving: list[Instance] = []
         self.running: list[Instance] = []
-        self.holdings: list[Holding] = []
         self.clock = Clock()
         self._generation = 0
         self._turn = 0
@@ -56,10 +56,11 @@ class Method(ABC):
         instance = await self.boot(size)
         self.serving = [instance]
 
-    def begin(self, clock: Clock) -> None:
-        """The run starts now."""
+    async def begin(self, clock: Clock) -> None:
+        """A run starts now: caches are empty, so that equal prompts of two runs cost the same."""
+        for instance in self.running:
+            await _flush(instance)
         self.clock = clock
-        self._hold(sum(instance.size for instance in self.running), at=0.0)
 
     async def change(self, size: int) -> ChangeRecord:
         """Change to the new size; returns when nothing is left to do. Never raises for a change that failed."""
@@ -93,10 +94,6 @@ class Method(ABC):
         await instance.ask(record)
         return instance.generation
 
-    def pids(self) -> list[int]:
-        """Main processes of all servers that run."""
-        return [pid for instance in self.running if (pid := instance.pid) is not None]
-
     async def device_memory(self) -> list[DevicePeak]:
         """From a ledger, where the method has one."""
         return []
@@ -115,13 +112,25 @@ class Method(ABC):
     def kv_tokens(self) -> int:
         return self.settings.kv_tokens
 
+    def cores(self, size: int) -> set[int] | None:
+        """Those that a new server of this size gets for itself; None: all, as no other server runs."""
+        return None
+
     def _instance(self, args: list[str], *, plain: bool, size: int) -> Instance:
         log = self.settings.log_dir / f"{self.name}-{self._generation}.log"
         limit = self.settings.boot_limit_s if self._generation else FIRST_BOOT_S
         env = {} if plain else environment(self.settings.without)
+        cores = self.cores(size)
+
+        def enter() -> None:
+            self.settings.enter()
+            if cores is not None:
+                os.sched_setaffinity(0, cores)
+
         instance = Instance(
-            args, plain=plain, generation=self._generation, size=size, log=log, start_timeout_s=limit, env=env
-        )
+            args, plain=plain, generation=self._generation, size=size, log=log, start_timeout_s=limit, env=env,
+            enter=enter,
+        )  # fmt: skip
         self._generation += 1
         return instance
 
@@ -143,9 +152,6 @@ class Method(ABC):
         await instance.__aexit__()
         self.running.remove(instance)
 
-    def _hold(self, devices: int, at: float | None = None) -> None:
-        self.holdings.append(Holding(at=self.clock.now() if at is None else at, devices=devices))
-
 
 async def warm_up(method: Method, size: int) -> None:
     """Each rank generates a few tokens twice, so that one-time work is not measured."""
@@ -160,16 +166,13 @@ async def warm_up(method: Method, size: int) -> None:
             raise MethodFailed(f"{method.name}: a request before the run failed: {failures[0]}")
 
 
-class Static(Method):
-    """No change at all: the run's largest size from the beginning. The upper bound of a method that is not elastic."""
+class Plain(Method):
+    """SGLang without this project, at one size: what a restart or a fixed size gives."""
 
-    name = "static"
-
-    async def start(self, size: int) -> None:
-        await super().start(self.capacity)
+    name = "plain"
 
     async def apply_commit(self, size: int, record: ChangeRecord) -> None:
-        raise AssertionError("the runner plans no change for it")
+        raise AssertionError("no experiment changes its size")
 
 
 class ColdRestart(Method):
@@ -181,22 +184,27 @@ class ColdRestart(Method):
         [old] = self.serving
         self.serving = []
         await self.end(old)
-        self._hold(size)
         new = await self.boot(size)
         self.serving = [new]
         record.generation, record.effective_at = new.generation, self.clock.now()
 
 
 class Replica(Method):
-    """A second server next to the first, requests in turn; to shrink, one is drained and stopped."""
+    """A second server next to the first, requests in turn; to shrink, one is drained and stopped.
+
+    Each server has cores of its own, one for each of its devices, as it would have devices of its own.
+    """
 
     name = "replica"
 
+    def cores(self, size: int) -> set[int] | None:
+        available = sorted(os.sched_getaffinity(0))
+        held = sum(instance.size for instance in self.running)
+        return set(available[held : held + size]) if held + size <= len(available) else None
+
     async def apply_commit(self, size: int, record: ChangeRecord) -> None:
         if size > self.size:
-            held = self.size
-            self._hold(size)
-            new = await self.boot(size - held)
+            new = await self.boot(size - self.size)
             self.serving.append(new)
             record.generation, record.effective_at = new.generation, self.clock.now()
             return
@@ -206,9 +214,8 @@ class Replica(Method):
             self.serving.remove(retiring)
             record.effective_at = self.clock.now()
             await self.end(retiring, drain=True)
-            self._hold(size)
             return
-        await _switch(self, size, record, extra_devices=True)
+        await _switch(self, size, record)
 
 
 class Colocated(Method):
@@ -222,20 +229,17 @@ class Colocated(Method):
         return self.settings.kv_tokens // 2
 
     async def apply_commit(self, size: int, record: ChangeRecord) -> None:
-        await _switch(self, size, record, extra_devices=False)
+        await _switch(self, size, record)
 
 
-async def _switch(method: Method, size: int, record: ChangeRecord, *, extra_devices: bool) -> None:
+async def _switch(method: Method, size: int, record: ChangeRecord) -> None:
     """A new server for everything; the old ones end once their requests have."""
     old = list(method.serving)
-    held = method.size
-    method._hold(held + size if extra_devices else max(held, size))
     new = await method.boot(size)
     method.serving = [new]
     record.generation, record.effective_at = new.generation, method.clock.now()
     for instance in old:
         await method.end(instance, drain=True)
-    method._hold(size)
 
 
 class Elastic(Method):
@@ -251,14 +255,23 @@ class Elastic(Method):
     def make(self, size: int) -> Instance:
         return self._instance(self.settings.elastic(size, self.capacity), plain=False, size=size)
 
-    async def start(self, size: int) -> None:
-        await super().start(size)
+    async def begin(self, clock: Clock) -> None:
+        await self.standby_ready()
+        await super().begin(clock)
         self._before = {device["device"]: device["used"] for device in await self._devices()}
+
+    async def standby_ready(self) -> None:
+        """Until a standby waits, where a rank could join: replacing one that was used is not part of a change."""
+        deadline = time.monotonic() + _DRAIN_S
+        while time.monotonic() < deadline:
+            states = [rank["state"] for rank in (await self._status())["ranks"]]
+            if "standby" in states or not {"inactive", "starting"} & set(states):
+                return
+            await asyncio.sleep(_POLL_S)
+        raise MethodFailed(f"no standby within {_DRAIN_S:g} s")
 
     async def apply_commit(self, size: int, record: ChangeRecord) -> None:
         [instance] = self.serving
-        if size > instance.size:
-            self._hold(size)
         operation = await self._scale(instance, size)
         timings = operation["timings"]
         record.generation = instance.generation
@@ -274,8 +287,6 @@ class Elastic(Method):
         spent_s = sum(timings[phase] or 0.0 for phase in phases) / 1e3
         record.effective_at = self.clock.of_unix(operation["created_at"]) + spent_s
         instance.size = size
-        if self.holdings[-1].devices != size:
-            self._hold(size)
         joined = [rank for rank in (await self._status())["ranks"] if rank["rank"] in operation["joining"]]
         if joined:
             record.detail["weights_s"] = max(rank["load_s"] for rank in joined)
@@ -320,6 +331,16 @@ class Elastic(Method):
         return status
 
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Elastic, ColdRestart, Replica, Colocated, Static)
-}
+async def _flush(instance: Instance) -> None:
+    """Raises MethodFailed when it stays busy."""
+    deadline = time.monotonic() + _DRAIN_S
+    async with aiohttp.ClientSession() as session:
+        while time.monotonic() < deadline:
+            async with session.post(f"{instance.url}/flush_cache") as response:
+                if response.status == 200:
+                    return
+            await asyncio.sleep(_POLL_S)
+    raise MethodFailed(f"its cache could not be flushed within {_DRAIN_S:g} s")
+
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Elastic, Plain, ColdRestart, Replica, Colocated)}

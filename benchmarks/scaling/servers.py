@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ class ServerSettings:
         without: mechanisms that joining ranks do without, for the elastic method only.
         log_dir: each server's output goes there.
         boot_limit_s: for a server that starts during the run; the change is given up then.
+        enter: called in each server's process before it becomes the server.
     """
 
     model: str
@@ -29,7 +30,8 @@ class ServerSettings:
     log_dir: Path
     args: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
-    boot_limit_s: float = 150.0
+    boot_limit_s: float = 400.0
+    enter: Callable[[], None] = lambda: None
 
     def common(self, kv_tokens: int) -> list[str]:
         # Every server is warmed by the benchmark itself before the clock starts; one that boots during the run pays
@@ -50,8 +52,11 @@ class ServerSettings:
         return [*self.common(kv_tokens), *parallel]
 
     def elastic(self, size: int, capacity: int) -> list[str]:
-        sizes = ["--ep-size", str(size), "--max-ep-size", str(capacity)]
-        return [*sizes, *self.common(self.kv_tokens)]
+        own = ["--ep-size", str(size), "--max-ep-size", str(capacity)]
+        if self.device == "cpu":
+            # Each rank on a core of its own, where there are as many.
+            own += ["--elasticmoe-cpu-bind", "auto"]
+        return [*own, *self.common(self.kv_tokens)]
 
 
 class Instance(ElasticServer):
@@ -62,6 +67,7 @@ class Instance(ElasticServer):
         generation: its number, for the records.
         size: devices.
         env: variables on top of this process's environment.
+        enter: called in the server's process before it becomes the server.
     """
 
     def __init__(
@@ -74,8 +80,9 @@ class Instance(ElasticServer):
         log: Path,
         start_timeout_s: float = 600.0,
         env: Mapping[str, str] | None = None,
+        enter: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(args, log=log, start_timeout_s=start_timeout_s, env=env)
+        super().__init__(args, log=log, start_timeout_s=start_timeout_s, env=env, enter=enter)
         if plain:
             where = ["--host", "127.0.0.1", "--port", str(self.port)]
             self.command = [sys.executable, "-m", "sglang.launch_server", *args, *where]

@@ -80,12 +80,10 @@ def _spread(free: Sequence[int]) -> list[int]:
 class _Change:
     """One simulated change."""
 
-    def __init__(
-        self, costs: Costs, weights: Weights, old: int, new: int, *, capture: bool, standby: bool, spread: bool
-    ) -> None:
+    def __init__(self, costs: Costs, weights: Weights, old: int, new: int, *, capture: bool, standby: bool) -> None:
         self.costs, self.weights = costs, weights
         self.old, self.new = old, new
-        self.capture, self.standby, self.spread = capture, standby, spread
+        self.capture, self.standby = capture, standby
         self.engine = Engine()
         self.coordinator = Resource("coordinator")
         self.hmm: dict[int, Resource] = defaultdict(lambda: Resource("hmm"))
@@ -151,8 +149,7 @@ class _Change:
         yield Hold(self.hmm[self.node(rank)], (len(self.incoming[rank]) + joins) * self.costs.new_column_s.value)
         mark("map")
         if joins:
-            source = rank % self.old if self.spread else 0
-            yield self._copy(source, rank, self.weights.dense_bytes)
+            yield self._copy(0, rank, self.weights.dense_bytes)
             mark("dense weights")
         for move in self.incoming[rank]:
             yield self._copy(move.source, rank, self.weights.column_bytes)
@@ -178,16 +175,14 @@ def predict(
     *,
     capture: bool = True,
     standby: bool = True,
-    spread: bool = False,
 ) -> Prediction:
     """One change from `old` to `new` devices.
 
     Args:
         capture: the joining ranks capture their graphs before they join.
         standby: a warm standby is available for each joining rank.
-        spread: joining ranks read the dense weights from all survivors in turn, which this version does not do.
     """
-    return _Change(costs, weights, old, new, capture=capture, standby=standby, spread=spread).run()
+    return _Change(costs, weights, old, new, capture=capture, standby=standby).run()
 
 
 def predict_cold_restart(costs: Costs, weights: Weights, new: int, *, capture: bool = True) -> float:
@@ -198,7 +193,7 @@ def predict_cold_restart(costs: Costs, weights: Weights, new: int, *, capture: b
     columns = -(-weights.columns // nodes)
     nbytes = weights.dense_bytes + columns * weights.column_bytes
     copies = weights.dense_bytes * (in_node - 1) / costs.near_copy.value
-    graphs = costs.capture_s.value if capture else 0.0
+    graphs = costs.cold_capture_s.value if capture else 0.0
     return costs.cold_boot_s.value + nbytes / costs.load_rate.value + copies + graphs
 
 

@@ -61,28 +61,21 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Arrivals at `rate` a second, at `burst_rate` from `burst_at` for `burst_s` seconds; or a trace.
+    """Evenly spaced arrivals at `rate` a second; or a trace.
+
+    A window of two seconds then holds as much demand as any other, so that a dip in throughput is due to the service
+    and not to the workload.
 
     Attributes:
-        even: at equal distances instead of Poisson: a window of two seconds then holds as much demand as any other, so
-            that a dip in throughput is due to the service and not to the workload.
         trace: JSON lines {"at": seconds, "prompt_words": n, "output_tokens": n}, replayed as they are; the other
             settings do not apply then, and there are no requests after its last line.
     """
 
     rate: float = 2.0
-    even: bool = False
-    burst_rate: float | None = None
-    burst_at: float = 0.0
-    burst_s: float = 0.0
     prompt: Lengths = Lengths(low=8, high=32)
     output: Lengths = Lengths(low=16, high=32)
     trace: Path | None = None
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rate <= 0 or (self.burst_rate is not None and self.burst_rate <= 0):
-            raise UserInputError("a rate of requests must be larger than zero")
 
     def arrivals(self) -> Iterator[Arrival]:
         """In order of `due_at`, without end unless it is a trace. The same every time.
@@ -90,8 +83,7 @@ class Workload:
         Raises:
             UserInputError: the trace is malformed.
         """
-        rng = random.Random(self.seed)
-        lines = self._read_trace(self.trace) if self.trace is not None else self._drawn(rng)
+        lines = self._read_trace(self.trace) if self.trace is not None else self._drawn(random.Random(self.seed))
         for request_id, (due_at, prompt_words, output_tokens) in enumerate(lines):
             text = " ".join(random.Random(f"{self.seed}/{request_id}").choices(_WORDS, k=prompt_words))
             yield Arrival(
@@ -103,25 +95,8 @@ class Workload:
             )
 
     def _drawn(self, rng: random.Random) -> Iterator[tuple[float, int, int]]:
-        now = 0.0
-        while True:
-            now = self._next(now, 1.0 if self.even else rng.expovariate(1.0))
-            yield now, self.prompt.draw(rng), self.output.draw(rng)
-
-    def _next(self, now: float, amount: float) -> float:
-        """When the integral of the rate from `now` reaches `amount`: exact also across a change of the rate."""
-        edges = [self.burst_at, self.burst_at + self.burst_s] if self.burst_rate is not None else []
-        for edge in [*(edge for edge in edges if edge > now), math.inf]:
-            rate = self._rate_at(now)
-            if amount <= (edge - now) * rate:
-                return now + amount / rate
-            amount -= (edge - now) * rate
-            now = edge
-        raise AssertionError("the last edge is at infinity")
-
-    def _rate_at(self, moment: float) -> float:
-        bursting = self.burst_rate is not None and self.burst_at <= moment < self.burst_at + self.burst_s
-        return self.burst_rate if bursting and self.burst_rate is not None else self.rate
+        for number in itertools.count(1):
+            yield number / self.rate, self.prompt.draw(rng), self.output.draw(rng)
 
     @staticmethod
     def _read_trace(path: Path) -> Iterator[tuple[float, int, int]]:
@@ -136,13 +111,3 @@ class Workload:
                 raise UserInputError(f"{path}:{number}: times must grow, lengths must be at least 1")
             last = found[0]
             yield found
-
-
-def write_trace(path: Path, workload: Workload, duration_s: float) -> None:
-    """The workload's first `duration_s` seconds as a trace file."""
-    arrivals = itertools.takewhile(lambda arrival: arrival.due_at < duration_s, workload.arrivals())
-    lines = [
-        json.dumps({"at": round(a.due_at, 6), "prompt_words": a.prompt_words, "output_tokens": a.output_tokens})
-        for a in arrivals
-    ]
-    path.write_text("\n".join(lines) + "\n")

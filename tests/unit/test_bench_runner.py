@@ -1,44 +1,35 @@
-"""A whole run with a method that needs no server: an open loop, nothing dropped, and what is written about it."""
+"""Whole sessions with a method that needs no server: loads, changes, nothing dropped, and what is written about it."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.scaling.experiments import COMMANDS
-from benchmarks.scaling.main import main
-from benchmarks.scaling.methods import METHODS, NO_SERVER, Method, MethodFailed, Static
-from benchmarks.scaling.records import (
-    ChangeRecord,
-    DevicePeak,
-    Holding,
-    MemorySample,
-    RequestRecord,
-    RunLog,
-    Token,
-    read_log,
-    write_log,
-)
-from benchmarks.scaling.report import describe_workload, targets
-from benchmarks.scaling.runner import RunPlan, run
-from benchmarks.scaling.schedule import Schedule
+from benchmarks.scaling import main as bench
+from benchmarks.scaling.clock import Clock
+from benchmarks.scaling.experiments import EXPERIMENTS, Arm, Experiment, Run
+from benchmarks.scaling.groups import Group
+from benchmarks.scaling.methods import METHODS, NO_SERVER, Method, MethodFailed
+from benchmarks.scaling.records import ChangeRecord, Load, MemorySample, RequestRecord, RunLog, read_log, write_log
+from benchmarks.scaling.report import BEGIN, END, between_marks, write_block
+from benchmarks.scaling.runner import carry_out, make_plan
 from benchmarks.scaling.servers import ServerSettings
-from benchmarks.scaling.workload import Lengths, Workload
 from benchmarks.streams import StreamRecord
 from elasticmoe_sglang.cli.main import main as elasticmoe
+from elasticmoe_sglang.errors import UserInputError
 
 SETTINGS = ServerSettings(model="none", device="cpu", kv_tokens=1, log_dir=Path())
+EXPERIMENT = Experiment(title="Pretended", paper="", arms=(), output="5", lanes=4, seconds=0.4, window_s=0.4)
 
 
 class Pretend(Method):
-    """Answers after 50 ms, one token each 10 ms; during a change of 300 ms there is no server."""
+    """Answers after 40 ms, one token each 10 ms; during a change of 300 ms there is no server."""
 
-    name = "pretend"
+    name = "elastic"
 
     async def start(self, size: int) -> None:
         self.sizes = size
@@ -62,7 +53,7 @@ class Pretend(Method):
             record.arrivals.append(time.monotonic())
         record.ended_at = time.monotonic()
         self.at_once -= 1
-        return 0 if self.sizes == 2 else 1
+        return 0 if self.sizes == 1 else 1
 
     async def apply_commit(self, size: int, record: ChangeRecord) -> None:
         self.up = False
@@ -73,151 +64,232 @@ class Pretend(Method):
         record.generation, record.effective_at = 1, self.clock.now()
 
 
-def pretend(changes: str, duration: float) -> tuple[Pretend, RunLog]:
-    workload = Workload(rate=50, even=True, output=Lengths(low=5, high=5))
-    plan = RunPlan(
-        workload=workload, schedule=Schedule.parse(2, changes), duration_s=duration, settle_s=0.3, sample_s=0.2
+CLOSED = Run(name="closed loop at 1", sizes=(1,))
+
+
+def session(*runs: Run, repetition: int = 0) -> tuple[Pretend, list[RunLog]]:
+    method, logs = Pretend(SETTINGS, 2), []
+    arm = Arm(name="elastic", method="elastic", runs=runs)
+    asyncio.run(
+        carry_out(EXPERIMENT, arm, repetition, method, group=None, about={}, say=lambda text: None, keep=logs.append)
     )
-    method = Pretend(SETTINGS, 4)
-    return method, asyncio.run(run(method, plan))
+    return method, logs
 
 
-def test_requests_are_sent_when_they_are_due() -> None:
-    method, log = pretend("", 1.0)
-    assert len(log.requests) == pytest.approx(50, abs=2)
-    assert all(request.error is None and len(request.tokens) == 5 for request in log.requests)
-    assert method.most_at_once > 2, "an open loop does not wait for answers"
-    late = [request.sent_at - request.due_at for request in log.requests]
-    assert min(late) >= -0.002 and sorted(late)[len(late) // 2] < 0.05
+def test_a_closed_loop_waits_for_answers_and_measures_the_capacity() -> None:
+    method, [log] = session(CLOSED)
+    assert method.most_at_once == 4
+    assert log.load == Load(lanes=4) and not log.changes
+    # Four lanes, a request takes 90 ms and a little.
+    assert all(len(request.arrivals) == 5 for request in log.requests)
+    _, [_, sized] = session(CLOSED, Run(name="open", sizes=(1, 1), share=0.5))
+    assert sized.capacity[1] == pytest.approx(4 / 0.09, rel=0.25)
+    assert sized.load.rate == pytest.approx(sized.capacity[1] / 2, abs=0.01)
 
 
+@pytest.mark.process  # seconds of pretended load
+def test_an_open_loop_sends_when_requests_are_due() -> None:
+    method, [_, log] = session(CLOSED, Run(name="open", sizes=(1, 1), share=1.5, seconds=0.8))
+    assert method.most_at_once > 4, "an open loop does not wait for answers"
+    late = sorted(request.sent_at - request.due_at for request in log.requests)
+    assert late[0] >= -0.002 and late[len(late) // 2] < 0.05
+    [nothing] = log.changes
+    assert nothing.old_size == nothing.new_size and nothing.ended_at - nothing.requested_at > 0.9
+
+
+@pytest.mark.process  # seconds of pretended load
 def test_refused_requests_stay_in_the_log_and_the_load_goes_on_after_the_change() -> None:
-    _, log = pretend("0.3:4", 0.5)
+    _, [_, log] = session(CLOSED, Run(name="up", sizes=(1, 2), share=0.8))
     refused = [request for request in log.requests if request.error == NO_SERVER]
-    assert refused and all(not request.tokens and request.generation == -1 for request in refused)
+    assert refused and all(not request.arrivals and request.generation == -1 for request in refused)
     [change] = log.changes
     assert change.error is None and change.effective_at is not None
-    # 0.3 s, the change, and 0.3 s to settle: longer than the duration asked for.
-    assert log.load_ended_at == pytest.approx(0.9, abs=0.2)
+    assert log.load_ended_at == pytest.approx(0.4 + 0.3 + 0.4, abs=0.2)
     assert any(request.generation == 1 and request.error is None for request in log.requests)
 
 
-def test_a_change_that_fails_is_reported_and_ends_the_schedule() -> None:
-    _, log = pretend("0.1:9,0.5:4", 0.6)
+@pytest.mark.process  # seconds of pretended load
+def test_a_change_that_fails_is_reported_and_ends_the_run() -> None:
+    _, [log] = session(Run(name="up", sizes=(1, 9, 2)))
     [change] = log.changes
     assert change.effective_at is None and change.error is not None and "nine" in change.error
 
 
-def test_logs_are_read_back(tmp_path: Path) -> None:
-    _, log = pretend("", 0.2)
-    write_log(tmp_path / "log.json", log)
-    assert read_log(tmp_path / "log.json") == log
+@pytest.mark.process  # seconds of pretended load
+def test_runs_are_shuffled_by_the_repetition_and_capacities_come_first() -> None:
+    runs = [Run(name=str(number), sizes=(1,), share=0.5, seconds=0.01) for number in range(3)]
+    orders = {tuple(log.run for log in session(*runs, CLOSED, repetition=number)[1]) for number in (0, 1, 2, 2)}
+    assert 2 <= len(orders) <= 3 and all(order[0] == CLOSED.name for order in orders)
 
 
-def test_static_serves_at_the_largest_size() -> None:
-    assert set(METHODS) == set(COMMANDS["scaling"].methods)
-    assert METHODS["static"] is Static
+def test_equal_repetitions_ask_the_same() -> None:
+    run = Run(name="open", sizes=(1, 2), share=0.5)
+    one, same, other = (
+        make_plan(EXPERIMENT, run, repetition, {1: capacity}).workload.arrivals()
+        for repetition, capacity in ((3, 2.0), (3, 8.0), (4, 2.0))
+    )
+    prompts = [[next(arrivals).prompt for _ in range(5)] for arrivals in (one, same, other)]
+    assert prompts[0] == prompts[1] != prompts[2]
 
 
-def made_up(method: str, latency: float | None, refused: int) -> RunLog:
-    """60 s, a token each 50 ms; the change at 20 s takes `latency` seconds, in which a restart serves nothing."""
-    requests = []
-    for second in range(60):
-        down = refused and latency is not None and 20 <= second < 20 + latency
-        tokens = [] if down else [Token(second + i / 20, i, i) for i in range(16)]
-        requests.append(
-            RequestRecord(
-                request_id=second, due_at=second - 0.1, sent_at=second - 0.1, prompt_tokens=1, wanted=16,
-                tokens=tokens, ended_at=second + 0.8, error="refused" if down else None,
-                generation=1 if latency and second >= 20 + latency else 0,
-            )
-        )  # fmt: skip
-    changes = []
-    if latency is not None:
-        done = 20 + latency
-        changes = [
-            ChangeRecord(
-                requested_at=20.0, old_size=2, new_size=4, generation=0 if method == "elastic" else 1,
-                effective_at=done - 0.05, ended_at=done,
-            )
-        ]  # fmt: skip
+def made_up(arm: str, run: str, repetition: int, *, failed: bool = False) -> RunLog:
+    """20 s at two requests a second, a token each 50 ms; at 10 s a change of one second."""
+    requests = [
+        RequestRecord(
+            request_id=number, due_at=number / 2, sent_at=number / 2, wanted=16,
+            arrivals=[number / 2 + 0.1 + place / 20 for place in range(16)], token_ids=list(range(16)),
+            ended_at=number / 2 + 0.9, error="gone" if failed and number == 20 else None,
+        )
+        for number in range(40)
+    ]  # fmt: skip
+    change = ChangeRecord(requested_at=10.0, old_size=1, new_size=2, effective_at=10.9, ended_at=11.0)
+    machine = {
+        "date": "2026-01-01", "commit": "abc", "tree_clean": True, "cpu": "abacus", "cores": 2, "governor": "slow",
+        "memory_bytes": 2**30, "versions": {"torch": "2"}, "load_average": [0.1, 0.1, 0.1],
+    }  # fmt: skip
     return RunLog(
-        method=method, load_ended_at=60.0, ended_at=61.0, requests=requests, changes=changes,
-        memory=[MemorySample(float(t), 2**30) for t in range(60)], holdings=[Holding(0.0, 2), Holding(20.0, 4)],
-        device_memory=[DevicePeak(device=0, before=100, peak=101, after=90)] if method == "elastic" else [],
-        about={
-            "machine": {**_MACHINE}, "invocation": "elasticmoe bench scaling", "load_average_after": [2.0],
-            "workload": describe_workload(COMMANDS["scaling"]),
-        },
+        arm=arm, run=run, repetition=repetition, method=arm, load=Load(rate=2.0, share=0.8), load_ended_at=20.0,
+        ended_at=21.0, requests=requests, changes=[change], memory=[MemorySample(t / 4, 2**30) for t in range(80)],
+        busy_cores={"servers": 1.5, "client": 0.1, "others": 0.01, "stolen": 0.0},
+        about={"machine": machine, "model": "tiny", "invocation": "elasticmoe bench scale"},
     )  # fmt: skip
 
 
-_MACHINE = {
-    "date": "2026-01-01", "cpu": "abacus", "cores": 2, "memory_bytes": 2**30, "python": "3", "versions": {},
-    "load_average": [0.1, 0.1, 0.1],
-}  # fmt: skip
+def test_logs_are_read_back_as_they_were_rounded(tmp_path: Path) -> None:
+    log = made_up("elastic", "up at 0.8", 0)
+    log.requests[0].ended_at = 1.23456789
+    write_log(tmp_path / "log.json.xz", log)
+    read = read_log(tmp_path / "log.json.xz")
+    assert read.requests[0].ended_at == 1.2346 and read.requests[7].token_ids == log.requests[7].token_ids
+    write_log(tmp_path / "log.json.xz", read)
+    assert read_log(tmp_path / "log.json.xz") == read
 
 
-def test_report_picture_and_figures_from_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    logs = {"elastic": (1.0, 0), "cold-restart": (30.0, 1), "replica": (25.0, 0), "colocated": (28.0, 0)}
-    for method, (latency, refused) in logs.items():
-        write_log(tmp_path / "logs" / f"{method}.json", made_up(method, latency, refused))
-    write_log(tmp_path / "logs" / "static.json", made_up("static", None, 0))
-    assert elasticmoe(["bench", "scaling", "--again", "--out", str(tmp_path)]) == 0
-    report = (tmp_path / "report.md").read_text()
-    assert report in capsys.readouterr().out
-    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
-    results = json.loads((tmp_path / "figures.json").read_text())["results"]
-    assert [result["label"] for result in results] == list(COMMANDS["scaling"].methods)
-    assert "abacus" in report and "| yes |" in report and "**no**" not in report
-    assert "1.00 s, 0.040 of replica's 25.00 s" in report
-    assert "Written by `elasticmoe bench scaling` on" in report, "the command that measured, not the one that drew"
-    cold = next(result["figures"] for result in results if result["label"] == "cold-restart")
-    assert cold["refused"] == 30 and cold["downtime_s"] == pytest.approx(50.0 - 19.75, abs=0.001)
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing imports matplotlib, which may list the machine's fonts in a process of its own."""
+    monkeypatch.setattr(bench, "draw", lambda logs, path: None)
 
 
-def test_only_missing_cases_run_and_none_of_another_workload_counts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Second(Pretend):
-        name = "replica"
-
-    monkeypatch.setitem(METHODS, "replica", Second)
-    write_log(tmp_path / "logs" / "elastic.json", made_up("elastic", 1.0, 0))
-    words = ["bench", "scaling", "--resume", "--methods", "elastic,replica", "--out", str(tmp_path)]
-    assert elasticmoe([*words, "--rate", "50"]) == 2
-    assert "another workload" in capsys.readouterr().err
-    log = made_up("elastic", 1.0, 0)
-    short = replace(COMMANDS["scaling"], changes="0.3:4", rate=50.0)
-    log.about["workload"] = describe_workload(short)
-    write_log(tmp_path / "logs" / "elastic.json", log)
-    short_words = ["--changes", "0.3:4", "--rate", "50", "--duration", "0.5", "--settle", "0.3"]
-    assert elasticmoe([*words, *short_words]) == 0
-    assert read_log(tmp_path / "logs" / "elastic.json") == log, "it has not run again"
-    assert read_log(tmp_path / "logs" / "replica.json").requests
+def results(folder: Path, **fields: bool) -> Path:
+    for repetition in range(3):
+        log = made_up("elastic", "up at 0.8", repetition, **fields)
+        write_log(folder / "scale" / "logs" / "elastic" / f"up-at-0.8-{repetition}.json.xz", log)
+    return folder / "scale"
 
 
-def test_a_missed_target_shows(tmp_path: Path) -> None:
-    from benchmarks.scaling.analyser import analyse
-    from benchmarks.scaling.report import Result
+@pytest.mark.process
+def test_figures_report_and_picture_come_from_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = results(tmp_path)
+    assert elasticmoe(["bench", "scale", "--again", "--out", str(out)]) == 1, "what was not measured is missed"
+    said = capsys.readouterr()
+    report = (out / "report.md").read_text()
+    assert report in said.out and (out / "figures.png").read_bytes().startswith(b"\x89PNG")
+    assert "missed: tokens/s after one rank more" in said.err and "missed: failed requests" in said.err
+    assert "missed: failed requests, all repetitions, up at 0.8:" not in said.err
+    for words in ("commit abc;", "abacus, 2 cores, governor slow", "others used 0.01 cores", "0 of 0", "| met |"):
+        assert words in report, words
+    assert "| elastic: up at 0.8 | 0.90 s [0.90 s, 0.90 s] | 1.00 s [1.00 s, 1.00 s] |" in report
 
-    slo = COMMANDS["scaling"].slo
-    slow, other = made_up("elastic", 20.0, 1), made_up("replica", 25.0, 0)
-    found = targets(
-        [
-            Result(label=log.method, method=log.method, rate=1.0, figures=analyse(log, slo, window_s=15))
-            for log in (slow, other)
-        ]
-    )
-    missed = {target.name for target in found if not target.met}
-    assert missed == {"downtime", "failed requests", "throughput during / before", "scale latency"}
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_failure_in_any_repetition_is_a_missed_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elasticmoe(["bench", "scale", "--again", "--out", str(results(tmp_path, failed=True))])
+    assert "missed: failed requests, all repetitions, up at 0.8: 1, n = 3, wanted at most 0" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_figures_that_are_not_those_of_their_logs_are_found(tmp_path: Path) -> None:
+    out = results(tmp_path)
+    elasticmoe(["bench", "scale", "--again", "--out", str(out)])
+    assert bench.differences(tmp_path) == []
+    log = made_up("elastic", "up at 0.8", 1)
+    log.requests[20].arrivals = [at + 0.02 for at in log.requests[20].arrivals]
+    write_log(out / "logs" / "elastic" / "up-at-0.8-1.json.xz", log)
+    assert bench.differences(tmp_path) == ["scale"]
+    elasticmoe(["bench", "scale", "--again", "--out", str(out)])
+    (out / "report.md").write_text("better than it was")
+    assert bench.differences(tmp_path) == ["scale"]
+
+
+def test_every_committed_figure_is_reproduced_from_its_log() -> None:
+    assert bench.differences(bench.RESULTS) == []
+
+
+def test_the_pages_show_the_committed_figures() -> None:
+    for page, text in bench.pages(bench.committed(bench.RESULTS)).items():
+        assert between_marks(page.read_text())[1] == text.strip(), f"{page.name}: run `elasticmoe bench report`"
+
+
+def test_the_block_replaces_what_stood_between_the_marks(tmp_path: Path) -> None:
+    shown = tmp_path / "page.md"
+    shown.write_text(f"# Above\n\n{BEGIN}\nold\n{END}\n\nbelow\n")
+    for _ in range(2):
+        write_block(shown, "new\n")
+    assert shown.read_text() == f"# Above\n\n{BEGIN}\nnew\n{END}\n\nbelow\n"
+    shown.write_text("nothing\n")
+    with pytest.raises(UserInputError, match="no place"):
+        write_block(shown, "new")
+    assert shown.read_text() == "nothing\n"
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.process  # seconds of pretended load
+def test_only_what_is_missing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --resume; and what one session has found is kept when a later one fails."""
+    arms = (Arm(name="elastic", method="elastic", runs=(CLOSED,)),)
+    monkeypatch.setitem(EXPERIMENTS, "scale", replace(EXPERIMENT, arms=arms, seconds=0.1))
+    monkeypatch.setitem(METHODS, "elastic", Pretend)
+    monkeypatch.setattr(bench, "make_tiny_model", lambda path, **_: path)
+    monkeypatch.setattr(bench.machine, "describe", lambda: made_up("", "", 0).about["machine"])
+    monkeypatch.setattr(bench, "Group", lambda: Group(tmp_path / "none"))
+    words = ["bench", "scale", "--out", str(tmp_path), "--repetitions"]
+    elasticmoe([*words, "1"])
+    first = tmp_path / "logs" / "elastic" / "closed-loop-at-1-0.json.xz"
+    before = first.read_bytes()
+    elasticmoe([*words, "2", "--resume", "--within", "0"])
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    elasticmoe([*words, "2", "--resume"])
+    assert first.read_bytes() == before and len(list(first.parent.iterdir())) == 2
+    elasticmoe([*words, "1"])
+    assert len(list(first.parent.iterdir())) == 1, "without --resume what was measured before is gone"
 
 
 def test_impossible_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = ["--out", str(tmp_path)]
-    assert elasticmoe(["bench", "scaling", "--methods", "magic", *out]) == 2
-    assert elasticmoe(["bench", "table3", "--again", *out]) == 2
-    assert elasticmoe(["bench", "scaling", "--rate", "0", *out]) == 2
-    assert "magic" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["nothing"])
+    assert elasticmoe(["bench", "scale", "--again", "--out", str(tmp_path)]) == 2
+    assert "no logs" in capsys.readouterr().err
+    for words in (["nothing"], ["scale", "--arms", "magic"]):
+        with pytest.raises(SystemExit):
+            bench.main(words)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_control_group_s_memory_and_time(version: int, tmp_path: Path) -> None:
+    if version == 1:
+        (tmp_path / "memory").mkdir()
+        (tmp_path / "cpuacct").mkdir()
+    group = Group(tmp_path)
+    for folder in {group._memory, group._cpu}:
+        folder.mkdir()
+    fields = "total_rss 100\ntotal_shmem 20\nrss 1\n" if version == 1 else "anon 100\nfile 7\nshmem 20\n"
+    (group._memory / "memory.stat").write_text("cache 5\n" + fields)
+    if version == 1:
+        (group._cpu / "cpuacct.usage").write_text("1500000000\n")
+    else:
+        (group._cpu / "cpu.stat").write_text("usage_usec 1500000\nuser_usec 1\n")
+    assert group.memory_bytes() == 120 and group.cpu_s() == 1.5
+
+    async def sampled() -> list[MemorySample]:
+        found: list[MemorySample] = []
+        sampler = asyncio.create_task(group.sample(Clock(), found))
+        await asyncio.sleep(0.5)
+        sampler.cancel()
+        return found
+
+    found = asyncio.run(sampled())
+    assert len(found) >= 15 and found[-1].host_bytes == 120
+
+
+def test_methods_are_those_of_the_experiments() -> None:
+    used = {arm.method for experiment in EXPERIMENTS.values() for arm in experiment.arms}
+    assert used == set(METHODS) and all(method.name == name for name, method in METHODS.items())

@@ -141,7 +141,7 @@ def progress(records: list[StreamRecord], **operation: object) -> Progress:
         "old_ep_size": 2, "new_ep_size": 4,
         "ranks_before": [0, 1], "ranks_after": [0, 1, 2, 3], "joining": [2, 3], "retiring": [], "moves": [], "epoch": 1,
         "timings": Timings(planned_ms=1, preparing_ms=90, committing_ms=9, finishing_ms=0, total_ms=100),
-        "created_at": 0.0, "columns_planned": 8, "columns_moved": 8, "bytes_moved": 4096,
+        "created_at": 0.0, "columns_planned": 8, "columns_moved": 8, "bytes_moved": 4096, "max_pause_ms": 4.5,
     }  # fmt: skip
     made = Operation(**{**base, **operation})  # type: ignore[arg-type]
     run = Progress(settings=Settings(out=Path("unused"), sizes=(2, 4)), started_at=0.0)
@@ -151,15 +151,19 @@ def progress(records: list[StreamRecord], **operation: object) -> Progress:
     return run
 
 
-def test_figures_of_a_change() -> None:
+def late(seconds: float) -> StreamRecord:
+    """A stream whose usual gap of 100 ms is once longer by this."""
     stream = record("a", list(range(20)), at=10.0)
-    # Half a second passes between two tokens around the change.
-    stream.arrivals = [at + (0.4 if at > 11.05 else 0.0) for at in stream.arrivals]
-    result = figures(progress([stream]), "demo")
+    stream.arrivals = [at + (seconds if at > 11.05 else 0.0) for at in stream.arrivals]
+    return stream
+
+
+def test_figures_of_a_change() -> None:
+    result = figures(progress([late(0.399)]), "demo", {})
     (row,) = result.changes
     assert result.passed, result.checks
-    assert row.longest_gap_ms == pytest.approx(500) and row.median_gap_ms == pytest.approx(100)
-    assert row.commit_gap_ms == pytest.approx(500)
+    assert row.longest_gap_ms == pytest.approx(499) and row.median_gap_ms == pytest.approx(100)
+    assert row.gap_limit_ms == pytest.approx(500)
     assert (row.streams, row.lost, row.columns_moved, row.commit_s) == (1, 0, 8, 11.1)
     assert sum(result.tokens_per_s) * result.rate_bin_s == 40
 
@@ -172,8 +176,11 @@ def test_figures_of_a_change() -> None:
         ("requests lost", lambda: progress([record("a", list(range(19)), tokens=20, at=10.0)])),
         ("streams complete", lambda: progress([record("a", list(range(19)), tokens=20, at=10.0)])),
         ("tokens equal to the reference", lambda: progress([record("a", [7] * 20, at=10.0)])),
+        ("pause", lambda: progress([record("a", list(range(20)), at=10.0)], max_pause_ms=50.1)),
+        ("pause", lambda: progress([record("a", list(range(20)), at=10.0)], max_pause_ms=None)),
+        ("longest gap", lambda: progress([late(0.41)])),
     ],
 )
 def test_each_check_can_fail(failed: str, run: Callable[[], Progress]) -> None:
-    result = figures(run(), "demo")
+    result = figures(run(), "demo", {})
     assert failed in [check.name for check in result.checks if not check.passed]

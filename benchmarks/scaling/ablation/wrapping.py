@@ -51,7 +51,7 @@ def install() -> None:
     if chosen & {"handles", "zero-copy"}:
         wraps["elasticmoe_sglang.hmm.client"] = wrap_client
     if wraps:
-        sys.meta_path.insert(0, _WrapOnImport(wraps))  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _WrapOnImport(wraps))
 
 
 def wrap_imm(module: Any) -> None:
