@@ -124,7 +124,12 @@ FEATURES: tuple[Feature, ...] = (
         "`return_hidden_states`",
         "those of tokens that were sent before are lost with their rank",
         fields=("return_hidden_states",),
-        flags={"enable_return_hidden_states": _OFF, "return_hidden_states_mode": ()},
+        flags={
+            "enable_return_hidden_states": _OFF,
+            "return_hidden_states_mode": (),
+            "enable_return_aux_hidden_states": _OFF,
+            "return_aux_hidden_state_layer_ids": (),
+        },
     ),
     _refused(
         "`return_routed_experts`, `return_indexer_topk`",
@@ -148,6 +153,11 @@ FEATURES: tuple[Feature, ...] = (
         "how much a request has thought is not carried to its grammar on another rank",
         fields=("max_thinking_tokens",),
         flags={"enable_strict_thinking": _OFF},
+    ),
+    _refused(
+        "watermarks",
+        "the random numbers of a moved request were not compared with those of one that stayed",
+        flags={"enable_watermark": _OFF},
     ),
     _refused("beam search", "the beams of a request cannot move together", sampling=("beam_width",)),
     _refused("embeddings", "only generation is supported", flags={"is_embedding": _OFF}),

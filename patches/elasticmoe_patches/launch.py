@@ -44,6 +44,15 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "expert_balancedness_report_mode": ("off", "it takes an equal run of experts for each rank's"),
     "speculative_algorithm": (None, "draft models are not supported"),
     "enable_hierarchical_cache": (False, "the hierarchical cache is not supported"),
+    "enable_unified_cache_external_linker": (
+        False,
+        "its offload of KV knows nothing of caches that change their size",
+    ),
+    "enable_kv_cache_sharding": (False, "the KV of a rank is its own"),
+    "enable_paged_experts": (False, "experts lie in columns, and every expert's column is on a rank"),
+    "enable_nvidia_megakernel": (False, "experts lie in columns, which only this plugin's kernels read"),
+    "enable_amd_monokernel": (False, "experts lie in columns, which only this plugin's kernels read"),
+    "enable_http_worker_reuseport": (False, "the coordinator lives in the one tokenizer process"),
     "enable_flexkv": (False, "its offload of KV knows nothing of caches that change their size"),
     "enable_lmcache": (False, "its offload of KV knows nothing of caches that change their size"),
     "radix_cache_backend": (None, "KV caches that change their size need SGLang's own radix cache"),
@@ -116,14 +125,16 @@ def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
         )
     if capacity > MAX_CAPACITY:
         raise UserInputError(f"--elasticmoe-max-ep-size {capacity} is more than the {MAX_CAPACITY} ranks supported")
-    for name, option in (("tp_size", "--tp-size"), ("dp_size", "--dp-size"), ("ep_size", "--ep-size")):
-        given = getattr(args, name)
+    # Newer versions of SGLang say attn_dp_size for the dp_size that is set here.
+    sizes = ("tp_size", "dp_size", "ep_size", *(["attn_dp_size"] if hasattr(args, "attn_dp_size") else []))
+    for name in sizes:
+        option, given = f"--{name.replace('_', '-')}", getattr(args, name)
         if given not in (1, capacity):
             raise UserInputError(
                 f"{option} {given} contradicts --elasticmoe-max-ep-size {capacity}",
                 hint=f"Leave {option} out: it is set to the number of ranks",
             )
-        setattr(args, name, capacity)
+        setattr(args, name, capacity if name != "attn_dp_size" else 1)
     _refuse_empty_shares(args, capacity)
     args.enable_dp_attention = True
     args.enable_dp_lm_head = True

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +101,35 @@ def test_the_users_choice_stays_where_it_is_possible(model: Path) -> None:
 def test_what_cannot_be_is_refused_with_its_reason(model: Path, flags: tuple[str, ...], words: str) -> None:
     with pytest.raises(UserInputError, match=words):
         shape_arguments(sglang_arguments(model, *flags), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("attn_dp_size", 3, "--attn-dp-size 3 contradicts --elasticmoe-max-ep-size 4"),
+        ("enable_unified_cache_external_linker", True, "--enable-unified-cache-external-linker .*offload of KV"),
+        ("enable_kv_cache_sharding", True, "--enable-kv-cache-sharding .*KV of a rank is its own"),
+        ("enable_paged_experts", True, "--enable-paged-experts .*every expert's column is on a rank"),
+        ("enable_nvidia_megakernel", True, "--enable-nvidia-megakernel .*only this plugin's kernels read"),
+        ("enable_amd_monokernel", True, "--enable-amd-monokernel .*only this plugin's kernels read"),
+        ("enable_http_worker_reuseport", True, "--enable-http-worker-reuseport .*one tokenizer process"),
+        ("enable_return_aux_hidden_states", True, "--enable-return-aux-hidden-states .*lost with their rank"),
+        ("return_aux_hidden_state_layer_ids", [3], "--return-aux-hidden-state-layer-ids .*lost with their rank"),
+        ("enable_watermark", True, "--enable-watermark .*not compared"),
+    ],
+)
+def test_arguments_that_newer_versions_have_are_refused_too(model: Path, name: str, value: Any, words: str) -> None:
+    args = sglang_arguments(model)
+    setattr(args, name, value)
+    with pytest.raises(UserInputError, match=words):
+        shape_arguments(args, CONFIG)
+
+
+def test_the_newer_name_of_the_number_of_replicas(model: Path) -> None:
+    args = sglang_arguments(model)
+    args.attn_dp_size = 4
+    shape_arguments(args, CONFIG)
+    assert (args.dp_size, args.attn_dp_size) == (4, 1)
 
 
 @pytest.mark.parametrize(
