@@ -6,7 +6,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-VENV ?= .venv
+# make venv SGLANG=0.5.23 builds, and make quick SGLANG=0.5.23 uses, an environment of its own.
+SGLANG ?= 0.5.21
+VENV ?= .venv$(if $(filter-out 0.5.21,$(SGLANG)),-sglang-$(SGLANG))
 RUN := $(VENV)/bin/python
 # make READY=1 RUN=/path/to/python ... uses an interpreter that has everything already (a machine without an index).
 STAMP := $(if $(READY),,$(VENV)/.installed)
@@ -16,7 +18,7 @@ ARGS ?=
 
 TORCH := torch==2.13.0
 TORCHVISION := torchvision==0.28.0
-SGLANG := sglang==0.5.21
+SGLANG_PINS := requirements-sglang-$(SGLANG).txt
 
 .PHONY: help venv demo quick test check hooks-doc metrics-doc format soak gpu-test gpu-test-nvlink clean distclean
 
@@ -25,13 +27,13 @@ help: ## Show this list.
 
 venv: $(VENV)/.installed ## Build the virtual environment with SGLang in it (about two minutes, once).
 
-# SGLang and torchvision come without their dependencies: those are CUDA-only; requirements-sglang-cpu.txt lists the rest.
-$(VENV)/.installed: requirements-sglang-cpu.txt requirements-dev.txt pyproject.toml Makefile scripts/bootstrap.sh
+# SGLang and torchvision come without their dependencies: those are CUDA-only; requirements-sglang-*.txt list the rest.
+$(VENV)/.installed: requirements-sglang-cpu.txt $(SGLANG_PINS) requirements-dev.txt pyproject.toml Makefile scripts/bootstrap.sh
 	@PYTHON="$(PYTHON)" scripts/bootstrap.sh
 	@test -x $(RUN) || { echo "make venv: creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "make venv: installing $(TORCH), $(SGLANG) and what they need (once, some minutes)"
-	@$(PIP) $(TORCH) -r requirements-sglang-cpu.txt -r requirements-dev.txt
-	@$(PIP) --no-deps $(SGLANG) $(TORCHVISION)
+	@echo "make venv: installing $(TORCH), sglang==$(SGLANG) and what they need (once, some minutes)"
+	@$(PIP) $(TORCH) -r requirements-sglang-cpu.txt -r $(SGLANG_PINS) -r requirements-dev.txt
+	@$(PIP) --no-deps sglang==$(SGLANG) $(TORCHVISION)
 	@$(PIP) --no-deps -e .
 	@touch $@
 

@@ -5,3 +5,6 @@ Nothing in this package imports sglang; `elasticmoe_patches` is where the two me
 
 __version__ = "0.1.0"
 SUPPORTED_SGLANG = "0.5.21"
+"""The version that is installed where none is asked for."""
+SUPPORTED_SGLANGS = (SUPPORTED_SGLANG, "0.5.23")
+"""Versions whose source was read for every hook, oldest first."""

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         *doctor_checks.versions(kind),
         *doctor_checks.installation(),
         doctor_checks.hooks_check(hooks),
+        *doctor_checks.uses_checks(hooks),
         *doctor_checks.memory(kind),
         *_device_checks(kind, wanted),
         *doctor_checks.system(),

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from elasticmoe_sglang import SUPPORTED_SGLANG
+from elasticmoe_sglang import SUPPORTED_SGLANG, SUPPORTED_SGLANGS
 from elasticmoe_sglang.errors import ElasticMoEError, UserInputError, VmmError
 from elasticmoe_sglang.units import format_bytes
 
@@ -32,20 +32,10 @@ MIN_DESCRIPTORS = 4096
 MIN_FREE_MEMORY = 2 << 30
 """Bytes below which not even a small model's server starts: each rank's SGLang takes some 600 MiB."""
 
-# Distribution -> exact version needed, or None for any.
-_PACKAGES: dict[str, str | None] = {
-    "sglang": SUPPORTED_SGLANG,
-    "torchvision": None,
-    "transformers": "5.12.1",
-    "pyzmq": None,
-    "msgspec": None,
-    "numpy": None,
-    "psutil": None,
-    "safetensors": None,
-    "uvloop": None,
-    "fastapi": None,
-    "triton": None,
-}
+_PACKAGES = ("torchvision", "pyzmq", "msgspec", "numpy", "psutil", "safetensors", "uvloop", "fastapi", "triton")
+"""Distributions that serving needs, in any version."""
+_TRANSFORMERS = {"0.5.21": "5.12.1", "0.5.23": "5.19.0"}
+"""SGLang's version -> the transformers it pins."""
 # By kind of device. SGLang asks for 2.13.0; on an H100 and an H200 2.11.0 served, with the sglang-kernel built for it.
 _TORCH = {"cuda": ("2.13.0", "2.11.0")}
 # By kind of device: what that kind's own checks judge. On NPUs triton-ascend takes triton's place.
@@ -79,10 +69,18 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class HookReport:
-    """The report of preflight: one row per hook, or why there is none."""
+    """The report of preflight: one row per hook, or why there is none.
+
+    Attributes:
+        uses: how many of SGLang's attributes the plugin uses. missing: those that the installed SGLang has not.
+        changed: hooked functions whose body is not the one that the hook was written for.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     error: str = ""
+    uses: int = 0
+    missing: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
 
 def versions(kind: str) -> list[Check]:
@@ -98,8 +96,10 @@ def versions(kind: str) -> list[Check]:
         )
     ]
     torch = _package("torch", *_TORCH.get(kind, ("2.13.0",)))
-    others = {name: wanted for name, wanted in _PACKAGES.items() if name not in _ELSEWHERE.get(kind, ())}
-    return [*checks, torch, *(_package(name, *([wanted] if wanted else [])) for name, wanted in others.items())]
+    sglang = _package("sglang", *SUPPORTED_SGLANGS)
+    transformers = _package("transformers", _TRANSFORMERS.get(sglang.found, _TRANSFORMERS[SUPPORTED_SGLANG]))
+    others = (name for name in _PACKAGES if name not in _ELSEWHERE.get(kind, ()))
+    return [*checks, torch, sglang, transformers, *map(_package, others)]
 
 
 def _package(name: str, *wanted: str) -> Check:
@@ -155,7 +155,8 @@ def hooks() -> HookReport:
         return HookReport(error=f"no answer from `{' '.join(command)}` within {HOOKS_TIMEOUT_S:.0f} s")
     try:
         # SGLang may print while it is imported; the report is the last line.
-        return HookReport(rows=json.loads(done.stdout.strip().rpartition("\n")[2])["hooks"])
+        found = json.loads(done.stdout.strip().rpartition("\n")[2])
+        return HookReport(rows=found["hooks"], uses=found["uses"], missing=found["missing"], changed=found["changed"])
     except (ValueError, KeyError):
         return HookReport(error=(done.stderr.strip().splitlines() or ["no output"])[-1])
 
@@ -170,6 +171,29 @@ def hooks_check(report: HookReport) -> Check:
         found = f"{len(report.rows)} fit" if ok else f"{len(bad)} of {len(report.rows)} do not fit SGLang"
     fix = f"{sys.executable} -m pip install --force-reinstall --no-deps sglang=={SUPPORTED_SGLANG}"
     return Check(name="hooks", ok=ok, found=found, fix="" if ok else fix)
+
+
+def uses_checks(report: HookReport) -> list[Check]:
+    """What the plugin uses of SGLang besides its hooks, and bodies of hooked functions; nothing without a report."""
+    if report.error:
+        return []
+    fix = f"{sys.executable} -m pip install --force-reinstall --no-deps sglang=={SUPPORTED_SGLANG}"
+    missing, changed = report.missing, report.changed
+    return [
+        Check(
+            name="used attributes",
+            ok=not missing,
+            found=f"{report.uses} there" if not missing else f"not in this SGLang: {'; '.join(missing)}",
+            fix=fix if missing else "",
+        ),
+        Check(
+            name="hooked bodies",
+            ok=not changed,
+            found="as read" if not changed else f"not the source that was read: {', '.join(changed)}",
+            fix=fix if changed else "",
+            required=False,
+        ),
+    ]
 
 
 def devices() -> list[Device]:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from elasticmoe_sglang import SUPPORTED_SGLANG, __version__
+from elasticmoe_sglang import SUPPORTED_SGLANGS, __version__
 from elasticmoe_sglang.cli import bench, doctor, hmm, operations, policy, scale, serve, status, tiny_model, top
 from elasticmoe_sglang.cli.exits import FAILED, REFUSED, UNREACHABLE, ServerUnreachable
 from elasticmoe_sglang.errors import ElasticMoEError, UserInputError
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve a Mixture-of-Experts model with SGLang; change its expert-parallel size while it decodes.",
         epilog=_EPILOG,
     )
-    versions = f"elasticmoe {__version__}, for SGLang {SUPPORTED_SGLANG}"
+    versions = f"elasticmoe {__version__}, for SGLang {' and '.join(SUPPORTED_SGLANGS)}"
     parser.add_argument("--version", action="version", version=versions)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:

@@ -11,17 +11,22 @@ from collections.abc import Iterable, Sequence
 
 from elasticmoe_patches.catalogue import all_hooks
 from elasticmoe_patches.spec import HookSpec
-from elasticmoe_sglang import SUPPORTED_SGLANG
+from elasticmoe_sglang import SUPPORTED_SGLANG, SUPPORTED_SGLANGS
 from elasticmoe_sglang.generated_page import write_or_check
 
 _HEAD = f"""# Hooks into SGLang
 
 Generated from the declarations under `patches/elasticmoe_patches/srt/` by `make hooks-doc`; do not edit.
 
-Supported: SGLang {SUPPORTED_SGLANG}. Every hook is checked before it is installed (version, target, signature) and
-again once the server stands; a mismatch ends the launch. Scope `flags` is always installed, `platform` on the CPU
-platform of this package, `elastic` only with `--elasticmoe-*` flags. Without flags, and where nothing fits, SGLang runs
-untouched.
+Supported: SGLang {" and ".join(SUPPORTED_SGLANGS)}; `make venv` installs {SUPPORTED_SGLANG}. Every hook is checked
+before it is installed (version, target, signature) and again once the server stands; a mismatch ends the launch. Scope
+`flags` is always installed, `platform` on the CPU platform of this package, `elastic` only with `--elasticmoe-*` flags.
+Without flags, and where nothing fits, SGLang runs untouched.
+
+Also checked at an elastic launch: every attribute of SGLang's that this package uses besides (`uses.py`). The body of
+every hooked function was read in each version; `elasticmoe doctor` warns where the installed one is another
+(`bodies.json`). What SGLang would have to offer so that most hooks can go is written out in
+[upstream/](upstream/README.md).
 
 """
 
@@ -41,6 +46,7 @@ def _section(spec: HookSpec) -> str:
         "",
         f"- Hook: `{spec.hook}`, {spec.kind}, scope {spec.scope}, processes {_processes(spec)}",
         f"- Signature: `{spec.signature}`",
+        *(f"- In {version}: `{signature}`" for version, signature in spec.signatures),
         f"- SGLang: {', '.join(spec.versions)}",
         f"- Can go: {spec.expires}",
     ]

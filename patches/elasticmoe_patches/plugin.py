@@ -23,6 +23,7 @@ from elasticmoe_patches import preflight
 from elasticmoe_patches.catalogue import all_hooks, select
 from elasticmoe_patches.launch import BACKEND
 from elasticmoe_patches.spec import PROCESSES, HookSpec, Process, Scope
+from elasticmoe_patches.targets import sglang_version
 from elasticmoe_sglang.config import FLAG_PREFIX
 from elasticmoe_sglang.errors import HookError
 from elasticmoe_sglang.runtime import ENV_CONFIG
@@ -57,13 +58,14 @@ def register() -> None:
 
 
 def check_all() -> None:
-    """Check the hooks of all processes, before any process is started.
+    """Check the hooks of all processes and what they use, before any process is started.
 
     Raises:
         HookError: one error that lists all mismatches.
     """
     preflight.check_version()
     preflight.check(spec for spec in all_hooks() if platform_active() or spec.scope != "platform")
+    preflight.check_uses()
 
 
 def install_for_platform(process: Process) -> tuple[HookSpec, ...]:
@@ -107,7 +109,7 @@ def report_hooks(process: Process) -> None:
     """The one line in the log of each process that says what is in place; to be called where logging is set up."""
     from elasticmoe_patches.device import memory_backend
 
-    version, count = preflight.sglang_version(), len(select(process, elastic_scopes()))
+    version, count = sglang_version(), len(select(process, elastic_scopes()))
     logger.info("%s: %d hooks in SGLang %s, memory backend %s", process, count, version, memory_backend())
 
 

@@ -4,7 +4,7 @@ SGLang logs and swallows whatever a plugin or a hook raises while it is loaded, 
 registry's applying of hooks is called here directly, every mismatch is collected into one HookError, and the
 process that gets it ends: see `fail_closed` (before anything runs) and `end_process` (once the server is up).
 
-    python -m elasticmoe_patches.preflight                     the table of all hooks; exit status 1 with a mismatch
+    python -m elasticmoe_patches.preflight                     all hooks, and what SGLang lacks; status 1 with either
     python -m elasticmoe_patches.preflight --json              the same for programs (`elasticmoe doctor` reads it)
     python -m elasticmoe_patches.preflight --signature TARGET  the text for a new hook's `signature`
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -26,8 +25,10 @@ from typing import Any, NoReturn
 
 from elasticmoe_patches.demote import demoted
 from elasticmoe_patches.spec import HookSpec, Process
-from elasticmoe_patches.targets import Target, resolve, resolve_loaded, signature_text
-from elasticmoe_sglang import SUPPORTED_SGLANG
+from elasticmoe_patches.targets import Target, resolve, resolve_loaded, sglang_version, signature_text
+from elasticmoe_patches.usecheck import find_missing
+from elasticmoe_patches.uses import declared
+from elasticmoe_sglang import SUPPORTED_SGLANG, SUPPORTED_SGLANGS
 from elasticmoe_sglang.errors import HookError
 
 EXIT_STATUS = 78
@@ -66,21 +67,13 @@ class HookExit(SystemExit):
         super().__init__(EXIT_STATUS)
 
 
-def sglang_version() -> str | None:
-    """Version of the installed SGLang, read from its metadata; None where it is not installed."""
-    try:
-        return importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def check_version() -> None:
-    """Compare the installed SGLang's version with the supported one.
+    """Compare the installed SGLang's version with the supported ones.
 
     Raises:
-        HookError: they differ, or SGLang is not installed.
+        HookError: it is none of them, or SGLang is not installed.
     """
-    if sglang_version() != SUPPORTED_SGLANG:
+    if sglang_version() not in SUPPORTED_SGLANGS:
         raise _error("cannot be hooked, nothing was changed in it", [])
 
 
@@ -104,6 +97,23 @@ def check(specs: Iterable[HookSpec]) -> None:
     mismatches = find_mismatches(specs)
     if mismatches:
         raise _error("cannot be hooked, nothing was changed in it", mismatches)
+
+
+def check_uses() -> None:
+    """Check that the installed SGLang has every attribute that this package uses (`uses.py`).
+
+    What cannot be imported on this machine is left out: whoever needs it gets the ImportError.
+
+    Raises:
+        HookError: one error that lists all attributes that it has not.
+    """
+    missing = [each for each in find_missing(declared(sglang_version())) if not each.unimportable]
+    if missing:
+        lines = "".join(f"\n  - {each}" for each in missing)
+        raise HookError(
+            f"SGLang {sglang_version()} lacks what this package uses; the launch ends here:{lines}\n",
+            hint=f"Install a supported version without local changes: pip install --no-deps sglang=={SUPPORTED_SGLANG}",
+        )
 
 
 def install(specs: Iterable[HookSpec], process: Process) -> tuple[HookSpec, ...]:
@@ -197,7 +207,7 @@ def _print(error: HookError) -> None:
 
 def _error(what: str, mismatches: Sequence[Mismatch]) -> HookError:
     version = sglang_version()
-    versions = sorted({version for mismatch in mismatches for version in mismatch.spec.versions}) or [SUPPORTED_SGLANG]
+    versions = sorted({version for mismatch in mismatches for version in mismatch.spec.versions} or SUPPORTED_SGLANGS)
     wrong_version = version not in versions
     listed = [mismatch for mismatch in mismatches if not (wrong_version and _version_problem(mismatch.spec, version))]
     if wrong_version:
@@ -207,8 +217,8 @@ def _error(what: str, mismatches: Sequence[Mismatch]) -> HookError:
     lines = "".join(f"\n  - {reason}" for reason in [*reasons, *listed])
     return HookError(
         f"SGLang {version or '(not installed)'} {what}; the launch ends here:{lines}\n",
-        hint=f"Install the supported version (pip install --no-deps sglang=={versions[-1]}) without local changes and "
-        "without plugins that touch the same functions, or start it without --elasticmoe-* flags. "
+        hint=f"Install a supported version (pip install --no-deps sglang=={SUPPORTED_SGLANG}) without local changes "
+        "and without plugins that touch the same functions, or start it without --elasticmoe-* flags. "
         "`elasticmoe doctor` shows all hooks",
     )
 
@@ -227,8 +237,9 @@ def _target_problem(spec: HookSpec) -> str | None:
         found = signature_text(target)
     except Exception as error:  # importing SGLang's module runs its code, which may raise anything
         return f"cannot be resolved: {error!r}"
-    if found != spec.signature:
-        return f"has signature {found}, expected {spec.signature}"
+    expected = spec.signature_in(sglang_version())
+    if found != expected:
+        return f"has signature {found}, expected {expected}"
     if spec.kind == "attribute":
         return None
     if not callable(target.function):
@@ -349,6 +360,7 @@ def _describe(value: Any) -> str:
 
 
 def _main(argv: Sequence[str] | None = None) -> int:
+    from elasticmoe_patches.bodies import changed
     from elasticmoe_patches.catalogue import all_hooks
 
     parser = argparse.ArgumentParser(prog="python -m elasticmoe_patches.preflight", description="Check the hooks.")
@@ -359,14 +371,29 @@ def _main(argv: Sequence[str] | None = None) -> int:
         for path in args.signature:
             print(f"{path}\t{signature_text(resolve(path))}")
         return 0
+    bodies_changed = changed(all_hooks(), sglang_version())
     rows = table(all_hooks())
+    uses = list(declared(sglang_version()))
+    missing = [str(each) for each in find_missing(uses)]
     if args.json:
-        print(json.dumps({"sglang": sglang_version(), "hooks": rows}))
+        print(
+            json.dumps(
+                {
+                    "sglang": sglang_version(),
+                    "hooks": rows,
+                    "uses": len(uses),
+                    "missing": missing,
+                    "changed": bodies_changed,
+                }
+            )
+        )
     else:
         for row in rows:
             print(f"{'ok      ' if row['ok'] else 'MISMATCH'} {row['target']} [{row['kind']}, {row['scope']}]", end="")
             print(f": {row['problem']}" if row["problem"] else "")
-    return 0 if all(row["ok"] for row in rows) else 1
+        print("".join(f"MISSING  {each}\n" for each in missing), end="")
+        print("".join(f"CHANGED  {each}: its body is not the one that was read\n" for each in bodies_changed), end="")
+    return 0 if not missing and all(row["ok"] for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ are read without it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
-from elasticmoe_sglang import SUPPORTED_SGLANG
+from elasticmoe_sglang import SUPPORTED_SGLANGS
 
 Kind = Literal["before", "after", "around", "replace", "attribute"]
-Process = Literal["main", "dpc", "worker", "standby", "any"]
+Process = Literal["main", "dpc", "detokenizer", "worker", "standby", "any"]
 Scope = Literal["flags", "platform", "elastic", "both"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -54,8 +54,8 @@ class HookSpec:
     hook: str
     """`module:function`, imported when the hook is installed."""
     signature: str
-    """What `python -m elasticmoe_patches.preflight --signature TARGET` prints for the supported SGLang: parameter
-    names, kinds and defaults without annotations; for something that cannot be called, the name of its type."""
+    """What `python -m elasticmoe_patches.preflight --signature TARGET` prints: parameter names, kinds and defaults
+    without annotations; for something that cannot be called, the name of its type."""
     reason: str
     """Why the hook is needed: one or two sentences."""
     expires: str
@@ -65,8 +65,10 @@ class HookSpec:
     our flags only. both: on our CPU platform in any case, elsewhere with our flags."""
     processes: frozenset[Process] = field(default_factory=lambda: frozenset[Process](("any",)))
     """The processes which need it."""
-    versions: tuple[str, ...] = (SUPPORTED_SGLANG,)
+    versions: tuple[str, ...] = SUPPORTED_SGLANGS
     """The SGLang versions whose source was read for it."""
+    signatures: tuple[tuple[str, str], ...] = ()
+    """(version, signature) for the versions in which it is not `signature`."""
     rebind: tuple[str, ...] = ()
     """Further names under which SGLang holds the target and which would miss the hook: `module.name` of a by-name
     import or `module.Class.name` of an alias. Checked again once the server is up."""
@@ -87,6 +89,13 @@ class HookSpec:
         missing = [name for name in ("signature", "reason", "expires", "versions") if not getattr(self, name)]
         if missing:
             raise ValueError(f"{self.target}: {', '.join(missing)} must not be empty")
+        unknown = sorted({version for version, _ in self.signatures} - set(self.versions))
+        if unknown:
+            raise ValueError(f"{self.target}: a signature for {', '.join(unknown)}, which is none of its versions")
+
+    def signature_in(self, version: str | None) -> str:
+        """The signature expected in this version of SGLang."""
+        return dict(self.signatures).get(version or "", self.signature)
 
     def runs_in(self, process: Process) -> bool:
         """Whether a process of this name needs the hook; the name `any` means every hook."""
@@ -119,6 +128,7 @@ class Hooks:
         scope: Scope | None = None,
         processes: frozenset[Process] | None = None,
         rebind: tuple[str, ...] = (),
+        also: Mapping[str, str] | None = None,
     ) -> Callable[[_FunctionT], _FunctionT]:
         """Declare the decorated function as a hook. The first paragraph of its docstring is the hook's reason.
 
@@ -126,6 +136,7 @@ class Hooks:
             target: name and signature in SGLang's module, `Class.method(self, x=1)`; `name: type` for what cannot be
                 called.
             scope, processes: of this hook; None: the module's. rebind: see `HookSpec`.
+            also: version of SGLang -> signature there, where it is not that of `target`.
         """
         name = target.partition("(")[0].partition(":")[0]
 
@@ -141,6 +152,7 @@ class Hooks:
                 scope=scope or self._scope,
                 processes=processes or self._processes,
                 rebind=rebind,
+                signatures=tuple((also or {}).items()),
             )
             self._specs.append(spec)
             return function

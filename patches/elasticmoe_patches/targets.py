@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import pkgutil
 import re
@@ -31,6 +32,14 @@ class Target:
     def function(self) -> Any:
         """The plain function behind a classmethod or staticmethod; `raw` itself for everything else."""
         return self.raw.__func__ if isinstance(self.raw, classmethod | staticmethod) else self.raw
+
+
+def sglang_version() -> str | None:
+    """Version of the installed SGLang, read from its metadata; None where it is not installed."""
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def resolve(path: str) -> Target:

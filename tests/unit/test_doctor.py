@@ -62,6 +62,20 @@ def test_a_hook_that_does_not_fit_fails(monkeypatch: pytest.MonkeyPatch, capsys:
     assert out.strip().endswith("serving would not work here")
 
 
+def test_an_attribute_that_is_gone_fails_and_a_changed_body_warns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = "sglang.a.B.rows (read): no such attribute"
+    status, out = run_doctor(monkeypatch, capsys, hooks=HookReport(rows=GOOD_HOOKS.rows, uses=3, missing=[gone]))
+    assert status == 1
+    assert gone in out
+    changed = HookReport(rows=GOOD_HOOKS.rows, uses=3, changed=["sglang.a.B.run"])
+    checks = {check.name: check for check in doctor_checks.uses_checks(changed)}
+    assert checks["used attributes"].ok and checks["used attributes"].found == "3 there"
+    assert not checks["hooked bodies"].ok and not checks["hooked bodies"].required
+    assert "sglang.a.B.run" in checks["hooked bodies"].found
+
+
 def test_no_answer_from_preflight_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = run_doctor(monkeypatch, capsys, hooks=HookReport(error="No module named 'sglang'"))
     assert status == 1
@@ -72,8 +86,9 @@ def test_no_answer_from_preflight_fails(monkeypatch: pytest.MonkeyPatch, capsys:
     ("found", "ok", "text"),
     [
         ("0.5.21", True, "0.5.21"),
-        ("0.5.22", False, "0.5.22, needs 0.5.21"),
-        (None, False, "not installed, needs 0.5.21"),
+        ("0.5.23", True, "0.5.23"),
+        ("0.5.22", False, "0.5.22, needs 0.5.21 or 0.5.23"),
+        (None, False, "not installed, needs 0.5.21 or 0.5.23"),
     ],
 )
 def test_versions_are_compared(monkeypatch: pytest.MonkeyPatch, found: str | None, ok: bool, text: str) -> None:
@@ -138,6 +153,9 @@ def test_only_required_checks_decide() -> None:
 def test_preflight_as_a_program_reports_the_real_hooks() -> None:
     report = doctor_checks.hooks()
     assert report.error == ""
+    assert report.missing == [], "SGLang lacks what is declared in patches/elasticmoe_patches/uses.py"
+    assert report.changed == [], "read these bodies, then: python -m elasticmoe_patches.bodies --read"
+    assert report.uses > 400
     assert {"target", "kind", "scope", "processes", "hook", "ok", "problem"} == set(report.rows[0])
 
 

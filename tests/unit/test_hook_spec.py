@@ -254,7 +254,7 @@ def test_a_wrong_version_is_refused(monkeypatch: pytest.MonkeyPatch, fake: Fake)
     monkeypatch.setattr(preflight, "sglang_version", lambda: "0.5.99")
     spec = fake.spec("double", "around", around)
     with pytest.raises(
-        HookError, match=r"version 0\.5\.99 is installed, the hooks were written for 0\.5\.21"
+        HookError, match=r"version 0\.5\.99 is installed, the hooks were written for 0\.5\.21, 0\.5\.23"
     ) as caught:
         preflight.install([spec], "main")
     assert "pip install --no-deps sglang==0.5.21" in str(caught.value)
@@ -604,7 +604,7 @@ def test_a_launch_with_our_flags_on_a_wrong_version_ends_with_one_message(tmp_pa
     arguments = ["--model-path", "nowhere", "--elasticmoe-ep-size", "2", "--elasticmoe-max-ep-size", "4"]
     done = launch_server_with_version("0.5.99", arguments, tmp_path)
     assert done.returncode == preflight.EXIT_STATUS, done.stderr
-    assert done.stderr.count("version 0.5.99 is installed, the hooks were written for 0.5.21") == 1
+    assert done.stderr.count("version 0.5.99 is installed, the hooks were written for 0.5.21, 0.5.23") == 1
     assert "Traceback" not in done.stderr.split("elasticmoe: ")[-1]
 
 

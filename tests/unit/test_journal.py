@@ -25,6 +25,7 @@ class Tokenizer:
         self.manager: Any = object.__new__(TokenizerManager)
         self.manager.rid_to_state = {}
         self.manager.incremental_streaming_output = False
+        self.manager.enable_lora = False
         monkeypatch.setattr(
             TokenizerManager, "_dispatch_to_scheduler", lambda _self, message: self.sent.append(message)
         )

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elasticmoe_patches.versions import api
 from elasticmoe_sglang.errors import WorkerError
 
 pytestmark = pytest.mark.process
@@ -169,11 +170,12 @@ class Model:
         for req in self.live:
             rows = table[req.kv.req_pool_idx, : req.length].to(torch.int64)
             assert self.memory[rows].tolist() == [self.number(req.key, p) for p in range(req.length)]
-            assert req.prefix_indices.tolist() == rows[: req.whole].tolist()
+            own = api().prefix_rows(req)
+            assert own is None or own.tolist() == rows[: req.whole].tolist()
             held += -(-req.length // self.page) * self.page - req.whole
         for key, length in self.cached.items():
             found = self.cache.match_prefix(MatchPrefixParams(key=RadixKey(self.tokens(key, length), None)))
-            rows = found.device_indices
+            rows = api().matched_rows(self.cache, found)
             assert self.memory[rows].tolist() == [self.number(key, p) for p in range(len(rows))]
         size = self.allocator.size
         free = self.allocator.available_size()

@@ -44,6 +44,7 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
         "abort_on_priority_when_disabled": False,
         "waiting_queue": [],
         "processed_tokens_counter": 0,
+        "rust_server": None,
         "ipc_channels": SimpleNamespace(send_to_tokenizer=output),
         "_set_or_validate_priority": lambda _req: True,
         "_release_aborted_request": lambda _req: None,

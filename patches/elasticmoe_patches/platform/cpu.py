@@ -58,6 +58,11 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         """Whether this server's KV pools lie in HMM memory and change their size."""
         return current_runtime() is not None
 
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        """What 0.5.23 asks for, where 0.5.21 asks for the two below. None: SGLang's own pool."""
+        ours = {"mha": self.get_mha_kv_pool_cls, "mla": self.get_mla_kv_pool_cls}
+        return ours[kind]() if kind in ours else None
+
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 

@@ -22,7 +22,7 @@ from elasticmoe_sglang.worker.kv import WorkerKv
 class CpuMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
     """SGLang's latent pool, [rows, 1, kv_lora_rank + qk_rope_head_dim] a layer.
 
-    SGLang hands every out-of-tree MLA pool an ``index_head_dim``, None unless the model has a sparse-attention
+    SGLang 0.5.21 hands every out-of-tree MLA pool an ``index_head_dim``, None unless the model has a sparse-attention
     indexer, but its own pool does not take the argument.
     """
 
@@ -49,6 +49,11 @@ class ElasticMHATokenToKVPool(MHATokenToKVPool):  # type: ignore[misc]
         views = _kv().space.views()
         self.k_buffer = [views[f"{layer}.k"] for layer in range(self.layer_num)]
         self.v_buffer = [views[f"{layer}.v"] for layer in range(self.layer_num)]
+
+    def _build_kv_buffer_descs(self) -> list[Any]:
+        """0.5.23 describes the buffers for PD disaggregation and for backing them after graph capture. Neither is
+        served from this pool, whose buffers reach over all reserved addresses and so have more rows than it checks."""
+        return []
 
     def _init_data_ptrs_and_strides(self) -> None:
         super()._init_data_ptrs_and_strides()

@@ -5,9 +5,12 @@ SGLang does both anew for every batch; in a decode step of few requests that is 
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
+
+from elasticmoe_patches.versions import api
 
 _idle_rows: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -21,16 +24,18 @@ def share_batch_info(info: Any, group: Any, *, alone: bool) -> None:
     """
     global _last
     if not alone:
-        _fill(info, _gathered(info, group, alone=False))
+        started = time.perf_counter()
+        rows = _gathered(info, group, alone=False)
+        _fill(info, rows, time.perf_counter() - started)
         return
-    key = (group.rank(), *(getattr(info, name) for name in _LOCAL))
+    key = (group.rank(), *(getattr(info, name) for name in (*_LOCAL, *api().batch_info_local)))
     if _last is None or _last[0] != key:
         _last = key, _gathered(info, group, alone=True)
-    _fill(info, _last[1])
+    _fill(info, _last[1], 0.0)
 
 
 _LOCAL = (
-    "dp_size", "tp_size", "cp_size", "num_tokens", "num_tokens_for_logprob", "can_run_decode_cuda_graph",
+    "tp_size", "cp_size", "num_tokens", "num_tokens_for_logprob", "can_run_decode_cuda_graph",
     "can_run_draft_cuda_graph", "can_run_prefill_cuda_graph", "is_extend_in_batch", "local_can_run_tbo",
     "local_forward_mode", "prefill_cuda_graph_max_prefix_len",
 )  # fmt: skip
@@ -45,7 +50,7 @@ def _gathered(info: Any, group: Any, *, alone: bool) -> torch.Tensor:
 
     mine = info._get_local_tensor(device="cpu")
     a_group = info.tp_size * info.cp_size
-    rows = _idle(info, info.dp_size * a_group, mine.numel()).clone()
+    rows = _idle(info, api().data_parallel_ranks(info) * a_group, mine.numel()).clone()
     if alone:
         rows[group.rank()] = mine
     else:
@@ -53,10 +58,12 @@ def _gathered(info: Any, group: Any, *, alone: bool) -> torch.Tensor:
     return rows[::a_group]
 
 
-def _fill(info: Any, rows: torch.Tensor) -> None:
+def _fill(info: Any, rows: torch.Tensor, waited_s: float) -> None:
     from sglang.srt.managers.scheduler_components import dp_attn
 
-    tokens, logprobs, decode, extend, _, modes, prefill, prefix, draft = zip(*rows.tolist(), strict=True)
+    columns = list(zip(*rows.tolist(), strict=True))
+    tokens, logprobs, decode, extend, _, modes, prefill, prefix, draft = columns[:9]
+    api().fill_batch_info(info, columns[9:], waited_s)
     info.tp0_info_cpu = rows
     info.global_num_tokens = list(tokens)
     info.global_num_tokens_for_logprob = list(logprobs)

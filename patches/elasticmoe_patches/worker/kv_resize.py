@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from elasticmoe_patches.versions import api
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.worker.kv import Resized
 
@@ -93,7 +94,7 @@ def _evict(scheduler: Any, tokens: int) -> int:
     from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
     cache = scheduler.tree_cache
-    if tokens <= 0 or scheduler.disable_radix_cache or cache.is_chunk_cache():
+    if tokens <= 0 or scheduler.disable_radix_cache or not api().keeps_prefixes(cache):
         return 0
     return int(cache.evict(EvictParams(num_tokens=tokens)).num_tokens_evicted)
 
@@ -132,13 +133,14 @@ def _holders(scheduler: Any) -> Iterator[torch.Tensor]:
     for req in _requests(scheduler):
         if req.kv.holds_kv:
             yield table[req.kv.req_pool_idx, : req.kv.kv_allocated_len]
-        if isinstance(req.prefix_indices, torch.Tensor) and len(req.prefix_indices):
-            yield req.prefix_indices
+        prefix = api().prefix_rows(req)
+        if prefix is not None:
+            yield prefix
     for batch in (scheduler.running_batch, scheduler.last_batch):
         rows = getattr(batch, "out_cache_loc", None)
         if rows is not None:
             yield rows
-    if not scheduler.disable_radix_cache and not scheduler.tree_cache.is_chunk_cache():
+    if not scheduler.disable_radix_cache and api().keeps_prefixes(scheduler.tree_cache):
         yield from _cached(scheduler.tree_cache)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from elasticmoe_patches.versions import api
 from elasticmoe_patches.worker.requests import RecentAborts, live_requests, pages_of
 from elasticmoe_sglang.hmm.kv_space import KvWindow
 from elasticmoe_sglang.worker.kv import copy_tokens
@@ -163,7 +164,8 @@ def place_kv(
     token_ids = (array("q", request.input_ids) + array("q", output_ids))[:whole]
     key = RadixKey(token_ids, request.extra_key, cache_salt=request.cache_salt or None)
     # What this rank has cached of it already stays as it is; only the rest is allocated, filled and inserted.
-    known = scheduler.tree_cache.match_prefix(MatchPrefixParams(key=key)).device_indices
+    cache = scheduler.tree_cache
+    known = api().matched_rows(cache, cache.match_prefix(MatchPrefixParams(key=key)))
     if len(known) == whole:
         return True
     fresh = allocator.alloc(whole - len(known))
@@ -171,7 +173,7 @@ def place_kv(
         return False
     fill(len(known), fresh)
     value = torch.cat([known.to(fresh.dtype), fresh])
-    scheduler.tree_cache.insert(InsertParams(key=key, value=value, prev_prefix_len=len(known)))
+    cache.insert(InsertParams(key=key, value=value, prev_prefix_len=len(known)))
     return True
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from elasticmoe_patches.versions import api
 from elasticmoe_sglang.errors import CollectiveError
 
 # Longer than any request is on its way: what is older was handled by the rank that had the request then.
@@ -166,7 +167,7 @@ def _release(scheduler: Any, req: Any, valid: int) -> None:
         return
     whole = min(valid, req.kv.kv_committed_len)
     if whole > req.kv.cache_protected_len and not scheduler.disable_radix_cache:
-        scheduler.tree_cache.insert_req(req, up_to=whole)
+        api().insert_request(scheduler.tree_cache, req, whole)
     release_req(
         req=req,
         remaing_req_count=0,

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
 
 HOOKS = hook = Hooks(__name__, WORKERS)
 
+_GROUP = (
+    "(self, group_ranks, local_rank, torch_distributed_backend, use_pynccl, use_mscclpp, use_custom_allreduce, "
+    "use_torch_symm_mem_all_reduce, use_hpu_communicator, use_xpu_communicator"
+)
+_GROUP_OPTIONS = (
+    "use_message_queue_broadcaster=False, group_name=None, gloo_timeout=datetime.timedelta(seconds=7200), "
+    "recovered_rank=False, rank_offset=0, max_world_size=None"
+)
 _COMMUNICATORS = ("use_pynccl", "use_mscclpp", "use_custom_allreduce", "use_torch_symm_mem_all_reduce")
 
 
@@ -35,10 +43,8 @@ def around_init_distributed_environment(original: Any, world_size: int = -1, ran
 
 @hook(
     "before",
-    "GroupCoordinator.__init__(self, group_ranks, local_rank, torch_distributed_backend, use_pynccl, use_mscclpp, "
-    "use_custom_allreduce, use_torch_symm_mem_all_reduce, use_hpu_communicator, use_xpu_communicator, "
-    "use_npu_communicator, use_message_queue_broadcaster=False, group_name=None, "
-    "gloo_timeout=datetime.timedelta(seconds=7200), recovered_rank=False, rank_offset=0, max_world_size=None)",
+    f"GroupCoordinator.__init__{_GROUP}, use_npu_communicator, {_GROUP_OPTIONS})",
+    also={"0.5.23": f"{_GROUP}, {_GROUP_OPTIONS})"},
     expires="SGLang asks the platform which communicators to build.",
 )
 def before_group_init(self: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 from elasticmoe_patches import prefork
 from elasticmoe_patches.plugin import install_for_process, verify_for_process
 from elasticmoe_patches.spec import MAIN, Hooks
+from elasticmoe_patches.versions import api
 
 HOOKS = hook = Hooks(__name__, MAIN)
 
@@ -63,7 +64,7 @@ def around_launch_scheduler_processes(original: Any, cls: type, *args: Any, **kw
     from elasticmoe_patches.services import start_services
 
     start_services()
-    with prefork.used():
+    with prefork.used(), api().controller_starts_workers():
         return original(cls, *args, **kwargs)
 
 
@@ -98,10 +99,14 @@ def controller_process(*args: Any, **kwargs: Any) -> None:
     "attribute",
     "run_data_parallel_controller_process(server_args, port_args, pipe_writer, "
     "run_scheduler_process_func=<function run_scheduler_process>)",
-    expires="0.5.23, which loads them there.",
+    also={
+        "0.5.23": "(server_args, port_args, pipe_writer, run_scheduler_process_func=<function run_scheduler_process>, "
+        "prelaunched_schedulers=None)"
+    },
+    expires="only 0.5.23 and later are supported, which load plugins there.",
 )
 def hooked_controller_process(_current: Any) -> Any:
-    """SGLang 0.5.21 loads no plugins in the data-parallel controller."""
+    """SGLang 0.5.21 loads no plugins in the data-parallel controller, and neither version ends it with its parent."""
     return controller_process
 
 
@@ -125,4 +130,5 @@ def detokenizer_process(server_args: Any, port_args: Any) -> None:
 
     register_types()
     die_with_parent()
+    install_for_process("detokenizer")  # names the process: where SGLang loads plugins here, `register` asks for it
     run_detokenizer_process(server_args, port_args, detokenizer_manager_class=ElasticDetokenizerManager)

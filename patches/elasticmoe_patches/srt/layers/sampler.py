@@ -28,6 +28,10 @@ def around_multinomial_with_seed(original: Any, logprobs: Any, seed: Any, positi
     "around",
     "top_k_top_p_min_p_sampling_from_probs_torch(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, "
     "positions, *, return_filtered_probs=False)",
+    also={
+        "0.5.23": "(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions, *, "
+        "return_filtered_probs=False, max_top_k=None)"
+    },
     expires="SGLang's min-p accepts seeds.",
 )
 def around_filtered_sampling(

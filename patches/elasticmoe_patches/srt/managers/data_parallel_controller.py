@@ -15,6 +15,7 @@ from typing import Any
 import zmq
 
 from elasticmoe_patches.spec import DPC, Hooks
+from elasticmoe_patches.versions import api
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.client import ImmClient
 from elasticmoe_sglang.runtime import current_runtime, only_this_user
@@ -98,9 +99,9 @@ def launch_workers(self: Any, server_args: Any, port_args: Any) -> None:
     self._active_count_cache = len(members)
     self.dp_active = [rank in members for rank in range(config.max_ep_size)]
     self.status = list(self.dp_active)
+    api().record_init_infos(self, infos)
     self.max_total_num_tokens = min(int(info["max_total_num_tokens"]) for info in infos)
     self.max_req_input_len = min(int(info["max_req_input_len"]) for info in infos)
-    self.startup_time = infos[0]["startup_time"]
 
 
 def _wait_until_ready(client: ImmClient, members: tuple[int, ...]) -> list[dict[str, Any]]:

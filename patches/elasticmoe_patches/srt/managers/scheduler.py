@@ -38,8 +38,13 @@ def after_init_request_dispatcher(_result: None, self: Any) -> None:
     self._request_dispatcher += TypeBasedDispatcher([(ElasticCommandReq, accept)])
 
 
-@hook("around", "Scheduler.ingest_requests(self)", expires="SGLang offers a per-iteration hook.")
-def around_ingest_requests(original: Any, self: Any) -> Any:
+@hook(
+    "around",
+    "Scheduler.ingest_requests(self)",
+    also={"0.5.23": "(self, stop_at_pause=False)"},
+    expires="SGLang offers a per-iteration hook.",
+)
+def around_ingest_requests(original: Any, self: Any, **kwargs: Any) -> Any:
     """The top of an iteration: commits are carried out and moved requests taken over here."""
     worker = current_worker()
     worker.check_collectives()
@@ -52,7 +57,7 @@ def around_ingest_requests(original: Any, self: Any) -> Any:
     resume_ready(self, worker)
     answer_counts(self, worker)
     worker.iteration.new_batch = None
-    received = original(self)
+    received = original(self, **kwargs)
     worker.iteration.pulled = []
     return received
 

@@ -13,6 +13,15 @@ from elasticmoe_patches.spec import WORKERS, Hooks
 
 HOOKS = hook = Hooks(__name__, WORKERS)
 
+_INIT = (
+    "(self, num_experts, hidden_size, intermediate_size, layer_id, top_k=None, "
+    "num_fused_shared_experts=0, params_dtype=None, reduce_results=False, quant_config=None, prefix='', "
+    "activation='silu', apply_router_weight_on_input=False, use_presharded_weights=False, inplace=True, "
+    "no_combine=False, routed_scaling_factor=None, gemm1_alpha=None, gemm1_beta=None, gemm1_clamp_limit=None, "
+    "swiglu_limit=None, use_weight_loader_fused=False, with_bias=False, routing_method_type=None, is_gated=True, "
+    "gate_up_interleaved=True, enable_qwen35_fp8_deferred_finalize=False, quant_method=None"
+)
+
 
 class _AllExpertsHere:
     """SGLang's parallel context, except that this rank seems to hold all experts."""
@@ -29,12 +38,8 @@ class _AllExpertsHere:
 
 @hook(
     "around",
-    "FusedMoE.__init__(self, num_experts, hidden_size, intermediate_size, layer_id, top_k=None, "
-    "num_fused_shared_experts=0, params_dtype=None, reduce_results=False, quant_config=None, prefix='', "
-    "activation='silu', apply_router_weight_on_input=False, use_presharded_weights=False, inplace=True, "
-    "no_combine=False, routed_scaling_factor=None, gemm1_alpha=None, gemm1_beta=None, gemm1_clamp_limit=None, "
-    "swiglu_limit=None, use_weight_loader_fused=False, with_bias=False, routing_method_type=None, is_gated=True, "
-    "gate_up_interleaved=True, enable_qwen35_fp8_deferred_finalize=False, quant_method=None)",
+    f"FusedMoE.__init__{_INIT})",
+    also={"0.5.23": f"{_INIT}, uses_expert_location=True)"},
     expires="FusedMoE takes its expert placement as an argument.",
 )
 def around_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
