@@ -63,9 +63,8 @@ def test_many_more_seeds_settle() -> None:
         run.run()
         faults += run.faults
         overlapping += run.overlapping
-    record(
-        "engine-simulation", {"seeds": seeds, "first": SEEDS, "faults": faults, "overlapping": overlapping, "failed": 0}
-    )
+    found = {"seeds": seeds, "first": SEEDS, "faults": faults, "overlapping": overlapping, "failed": 0}
+    record("engine-simulation", f"seeds {SEEDS} to {SEEDS + seeds - 1}", found)
 
 
 def test_a_seed_is_a_run() -> None:
