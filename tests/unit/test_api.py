@@ -283,6 +283,7 @@ def fuzzed() -> Iterator[TestClient]:
         yield client
 
 
+@pytest.mark.process
 @given(body=bodies)
 @settings(max_examples=400, deadline=None)
 def test_no_body_ends_in_a_500(fuzzed: TestClient, body: bytes) -> None:

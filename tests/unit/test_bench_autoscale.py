@@ -111,6 +111,7 @@ def settled_changes(rate: float, size: int, seed: int) -> list[tuple[float, int]
     return [(at, new) for at, new in outcome.sizes if 270.0 <= at <= 870.0]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("rate", "size"), [(0.8, 2), (6.0, 4), (12.0, 5), (19.0, 8)])
 def test_a_steady_load_is_left_alone(rate: float, size: int) -> None:
     """Poisson arrivals, and lengths that differ by a factor of 16."""

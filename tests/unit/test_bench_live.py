@@ -122,6 +122,7 @@ async def stand_in(step_s: float, slots: int) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
+@pytest.mark.process
 def test_arrivals_do_not_wait_for_answers_and_waiting_counts() -> None:
     requests = tuple(Request(at=0.05 * n, prompt_tokens=4, output_tokens=4) for n in range(6))
     trace = Trace(name="t", duration_s=0.4, requests=requests)
@@ -139,6 +140,7 @@ def test_arrivals_do_not_wait_for_answers_and_waiting_counts() -> None:
     assert first is not None and last is not None and last >= 0.05 + 5 * 0.15 and last > first
 
 
+@pytest.mark.process
 def test_capacity_is_what_arrives_while_all_slots_are_taken() -> None:
     async def served() -> float:
         async with stand_in(0.02, slots=2) as url:

@@ -76,6 +76,7 @@ def session(*runs: Run, repetition: int = 0) -> tuple[Pretend, list[RunLog]]:
     return method, logs
 
 
+@pytest.mark.process
 def test_a_closed_loop_waits_for_answers_and_measures_the_capacity() -> None:
     method, [log] = session(CLOSED)
     assert method.most_at_once == 4

@@ -112,6 +112,7 @@ def test_operator_names_are_read_from_torchvisions_source(tmp_path: Path) -> Non
     assert torchvision_ops.operator_names(tmp_path) == ["nms", "roi_align"]
 
 
+@pytest.mark.process
 def test_torchvision_imports() -> None:
     torchvision_ops.declare_if_unloadable()
     import torchvision

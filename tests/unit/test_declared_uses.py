@@ -51,6 +51,7 @@ def undeclared(found: Any) -> list[str]:
     ]
 
 
+@pytest.mark.process
 def test_nothing_of_sglangs_is_used_without_being_declared() -> None:
     found = touches()
     assert len(found) > 400

@@ -53,6 +53,7 @@ def test_the_report_for_programs(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert report["devices"][0]["kind"] in ("cpu", "cuda", "npu")
 
 
+@pytest.mark.process
 def test_a_hook_that_does_not_fit_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     bad = HookReport(rows=[{**GOOD_HOOKS.rows[0], "ok": False, "problem": "has signature (x), expected (y)"}])
     status, out = run_doctor(monkeypatch, capsys, hooks=bad)
@@ -62,6 +63,7 @@ def test_a_hook_that_does_not_fit_fails(monkeypatch: pytest.MonkeyPatch, capsys:
     assert out.strip().endswith("serving would not work here")
 
 
+@pytest.mark.process
 def test_an_attribute_that_is_gone_fails_and_a_changed_body_warns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +78,7 @@ def test_an_attribute_that_is_gone_fails_and_a_changed_body_warns(
     assert "sglang.a.B.run" in checks["hooked bodies"].found
 
 
+@pytest.mark.process
 def test_no_answer_from_preflight_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = run_doctor(monkeypatch, capsys, hooks=HookReport(error="No module named 'sglang'"))
     assert status == 1

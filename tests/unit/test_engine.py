@@ -171,7 +171,7 @@ DEFECTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "8": _strayed_requests_stay,
     "9": _late_is_taken_for_dead,
 }
-FROM_SEED = {"8": 300, "9": 700}
+FROM_SEED = {"2": 80, "8": 300, "9": 700}
 """Rare ones: nothing is found before, which takes seconds to see."""
 
 

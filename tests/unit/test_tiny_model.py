@@ -57,6 +57,7 @@ def test_impossible_targets_are_refused(changes: dict[str, object], tmp_path: Pa
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.process
 def test_tokenizer_speaks(tmp_path: Path) -> None:
     torchvision_ops.declare_if_unloadable()
     from transformers import AutoTokenizer

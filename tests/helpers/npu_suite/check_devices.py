@@ -28,8 +28,6 @@ def test_every_visible_device_and_its_memory(monkeypatch, visible: str | None, c
     assert (found.soc, found.error, len(found.devices)) == ("Ascend910B3", "", count)
     assert all(0 < device.free <= device.total == 64 << 20 for device in found.devices)
     assert acl_probe.total_memory() == (64 << 20,) * count
-    monkeypatch.setattr(torch.npu, "_cached_device_count", None)  # from the process's start
-    assert torch.npu.device_count() == count
 
 
 @pytest.mark.parametrize("visible", ["", "1,0"])

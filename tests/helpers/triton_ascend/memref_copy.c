@@ -25,3 +25,15 @@ void memrefCopy(int64_t element, Unranked *from, Unranked *to) {
         if (d < 0) return;
     }
 }
+
+// What compiler-rt has for processors without an instruction that rounds to bfloat16; Debian's libgcc 12 lacks it.
+// To nearest, ties to even; a NaN stays one. Weak: a newer libgcc's comes first.
+__attribute__((weak)) __bf16 __truncsfbf2(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    int nan = (bits & 0x7fffffff) > 0x7f800000;
+    uint16_t high = nan ? (uint16_t)(bits >> 16) | 0x40 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    __bf16 rounded;
+    memcpy(&rounded, &high, sizeof rounded);
+    return rounded;
+}
