@@ -295,6 +295,7 @@ def test_no_body_ends_in_a_500(fuzzed: TestClient, body: bytes) -> None:
         assert "error" in answer.json() and set(answer.json()) <= set(ErrorBody.__struct_fields__)
 
 
+@pytest.mark.process
 @given(body=bodies)
 @settings(max_examples=400, deadline=None)
 def test_the_parser_raises_one_kind_of_error(body: bytes) -> None:
@@ -306,6 +307,7 @@ def test_the_parser_raises_one_kind_of_error(body: bytes) -> None:
     target_of(request)
 
 
+@pytest.mark.process
 @given(path=st.text(max_size=40))
 @settings(max_examples=100, deadline=None)
 def test_no_operation_name_ends_in_a_500(fuzzed: TestClient, path: str) -> None:

@@ -118,11 +118,13 @@ def test_a_steady_load_is_left_alone(rate: float, size: int) -> None:
     assert [settled_changes(rate, size, seed) for seed in range(3)] == [[], [], []]
 
 
+@pytest.mark.process
 def test_a_load_at_a_size_s_limit_makes_it_grow_once_and_stay() -> None:
     found = [settled_changes(1.5, 2, seed) for seed in range(3)]
     assert all(len(changes) <= 1 for changes in found), found
 
 
+@pytest.mark.process
 def test_the_comparison_and_its_report() -> None:
     machine = make_machine(SCENARIOS["qwen3-30b-a3b-2"])
     made = make_trace("burst", 7.0, PROMPT, OUTPUT)

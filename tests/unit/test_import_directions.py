@@ -136,6 +136,7 @@ def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
     return []
 
 
+@pytest.mark.process
 def test_no_module_imports_itself_in_a_circle() -> None:
     files = dict(found for package in PACKAGES for found in modules(package))
     assert circle(imported_modules(files)) == []

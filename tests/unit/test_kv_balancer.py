@@ -187,6 +187,7 @@ def test_a_server_whose_kv_is_its_own_is_left_alone() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.process
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=6))
 def test_ranks_of_one_device_share_it_through_any_sequence(sizes: list[int]) -> None:
     async def main() -> None:

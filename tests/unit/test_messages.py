@@ -98,6 +98,7 @@ def test_bytes_of_any_kind_are_refused(frame: bytes) -> None:
     decode_or_refuse(frame)
 
 
+@pytest.mark.process
 @given(plain)
 def test_msgpack_of_any_shape_is_refused(value: Any) -> None:
     decode_or_refuse(msgspec.msgpack.encode(value))

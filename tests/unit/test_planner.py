@@ -105,6 +105,7 @@ def check(plan: TransitionPlan) -> None:
     assert plan.after.membership.capacity == plan.before.membership.capacity
 
 
+@pytest.mark.process
 @given(questions())
 @settings(max_examples=300, deadline=None)
 def test_plan_is_balanced_deterministic_and_moves_as_few_columns_as_a_flow(
@@ -187,6 +188,7 @@ def test_no_view_has_columns_on_a_rank_that_is_not_active() -> None:
         View(membership=members(0, 1), placement=Placement(owners=(0, 1, 3, 3)))
 
 
+@pytest.mark.process
 @given(questions(), st.data())
 @settings(max_examples=150, deadline=None)
 def test_after_a_loss_survivors_keep_what_they_have(

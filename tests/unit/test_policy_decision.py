@@ -255,6 +255,7 @@ limits = st.builds(
 )
 
 
+@pytest.mark.process
 @settings(max_examples=300)
 @given(snapshots, counts, limits, states)
 def test_bounds_and_a_reason(seen: Snapshot, queue: int, chosen: PolicySettings, state: PolicyState) -> None:
@@ -271,6 +272,7 @@ def test_bounds_and_a_reason(seen: Snapshot, queue: int, chosen: PolicySettings,
     assert ask(seen, state, settings=chosen) == (decision, after), "it is no pure function"
 
 
+@pytest.mark.process
 @settings(max_examples=300)
 @given(snapshots, counts, counts, limits, states)
 def test_a_longer_queue_never_gives_fewer_ranks(
@@ -284,6 +286,7 @@ def test_a_longer_queue_never_gives_fewer_ranks(
     assert desired[0] <= desired[1]
 
 
+@pytest.mark.process
 @settings(max_examples=200)
 @given(snapshots, counts, limits, states, st.booleans())
 def test_no_action_while_held_or_busy(

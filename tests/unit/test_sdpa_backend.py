@@ -169,6 +169,7 @@ def test_calls_do_not_grow_with_the_batch() -> None:
 lengths = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=8)
 
 
+@pytest.mark.process
 @settings(max_examples=60, deadline=None)
 @given(lengths=lengths, decode=st.booleans(), page=st.sampled_from([1, 4]), seed=st.integers(0, 99))
 def test_any_batch(lengths: list[tuple[int, int]], decode: bool, page: int, seed: int) -> None:

@@ -25,6 +25,7 @@ def small(folder: Path, arch: Arch, **changes: object) -> Path:
     return make_tiny_model(folder, arch=arch, **{"layers": 2, "experts": 6, "hidden": 64, **changes})  # type: ignore[arg-type]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("arch", ARCHS)
 def test_same_arguments_same_files(arch: Arch, tmp_path: Path) -> None:
     first, second = small(tmp_path / "a", arch), small(tmp_path / "b", arch)

@@ -106,6 +106,7 @@ def test_refusals_and_silence_end_it(capsys: pytest.CaptureFixture[str]) -> None
     assert "no server answers" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_a_server_that_goes_while_it_is_followed() -> None:
     with served() as (port, _, _):
         events = ServerClient(f"http://127.0.0.1:{port}").events()
