@@ -17,4 +17,6 @@ class Corpora:
     def __getitem__(self, arch: Arch) -> Corpus:
         if arch not in self._made:
             self._made[arch] = make_corpus(self._shared.plain(arch))
+            # Idle it would take a core from all tests that follow: SGLang's processes poll.
+            self._shared.close()
         return self._made[arch]
