@@ -16,6 +16,8 @@ from elasticmoe_sglang.api.router import build_router, mount
 from elasticmoe_sglang.coordinator.status import RankInfo, RankState
 from tests.helpers.fake_cluster import FakeCluster
 
+pytestmark = pytest.mark.process
+
 INSTANCE = "server-7"
 
 

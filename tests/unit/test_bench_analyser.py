@@ -17,6 +17,8 @@ from benchmarks.scaling.records import (
     RunLog,
 )
 
+pytestmark = pytest.mark.process
+
 SLO = Slo(ttft_s=0.5, tpot_s=0.1)
 MS = 0.001
 

@@ -9,6 +9,8 @@ from benchmarks.scaling.records import ChangeRecord, Load, MemorySample, Request
 from benchmarks.scaling.summary import Results, stat, summarise
 from benchmarks.scaling.targets import TARGETS, Target, Verdict, judge
 
+pytestmark = pytest.mark.process
+
 AT = 10.03
 FIRST_S, STEP_S, TOKENS = 0.06, 0.012, 40
 

@@ -26,6 +26,8 @@ from elasticmoe_sglang.planner import Cause, RetireRanks, ScaleTo, Target
 from tests.helpers import clock
 from tests.helpers.fake_cluster import COLUMN, DENSE, KV_CHUNKS, FakeCluster
 
+pytestmark = pytest.mark.process
+
 SHORT = {"prepare_deadline_s": 1.0, "commit_deadline_s": 0.5, "finish_deadline_s": 1.0}
 """Deadlines for calls that hang: long enough for a machine that stands still for a moment, and waited for only then."""
 HOW = ["raise_before", "raise_after", "hang"]

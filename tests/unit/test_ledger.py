@@ -26,6 +26,8 @@ from elasticmoe_sglang.hmm.vmm.base import VaRange, VmmBackend, VmmHandle
 from elasticmoe_sglang.undo import UndoLog
 from elasticmoe_sglang.wire import to_hmm
 
+pytestmark = pytest.mark.process
+
 PAGE = 64
 BUDGETS = (10 * PAGE, 7 * PAGE)
 

@@ -16,6 +16,8 @@ from benchmarks.demo.settings import Settings
 from benchmarks.streams import Ask, Load, StreamClient, StreamRecord, unequal
 from elasticmoe_sglang.coordinator.status import Operation, Phase, Timings
 
+pytestmark = pytest.mark.process
+
 ASK = Ask(key="a", prompt="def", tokens=3)
 Answer = Callable[[web.StreamResponse], Awaitable[None]]
 
