@@ -44,6 +44,7 @@ def trace_of(*requests: tuple[float, int, int], duration_s: float = 10.0) -> Tra
     return Trace(name="made", duration_s=duration_s, requests=made)
 
 
+@pytest.mark.process
 def test_the_machine_s_numbers() -> None:
     assert SMALL.base_s[1] == pytest.approx(0.05) and SMALL.base_s[2] == pytest.approx(0.03)
     assert SMALL.slope_s(1) == pytest.approx(0.01)
@@ -53,6 +54,7 @@ def test_the_machine_s_numbers() -> None:
     assert SMALL.capacity(2, parse_slo("itl=65ms")) == pytest.approx(2 * 3.5 / 0.065)
 
 
+@pytest.mark.process
 def test_one_request_takes_its_prefill_and_its_steps() -> None:
     outcome, server = served(trace_of((1.0, 50, 11), duration_s=1.0), 1)
     # Prefill of half a second and one step, then ten tokens of 60 ms.
@@ -60,6 +62,7 @@ def test_one_request_takes_its_prefill_and_its_steps() -> None:
     assert (outcome.attained, outcome.requests) == (1, 1) and server.tokens == pytest.approx(11)
 
 
+@pytest.mark.process
 def test_requests_wait_for_the_prefill_of_others() -> None:
     pair = trace_of((1.0, 50, 11), (1.0, 50, 11))
     # The second one's first token comes after 1.1 s on one rank, and at once on two.
@@ -69,6 +72,7 @@ def test_requests_wait_for_the_prefill_of_others() -> None:
     assert (alone.rank_seconds, together.rank_seconds) == (10.0, 20.0)
 
 
+@pytest.mark.process
 def test_a_change_takes_its_time_and_joining_ranks_are_paid_for() -> None:
     outcome, _ = served(trace_of((1.0, 10, 2), duration_s=20.0), 1, ((3.0, 2),))
     latency = SMALL.change_s(1, 2)
@@ -76,6 +80,7 @@ def test_a_change_takes_its_time_and_joining_ranks_are_paid_for() -> None:
     assert outcome.rank_seconds == 3 * 1 + 17 * 2
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", KINDS)
 def test_traces_are_the_same_every_time_and_have_their_shape(kind: str) -> None:
     made = make_trace(kind, 5.0, PROMPT, OUTPUT, seed=3)
@@ -88,6 +93,7 @@ def test_traces_are_the_same_every_time_and_have_their_shape(kind: str) -> None:
     assert max(rate(float(second)) for second in range(round(duration_s))) <= 1.0
 
 
+@pytest.mark.process
 def test_a_trace_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "load.jsonl"
     path.write_text(json.dumps({"at": 1.5, "prompt_words": 7, "output_tokens": 9}) + "\n")

@@ -123,6 +123,7 @@ def test_runs_are_shuffled_by_the_repetition_and_capacities_come_first() -> None
     assert 2 <= len(orders) <= 3 and all(order[0] == CLOSED.name for order in orders)
 
 
+@pytest.mark.process
 def test_equal_repetitions_ask_the_same() -> None:
     run = Run(name="open", sizes=(1, 2), share=0.5)
     one, same, other = (
@@ -156,6 +157,7 @@ def made_up(arm: str, run: str, repetition: int, *, failed: bool = False) -> Run
     )  # fmt: skip
 
 
+@pytest.mark.process
 def test_logs_are_read_back_as_they_were_rounded(tmp_path: Path) -> None:
     log = made_up("elastic", "up at 0.8", 0)
     log.requests[0].ended_at = 1.23456789
@@ -193,12 +195,14 @@ def test_figures_report_and_picture_come_from_logs(tmp_path: Path, capsys: pytes
     assert "| elastic: up at 0.8 | 0.90 s [0.90 s, 0.90 s] | 1.00 s [1.00 s, 1.00 s] |" in report
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("undrawn")
 def test_a_failure_in_any_repetition_is_a_missed_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     elasticmoe(["bench", "scale", "--again", "--out", str(results(tmp_path, failed=True))])
     assert "missed: failed requests, all repetitions, up at 0.8: 1, n = 3, wanted at most 0" in capsys.readouterr().err
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("undrawn")
 def test_figures_that_are_not_those_of_their_logs_are_found(tmp_path: Path) -> None:
     out = results(tmp_path)
@@ -213,15 +217,18 @@ def test_figures_that_are_not_those_of_their_logs_are_found(tmp_path: Path) -> N
     assert bench.differences(tmp_path) == ["scale"]
 
 
+@pytest.mark.process
 def test_every_committed_figure_is_reproduced_from_its_log() -> None:
     assert bench.differences(bench.RESULTS) == []
 
 
+@pytest.mark.process
 def test_the_pages_show_the_committed_figures() -> None:
     for page, text in bench.pages(bench.committed(bench.RESULTS)).items():
         assert between_marks(page.read_text())[1] == text.strip(), f"{page.name}: run `elasticmoe bench report`"
 
 
+@pytest.mark.process
 def test_the_block_replaces_what_stood_between_the_marks(tmp_path: Path) -> None:
     shown = tmp_path / "page.md"
     shown.write_text(f"# Above\n\n{BEGIN}\nold\n{END}\n\nbelow\n")
@@ -256,6 +263,7 @@ def test_only_what_is_missing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(list(first.parent.iterdir())) == 1, "without --resume what was measured before is gone"
 
 
+@pytest.mark.process
 def test_impossible_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert elasticmoe(["bench", "scale", "--again", "--out", str(tmp_path)]) == 2
     assert "no logs" in capsys.readouterr().err
@@ -264,6 +272,7 @@ def test_impossible_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureF
             bench.main(words)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_control_group_s_memory_and_time(version: int, tmp_path: Path) -> None:
     if version == 1:
@@ -291,6 +300,7 @@ def test_a_control_group_s_memory_and_time(version: int, tmp_path: Path) -> None
     assert len(found) >= 3 and found[-1].host_bytes == 120
 
 
+@pytest.mark.process
 def test_methods_are_those_of_the_experiments() -> None:
     used = {arm.method for experiment in EXPERIMENTS.values() for arm in experiment.arms}
     assert used == set(METHODS) and all(method.name == name for name, method in METHODS.items())

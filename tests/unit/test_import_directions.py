@@ -142,6 +142,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     assert circle(imported_modules(files)) == []
 
 
+@pytest.mark.process
 def test_the_check_sees_circles_in_functions_and_none_for_type_checkers(tmp_path: Path) -> None:
     sources = {
         "package": "",
@@ -159,6 +160,7 @@ def test_the_check_sees_circles_in_functions_and_none_for_type_checkers(tmp_path
     assert sorted(set(circle(imported_modules(files)))) == ["package.a", "package.b", "package.c"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_import_in_one_direction(package: str) -> None:
     wrong = [
@@ -170,6 +172,7 @@ def test_packages_import_in_one_direction(package: str) -> None:
     assert wrong == []
 
 
+@pytest.mark.process
 def test_layers_import_downwards() -> None:
     wrong = []
     for module, path in modules("elasticmoe_sglang"):
@@ -183,6 +186,7 @@ def test_layers_import_downwards() -> None:
     assert wrong == []
 
 
+@pytest.mark.process
 def test_every_part_has_its_layer() -> None:
     known = {entry.split(".")[0] for layer in LAYERS for entry in layer}
     parts = {
@@ -193,6 +197,7 @@ def test_every_part_has_its_layer() -> None:
     assert parts - known - {"__init__"} == set(), "name the new part in LAYERS"
 
 
+@pytest.mark.process
 def test_the_check_itself_sees_imports(tmp_path: Path) -> None:
     source = tmp_path / "module.py"
     source.write_text(

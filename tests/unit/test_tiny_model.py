@@ -35,6 +35,7 @@ def test_same_arguments_same_files(arch: Arch, tmp_path: Path) -> None:
     assert other.items() <= digests(first).items(), "the seed is that of the weights alone"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("arch", ARCHS)
 def test_sizes_are_those_asked_for(arch: Arch, tmp_path: Path) -> None:
     folder = small(tmp_path, arch, layers=3, dtype="bfloat16")
@@ -47,6 +48,7 @@ def test_sizes_are_those_asked_for(arch: Arch, tmp_path: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "changes",
     [{"arch": "llama"}, {"layers": 0}, {"experts": 1}, {"hidden": 100}, {"dtype": "int8"}],

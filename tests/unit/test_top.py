@@ -75,6 +75,7 @@ def served(*, policy: object = None, key: str | None = None) -> Iterator[tuple[i
         yield port, clock, figures
 
 
+@pytest.mark.process
 def test_one_snapshot_where_the_output_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with served(policy=POLICY) as (port, clock, figures):
         figures.tokens(321)
@@ -91,12 +92,14 @@ def test_one_snapshot_where_the_output_is_no_terminal(capsys: pytest.CaptureFixt
     assert "grow (2 -> 3): the queue would wait 2.1 s" in " ".join(out.split())
 
 
+@pytest.mark.process
 def test_without_a_policy_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with served() as (port, _, _):
         assert main(["top", "--once", "--port", str(port)]) == 0
     assert "policy: not available on this server" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_refusals_and_silence_end_it(capsys: pytest.CaptureFixture[str]) -> None:
     with served(key="right") as (port, _, _):
         assert main(["top", "--port", str(port), "--admin-key", "wrong"]) == 2
@@ -146,6 +149,7 @@ def event(operations: list[Operation] | msgspec.UnsetType, *seconds: int) -> Eve
     return msgspec.structs.replace(found, operations=operations)
 
 
+@pytest.mark.process
 def test_figures_of_two_streams_are_not_counted_twice() -> None:
     seen = Seen(lost="gone")
     seen.take(event([], 10, 11, 12))
@@ -153,6 +157,7 @@ def test_figures_of_two_streams_are_not_counted_twice() -> None:
     assert [second.at for second in seen.figures] == [10, 11, 12, 13] and seen.lost is None
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, None), (20, 5)])
 def test_any_terminal(width: int, height: int | None) -> None:
     seen = Seen()
@@ -166,6 +171,7 @@ def test_any_terminal(width: int, height: int | None) -> None:
         assert "not connected: no server answers" in text and "HMM: the HMM did not answer" in text
 
 
+@pytest.mark.process
 def test_bars() -> None:
     assert bars([0, 1, 50, 100, None]) == " ▁▄█ "
     assert bars([None, 0]) == "  " and bars([]) == ""
