@@ -7,7 +7,6 @@ imports SGLang, and a broken installation of it must not break this command.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import resource
@@ -15,13 +14,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 import psutil
 
 from elasticmoe_sglang import SUPPORTED_SGLANG, SUPPORTED_SGLANGS
+from elasticmoe_sglang.answers import ask_program
 from elasticmoe_sglang.errors import ElasticMoEError, UserInputError, VmmError
 from elasticmoe_sglang.units import format_bytes
 
@@ -102,12 +104,17 @@ def versions(kind: str) -> list[Check]:
     return [*checks, torch, sglang, transformers, *map(_package, others)]
 
 
+def installed_version(name: str) -> str:
+    """Version of an installed distribution; empty where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def _package(name: str, *wanted: str) -> Check:
     """`wanted`: the versions that serve, the best first; any where none is named."""
-    try:
-        found = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        found = ""
+    found = installed_version(name)
     # A build tag such as 2.13.0+cpu is the same version.
     ok = bool(found) and (not wanted or found.split("+")[0] in wanted)
     text = found or "not installed"
@@ -146,19 +153,21 @@ def installation() -> list[Check]:
     ]
 
 
+class _Preflight(msgspec.Struct):
+    """What `python -m elasticmoe_patches.preflight --json` prints, as far as it is shown."""
+
+    hooks: list[dict[str, Any]]
+    uses: int
+    missing: list[str]
+    changed: list[str]
+
+
 def hooks() -> HookReport:
     """Run preflight in a separate process."""
-    command = [sys.executable, "-m", "elasticmoe_patches.preflight", "--json"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=HOOKS_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return HookReport(error=f"no answer from `{' '.join(command)}` within {HOOKS_TIMEOUT_S:.0f} s")
-    try:
-        # SGLang may print while it is imported; the report is the last line.
-        found = json.loads(done.stdout.strip().rpartition("\n")[2])
-        return HookReport(rows=found["hooks"], uses=found["uses"], missing=found["missing"], changed=found["changed"])
-    except (ValueError, KeyError):
-        return HookReport(error=(done.stderr.strip().splitlines() or ["no output"])[-1])
+    found = ask_program("elasticmoe_patches.preflight", "--json", answer=_Preflight, timeout_s=HOOKS_TIMEOUT_S)
+    if isinstance(found, str):
+        return HookReport(error=found)
+    return HookReport(rows=found.hooks, uses=found.uses, missing=found.missing, changed=found.changed)
 
 
 def hooks_check(report: HookReport) -> Check:
@@ -194,6 +203,29 @@ def uses_checks(report: HookReport) -> list[Check]:
             required=False,
         ),
     ]
+
+
+class DeviceRoom(Protocol):
+    """Bytes of one device's memory."""
+
+    @property
+    def free(self) -> int: ...
+
+    @property
+    def total(self) -> int: ...
+
+
+def device_memory(kind: str, devices: Sequence[DeviceRoom], needed: int, *, tool: str) -> Check:
+    """Whether each of these devices has `needed` bytes free. tool: the driver's, which lists what uses a device."""
+    least = min(device.free for device in devices)
+    ok = least >= needed
+    each = f"{format_bytes(least)} of {format_bytes(devices[0].total)} free"
+    return Check(
+        name=f"{kind} memory",
+        ok=ok,
+        found=each if ok else f"{each}, {format_bytes(needed)} needed beside weights and KV",
+        fix="" if ok else f"{tool}   # then stop what is not needed",
+    )
 
 
 def devices() -> list[Device]:

@@ -6,17 +6,15 @@ cannot be loaded must not break this command.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from dataclasses import dataclass
 
 import msgspec
 
-from elasticmoe_sglang.cli.doctor_checks import Check
+from elasticmoe_sglang.answers import ask_program
+from elasticmoe_sglang.cli.doctor_checks import Check, device_memory
 from elasticmoe_sglang.comm.launch_room import LaunchRoom
 from elasticmoe_sglang.errors import UserInputError
-from elasticmoe_sglang.units import format_bytes
 
 PROBE_TIMEOUT_S = 120.0
 LEAST_BYTES_A_RANK = 1 << 30
@@ -59,16 +57,8 @@ class Wanted:
 
 def probe() -> GpuProbe:
     """Run the program; its failure is the probe's `error`."""
-    command = [sys.executable, "-m", "elasticmoe_patches.gpu_probe"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return GpuProbe(error=f"no answer from `{' '.join(command)}` within {PROBE_TIMEOUT_S:.0f} s")
-    try:
-        # Libraries may print while they are imported; the answer is the last line.
-        return msgspec.convert(json.loads(done.stdout.strip().rpartition("\n")[2]), GpuProbe)
-    except (ValueError, msgspec.ValidationError):
-        return GpuProbe(error=(done.stderr.strip().splitlines() or ["no output"])[-1])
+    found = ask_program("elasticmoe_patches.gpu_probe", answer=GpuProbe, timeout_s=PROBE_TIMEOUT_S)
+    return GpuProbe(error=found) if isinstance(found, str) else found
 
 
 def checks(found: GpuProbe, wanted: Wanted) -> list[Check]:
@@ -117,16 +107,8 @@ def _mps(found: GpuProbe, wanted: Wanted) -> Check:
 
 
 def _memory(found: GpuProbe, wanted: Wanted) -> Check:
-    least = min(device.free for device in found.devices[: wanted.devices])
-    needed = LEAST_BYTES_A_RANK * wanted.ranks_per_device
-    ok = least >= needed
-    each = f"{format_bytes(least)} of {format_bytes(found.devices[0].total)} free"
-    return Check(
-        name="GPU memory",
-        ok=ok,
-        found=each if ok else f"{each}, {format_bytes(needed)} needed beside weights and KV",
-        fix="" if ok else "nvidia-smi   # then stop what is not needed",
-    )
+    devices = found.devices[: wanted.devices]
+    return device_memory("GPU", devices, LEAST_BYTES_A_RANK * wanted.ranks_per_device, tool="nvidia-smi")
 
 
 def _room(found: GpuProbe, wanted: Wanted) -> Check:

@@ -6,7 +6,6 @@ torch_npu that does not fit breaks `import torch` itself, and this command has t
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -15,11 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from elasticmoe_sglang.cli.doctor_checks import Check
+from elasticmoe_sglang.cli.doctor_checks import Check, device_memory, installed_version
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.hmm.vmm import acl_probe
 from elasticmoe_sglang.hmm.vmm.acl_probe import NpuProbe
-from elasticmoe_sglang.units import format_bytes
 
 TORCH_NPU = "2.13.0"
 TRITON_ASCEND = "3.2.0"
@@ -62,19 +60,12 @@ def installed() -> Installed:
     return Installed(
         cann=_cann_version(),
         driver=_version_in(DRIVER_FOLDER / "version.info"),
-        torch=_package("torch"),
-        torch_npu=_package("torch_npu"),
-        triton_ascend=_package("triton-ascend"),
-        triton=_package("triton"),
+        torch=installed_version("torch"),
+        torch_npu=installed_version("torch_npu"),
+        triton_ascend=installed_version("triton-ascend"),
+        triton=installed_version("triton"),
         missing=tuple(name for name in _MODULES if importlib.util.find_spec(name) is None),
     )
-
-
-def _package(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _cann_version() -> str:
@@ -161,12 +152,4 @@ def _devices(found: NpuProbe, ranks: int) -> Iterator[Check]:
     yield Check(name="NPUs", ok=ok, found=text, fix="" if ok else fix)
     if not ok:
         return
-    least = min(device.free for device in found.devices[:ranks])
-    room = least >= LEAST_BYTES_A_RANK
-    text = f"{format_bytes(least)} of {format_bytes(found.devices[0].total)} free"
-    yield Check(
-        name="NPU memory",
-        ok=room,
-        found=text if room else f"{text}, {format_bytes(LEAST_BYTES_A_RANK)} needed beside weights and KV",
-        fix="" if room else "npu-smi info   # then stop what is not needed",
-    )
+    yield device_memory("NPU", found.devices[:ranks], LEAST_BYTES_A_RANK, tool="npu-smi info")

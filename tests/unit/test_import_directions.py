@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "generated_page",
         "live_figures",
         "cpu_bind",
+        "answers",
     ),
     ("policy.settings",),
     ("config", "comm.membership", "wire"),

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
+from elasticmoe_sglang.answers import ask_program
 from elasticmoe_sglang.errors import DriverError, UserInputError, VmmError
 from elasticmoe_sglang.hmm.vmm import acl as _acl
 
@@ -80,16 +78,9 @@ def has_driver() -> bool:
 
 def probe() -> NpuProbe:
     """Run the program; its failure is the probe's `error`."""
-    command = [sys.executable, "-m", "elasticmoe_sglang.hmm.vmm.acl_probe"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return NpuProbe(error=f"no answer from `{' '.join(command)}` within {PROBE_TIMEOUT_S:.0f} s")
-    try:
-        # CANN may print while it is loaded; the answer is the last line.
-        return msgspec.convert(json.loads(done.stdout.strip().rpartition("\n")[2]), NpuProbe)
-    except (ValueError, msgspec.ValidationError):
-        return NpuProbe(error=(done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    module, silent = "elasticmoe_sglang.hmm.vmm.acl_probe", "exit status {status}"
+    found = ask_program(module, answer=NpuProbe, timeout_s=PROBE_TIMEOUT_S, silent=silent)
+    return NpuProbe(error=found) if isinstance(found, str) else found
 
 
 @functools.cache
