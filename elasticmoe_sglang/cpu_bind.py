@@ -23,6 +23,11 @@ _SPARE_FROM = 4
 Cores = tuple[int, ...]
 
 
+def usable_cores() -> list[int]:
+    """Cores this process may run on, ascending."""
+    return sorted(os.sched_getaffinity(0))
+
+
 @lru_cache(maxsize=8)
 def parse_core_sets(text: str) -> tuple[Cores, ...]:
     """ "0-3;8,9" -> ((0, 1, 2, 3), (8, 9)). Raises UserInputError: malformed, or a core that is in two sets."""

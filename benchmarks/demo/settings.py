@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.streams import Ask
-from elasticmoe_sglang.cpu_bind import resolve
+from elasticmoe_sglang.cpu_bind import resolve, usable_cores
 
 # The tiny model's tokenizer was trained on Python code.
 PROMPTS = (
@@ -55,7 +54,7 @@ class Settings:
     @property
     def cpu_bind(self) -> str:
         """Cores of each rank, `off` where this machine has fewer cores than ranks."""
-        return resolve("auto", sorted(os.sched_getaffinity(0)), ranks=self.ranks, devices=self.ranks)
+        return resolve("auto", usable_cores(), ranks=self.ranks, devices=self.ranks)
 
     def serve_args(self) -> list[str]:
         """Arguments of `elasticmoe serve`."""

@@ -30,7 +30,7 @@ from benchmarks.scaling.workload import Lengths
 from benchmarks.server import ElasticServer, ServerFailed
 from elasticmoe_sglang.api.types import OperationList
 from elasticmoe_sglang.coordinator.status import Operation
-from elasticmoe_sglang.cpu_bind import OFF, resolve
+from elasticmoe_sglang.cpu_bind import OFF, resolve, usable_cores
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.policy.settings import Autoscale, Slo, parse_slo
 from elasticmoe_sglang.policy.view import PolicyView
@@ -71,7 +71,7 @@ class Bench:
 
     @property
     def cores(self) -> str:
-        return resolve("auto", sorted(os.sched_getaffinity(0)), ranks=self.largest, devices=self.largest)
+        return resolve("auto", usable_cores(), ranks=self.largest, devices=self.largest)
 
     def serve_args(self, size: int) -> list[str]:
         return [
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace, invocation: str) -> int:
         )
         if bench.cores == OFF:
             raise UserInputError(
-                f"{args.largest} ranks need a core each, and this process may use {len(os.sched_getaffinity(0))}"
+                f"{args.largest} ranks need a core each, and this process may use {len(usable_cores())}"
             )
         figures = _figures(args, bench, invocation)
         asyncio.run(_run(args, bench, figures))

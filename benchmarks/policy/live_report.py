@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from benchmarks.scaling.machine import checkout
 from benchmarks.scaling.report import table
 
 ATTAIN_SHARE, COST_SHARE = 0.95, 0.7
@@ -103,8 +102,8 @@ class LiveFigures(msgspec.Struct, kw_only=True):
 
 def commit() -> str:
     """Of this checkout; ends in "-dirty" where files were changed."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    name, clean = checkout()
+    return f"{name}-dirty" if clean is False else name
 
 
 def line(run: LiveRun) -> str:

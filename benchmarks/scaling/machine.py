@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
             None where that cannot be told.
         load_average: now, over 1, 5 and 15 minutes; load_before: when this process began.
     """
-    commit, clean = _checkout()
+    commit, clean = checkout()
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit,
@@ -40,8 +40,11 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _checkout() -> tuple[str, bool | None]:
-    """Without git, or outside of a checkout: nothing. A copy of a checkout is told by COMMIT what it is a copy of."""
+def checkout() -> tuple[str, bool | None]:
+    """The commit, and whether no tracked file has an uncommitted change (None where that cannot be told).
+
+    Without git, or outside of a checkout: nothing. A copy of a checkout is told by COMMIT what it is a copy of.
+    """
     if told := os.environ.get("COMMIT"):
         return told, None
     try:

@@ -19,6 +19,7 @@ from benchmarks.scaling.records import ChangeRecord, DevicePeak
 from benchmarks.scaling.servers import Instance, ServerSettings
 from benchmarks.server import ServerFailed
 from benchmarks.streams import Ask, StreamRecord
+from elasticmoe_sglang.cpu_bind import usable_cores
 
 _POLL_S = 0.02
 _DRAIN_S = 120.0
@@ -198,7 +199,7 @@ class Replica(Method):
     name = "replica"
 
     def cores(self, size: int) -> set[int] | None:
-        available = sorted(os.sched_getaffinity(0))
+        available = usable_cores()
         held = sum(instance.size for instance in self.running)
         return set(available[held : held + size]) if held + size <= len(available) else None
 

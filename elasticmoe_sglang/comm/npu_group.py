@@ -10,27 +10,22 @@ In a group in which only this rank is present nothing leaves the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elasticmoe_sglang.comm.process_group import ElasticProcessGroup, FinishedWork, work_of
+from elasticmoe_sglang.comm.process_group import ElasticProcessGroup, FinishedWork, install_groups, work_of
 from elasticmoe_sglang.comm.region import CollectiveRegion
 
 KIND = "npu"
+Collective = Callable[..., FinishedWork]
 
 
 def install_npu_groups(region: CollectiveRegion) -> None:
     """Let every process group over `region` carry NPU tensors too. Before `install_backend` and the first group."""
-
-    def make(
-        region: CollectiveRegion, ranks: tuple[int, ...], channel: int | None, timeout_s: float
-    ) -> NpuProcessGroup | None:
-        return NpuProcessGroup(region, ranks, channel, timeout_s) if region.rank in ranks else None
-
-    region.group_type = make
-    region.group_device = KIND
+    install_groups(region, NpuProcessGroup, KIND)
 
 
 class NpuProcessGroup(ElasticProcessGroup):
@@ -51,6 +46,20 @@ class NpuProcessGroup(ElasticProcessGroup):
         """Host memory for `output`, with its values where absent ranks' rows are left as the caller filled them."""
         return _shape_only(output) if output.dtype.is_floating_point else self._host(output)
 
+    def _in_host_memory(self, collective: Collective, tensors: list[Tensor], opts: Any) -> FinishedWork:
+        """A collective of the base class whose tensors are inputs and outputs."""
+        staged = [self._host(tensor) for tensor in tensors]
+        collective(staged, opts)
+        return _back(opts, staged, tensors)
+
+    def _rows_in_host_memory(
+        self, collective: Collective, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any
+    ) -> FinishedWork:
+        """A collective of the base class with lists of outputs, one tensor a rank."""
+        staged = [[self._like(row) for row in output] for output in outputs]
+        collective(staged, [self._host(tensor) for tensor in inputs], opts)
+        return _back(opts, _flat(staged), _flat(outputs))
+
     # In place
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> FinishedWork:
@@ -60,23 +69,17 @@ class NpuProcessGroup(ElasticProcessGroup):
         if self.engine.local:
             super().allreduce([_shape_only(tensor) for tensor in tensors], opts)  # what it refuses is refused here too
             return work_of(opts, tensors)
-        staged = [self._host(tensor) for tensor in tensors]
-        super().allreduce(staged, opts)
-        return _back(opts, staged, tensors)
+        return self._in_host_memory(super().allreduce, tensors, opts)
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> FinishedWork:
         if not self._elsewhere(tensors[0]):
             return super().reduce(tensors, opts)
-        staged = [self._host(tensor) for tensor in tensors]
-        super().reduce(staged, opts)
-        return _back(opts, staged, tensors)
+        return self._in_host_memory(super().reduce, tensors, opts)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> FinishedWork:
         if not self._elsewhere(tensors[0]):
             return super().broadcast(tensors, opts)
-        staged = [self._host(tensor) for tensor in tensors]
-        super().broadcast(staged, opts)
-        return _back(opts, staged, tensors)
+        return self._in_host_memory(super().broadcast, tensors, opts)
 
     # Between an input and an output
 
@@ -111,16 +114,12 @@ class NpuProcessGroup(ElasticProcessGroup):
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> FinishedWork:
         if not self._elsewhere(inputs[0]):
             return super().allgather(outputs, inputs, opts)
-        staged = [[self._like(row) for row in output] for output in outputs]
-        super().allgather(staged, [self._host(tensor) for tensor in inputs], opts)
-        return _back(opts, _flat(staged), _flat(outputs))
+        return self._rows_in_host_memory(super().allgather, outputs, inputs, opts)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> FinishedWork:
         if not self._elsewhere(inputs[0]):
             return super().gather(outputs, inputs, opts)
-        staged = [[self._like(row) for row in output] for output in outputs]
-        super().gather(staged, [self._host(tensor) for tensor in inputs], opts)
-        return _back(opts, _flat(staged), _flat(outputs))
+        return self._rows_in_host_memory(super().gather, outputs, inputs, opts)
 
 
 def _flat(rows: list[list[Tensor]]) -> list[Tensor]:

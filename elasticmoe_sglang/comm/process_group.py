@@ -384,6 +384,21 @@ def make_group(
 _region: CollectiveRegion | None = None  # of the groups that torch makes by the backend's name
 
 
+def install_groups(region: CollectiveRegion, group: type[ElasticProcessGroup], device: str = "") -> None:
+    """Have every process group over `region` made as a `group`. Before `install_backend` and the first group.
+
+    Args:
+        device: type of the devices whose tensors it carries beside the CPU's.
+    """
+
+    def make(
+        region: CollectiveRegion, ranks: tuple[int, ...], channel: int | None, timeout_s: float
+    ) -> ElasticProcessGroup | None:
+        return group(region, ranks, channel, timeout_s) if region.rank in ranks else None
+
+    region.group_type, region.group_device = make, device
+
+
 def install_backend(region: CollectiveRegion) -> None:
     """Register the backend with torch.distributed for CPU tensors, and for a device's if the region's groups carry them
     (`install_cuda_groups`, `install_npu_groups`). Again with another region: that one from now on."""

@@ -41,6 +41,11 @@ class PullResult:
     seconds: float
 
 
+def _settled(blocks: Iterable[Block], txn: str | None) -> list[Block]:
+    """Those that no other transaction may roll back yet."""
+    return [block for block in blocks if block.txn in (None, txn)]
+
+
 class WorkerWeights:
     """Args:
     client: this process's HMM client.
@@ -134,8 +139,7 @@ class WorkerWeights:
     def _dense_block(self, txn: str | None) -> tuple[Block, bool]:
         """Our device's dense block, and whether this rank has just allocated it (ranks of one device share it)."""
         found = self._client.lookup(kind="dense", device=self._device)
-        settled = [block for block in found if block.txn is None or block.txn == txn]  # others may be rolled back yet
-        if settled:
+        if settled := _settled(found, txn):
             return settled[0], False
         [block] = self._client.allocate(self._device, "dense", txn=txn)
         return block, True
@@ -215,7 +219,7 @@ class WorkerWeights:
         """Sealed blocks of these columns. What another change has allocated may be rolled back yet, so such a block
         counts only where there is no other: that change serves, and the HMM has not heard so."""
         sealed = [b for b in self._client.lookup(kind="column", device=device, columns=list(columns)) if b.sealed]
-        settled = [block for block in sealed if block.txn is None or block.txn == txn]
+        settled = _settled(sealed, txn)
         known = {block.column for block in settled}
         return settled + [block for block in sealed if block.column not in known]
 

@@ -183,7 +183,7 @@ def settle_cores(config: ElasticConfig) -> ElasticConfig:
                 f"--elasticmoe-cpu-bind {setting} is for ranks that compute on the CPU", hint="Leave the flag out"
             )
         return replace(config, cpu_bind=cpu_bind.OFF)
-    usable, ranks = sorted(os.sched_getaffinity(0)), config.max_ep_size
+    usable, ranks = cpu_bind.usable_cores(), config.max_ep_size
     settled = cpu_bind.resolve(setting, usable, ranks=ranks, devices=config.num_devices)
     if setting == cpu_bind.AUTO and settled == cpu_bind.OFF:
         logger.warning("workers are not bound to cores: %d ranks, %d cores", ranks, len(usable))
@@ -195,7 +195,7 @@ def leave_cores_to_ranks(config: ElasticConfig) -> None:
     if config.cpu_bind == cpu_bind.OFF:
         return
     taken = {core for cores in cpu_bind.parse_core_sets(config.cpu_bind) for core in cores}
-    if rest := os.sched_getaffinity(0) - taken:
+    if rest := set(cpu_bind.usable_cores()) - taken:
         cpu_bind.bind_process(rest)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from elasticmoe_sglang.comm.npu_group import NpuProcessGroup
+from elasticmoe_sglang.comm.process_group import install_groups
 from elasticmoe_sglang.comm.region import CollectiveRegion
 
 
@@ -24,9 +25,4 @@ class StagedGroup(NpuProcessGroup):
 
 
 def install(region: CollectiveRegion) -> None:
-    def make(
-        region: CollectiveRegion, ranks: tuple[int, ...], channel: int | None, timeout_s: float
-    ) -> StagedGroup | None:
-        return StagedGroup(region, ranks, channel, timeout_s) if region.rank in ranks else None
-
-    region.group_type = make
+    install_groups(region, StagedGroup)

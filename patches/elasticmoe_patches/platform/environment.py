@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-
-def usable_cores() -> list[int]:
-    """Cores this process may run on, ascending."""
-    return sorted(os.sched_getaffinity(0))
+from elasticmoe_sglang.cpu_bind import usable_cores
 
 
 def set_defaults() -> None:
