@@ -21,6 +21,15 @@ def tell(writer, word):
     writer.send([os.getpid(), os.getppid(), word, os.environ.get("SET_LATER"), os.environ.get("GONE"), ignored, stdin])
     sys.exit(7)
 
+def run_tell():
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    with prefork.used():
+        process = multiprocessing.Process(target=tell, args=(writer, "hello"))
+        process.start()
+    told = reader.recv()
+    process.join(30)
+    return process, told
+
 def sleep():
     time.sleep(60)
 
@@ -57,12 +66,7 @@ prefork.prepare(1, lambda: None)
 waiting = prefork._waiting[0][0]
 os.environ["SET_LATER"] = "yes"
 del os.environ["GONE"]
-reader, writer = multiprocessing.Pipe(duplex=False)
-with prefork.used():
-    process = multiprocessing.Process(target=tell, args=(writer, "hello"))
-    process.start()
-told = reader.recv()
-process.join(30)
+process, told = run_tell()
 print(json.dumps([waiting, os.getpid(), process.pid, process.exitcode, *told, children()]))
 """,
     )
@@ -80,12 +84,7 @@ def test_without_a_child_that_waits_it_is_spawned(tmp_path: Path) -> None:
 prefork.prepare(1, lambda: None)
 os.kill(prefork._waiting[0][0], signal.SIGKILL)
 time.sleep(0.2)
-reader, writer = multiprocessing.Pipe(duplex=False)
-with prefork.used():
-    process = multiprocessing.Process(target=tell, args=(writer, "hello"))
-    process.start()
-told = reader.recv()
-process.join(30)
+process, told = run_tell()
 print(json.dumps([told[2], process.exitcode]))
 """,
     )

@@ -15,6 +15,7 @@ import pytest
 from elasticmoe_sglang.metrics.table import TABLE
 from tests.helpers.elastic import ElasticServer
 from tests.helpers.faults import change
+from tests.helpers.footprint import loads_of
 from tests.helpers.load import Pump, settled
 from tests.helpers.prometheus import ALERTS, CONFIG, Prometheus, need_prometheus, panels, prometheus
 from tests.helpers.shared import Faulty, Shared
@@ -48,12 +49,6 @@ def gauges(seen: Prometheus) -> list[float]:
     return [seen.value(f"sglang:elastic_ep_{name}") for name in ("total_ranks", "active_ranks", "state")]
 
 
-def running_on(server: ElasticServer, rank: int) -> int:
-    """As the rank has published it last."""
-    loads = server.get("/v1/loads").json()["loads"]
-    return sum(entry["num_running_reqs"] for entry in loads if entry["dp_rank"] == rank)
-
-
 def operations_since(server: ElasticServer, began: float) -> list[dict[str, Any]]:
     """The changes that have ended, a target's or a restore's; a recovery has metrics of its own."""
     listed = server.get("/elastic_ep/operations").json()["operations"]
@@ -78,7 +73,11 @@ def test_prometheus_sees_changes_and_a_kill(faulty: Faulty, tmp_path: Path) -> N
             for size in (3, 2, 3):
                 change(server, size)
             settled(lambda: gauges(seen) == [3, 3, 0], SEEN_WITHIN_S, "three ranks are seen")
-            settled(lambda: running_on(server, 2) > 0, 60, "a request runs on the rank that is to die")
+            settled(
+                lambda: loads_of(server).get(2, {}).get("num_running_reqs", 0) > 0,
+                60,
+                "a request runs on the rank that is to die",
+            )
             os.kill(server.worker_pids()[2], signal.SIGKILL)
             # Without its rank at first; where the server brings the size back, with all of them soon.
             settled(

@@ -15,6 +15,7 @@ import requests
 
 from elasticmoe_sglang.tiny_model import make_tiny_model
 from tests.helpers.elastic import RANKS, ElasticServer
+from tests.helpers.footprint import loads_of
 from tests.helpers.load import settled
 from tests.helpers.shared import EXPERTS, KEY, Shared
 
@@ -271,7 +272,7 @@ def test_sglangs_own_benchmark_loses_nothing_to_changes(two_ranks: ElasticServer
 
 
 def busy(server: ElasticServer) -> bool:
-    return any(entry["num_running_reqs"] for entry in server.get("/v1/loads").json()["loads"])
+    return any(entry["num_running_reqs"] for entry in loads_of(server).values())
 
 
 def cli(*words: str, key: str | None = KEY) -> subprocess.CompletedProcess[str]:

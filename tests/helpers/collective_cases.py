@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
-from tests.helpers.workers import WorkerContext
+from tests.helpers.workers import WorkerContext, WorkerPool
 
 DTYPES = (
     torch.bool,
@@ -235,6 +235,12 @@ def run_case(context: WorkerContext, name: str, ranks: tuple[int, ...], epoch: i
             made += CASES[name](pair, dtype, count)
             dist.barrier(group=pair.ours)
     return made
+
+
+def check_case(pool: WorkerPool, name: str, ranks: tuple[int, ...], epoch: int, counts: tuple[int, ...]) -> None:
+    """The collective equals gloo's on all of these ranks, with every dtype."""
+    made = pool.run(ranks, run_case, name, ranks, epoch, counts)
+    assert all(count >= len(DTYPES) for count in made.values()), made
 
 
 def run_bits(context: WorkerContext, ranks: tuple[int, ...], epoch: int, dtype: torch.dtype, count: int) -> list[int]:

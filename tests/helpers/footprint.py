@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -76,12 +77,17 @@ def rest(server: ElasticServer, load: Load) -> Footprint:
 
 def busy(server: ElasticServer) -> dict[int, tuple[int, int, int]]:
     """Ranks that hold requests or KV slots: (running, waiting, tokens)."""
-    loads = {entry["dp_rank"]: entry for entry in server.get("/v1/loads").json()["loads"]}
+    loads = loads_of(server)
     held = {
         rank: (loads[rank]["num_running_reqs"], loads[rank]["num_waiting_reqs"], loads[rank]["num_used_tokens"])
         for rank in (0, 1)
     }
     return {rank: each for rank, each in held.items() if each != (0, 0, 0)}
+
+
+def loads_of(server: ElasticServer) -> dict[int, dict[str, Any]]:
+    """What each rank has published of its load last."""
+    return {entry["dp_rank"]: entry for entry in server.get("/v1/loads").json()["loads"]}
 
 
 def standbys(server: ElasticServer) -> int:

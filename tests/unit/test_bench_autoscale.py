@@ -18,6 +18,8 @@ from benchmarks.scaling.workload import Lengths
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.policy.settings import Autoscale, PolicySettings, parse_slo
 
+pytestmark = pytest.mark.process
+
 SLO = parse_slo("ttft=1s,itl=40ms,attainment=0.9")
 PROMPT, OUTPUT = Lengths.parse("lognormal:256-8192"), Lengths.parse("lognormal:256-4096")
 COSTS = replace(
@@ -44,7 +46,6 @@ def trace_of(*requests: tuple[float, int, int], duration_s: float = 10.0) -> Tra
     return Trace(name="made", duration_s=duration_s, requests=made)
 
 
-@pytest.mark.process
 def test_the_machine_s_numbers() -> None:
     assert SMALL.base_s[1] == pytest.approx(0.05) and SMALL.base_s[2] == pytest.approx(0.03)
     assert SMALL.slope_s(1) == pytest.approx(0.01)
@@ -54,7 +55,6 @@ def test_the_machine_s_numbers() -> None:
     assert SMALL.capacity(2, parse_slo("itl=65ms")) == pytest.approx(2 * 3.5 / 0.065)
 
 
-@pytest.mark.process
 def test_one_request_takes_its_prefill_and_its_steps() -> None:
     outcome, server = served(trace_of((1.0, 50, 11), duration_s=1.0), 1)
     # Prefill of half a second and one step, then ten tokens of 60 ms.
@@ -62,7 +62,6 @@ def test_one_request_takes_its_prefill_and_its_steps() -> None:
     assert (outcome.attained, outcome.requests) == (1, 1) and server.tokens == pytest.approx(11)
 
 
-@pytest.mark.process
 def test_requests_wait_for_the_prefill_of_others() -> None:
     pair = trace_of((1.0, 50, 11), (1.0, 50, 11))
     # The second one's first token comes after 1.1 s on one rank, and at once on two.
@@ -72,7 +71,6 @@ def test_requests_wait_for_the_prefill_of_others() -> None:
     assert (alone.rank_seconds, together.rank_seconds) == (10.0, 20.0)
 
 
-@pytest.mark.process
 def test_a_change_takes_its_time_and_joining_ranks_are_paid_for() -> None:
     outcome, _ = served(trace_of((1.0, 10, 2), duration_s=20.0), 1, ((3.0, 2),))
     latency = SMALL.change_s(1, 2)
@@ -80,7 +78,6 @@ def test_a_change_takes_its_time_and_joining_ranks_are_paid_for() -> None:
     assert outcome.rank_seconds == 3 * 1 + 17 * 2
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("kind", KINDS)
 def test_traces_are_the_same_every_time_and_have_their_shape(kind: str) -> None:
     made = make_trace(kind, 5.0, PROMPT, OUTPUT, seed=3)
@@ -93,7 +90,6 @@ def test_traces_are_the_same_every_time_and_have_their_shape(kind: str) -> None:
     assert max(rate(float(second)) for second in range(round(duration_s))) <= 1.0
 
 
-@pytest.mark.process
 def test_a_trace_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "load.jsonl"
     path.write_text(json.dumps({"at": 1.5, "prompt_words": 7, "output_tokens": 9}) + "\n")
@@ -117,20 +113,17 @@ def settled_changes(rate: float, size: int, seed: int) -> list[tuple[float, int]
     return [(at, new) for at, new in outcome.sizes if 270.0 <= at <= 870.0]
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(("rate", "size"), [(0.8, 2), (6.0, 4), (12.0, 5), (19.0, 8)])
 def test_a_steady_load_is_left_alone(rate: float, size: int) -> None:
     """Poisson arrivals, and lengths that differ by a factor of 16."""
     assert [settled_changes(rate, size, seed) for seed in range(3)] == [[], [], []]
 
 
-@pytest.mark.process
 def test_a_load_at_a_size_s_limit_makes_it_grow_once_and_stay() -> None:
     found = [settled_changes(1.5, 2, seed) for seed in range(3)]
     assert all(len(changes) <= 1 for changes in found), found
 
 
-@pytest.mark.process
 def test_the_comparison_and_its_report() -> None:
     machine = make_machine(SCENARIOS["qwen3-30b-a3b-2"])
     made = make_trace("burst", 7.0, PROMPT, OUTPUT)

@@ -31,6 +31,8 @@ from elasticmoe_sglang.coordinator.status import MemoryStatus, Operation, Phase,
 from elasticmoe_sglang.launch_config import load_launch_config
 from tests.helpers.fake_cluster import FakeCluster
 
+pytestmark = pytest.mark.process
+
 
 @contextmanager
 def http_server(app: FastAPI) -> Iterator[int]:
@@ -74,7 +76,6 @@ def run(port: int, *argv: str) -> int:
     return main([*argv, "--port", str(port)])
 
 
-@pytest.mark.process
 def test_scale_wait_json(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(port, "scale", "4", "--wait", "--json") == 0
     out, err = capsys.readouterr()
@@ -83,7 +84,6 @@ def test_scale_wait_json(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert "EP 2 -> 4, 4/4 columns" in err
 
 
-@pytest.mark.process
 def test_scale_retire_and_restore_for_people(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(port, "scale", "4", "--wait") == 0
     assert run(port, "scale", "--retire", "1,3", "--wait") == 0
@@ -93,7 +93,6 @@ def test_scale_retire_and_restore_for_people(port: int, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out)["ranks_after"] == [0, 2, 3]
 
 
-@pytest.mark.process
 def test_scale_without_wait_returns_at_once(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(port, "scale", "3", "--json", "--operation-id", "mine") == 0
     assert json.loads(capsys.readouterr().out)["operation_id"] == "mine"
@@ -101,21 +100,18 @@ def test_scale_without_wait_returns_at_once(port: int, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["phase"] == "done"
 
 
-@pytest.mark.process
 def test_a_rolled_back_operation_is_exit_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     with elastic_server(FakeCluster(faults={"boot 2": "raise_after"})) as port:
         assert run(port, "scale", "3", "--wait") == 1
     assert "rolled_back" in capsys.readouterr().out
 
 
-@pytest.mark.process
 def test_an_operation_that_does_not_end_in_time_is_exit_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     with elastic_server(FakeCluster(faults={"boot 2": "hang"})) as port:
         assert run(port, "scale", "3", "--wait", "--timeout", "0.1", "--json") == 1
     assert "still preparing after 0.1 s" in capsys.readouterr().err
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
@@ -135,7 +131,6 @@ def test_a_refusal_is_exit_status_2(
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     "argv",
     [
@@ -154,28 +149,24 @@ def test_wrong_usage_is_exit_status_2(argv: list[str], capsys: pytest.CaptureFix
     assert "usage:" in capsys.readouterr().err
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("command", [["status"], ["scale", "2"], ["operations"]])
 def test_no_server_is_exit_status_3(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--url", "http://127.0.0.1:9"]) == 3
     assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("url", ["127.0.0.1:9", "nonsense", "http://", "http://127.0.0.1:99999"])
 def test_an_address_that_is_none_is_exit_status_3(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--url", url]) == 3
     assert "no server answers" in capsys.readouterr().err
 
 
-@pytest.mark.process
 def test_a_server_that_is_not_elastic(capsys: pytest.CaptureFixture[str]) -> None:
     with http_server(FastAPI()) as port:
         assert run(port, "status") == 2
     assert "the server is not elastic. Start it with `elasticmoe serve`" in capsys.readouterr().err
 
 
-@pytest.mark.process
 def test_a_server_that_speaks_something_else(capsys: pytest.CaptureFixture[str]) -> None:
     app = FastAPI()
     app.get("/elastic_ep/status")(lambda: {"status": "fine"})
@@ -184,7 +175,6 @@ def test_a_server_that_speaks_something_else(capsys: pytest.CaptureFixture[str])
     assert "is not that of an elastic server" in capsys.readouterr().err
 
 
-@pytest.mark.process
 def test_the_hmm_is_away(capsys: pytest.CaptureFixture[str]) -> None:
     with elastic_server(FakeCluster(hmm_answers=False)) as port:
         assert run(port, "scale", "3") == 2
@@ -193,7 +183,6 @@ def test_the_hmm_is_away(capsys: pytest.CaptureFixture[str]) -> None:
         assert "HMM: nobody answers" in capsys.readouterr().out
 
 
-@pytest.mark.process
 def test_the_key_is_sent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     app = FastAPI()
 
@@ -215,7 +204,6 @@ def test_the_key_is_sent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         assert main(["status", "--json"]) == 0
 
 
-@pytest.mark.process
 def test_status_json_and_operations(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(port, "scale", "3", "--wait", "--operation-id", "first") == 0
     capsys.readouterr()
@@ -234,7 +222,6 @@ def test_status_json_and_operations(port: int, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out)["phase"] == "done"
 
 
-@pytest.mark.process
 def test_watching_prints_a_line_each_time_until_the_server_is_gone(capsys: pytest.CaptureFixture[str]) -> None:
     ended: list[int] = []
     with elastic_server(FakeCluster()) as port:
@@ -253,13 +240,11 @@ def text_of(renderable: object) -> str:
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
-@pytest.mark.process
 def test_the_picture_of_a_placement() -> None:
     text = text_of(draw_placement([0, 0, 1, 11] + [2] * 62))
     assert "001b22" in text and "66 expert columns" in text
 
 
-@pytest.mark.process
 def test_the_view_of_a_status(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(port, "scale", "3", "--wait") == 0
     capsys.readouterr()
@@ -269,7 +254,6 @@ def test_the_view_of_a_status(port: int, capsys: pytest.CaptureFixture[str]) -> 
         assert part in out, part
 
 
-@pytest.mark.process
 def test_views_of_an_empty_server() -> None:
     status = Status(
         ep_size=1, max_ep_size=1, epoch=0, membership=[0], target_ranks=[0], ranks=[], placement=[],
@@ -279,7 +263,6 @@ def test_views_of_an_empty_server() -> None:
     assert "no change so far" in text_of(operations_table([]))
 
 
-@pytest.mark.process
 def test_the_bar_only_moves_forward(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(port, "scale", "4", "--wait", "--json") == 0
     done = msgspec.json.decode(capsys.readouterr().out, type=Operation)
@@ -304,7 +287,6 @@ def test_the_bar_only_moves_forward(port: int, capsys: pytest.CaptureFixture[str
 SIZES_1_2 = ["--elasticmoe-ep-size", "1", "--elasticmoe-max-ep-size", "2"]
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
@@ -333,7 +315,6 @@ def test_serve_becomes_sglangs_launcher(argv: list[str], expected: list[str], mo
     assert launched == [[sys.executable, "-m", "sglang.launch_server", *expected]]
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
@@ -354,7 +335,6 @@ def test_serve_refuses_before_it_launches(
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@pytest.mark.process
 def test_serve_takes_a_launch_configuration_and_flags_override_it(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[list[str]] = []
 
@@ -380,7 +360,6 @@ def test_serve_takes_a_launch_configuration_and_flags_override_it(monkeypatch: p
     assert file.environment.items() <= os.environ.items()
 
 
-@pytest.mark.process
 def test_serve_refuses_a_configuration_that_this_version_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--config", str(CONFIGS / "h200" / "deepseek-v3.json")]) == 2
     assert "DeepseekV3ForCausalLM is refused" in capsys.readouterr().err
@@ -388,7 +367,6 @@ def test_serve_refuses_a_configuration_that_this_version_cannot_run(capsys: pyte
     assert "cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("argv", [["--ep-size"], ["--ep-size", "two"], ["--device-budget", "lots", "--ep-size", "1"]])
 def test_serve_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -396,7 +374,6 @@ def test_serve_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str])
     assert ended.value.code == 2
 
 
-@pytest.mark.process
 def test_serve_keeps_the_order_of_sglangs_flags() -> None:
     words = ["--a", "--ep-size", "1", "--b", "c", "--d=e", "--max-ep-size=2", "-f"]
     assert serve.split(["--config", "a.json", "--config=b.yaml", "--config", "c.yaml"]) == (
@@ -406,7 +383,6 @@ def test_serve_keeps_the_order_of_sglangs_flags() -> None:
     assert serve.split(words) == (["--ep-size", "1", "--max-ep-size=2"], ["--a", "--b", "c", "--d=e", "-f"])
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("command", ["serve", "scale", "status", "operations", "hmm", "tiny-model", "doctor"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -415,13 +391,11 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert "usage:" in capsys.readouterr().out
 
 
-@pytest.mark.process
 def test_hmm_reads_its_own_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["hmm", "--endpoint", f"ipc://{tmp_path}/h.sock", "--budget", "lots"]) == 2
     assert "lots" in capsys.readouterr().err
 
 
-@pytest.mark.process
 def test_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["tiny-model", str(tmp_path / "m"), "--layers", "1", "--experts", "2", "--hidden", "64", "--json"]
     assert main(argv) == 0
@@ -432,7 +406,6 @@ def test_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "hidden" in capsys.readouterr().err
 
 
-@pytest.mark.process
 def test_client_commands_start_without_torch_and_fastapi() -> None:
     code = (
         "import sys; from elasticmoe_sglang.cli.main import main\n"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).parents[2]
 
 PACKAGES = {
@@ -137,13 +139,11 @@ def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
     return []
 
 
-@pytest.mark.process
 def test_no_module_imports_itself_in_a_circle() -> None:
     files = dict(found for package in PACKAGES for found in modules(package))
     assert circle(imported_modules(files)) == []
 
 
-@pytest.mark.process
 def test_the_check_sees_circles_in_functions_and_none_for_type_checkers(tmp_path: Path) -> None:
     sources = {
         "package": "",
@@ -161,7 +161,6 @@ def test_the_check_sees_circles_in_functions_and_none_for_type_checkers(tmp_path
     assert sorted(set(circle(imported_modules(files)))) == ["package.a", "package.b", "package.c"]
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_import_in_one_direction(package: str) -> None:
     wrong = [
@@ -173,7 +172,6 @@ def test_packages_import_in_one_direction(package: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.process
 def test_layers_import_downwards() -> None:
     wrong = []
     for module, path in modules("elasticmoe_sglang"):
@@ -187,7 +185,6 @@ def test_layers_import_downwards() -> None:
     assert wrong == []
 
 
-@pytest.mark.process
 def test_every_part_has_its_layer() -> None:
     known = {entry.split(".")[0] for layer in LAYERS for entry in layer}
     parts = {
@@ -198,7 +195,6 @@ def test_every_part_has_its_layer() -> None:
     assert parts - known - {"__init__"} == set(), "name the new part in LAYERS"
 
 
-@pytest.mark.process
 def test_the_check_itself_sees_imports(tmp_path: Path) -> None:
     source = tmp_path / "module.py"
     source.write_text(

@@ -14,6 +14,8 @@ from elasticmoe_sglang.policy.decision import Action, Decision, PolicyState, Tri
 from elasticmoe_sglang.policy.estimator import Snapshot
 from elasticmoe_sglang.policy.settings import Autoscale, PolicySettings
 
+pytestmark = pytest.mark.process
+
 SLO = "ttft=1s,itl=50ms,attainment=0.9"
 SETTINGS = PolicySettings(slo=SLO, autoscale=Autoscale.ON)
 MODEL = RankModel(base_s=0.01, slope_s=0.001, kv_per_request=0.02, samples=100.0)
@@ -48,7 +50,6 @@ def ask(
     return decide(seen, state=state or PolicyState(), now=now, **options)
 
 
-@pytest.mark.process
 def test_what_fits_stays() -> None:
     decision, state = ask(at_rate(10.0))
     assert (decision.action, decision.desired) == (Action.NOTHING, 2)
@@ -56,7 +57,6 @@ def test_what_fits_stays() -> None:
     assert state == PolicyState()
 
 
-@pytest.mark.process
 def test_it_grows_by_what_the_capacity_says() -> None:
     decision, state = ask(at_rate(40.0))
     # 4000 tokens/s, and a rank makes 778 of which nine tenths are used.
@@ -65,7 +65,6 @@ def test_it_grows_by_what_the_capacity_says() -> None:
     assert state.trial is not None and (state.trial.before, state.trial.after) == (2, 6)
 
 
-@pytest.mark.process
 def test_a_queue_that_breaks_ttft_is_a_reason() -> None:
     decision, _ = ask(at_rate(10.0, waiting=30, waiting_least=30))
     assert decision.action is Action.GROW and "30 requests wait" in decision.because
@@ -73,13 +72,11 @@ def test_a_queue_that_breaks_ttft_is_a_reason() -> None:
     assert short.action is Action.NOTHING
 
 
-@pytest.mark.process
 def test_without_any_knowledge_it_grows_by_one() -> None:
     seen = snapshot(models={}, output_tokens=0.0, waiting=10, waiting_least=10, tokens_per_s=0.0)
     assert ask(seen)[0].desired == 3
 
 
-@pytest.mark.process
 def test_missed_slos_lower_what_a_rank_is_taken_to_do() -> None:
     seen = at_rate(10.0, pace_ok=80, pace_late=20)
     decision, state = ask(seen)
@@ -92,7 +89,6 @@ def test_missed_slos_lower_what_a_rank_is_taken_to_do() -> None:
     assert ask(at_rate(10.0, pace_ok=180, pace_late=20))[0].action is Action.NOTHING
 
 
-@pytest.mark.process
 def test_it_shrinks_with_margin_after_the_slow_window() -> None:
     seen = at_rate(5.0, ranks=4, models={4: MODEL}, kv_use=0.1)
     decision, _ = ask(seen)
@@ -105,7 +101,6 @@ def test_it_shrinks_with_margin_after_the_slow_window() -> None:
     assert ask(late)[0].action is not Action.SHRINK
 
 
-@pytest.mark.process
 def test_idle_ranks_go_by_half_to_the_smallest_size() -> None:
     seen = at_rate(0.0, ranks=8, running=0, models={}, output_tokens=0.0, kv_use=0.0)
     assert ask(seen)[0].desired == 4
@@ -113,7 +108,6 @@ def test_idle_ranks_go_by_half_to_the_smallest_size() -> None:
     assert kept.desired == 6
 
 
-@pytest.mark.process
 def test_cooling_down_and_hysteresis() -> None:
     state = changed(PolicyState(), 999.0, SETTINGS)
     for seen in (at_rate(40.0), at_rate(5.0, ranks=4, models={4: MODEL}, kv_use=0.1)):
@@ -125,7 +119,6 @@ def test_cooling_down_and_hysteresis() -> None:
     assert ask(at_rate(16.0, ranks=3, models={3: MODEL}), now=2000.0)[0].action is Action.NOTHING
 
 
-@pytest.mark.process
 def test_a_forecast_is_a_floor() -> None:
     expected: dict[str, Any] = {"expected_tokens_per_s": 4000.0, "expected_because": "the load repeats every 600 s"}
     decision, _ = ask(at_rate(10.0, **expected))
@@ -144,7 +137,6 @@ def trial(**values: Any) -> Trial:
     return Trial(**(made | values))
 
 
-@pytest.mark.process
 def test_growing_that_did_not_pay_is_taken_back_once_and_held() -> None:
     worse = at_rate(20.0, ranks=4, waiting=60, waiting_least=60, models={2: MODEL, 4: MODEL})
     worse = msgspec.structs.replace(worse, tokens_per_s=950.0)
@@ -159,7 +151,6 @@ def test_growing_that_did_not_pay_is_taken_back_once_and_held() -> None:
     assert again.action is Action.GROW
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     "values",
     [
@@ -176,7 +167,6 @@ def test_growing_that_paid_or_cannot_be_judged_stays(values: dict[str, Any]) -> 
     assert decision.action is not Action.STEP_BACK and state.unpaid is None
 
 
-@pytest.mark.process
 def test_growing_for_misses_that_have_another_cause_is_taken_back() -> None:
     same = at_rate(20.0, ranks=4, models={2: MODEL, 4: MODEL}, first_ok=50, first_late=50, itl_s=0.02)
     cause = trial(waiting=0, tokens_per_s=2000.0)
@@ -187,7 +177,6 @@ def test_growing_for_misses_that_have_another_cause_is_taken_back() -> None:
     assert ask(better, PolicyState(trial=cause))[0].action is not Action.STEP_BACK
 
 
-@pytest.mark.process
 def test_a_trial_is_due_only_after_its_change_has_ended() -> None:
     _, state = ask(at_rate(40.0))
     assert state.trial is not None and state.trial.due == float("inf")
@@ -196,7 +185,6 @@ def test_a_trial_is_due_only_after_its_change_has_ended() -> None:
     assert held(ended, 1500.0).trial is None
 
 
-@pytest.mark.process
 def test_reasons_to_do_nothing() -> None:
     overload = at_rate(40.0)
     for options, words in (
@@ -269,7 +257,6 @@ limits = st.builds(
 )
 
 
-@pytest.mark.process
 @settings(max_examples=300)
 @given(snapshots, counts, limits, states)
 def test_bounds_and_a_reason(seen: Snapshot, queue: int, chosen: PolicySettings, state: PolicyState) -> None:
@@ -286,7 +273,6 @@ def test_bounds_and_a_reason(seen: Snapshot, queue: int, chosen: PolicySettings,
     assert ask(seen, state, settings=chosen) == (decision, after), "it is no pure function"
 
 
-@pytest.mark.process
 @settings(max_examples=300)
 @given(snapshots, counts, counts, limits, states)
 def test_a_longer_queue_never_gives_fewer_ranks(
@@ -300,7 +286,6 @@ def test_a_longer_queue_never_gives_fewer_ranks(
     assert desired[0] <= desired[1]
 
 
-@pytest.mark.process
 @settings(max_examples=200)
 @given(snapshots, counts, limits, states, st.booleans())
 def test_no_action_while_held_or_busy(
@@ -312,7 +297,6 @@ def test_no_action_while_held_or_busy(
     assert decision.action is Action.NOTHING and after == state
 
 
-@pytest.mark.process
 @given(snapshots, limits)
 def test_no_action_during_a_cool_down(seen: Snapshot, chosen: PolicySettings) -> None:
     decision, _ = ask(seen, PolicyState(changed_at=999.9), settings=chosen)

@@ -36,6 +36,8 @@ from elasticmoe_sglang.live_figures import LiveFigures
 from tests.helpers.fake_cluster import FakeCluster
 from tests.unit.test_cli import http_server
 
+pytestmark = pytest.mark.process
+
 POLICY = {
     "mode": "shadow",
     "state": "steady",
@@ -75,7 +77,6 @@ def served(*, policy: object = None, key: str | None = None) -> Iterator[tuple[i
         yield port, clock, figures
 
 
-@pytest.mark.process
 def test_one_snapshot_where_the_output_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with served(policy=POLICY) as (port, clock, figures):
         figures.tokens(321)
@@ -92,14 +93,12 @@ def test_one_snapshot_where_the_output_is_no_terminal(capsys: pytest.CaptureFixt
     assert "grow (2 -> 3): the queue would wait 2.1 s" in " ".join(out.split())
 
 
-@pytest.mark.process
 def test_without_a_policy_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with served() as (port, _, _):
         assert main(["top", "--once", "--port", str(port)]) == 0
     assert "policy: not available on this server" in capsys.readouterr().out
 
 
-@pytest.mark.process
 def test_refusals_and_silence_end_it(capsys: pytest.CaptureFixture[str]) -> None:
     with served(key="right") as (port, _, _):
         assert main(["top", "--port", str(port), "--admin-key", "wrong"]) == 2
@@ -109,7 +108,6 @@ def test_refusals_and_silence_end_it(capsys: pytest.CaptureFixture[str]) -> None
     assert "no server answers" in capsys.readouterr().err
 
 
-@pytest.mark.process
 def test_a_server_that_goes_while_it_is_followed() -> None:
     with served() as (port, _, _):
         events = ServerClient(f"http://127.0.0.1:{port}").events()
@@ -149,7 +147,6 @@ def event(operations: list[Operation] | msgspec.UnsetType, *seconds: int) -> Eve
     return msgspec.structs.replace(found, operations=operations)
 
 
-@pytest.mark.process
 def test_figures_of_two_streams_are_not_counted_twice() -> None:
     seen = Seen(lost="gone")
     seen.take(event([], 10, 11, 12))
@@ -157,7 +154,6 @@ def test_figures_of_two_streams_are_not_counted_twice() -> None:
     assert [second.at for second in seen.figures] == [10, 11, 12, 13] and seen.lost is None
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, None), (20, 5)])
 def test_any_terminal(width: int, height: int | None) -> None:
     seen = Seen()
@@ -171,7 +167,6 @@ def test_any_terminal(width: int, height: int | None) -> None:
         assert "not connected: no server answers" in text and "HMM: the HMM did not answer" in text
 
 
-@pytest.mark.process
 def test_bars() -> None:
     assert bars([0, 1, 50, 100, None]) == " ▁▄█ "
     assert bars([None, 0]) == "  " and bars([]) == ""
@@ -199,7 +194,6 @@ def on_port(port: int) -> Iterator[None]:
         thread.join(60)
 
 
-@pytest.mark.process
 def test_on_a_terminal_it_follows_through_a_restart() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
