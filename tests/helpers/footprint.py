@@ -102,6 +102,7 @@ def footprint(server: ElasticServer) -> Footprint:
     everybody = [psutil.Process(server.pid), *server.processes()]
     lasting = {"main": server.pid, "hmm": status["memory"]["pid"], "rank 0": server.worker_pids()[0]}
     lasting |= {name: pid for pid, name in named(everybody).items() if name != "other"}
+    wait_for_hang_ups(server.pid)
     # Before this test's own client: the HMM closes its side of that a moment later.
     descriptors = {name: holdings(pid).descriptors for name, pid in lasting.items()}
     connections = {name: sockets(pid) for name, pid in lasting.items()}
@@ -118,6 +119,17 @@ def footprint(server: ElasticServer) -> Footprint:
         clients=len(hmm.clients),
         proportional_bytes=sum(proportional_bytes(pid) for pid in lasting.values()),
     )
+
+
+def wait_for_hang_ups(pid: int, timeout_s: float = 10.0) -> None:
+    """Until the server has closed the connections whose clients have: the one of a request just made is among its
+    descriptors for a moment, and gone when its sockets are listed. One that stays is left for the caller to find."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        connections = psutil.Process(pid).net_connections(kind="tcp")
+        if all(each.status == psutil.CONN_LISTEN for each in connections):
+            return
+        time.sleep(0.05)
 
 
 def named(processes: list[psutil.Process]) -> dict[int, str]:

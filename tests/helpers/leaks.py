@@ -81,11 +81,11 @@ def _descriptors(pid: int) -> Iterator[str]:
 
 
 def sockets(pid: int) -> list[str]:
-    """Its connected sockets, one line each: address, peer's address, and the peer's process where it is on this host.
-    Empty without `ss` (Debian's iproute2)."""
+    """Its sockets in whatever state, one line each: state, address, peer's address, and the peer's process where it is on
+    this host. Empty without `ss` (Debian's iproute2)."""
     if shutil.which("ss") is None:
         return []
-    options = ("--no-header", "--numeric", "--processes")
+    options = ("--all", "--no-header", "--numeric", "--processes")
     lines = {
         family: subprocess.run(["ss", f"--{family}", *options], capture_output=True, text=True, check=True).stdout
         for family in ("unix", "tcp")
@@ -94,7 +94,7 @@ def sockets(pid: int) -> list[str]:
     # netid, state, two queue lengths, path, inode, peer's path, peer's inode, processes
     owners = {each[5]: (each[4], each[8] if len(each) > 8 else "-") for each in columns}
     found = [
-        f"{each[4]} -> {' '.join(owners.get(each[7], ('?', 'nobody')))}"
+        f"{each[1]} {each[4]} -> {' '.join(owners.get(each[7], ('?', 'nobody')))}"
         for each in columns
         if len(each) > 8 and f"pid={pid}," in each[8]
     ]
