@@ -81,8 +81,8 @@ def _descriptors(pid: int) -> Iterator[str]:
 
 
 def sockets(pid: int) -> list[str]:
-    """Its sockets in whatever state, one line each: state, address, peer's address, and the peer's process where it is on
-    this host. Empty without `ss` (Debian's iproute2)."""
+    """Its sockets in whatever state, one line each: state, address, peer's address, and the peer's process where it is
+    on this host. Empty without `ss` (Debian's iproute2)."""
     if shutil.which("ss") is None:
         return []
     options = ("--all", "--no-header", "--numeric", "--processes")
