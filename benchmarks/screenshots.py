@@ -1,7 +1,7 @@
 """`python -m benchmarks.screenshots`: pictures of the operator's page, of a small MoE under load whose size changes.
 
-Writes page-light.png (1280 x 800, after some changes), page-dark.png (the same, during one) and page-narrow.png (390
-wide).
+Writes page-light.png (1280 x 800, after some changes), page-dark.png (the same, during one), page-narrow.png (390
+wide), and what `elasticmoe top` and `elasticmoe policy` print: top.png, policy.png. The policy is in shadow mode.
 Exit status: 0 when all are written, 1 otherwise.
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import aiohttp
+from rich.console import Console, RenderableType
 from selenium import webdriver
 
 from benchmarks.browser import BrowserMissing, chromium, emulate
@@ -22,6 +24,10 @@ from benchmarks.demo.settings import Settings
 from benchmarks.server import ElasticServer, ServerFailed
 from benchmarks.streams import Load, StreamClient
 from elasticmoe_sglang.api.page import PATH
+from elasticmoe_sglang.cli.client import ServerClient
+from elasticmoe_sglang.cli.policy import policy_panel
+from elasticmoe_sglang.cli.seen import Seen
+from elasticmoe_sglang.cli.top_view import top_view
 from elasticmoe_sglang.tiny_model import make_tiny_model
 
 _PATIENCE_S = 120.0
@@ -32,6 +38,8 @@ _BODIES: tuple[dict[str, object], ...] = (
     {"new_ep_size": 2},
 )
 WIDE, NARROW = (1280, 800), 390
+_SLO = "ttft=1s,itl=150ms,attainment=0.9"
+_COLUMNS = 120
 
 
 class NoPicture(Exception):
@@ -57,6 +65,7 @@ def main() -> int:
 async def _run(settings: Settings, browser: webdriver.Chrome, out: Path) -> None:
     make_tiny_model(settings.model, layers=settings.layers, experts=settings.experts)
     args = [*settings.serve_args(), "--served-model-name", "tiny-qwen3-moe", "--device-budget", "192MiB"]
+    args += ["--slo", _SLO, "--autoscale", "shadow"]
     async with (
         ElasticServer(args, log=settings.log, env={"OMP_NUM_THREADS": "1"}) as server,
         aiohttp.ClientSession(server.url) as session,
@@ -76,6 +85,7 @@ async def _run(settings: Settings, browser: webdriver.Chrome, out: Path) -> None
             await change
             await asyncio.sleep(settings.steady_s / 2)
             await asyncio.to_thread(_take_narrow, browser, out / "page-narrow.png")
+            await asyncio.to_thread(_take_terminal, browser, server.url, out)
         finally:
             load.stop()
             lanes.cancel()
@@ -124,6 +134,32 @@ def _take_narrow(browser: webdriver.Chrome, path: Path) -> None:
     emulate(browser, NARROW, height, prefers_color_scheme="light")
     time.sleep(1.5)
     _take(browser, path)
+
+
+def _take_terminal(browser: webdriver.Chrome, url: str, out: Path) -> None:
+    """What the commands print, drawn as rich draws a terminal."""
+    client, seen = ServerClient(url), Seen()
+    events = client.events()
+    seen.take(next(events))
+    events.close()
+    seen.policy = client.policy_if_any()
+    shown: dict[str, tuple[str, RenderableType]] = {
+        "top": ("elasticmoe top", top_view(seen, _COLUMNS, height=None)),
+        "policy": ("elasticmoe policy", policy_panel(client.policy(10))),
+    }
+    for name, (title, view) in shown.items():
+        console = Console(record=True, width=_COLUMNS, file=io.StringIO(), force_terminal=True)
+        console.print(view)
+        with tempfile.NamedTemporaryFile(suffix=".svg") as svg:
+            svg.write(console.export_svg(title=title).encode())
+            svg.flush()
+            emulate(browser, *WIDE)
+            browser.get(f"file://{svg.name}")
+            box = browser.execute_script(
+                "return document.documentElement.getAttribute('viewBox').split(' ').map(Number).slice(2)"
+            )
+            emulate(browser, int(box[0]), int(box[1]))
+            _take(browser, out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a long test found out, kept as a small JSON file beside the benchmarks' results.
 
-Only where ELASTICMOE_RECORD names a folder, so that an ordinary test run leaves the tree as it is:
+Only where ELASTICMOE_RECORD names a folder, which is made, so that an ordinary test run leaves the tree as it is:
 `ELASTICMOE_RECORD=benchmarks/results make soak`.
 """
 
@@ -22,6 +22,7 @@ def record(name: str, key: str, found: dict[str, Any]) -> None:
     if not folder:
         return
     path = Path(folder) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     entries = json.loads(path.read_text()) if path.exists() else {}
     entries[key] = found | {"machine": describe()}
     path.write_text(json.dumps(entries, indent=1) + "\n")
