@@ -38,7 +38,7 @@ _BODIES: tuple[dict[str, object], ...] = (
     {"new_ep_size": 2},
 )
 WIDE, NARROW = (1280, 800), 390
-_SLO = "ttft=1s,itl=150ms,attainment=0.9"
+_SLO = "ttft=1s,itl=70ms,attainment=0.9"
 _COLUMNS = 120
 
 
@@ -65,7 +65,7 @@ def main() -> int:
 async def _run(settings: Settings, browser: webdriver.Chrome, out: Path) -> None:
     make_tiny_model(settings.model, layers=settings.layers, experts=settings.experts)
     args = [*settings.serve_args(), "--served-model-name", "tiny-qwen3-moe", "--device-budget", "192MiB"]
-    args += ["--slo", _SLO, "--autoscale", "shadow"]
+    args += ["--slo", _SLO, "--autoscale", "shadow", "--autoscale-hold", "3"]
     async with (
         ElasticServer(args, log=settings.log, env={"OMP_NUM_THREADS": "1"}) as server,
         aiohttp.ClientSession(server.url) as session,
@@ -145,7 +145,7 @@ def _take_terminal(browser: webdriver.Chrome, url: str, out: Path) -> None:
     seen.policy = client.policy_if_any()
     shown: dict[str, tuple[str, RenderableType]] = {
         "top": ("elasticmoe top", top_view(seen, _COLUMNS, height=None)),
-        "policy": ("elasticmoe policy", policy_panel(client.policy(10))),
+        "policy": ("elasticmoe policy", policy_panel(client.policy(1000), 10)),
     }
     for name, (title, view) in shown.items():
         console = Console(record=True, width=_COLUMNS, file=io.StringIO(), force_terminal=True)

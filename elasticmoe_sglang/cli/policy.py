@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ from elasticmoe_sglang.policy.settings import Autoscale
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from elasticmoe_sglang.policy.decision import Decision
     from elasticmoe_sglang.policy.view import PolicyView
 
+_KEPT = 1000
 _TEXT = "Show the autoscaling policy of a running server, its last decisions and their reasons, or change its settings."
 _SECONDS = {
     "hold_s": "after a requested change, without actions",
@@ -40,7 +43,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for name, text in _SECONDS.items():
         settings.add_argument(_flag(name), type=float, metavar="SECONDS", dest=name, help=f"seconds {text}")
     parser.add_argument(
-        "--decisions", type=int, default=10, metavar="N", help="how many to show (default: %(default)s)"
+        "--decisions",
+        type=int,
+        default=10,
+        metavar="N",
+        help="how many to show; those alike that follow each other are one, but not with --json (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_server_arguments(parser)
@@ -60,18 +67,17 @@ def run(args: argparse.Namespace) -> int:
         values["forecast"] = args.forecast == "on"
     if values:
         client.set_policy(values)
-    view = client.policy(args.decisions)
     if args.json:
-        print(msgspec.json.encode(view).decode())
+        print(msgspec.json.encode(client.policy(args.decisions)).decode())
         return OK
     from rich.console import Console
 
-    Console().print(policy_panel(view))
+    Console().print(policy_panel(client.policy(_KEPT), args.decisions))
     return OK
 
 
-def policy_panel(view: PolicyView) -> RenderableType:
-    """Settings, figures of the last minute and decisions."""
+def policy_panel(view: PolicyView, rows: int) -> RenderableType:
+    """Settings, figures of the last minute and at most so many rows of decisions."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -88,13 +94,29 @@ def policy_panel(view: PolicyView) -> RenderableType:
     grid.add_row("requests", f"{view.arrivals_per_s:.1f}/s, {view.running} run, {view.queue_length} wait")
     each = f"{view.tokens_per_s_per_rank:.0f} a rank, {view.goodput_tokens_per_s:.0f} within the SLO"
     grid.add_row("tokens/s", f"{view.tokens_per_s:.0f}, {each}")
-    table = Table("at", "decision", "ranks", "because", title="decisions, newest first", title_justify="left")
-    for decision in view.decisions:
+    table = Table("at", "decision", "ranks", "because", "times", title="decisions, newest first", title_justify="left")
+    for decision, times in turns(view.decisions)[:rows]:
         moved = str(decision.ranks) if decision.ranks == decision.desired else f"{decision.ranks} -> {decision.desired}"
         at = time.strftime("%H:%M:%S", time.localtime(decision.at))
         done = decision.acted or decision.ranks == decision.desired
-        table.add_row(at, decision.action.value + ("" if done else " *"), moved, decision.because)
+        action = decision.action.value + ("" if done else " *")
+        table.add_row(at, action, moved, decision.because, str(times) if times > 1 else "")
     return Group(grid, table, Text("* not carried out", style="dim")) if view.decisions else grid
+
+
+def turns(decisions: list[Decision]) -> list[tuple[Decision, int]]:
+    """Newest first: of decisions that follow each other and differ in numbers only, the newest and their number."""
+    found: list[tuple[Decision, int]] = []
+    for decision in decisions:
+        if found and _sort_of(found[-1][0]) == _sort_of(decision):
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((decision, 1))
+    return found
+
+
+def _sort_of(decision: Decision) -> tuple[object, ...]:
+    return decision.action, decision.ranks, decision.desired, decision.acted, re.sub(r"[\d.]+", "", decision.because)
 
 
 def _number(value: int | None) -> str:

@@ -53,6 +53,7 @@ def test_a_seed_that_once_failed(seed: int) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.process  # its record asks git for the commit
 @pytest.mark.timeout(12000)
 def test_many_more_seeds_settle() -> None:
     """ELASTICMOE_SEEDS (200,000) seeds; the record says how often faults overlapped."""

@@ -19,7 +19,7 @@ SLO = "ttft=1s,itl=50ms,attainment=0.9"
 
 def printed(view: PolicyView) -> str:
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(policy.policy_panel(view))
+    console.print(policy.policy_panel(view, 10))
     return console.export_text()
 
 
@@ -52,6 +52,14 @@ def test_figures_and_decisions() -> None:
     rows = {line.split("│")[2].strip(): line for line in text.splitlines() if "│" in line}
     assert "2 -> 3" in rows["grow *"] and "seven wait" in rows["grow *"]
     assert "3 -> 2" in rows["shrink"] and "it fits" in rows["nothing"]
+
+
+def test_decisions_that_differ_in_numbers_only_are_one_row() -> None:
+    held = [decision(Action.NOTHING, 2, 2, f"held for {left} s more") for left in (8, 9, 10)]
+    grown = decision(Action.GROW, 2, 3, "seven wait", acted=True)
+    again = decision(Action.NOTHING, 2, 2, "held for 20 s more")
+    assert policy.turns([*held, grown, again]) == [(held[0], 3), (grown, 1), (again, 1)]
+    assert policy.turns([]) == []
 
 
 def test_a_server_that_has_decided_nothing() -> None:

@@ -491,7 +491,7 @@ const quantiles = ({ p50, p90, p99 }) => [p50, p90, p99].map((value) => ms(value
 const FIGURES = [
   ["desired_ranks", "Desired ranks", number], ["attainment", "Attainment", optional((value) => `${(100 * value).toFixed(1)} %`)],
   ["goodput_tokens_per_s", "Goodput/s", number], ["queue_length", "Queue", number],
-  ["ttft", "TTFT p50, p90, p99", quantiles, "wide"], ["itl", "ITL p50, p90, p99", quantiles, "wide"],
+  ["ttft", "TTFT p50–p99", quantiles, "wide"], ["itl", "ITL p50–p99", quantiles, "wide"],
 ];
 const MODES = {
   off: "Off: changes are made by hand.", shadow: "Shadow: it decides and tells, and changes nothing.", on: "On: it changes the size by itself.",
