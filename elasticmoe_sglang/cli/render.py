@@ -129,7 +129,8 @@ def operation_panel(operation: Operation) -> RenderableType:
     moved = f"{operation.columns_moved} of {operation.columns_planned}, {format_bytes(operation.bytes_moved)}"
     grid.add_row("columns moved", moved)
     if operation.moved_requests:
-        grid.add_row("requests moved", str(operation.moved_requests))
+        again = f", the KV of {operation.recomputed_requests} is recomputed" if operation.recomputed_requests else ""
+        grid.add_row("requests moved", f"{operation.moved_requests}{again}")
     grown = [f"{format_bytes(d.before)} -> {format_bytes(d.after)}" for d in operation.memory if d.before or d.after]
     if grown:
         grid.add_row("devices", ", ".join(grown))

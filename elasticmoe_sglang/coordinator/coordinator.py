@@ -19,6 +19,7 @@ from elasticmoe_sglang.coordinator.status import (
     CommitReport,
     DeviceMemory,
     MemoryStatus,
+    Moved,
     Operation,
     Phase,
     PullReport,
@@ -218,6 +219,7 @@ class Coordinator:
                     epoch=ended.epoch,
                     seconds=seconds,
                     requests_resent=ended.resent_requests,
+                    replaced=sorted(set(ended.lost) & set(ended.ranks_after)),
                 )
             )
             logger.warning(
@@ -252,7 +254,7 @@ class Coordinator:
                 operation.add_pauses(result.pause_ms)
             case s.Pauses(), Mapping():
                 operation.add_pauses(result)
-            case s.Migrate(), int():
+            case s.Migrate(), Moved():
                 operation.add_moved(result)
             case s.Resend(), int():
                 operation.add_resent(result)

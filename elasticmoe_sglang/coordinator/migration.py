@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.coordinator.status import RankInfo, RankState
+from elasticmoe_sglang.coordinator.status import Moved, RankInfo, RankState
 from elasticmoe_sglang.coordinator.worker_channel import WorkerChannel
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.wire.to_coordinator import Hello, Retired
@@ -45,19 +45,19 @@ class OutputFences:
         return True
 
 
-async def migrate(channel: WorkerChannel, fences: OutputFences, retired: Retired) -> int:
+async def migrate(channel: WorkerChannel, fences: OutputFences, retired: Retired) -> Moved:
     """Have the survivors resume the requests that the retiring rank sent them, and wait until all run there and their
-    KV has been copied out of the retiring rank's memory. Returns the number of requests.
+    KV has been copied out of the retiring rank's memory.
 
     Raises:
         WorkerError: the rank's last output did not arrive in time, or requests are missing at survivors.
     """
     if not await fences.wait(retired.operation_id, [retired.rank]):
         raise WorkerError("its last output did not arrive in time", rank=retired.rank, operation=retired.operation_id)
-    with_kv = 0
+    with_kv = recomputed = 0
 
     async def resumed(survivor: int, migrated: int) -> int:
-        nonlocal with_kv
+        nonlocal with_kv, recomputed
         chunks = retired.kv_chunks.get(survivor, ())
         release = ReleaseMigrated(operation_id=retired.operation_id, retiring_rank=retired.rank, kv_chunks=chunks)
         try:
@@ -72,6 +72,7 @@ async def migrate(channel: WorkerChannel, fences: OutputFences, retired: Retired
             )
             return migrated
         with_kv += message.with_kv
+        recomputed += message.recomputed
         return message.requests
 
     total = sum(retired.migrated.values())
@@ -83,7 +84,7 @@ async def migrate(channel: WorkerChannel, fences: OutputFences, retired: Retired
         raise WorkerError(
             f"{lost} requests of retiring rank {retired.rank} did not arrive at survivors", rank=retired.rank
         )
-    return total
+    return Moved(requests=total, recomputed=recomputed)
 
 
 def snapshot(

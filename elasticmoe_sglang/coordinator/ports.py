@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from elasticmoe_sglang.coordinator.status import CommitReport, MemoryStatus, PullReport, RankInfo, Withdrawal
+from elasticmoe_sglang.coordinator.status import CommitReport, MemoryStatus, Moved, PullReport, RankInfo, Withdrawal
 from elasticmoe_sglang.planner import ColumnMove, TransitionPlan, View
 from elasticmoe_sglang.wire.to_worker import CommitCommand, JoinSpec
 
@@ -131,8 +131,8 @@ class WorkersPort(Protocol):
     async def route(self, ranks: Sequence[int]) -> None:
         """Route new requests to these ranks only."""
 
-    async def migrate(self, rank: int, operation_id: str) -> int:
-        """Have survivors resume the requests of a retiring rank. Returns their number.
+    async def migrate(self, rank: int, operation_id: str) -> Moved:
+        """Have survivors resume the requests of a retiring rank.
 
         Raises:
             WorkerError: the retiring rank died, or requests are missing: `resend` what is on no rank.

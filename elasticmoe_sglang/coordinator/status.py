@@ -81,6 +81,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
             is `epoch`, and `ranks_before` otherwise, unless a rank was lost meanwhile.
         columns_planned, columns_moved, bytes_moved: expert columns in the plan and pulled so far, and their bytes.
         moved_requests: requests migrated from retiring ranks to survivors.
+        recomputed_requests: of them, those whose KV found no room on the survivors and is computed again.
         resent_requests: requests of a rank that died, sent again to others.
         attempts: how often it was begun; a loss is tried again until it is committed.
         pause_ms: of each survivor, milliseconds from its last result before the commit to the first after it, less its
@@ -111,6 +112,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     columns_moved: int = 0
     bytes_moved: int = 0
     moved_requests: int = 0
+    recomputed_requests: int = 0
     resent_requests: int = 0
     attempts: int = 1
     pause_ms: dict[int, float] = {}
@@ -198,6 +200,18 @@ class PullReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Moved:
+    """What one retiring rank has migrated.
+
+    Attributes:
+        requests: all of them. recomputed: those that had KV which could not be kept.
+    """
+
+    requests: int
+    recomputed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class CommitReport:
     """The outcome of the commit barrier.
 
@@ -266,7 +280,7 @@ class RunningOperation:
         self._spent: dict[Phase, float] = {}
         self._pulled: list[PullReport] = []
         self._pauses: dict[int, float] = {}
-        self._moved = self._resent = 0
+        self._moved = self._recomputed = self._resent = 0
         self._memory: list[DevicePeak] = []
 
     def advance(self, phase: Phase, error: str | None = None, *, serving_epoch: int) -> None:
@@ -291,9 +305,10 @@ class RunningOperation:
         """Keep the ranks' pauses in milliseconds; a later, measured one replaces the time at the commit barrier."""
         self._pauses |= pauses
 
-    def add_moved(self, requests: int) -> None:
+    def add_moved(self, moved: Moved) -> None:
         """Count requests that a retiring rank has migrated."""
-        self._moved += requests
+        self._moved += moved.requests
+        self._recomputed += moved.recomputed
 
     def add_resent(self, requests: int) -> None:
         """Count requests that were sent again because their rank had died."""
@@ -341,6 +356,7 @@ class RunningOperation:
             columns_moved=sum(report.columns for report in self._pulled),
             bytes_moved=sum(report.bytes for report in self._pulled),
             moved_requests=self._moved,
+            recomputed_requests=self._recomputed,
             resent_requests=self._resent,
             attempts=self._attempts,
             pause_ms=pause,

@@ -19,7 +19,7 @@ from elasticmoe_sglang.coordinator.incarnations import Incarnations
 from elasticmoe_sglang.coordinator.kv_balancer import KvBalancer
 from elasticmoe_sglang.coordinator.migration import OutputFences, migrate, snapshot
 from elasticmoe_sglang.coordinator.ports import SglangPort
-from elasticmoe_sglang.coordinator.status import CommitReport, PullReport, RankInfo, Withdrawal
+from elasticmoe_sglang.coordinator.status import CommitReport, Moved, PullReport, RankInfo, Withdrawal
 from elasticmoe_sglang.coordinator.worker_channel import Incoming, WorkerChannel
 from elasticmoe_sglang.errors import CommitError, WorkerError
 from elasticmoe_sglang.hmm.client import HmmClient
@@ -251,7 +251,7 @@ class Workers:
     async def route(self, ranks: Sequence[int]) -> None:
         await self._sglang.send_route(ranks)
 
-    async def migrate(self, rank: int, operation_id: str) -> int:
+    async def migrate(self, rank: int, operation_id: str) -> Moved:
         retired = await self._channel.wait_for(to_coordinator.Retired, rank=rank, operation_id=operation_id)
         return await migrate(self._channel, self.fences, retired)
 

@@ -95,6 +95,7 @@ class Metrics(Observer):
         if not changed:
             return
         self._count(table.REQUESTS_MOVED, operation.moved_requests)
+        self._count(table.REQUESTS_RECOMPUTED, operation.recomputed_requests)
         self._count(table.COLUMNS_MOVED, operation.columns_moved)
         self._count(table.BYTES_COPIED, operation.bytes_moved)
         timings = operation.timings
@@ -113,6 +114,7 @@ class Metrics(Observer):
 
     def on_recovered(self, recovery: Recovery) -> None:
         self._count(table.REQUESTS_RESENT, recovery.requests_resent)
+        self._count(table.RANKS_REPLACED, len(recovery.replaced))
         self._lost.difference_update(recovery.dead)
         self._show_ranks(len(recovery.ranks))
         self._histograms[table.RECOVERY_SECONDS.name].observe(recovery.seconds)

@@ -107,6 +107,13 @@ REQUESTS_MOVED = Metric(
     help="Requests that migrated from retiring ranks to others",
     labels=_NONE,
 )
+REQUESTS_RECOMPUTED = Metric(
+    name="elasticmoe:requests_recomputed_total",
+    kind="counter",
+    unit="requests",
+    help="Requests that moved with KV for which the ranks that took them had no room: it is computed again",
+    labels=_NONE,
+)
 REQUESTS_RESENT = Metric(
     name="elasticmoe:requests_resent_total",
     kind="counter",
@@ -141,6 +148,14 @@ RANK_DEATHS = Metric(
     kind="counter",
     unit="workers",
     help="Workers of active ranks that exited unexpectedly, or were ended because they had stalled",
+    labels=_NONE,
+)
+RANKS_REPLACED = Metric(
+    name="elasticmoe:ranks_replaced_total",
+    kind="counter",
+    unit="workers",
+    help="Lost ranks that a standby worker replaced at once: rank 0 always; any other where recovery without it had "
+    "failed",
     labels=_NONE,
 )
 RECOVERY_SECONDS = Metric(
@@ -214,11 +229,13 @@ TABLE: tuple[Metric, ...] = (
     PAUSE_SECONDS,
     GAP_SECONDS,
     REQUESTS_MOVED,
+    REQUESTS_RECOMPUTED,
     REQUESTS_RESENT,
     REQUESTS_LOST,
     COLUMNS_MOVED,
     BYTES_COPIED,
     RANK_DEATHS,
+    RANKS_REPLACED,
     RECOVERY_SECONDS,
     DEVICE_BYTES,
     KV_TOKENS,

@@ -114,13 +114,17 @@ class ReleaseMigrated(Message, frozen=True, kw_only=True):
 
 
 class Resumed(Message, frozen=True, kw_only=True):
-    """That many of the retiring rank's requests run here now."""
+    """That many of the retiring rank's requests run here now.
+
+    with_kv: of them, those whose KV was kept. recomputed: those that had some which could not be placed.
+    """
 
     rank: int
     operation_id: str
     retiring_rank: int
     requests: int
     with_kv: int
+    recomputed: int
 
 
 # After a death ------------------------------------------------------------------------------------------------------

@@ -207,7 +207,8 @@ def test_what_cannot_fit_is_refused_with_numbers(served: Served) -> None:
 
 
 def test_running_requests_wait_when_nothing_else_is_left_and_lose_nothing(served: Served) -> None:
-    """The survivors have less than is in use there: some requests wait again, and all end with their tokens."""
+    """The survivors have less than is in use there: some requests wait again, one that moves there has its KV computed
+    again, which is counted, and all end with their tokens."""
     server = served.server
     small = served.check_full("2 ranks")
     server.must_scale(4)
@@ -215,7 +216,7 @@ def test_running_requests_wait_when_nothing_else_is_left_and_lose_nothing(served
     prompts = [served.prompt(most // 6) for _ in range(12)]
     cases = ask(served.load, prompts, 100)
     assert len(cases) >= 8
-    running = {rank: [served.rng.choice(cases) for _ in range(7)] for rank in (0, 1)}
+    running = {rank: [served.rng.choice(cases) for _ in range(count)] for rank, count in ((0, 7), (1, 7), (2, 1))}
     started = [
         (served.load.start(case.prompt, 100, routed_dp_rank=rank, extra_key=uuid.uuid4().hex), case)
         for rank, chosen in running.items()
@@ -224,13 +225,14 @@ def test_running_requests_wait_when_nothing_else_is_left_and_lose_nothing(served
     for stream, _ in started:
         stream.wait_for_tokens(1, 120)
     in_use = [rank["kv_used"] for rank in server.status()["ranks"][:2]]
-    down = server.must_scale(2)
+    down = server.must_scale(2, recomputes=True)
     for stream, case in started:
         stream.wait(240).check(case.ids)
     retracted = [number(line, "requests retracted") for line in server.log_lines("requests retracted")]
     print(json.dumps({"in_use": in_use, "left": most, "retracted": retracted, "pause_ms": down["max_pause_ms"]}))
     assert max(in_use) > most, "there was room for all"
     assert sum(retracted) > 0
+    assert (down["moved_requests"], down["recomputed_requests"]) == (1, 1)
     assert served.check_full("4 -> 2") == small
 
 

@@ -178,7 +178,7 @@ def make_corpus(server: SglangServer) -> Corpus:
     with Load(server.url) as load:
         cases = ask(load, short, TOKENS)
         long_cases = ask(load, long, _LONG_TOKENS)
-        features = [_ask_feature(load, name, next(feature_prompts)) for name in FEATURE_NAMES]
+        features = _ask_features(load, {name: next(feature_prompts) for name in FEATURE_NAMES})
     assert len(cases) >= 16 and len(long_cases) >= 3, "too few prompts whose answer is certain"
     return Corpus(model=Path(server.args[1]), cases=cases, long=long_cases, features=features)
 
@@ -211,17 +211,20 @@ def settle(features: Sequence[Feature], load: Load) -> None:
         feature.outputs.update(stream.outputs)
 
 
-def _ask_feature(load: Load, name: str, prompt: list[int]) -> Feature:
-    fields = {**_FEATURES, **_SEEDED, **_SAMPLED}.get(name)
-    if fields is None:
-        prompt, fields = _from_answers(load, name, prompt)
-    feature = Feature(name=name, prompt=prompt, fields=dict(fields), outputs={}, rank=1 if name == "pinned" else None)
-    if name not in _SEEDED and name not in _SAMPLED:
-        stream = feature.start(load, pinned=False).wait(60)
-        stream.check()
-        assert (stream.output.reasoning_tokens > 0) == (name == "reasoning"), f"{name}: {stream}"
+def _ask_features(load: Load, prompts: Mapping[str, list[int]]) -> list[Feature]:
+    """By name; all at once, since one at a time takes half a minute."""
+    features = []
+    for name, prompt in prompts.items():
+        fields = {**_FEATURES, **_SEEDED, **_SAMPLED}.get(name)
+        prompt, fields = _from_answers(load, name, prompt) if fields is None else (prompt, fields)
+        rank = 1 if name == "pinned" else None
+        features.append(Feature(name=name, prompt=prompt, fields=dict(fields), outputs={}, rank=rank))
+    asked = [feature for feature in features if feature.name not in (*_SEEDED, *_SAMPLED)]
+    for feature, stream in [(feature, feature.start(load, pinned=False)) for feature in asked]:
+        stream.wait(60).check()
+        assert (stream.output.reasoning_tokens > 0) == (feature.name == "reasoning"), f"{feature.name}: {stream}"
         feature.outputs.update(stream.outputs)
-    return feature
+    return features
 
 
 def _from_answers(load: Load, name: str, prompt: list[int]) -> tuple[list[int], dict[str, Any]]:

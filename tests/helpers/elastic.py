@@ -56,11 +56,14 @@ class ElasticServer(SglangServer):
         operation: dict[str, Any] = response.json()
         return operation
 
-    def must_scale(self, size: int | None = None, *, retire: Sequence[int] = ()) -> dict[str, Any]:
-        """The operation, which is done and has lost nothing."""
+    def must_scale(
+        self, size: int | None = None, *, retire: Sequence[int] = (), recomputes: bool = False
+    ) -> dict[str, Any]:
+        """The operation, which is done and has lost nothing: no KV either, unless it `recomputes` for want of room."""
         operation = self.scale(size, retire=retire)
         assert operation["phase"] == "done", f"{operation['phase']}: {operation['error']}\n{self.log_tail()}"
         assert operation["columns_moved"] == operation["columns_planned"]
+        assert recomputes or operation["recomputed_requests"] == 0, f"KV was not kept: {operation}\n{self.log_tail()}"
         return operation
 
     def operation(self, operation_id: str) -> dict[str, Any]:

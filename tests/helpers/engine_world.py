@@ -22,7 +22,7 @@ from typing import Any
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.coordinator import steps as s
 from elasticmoe_sglang.coordinator.engine import Deadlines, Engine, commit_id
-from elasticmoe_sglang.coordinator.status import CommitReport, MemoryStatus, Phase, PullReport, Withdrawal
+from elasticmoe_sglang.coordinator.status import CommitReport, MemoryStatus, Moved, Phase, PullReport, Withdrawal
 from elasticmoe_sglang.errors import (
     CommitError,
     ElasticMoEError,
@@ -703,7 +703,7 @@ class World:
             del self._in_transit[number]
             if receivers:
                 self.random.choice(receivers).requests.add(number)
-        return len(moved)
+        return Moved(requests=len(moved))
 
     def _resend(self, step: s.Resend) -> Part:
         members = [self._need(rank) for rank in self.view.ranks]

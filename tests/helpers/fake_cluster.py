@@ -20,6 +20,7 @@ from elasticmoe_sglang.coordinator.status import (
     CommitReport,
     DeviceMemory,
     MemoryStatus,
+    Moved,
     PullReport,
     RankInfo,
     RankState,
@@ -237,9 +238,9 @@ class FakeCluster:
         await self._leave("hmm.commit", how)
         return [0] * self.capacity
 
-    async def migrate(self, rank: int, operation_id: str) -> int:
+    async def migrate(self, rank: int, operation_id: str) -> Moved:
         assert self.states[rank] is RankState.RETIRING
-        return 1
+        return Moved(requests=3, recomputed=1)
 
     async def release(self, rank: int, columns: Sequence[int]) -> None:
         how = await self._enter(f"release {rank}")

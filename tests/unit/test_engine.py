@@ -18,7 +18,7 @@ from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.coordinator import engine as core
 from elasticmoe_sglang.coordinator import steps as s
 from elasticmoe_sglang.coordinator.engine import Engine
-from elasticmoe_sglang.coordinator.status import Phase, Withdrawal
+from elasticmoe_sglang.coordinator.status import Moved, Phase, Withdrawal
 from elasticmoe_sglang.errors import HmmUnavailable, WorkerError
 from elasticmoe_sglang.planner import Placement, RetireRanks, ScaleTo, View, initial_placement, plan_target
 from tests.helpers.engine_world import DEADLINES, Broken, World
@@ -253,7 +253,9 @@ class Rig:
                 result = {}
             case s.Begin():
                 result = "txn"
-            case s.Migrate() | s.Resend():
+            case s.Migrate():
+                result = Moved(requests=0)
+            case s.Resend():
                 result = 0
         self.post(s.StepEnded(number=number, result=result))
 

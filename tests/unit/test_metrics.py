@@ -97,7 +97,8 @@ def recorded(cluster: FakeCluster, target: ScaleTo | RetireRanks) -> Operation:
 
 
 def recovery(dead: list[int], ranks: list[int], seconds: float = 0.5, resent: int = 0) -> Recovery:
-    return Recovery(dead=dead, ranks=ranks, epoch=1, seconds=seconds, requests_resent=resent)
+    replaced = sorted(set(dead) & set(ranks))
+    return Recovery(dead=dead, ranks=ranks, epoch=1, seconds=seconds, requests_resent=resent, replaced=replaced)
 
 
 # ---- the table ----
@@ -188,7 +189,14 @@ def test_a_change_is_counted_with_its_phases_pauses_columns_and_bytes(rig: Rig) 
 
 def test_requests_that_moved_are_counted(rig: Rig) -> None:
     rig.metrics.on_operation_ended(recorded(FakeCluster(active=(0, 1, 2)), RetireRanks(ranks=(1, 2))))
-    assert rig.value("elasticmoe:requests_moved_total") == 2
+    assert rig.value("elasticmoe:requests_moved_total") == 6
+    assert rig.value("elasticmoe:requests_recomputed_total") == 2
+
+
+def test_ranks_that_were_replaced_are_counted(rig: Rig) -> None:
+    rig.metrics.on_rank_lost(0)
+    rig.metrics.on_recovered(recovery([0], [0, 1]))
+    assert rig.value("elasticmoe:ranks_replaced_total") == 1
 
 
 def test_a_change_that_was_rolled_back_leaves_the_size_that_was_asked_for(rig: Rig) -> None:
@@ -232,6 +240,7 @@ def test_a_death_is_counted_and_the_state_follows_the_recovery() -> None:
     rig.metrics.on_recovered(recovery([2], [0, 1], seconds=0.6, resent=1))
     assert rig.ranks() == (4, 2, 1)
     assert rig.value("elasticmoe:requests_resent_total") == 6
+    assert rig.value("elasticmoe:ranks_replaced_total") == 0
     assert rig.value("elasticmoe:recovery_seconds_count") == 2
     assert rig.value("elasticmoe:recovery_seconds_sum") == pytest.approx(0.9)
     # Whoever asks for the size that is there is content with it.
