@@ -195,7 +195,7 @@ def test_many_changes_with_faults_at_random(storm: Storm, changes: int | None, s
         "faults_total": storm.faults.total(),
         "whole_again_s_max": round(max(storm.whole_s), 2),
         **load.summary(),
-        "memory_growth_mib": round((after.proportional_bytes - before.proportional_bytes) / 2**20, 1),
+        "memory_growth_mib": round((after.memory.total() - before.memory.total()) / 2**20, 1),
         "seconds": round(time.monotonic() - started, 1),
     }
     print(found)

@@ -170,7 +170,7 @@ def test_kills_at_any_time_lose_nothing(server: ElasticServer, arch: Arch, kills
     found = figures(storm, load.streams[first:]) | {
         "queued_median": statistics.median(waiting.seen),
         **load.summary(),
-        "memory_growth_mib": round((after.proportional_bytes - before.proportional_bytes) / 2**20, 1),
+        "memory_growth_mib": round((after.memory.total() - before.memory.total()) / 2**20, 1),
         "seconds": round(time.monotonic() - started, 1),
     }
     print(found)
@@ -212,13 +212,11 @@ def longest_gap(stream: Stream) -> tuple[float, float]:
     return max(((later - earlier, earlier) for earlier, later in pairwise(times)), default=(0.0, 0.0))
 
 
-def silences(streams: list[Stream], kills: list[Kill]) -> list[tuple[float, int]]:
-    """Around each kill: seconds in which no stream received a token, and how many kills were in them."""
+def silences(streams: list[Stream], kills: list[Kill]) -> list[tuple[float, list[Kill]]]:
+    """Around each kill: seconds in which no stream received a token, and the kills in them; shortest first."""
     times = sorted(at for stream in streams for at, _ in stream.arrivals)
-    found = {
-        (earlier, later) for earlier, later in pairwise(times) if any(earlier <= kill.at <= later for kill in kills)
-    }
-    return [(later - earlier, sum(earlier <= k.at <= later for k in kills)) for earlier, later in found]
+    spans = ((later - earlier, [k for k in kills if earlier <= k.at <= later]) for earlier, later in pairwise(times))
+    return sorted(((seconds, inside) for seconds, inside in spans if inside), key=lambda each: each[0])
 
 
 def figures(storm: Storm, streams: list[Stream]) -> dict[str, Any]:
@@ -230,6 +228,9 @@ def figures(storm: Storm, streams: list[Stream]) -> dict[str, Any]:
         )
     single = [gap for (gap, _, _), kills in zip(longest, kills_in, strict=True) if len(kills) <= 1]
     silent = silences(streams, storm.kills)
+    alone = [(seconds, inside[0]) for seconds, inside in silent if len(inside) == 1]
+    for seconds, kill in alone[-12:]:
+        print(f"{seconds:.2f} s of silence, one kill: {kill}")
     return {
         "kills": len(storm.kills),
         "victims": dict(sorted(Counter(kill.victim for kill in storm.kills).items())),
@@ -242,7 +243,7 @@ def figures(storm: Storm, streams: list[Stream]) -> dict[str, Any]:
             single, "the same, where at most one kill was in it; waiting for a turn on the ranks that are left included"
         ),
         "silence_s": quantiles([gap for gap, _ in silent], "no stream received a token, around each kill"),
-        "silence_of_one_kill_s": quantiles([gap for gap, n in silent if n <= 1], "the same, with one kill in it"),
+        "silence_of_one_kill_s": quantiles([gap for gap, _ in alone], "the same, with one kill in it"),
         "restored_s": quantiles(
             storm.restored_s, "from a kill until the ranks of the last target serve again, later kills included"
         ),

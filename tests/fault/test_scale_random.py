@@ -99,8 +99,8 @@ def summary(load: Load, operations: list[dict[str, Any]], before: Footprint, aft
         "changes": len(operations),
         **load.summary(),
         "requests_moved": sum(operation["moved_requests"] for operation in operations),
-        "memory_mib": round(after.proportional_bytes / 2**20, 1),
-        "memory_growth_mib": round((after.proportional_bytes - before.proportional_bytes) / 2**20, 1),
+        "memory_mib": round(after.memory.total() / 2**20, 1),
+        "memory_growth_mib": round((after.memory.total() - before.memory.total()) / 2**20, 1),
         "pause_ms_median": round(statistics.median(pauses), 1),
         "pause_ms_max": round(max(pauses), 1),
     }

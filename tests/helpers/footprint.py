@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ _TROUBLE = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What the processes that stay hold, with ranks 0 and 1 active and nothing to do."""
+    """What a server holds, with ranks 0 and 1 active and nothing to do.
+
+    Descriptors are those of the processes that stay; memory is that of all, since processes share pages."""
 
     descriptors: dict[str, Counter[str]]
     processes: Counter[str]
@@ -35,7 +38,8 @@ class Footprint:
     blocks: int
     transactions: int
     clients: int
-    proportional_bytes: int = field(compare=False)
+    memory: Counter[str] = field(compare=False)
+    """Bytes (Pss) by process."""
     connections: dict[str, list[str]] = field(compare=False)
     """What a failure shows of sockets."""
 
@@ -49,8 +53,9 @@ class Footprint:
         assert self.shm == earlier.shm and self.sockets == earlier.sockets
         counts = (self.blocks, self.transactions, self.clients)
         assert counts == (earlier.blocks, earlier.transactions, earlier.clients)
-        grown = self.proportional_bytes - earlier.proportional_bytes
-        assert grown < GROWTH_BYTES, f"memory has grown by {grown / 2**20:.1f} MiB"
+        grown = self.memory.total() - earlier.memory.total()
+        by_process = {name: f"{earlier.memory[name] >> 20} -> {self.memory[name] >> 20}" for name in self.memory}
+        assert grown < GROWTH_BYTES, f"memory has grown by {grown / 2**20:.1f} MiB, in MiB: {by_process}"
 
 
 def to_two(server: ElasticServer) -> None:
@@ -104,6 +109,7 @@ def footprint(server: ElasticServer) -> Footprint:
     lasting |= {name: pid for pid, name in named(everybody).items() if name != "other"}
     wait_for_hang_ups(server.pid)
     # Before this test's own client: the HMM closes its side of that a moment later.
+    names = {pid: name for name, pid in lasting.items()}
     descriptors = {name: holdings(pid).descriptors for name, pid in lasting.items()}
     connections = {name: sockets(pid) for name, pid in lasting.items()}
     with HmmClient(endpoint, name="test") as client:
@@ -117,7 +123,7 @@ def footprint(server: ElasticServer) -> Footprint:
         blocks=hmm.blocks,
         transactions=len(hmm.txns),
         clients=len(hmm.clients),
-        proportional_bytes=sum(proportional_bytes(pid) for pid in lasting.values()),
+        memory=sum((memory_of(process, names) for process in everybody), Counter()),
     )
 
 
@@ -150,11 +156,11 @@ def shared_memory(pid: int) -> set[str]:
     return {line.split()[5] for line in maps if "/dev/shm/" in line}
 
 
-def proportional_bytes(pid: int) -> int:
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+def memory_of(process: psutil.Process, names: Mapping[int, str]) -> Counter[str]:
+    rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
     found = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
     assert found is not None
-    return int(found[1]) << 10
+    return Counter({names.get(process.pid, process.name()): int(found[1]) << 10})
 
 
 def leaves_nothing(server: ElasticServer, footprint: Footprint) -> None:
