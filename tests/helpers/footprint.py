@@ -54,8 +54,12 @@ class Footprint:
         counts = (self.blocks, self.transactions, self.clients)
         assert counts == (earlier.blocks, earlier.transactions, earlier.clients)
         grown = self.memory.total() - earlier.memory.total()
-        by_process = {name: f"{earlier.memory[name] >> 20} -> {self.memory[name] >> 20}" for name in self.memory}
-        assert grown < GROWTH_BYTES, f"memory has grown by {grown / 2**20:.1f} MiB, in MiB: {by_process}"
+        assert grown < GROWTH_BYTES, f"memory has grown by {grown / 2**20:.1f} MiB: {self.memory_since(earlier)}"
+
+    def memory_since(self, earlier: Footprint) -> dict[str, str]:
+        """MiB of each process, before and now."""
+        names = sorted({*self.memory, *earlier.memory})
+        return {name: f"{earlier.memory[name] / 2**20:.1f} -> {self.memory[name] / 2**20:.1f}" for name in names}
 
 
 def to_two(server: ElasticServer) -> None:
