@@ -61,6 +61,7 @@ USES: tuple[Use, ...] = (
         "managers.scheduler.Scheduler",
         "_add_request_to_queue() abort_request() handle_generate_request() process_batch_result() flush_cache() "
         "process_input_requests() is_fully_idle() _request_dispatcher= batch_result_processor chunked_prefill_size "
+        "is_mixed_chunk "
         "chunked_req= cur_batch_for_debug= device_module disable_radix_cache enable_overlap grammar_manager "
         "hisparse_coordinator ipc_channels last_batch= max_req_input_len= max_req_len= max_running_requests= "
         "max_total_num_tokens= model_config page_size req_to_token_pool request_receiver result_queue running_batch= "

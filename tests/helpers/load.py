@@ -343,6 +343,13 @@ def longest_gap(streams: Iterable[Stream], since: float, until: float) -> tuple[
     return longest, statistics.median(gaps) if gaps else 0.0
 
 
+def longest_silence(streams: Iterable[Stream], since: float, until: float) -> float:
+    """Longest time, in seconds, that overlaps [since, until] and in which none of the streams received a token."""
+    times = sorted(at for stream in streams for at, _ in stream.arrivals)
+    spans = (pair for pair in itertools.pairwise(times) if pair[0] <= until and pair[1] >= since)
+    return max((later - earlier for earlier, later in spans), default=0.0)
+
+
 def settled(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
     """Wait until `condition` holds. Raises TimeoutError."""
     deadline = time.monotonic() + timeout_s

@@ -74,6 +74,8 @@ class Model:
             running_batch=SimpleNamespace(reqs=self.live),
             last_batch=empty,
             chunked_req=None,
+            chunked_prefill_size=16,
+            is_mixed_chunk=False,
             waiting_queue=[],
             grammar_manager=SimpleNamespace(grammar_queue=[]),
             tp_worker=SimpleNamespace(model_runner=runner),
@@ -122,6 +124,7 @@ class Model:
             kv=kv,
             prefix_indices=rows[:whole].clone(),
             origin_input_ids=[0] * length,
+            output_ids=[],
             sampling_params=SimpleNamespace(max_new_tokens=1),
             finished=lambda: False,
         )
@@ -255,6 +258,27 @@ def test_running_requests_wait_only_when_nothing_else_is_left(model: Model) -> N
         assert model.start(48)
     result = model.resize(PAGES // 2)
     assert result.retracted == 8
+    model.check()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_prompt_in_the_middle_of_its_prefill_keeps_room_for_the_rest(model: Model, mixed: bool) -> None:
+    """SGLang does not look whether a later chunk fits: its scheduler once ended with "Out of memory"."""
+    for _ in range(4):
+        assert model.start(48)
+    for _ in range(2):
+        model.end(0)
+    other, chunked = model.live
+    other.origin_input_ids = other.origin_input_ids[:40]
+    chunked.origin_input_ids = [0] * 80  # 32 tokens, two chunks, eight pages more
+    model.scheduler.chunked_req, model.scheduler.is_mixed_chunk = chunked, mixed
+    result = model.resize(33 if mixed else 32)  # two requests of 12 pages, the eight, and one for the other's tokens
+    assert result.retracted == 0 and result.evicted > 0 and len(model.live) == 2
+    free = model.allocator.available_size() + model.cache.evictable_size()
+    assert free >= (9 if mixed else 8) * 4
+    model.check()
+    result = model.resize(30)
+    assert result.retracted == 2
     model.check()
 
 

@@ -2,8 +2,9 @@
 
 Rows are unmapped from the end of the address space. Free rows are given up first. If that is not enough, the least
 recently used prefixes are evicted, by SGLang's own eviction; if still more is needed, running requests are put back
-into the waiting queue, as by SGLang's retraction. What is still in use in rows to be unmapped is moved to free rows
-below: nothing is given up because of its address.
+into the waiting queue, as by SGLang's retraction. The rest of a prompt that is being prefilled in chunks counts as in
+use. What is still in use in rows to be unmapped is moved to free rows below: nothing is given up because of its
+address.
 
 Called at the top of a scheduler iteration, when no batch is being put together.
 """
@@ -56,9 +57,10 @@ def _shrink(scheduler: Any, tokens: int, move_rows: MoveRows, set_aside: Callabl
     pages, keep = allocator.size // page, tokens // page
     _require_fit(scheduler, tokens)
     scheduler.device_module.synchronize()  # no launched kernel reads or writes rows that move
-    evicted = _evict(scheduler, (_used_pages(allocator) - keep) * page)
+    owed = _owed_pages(scheduler)
+    evicted = _evict(scheduler, (_used_pages(allocator) + owed - keep) * page)
     retracted = 0
-    if _used_pages(allocator) > keep:
+    if _used_pages(allocator) + owed > keep:
         retracted = set_aside()
         evicted += _evict(scheduler, (_used_pages(allocator) - keep) * page)
     if _used_pages(allocator) > keep:
@@ -88,6 +90,22 @@ def _shrink(scheduler: Any, tokens: int, move_rows: MoveRows, set_aside: Callabl
 
 def _used_pages(allocator: Any) -> int:
     return int((allocator.size - allocator.available_size()) // allocator.page_size)
+
+
+def _owed_pages(scheduler: Any) -> int:
+    """Pages that a prompt in the middle of its prefill will take. SGLang makes sure that a request fits when it admits
+    it; of a later chunk it takes that for granted, and the scheduler ends where there is no room.
+    """
+    req, page = scheduler.chunked_req, scheduler.token_to_kv_pool_allocator.page_size
+    if req is None or req.finished():
+        return 0
+    held = req.kv.kv_allocated_len if req.kv.holds_kv else 0
+    left = max(0, len(req.origin_input_ids) + len(req.output_ids) - held)
+    # With mixed chunks running requests get a token with each chunk.
+    chunks = -(-left // scheduler.chunked_prefill_size) if scheduler.is_mixed_chunk else 0
+    batch = scheduler.running_batch
+    running = sum(each is not req for each in batch.reqs) if batch is not None else 0
+    return int(-(-left // page) + running * -(-chunks // page))
 
 
 def _evict(scheduler: Any, tokens: int) -> int:
