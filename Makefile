@@ -43,7 +43,7 @@ demo: $(STAMP) ## Serve a small MoE and change its EP size while streams decode.
 quick: $(STAMP) ## Run the tests that start no process: under 60 seconds.
 	@$(PYTEST) -m "pure and not soak and not gpu" --at-most 60 $(ARGS)
 
-test: $(STAMP) ## Run the tests that CI runs: about 12 minutes on two cores (ARGS="-k name" selects).
+test: $(STAMP) ## Run the tests that CI runs: about 40 minutes on two cores (ARGS="-k name" selects).
 	@$(if $(CI),ELASTICMOE_REQUIRE=all) $(PYTEST) -m "not soak and not gpu" $(ARGS)
 
 # All of them run, so that one failure does not hide the next.

@@ -30,9 +30,9 @@ SERVERS: dict[str, tuple[Arch, list[str]]] = {
     ),
     "deepseek_v2-ep2": ("deepseek_v2", [*EXPERT_PARALLEL, "--chunked-prefill-size", "96", "--page-size", "16"]),
 }
-"""One server start each, because a start costs most of the time. In every test run there are two: the plain server that
-is the reference of other tests (no overlap schedule, one rank, page size 1, chunks mixed with decoding) and
-deepseek_v2-ep2 (overlap schedule, two ranks, page size 16). The other combinations of these are for `make soak`."""
+"""One server start each, because a start costs most of the time; they are for `make soak`. In every test run there is
+the plain server that is the reference of other tests: no overlap schedule, one rank, page size 1, chunks mixed with
+decoding."""
 
 
 def prompts() -> list[list[int]]:
@@ -53,9 +53,8 @@ def test_the_reference_of_other_tests_equals_transformers(shared: Shared, corpor
         assert case.ids[:NEW_TOKENS] == ids[: len(case.ids)]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "deepseek_v2-ep2" else pytest.mark.soak) for name in SERVERS]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("name", SERVERS)
 def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     arch, args = SERVERS[name]
     model = make_tiny_model(tmp_path / "model", arch=arch)

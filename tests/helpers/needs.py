@@ -50,7 +50,8 @@ def place(item: pytest.Item) -> tuple[int, int, int]:
     if shared is None:
         return NEEDS.index(need), -1, 0
     name, within = (*shared.args, "")[:2]
-    return NEEDS.index(need), SHARED.index(name), _WITHIN.index(within)
+    # The plain server gives the references that tests without a shared server ask for as well, and ends with that.
+    return NEEDS.index(need), -2 if name == "plain" else SHARED.index(name), _WITHIN.index(within)
 
 
 def require(item: pytest.Item, report: pytest.TestReport) -> None:
