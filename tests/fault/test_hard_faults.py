@@ -220,6 +220,10 @@ def test_the_hmm_is_refused_memory(bench: Faulty) -> None:
         pid = bench.server.status()["memory"]["pid"]
         with limited(pid, resource.RLIMIT_AS, address_space(pid)):
             operation = bench.server.scale(4)
+        # Where it ends for want of memory another one takes over, and the next change cleans up first.
+        if operation["phase"] == "failed":
+            settled(lambda: bench.server.status()["memory"]["pid"] != pid, 30, "another HMM takes over")
+        else:
             assert operation["phase"] in ("done", "rolled_back"), operation["error"]
     change(bench.server, 3)
 
