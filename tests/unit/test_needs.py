@@ -52,8 +52,8 @@ def test_tests_of_a_shared_server_are_neighbours() -> None:
     order = [
         item(pytest.mark.process),
         item(pytest.mark.toolchain),
-        item(server),
         item(server, pytest.mark.shared("plain")),
+        item(server),
         item(server, pytest.mark.shared("steady", "first")),
         item(server, pytest.mark.shared("steady")),
         item(server, pytest.mark.shared("steady", "last")),

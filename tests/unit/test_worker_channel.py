@@ -26,7 +26,7 @@ def lines() -> WorkerChannel:
 
 
 def resumed(retiring_rank: int) -> Resumed:
-    return Resumed(rank=1, operation_id="o", retiring_rank=retiring_rank, requests=1, with_kv=0)
+    return Resumed(rank=1, operation_id="o", retiring_rank=retiring_rank, requests=1, with_kv=0, recomputed=0)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
