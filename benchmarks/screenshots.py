@@ -28,6 +28,7 @@ from elasticmoe_sglang.cli.client import ServerClient
 from elasticmoe_sglang.cli.policy import policy_panel
 from elasticmoe_sglang.cli.seen import Seen
 from elasticmoe_sglang.cli.top_view import top_view
+from elasticmoe_sglang.policy.settings import DECISIONS_KEPT
 from elasticmoe_sglang.tiny_model import make_tiny_model
 
 _PATIENCE_S = 120.0
@@ -145,7 +146,7 @@ def _take_terminal(browser: webdriver.Chrome, url: str, out: Path) -> None:
     seen.policy = client.policy_if_any()
     shown: dict[str, tuple[str, RenderableType]] = {
         "top": ("elasticmoe top", top_view(seen, _COLUMNS, height=None)),
-        "policy": ("elasticmoe policy", policy_panel(client.policy(1000), 10)),
+        "policy": ("elasticmoe policy", policy_panel(client.policy(DECISIONS_KEPT), 10)),
     }
     for name, (title, view) in shown.items():
         console = Console(record=True, width=_COLUMNS, file=io.StringIO(), force_terminal=True)

@@ -11,7 +11,7 @@ import msgspec
 
 from elasticmoe_sglang.cli.client import ServerClient, add_server_arguments
 from elasticmoe_sglang.cli.exits import OK
-from elasticmoe_sglang.policy.settings import Autoscale
+from elasticmoe_sglang.policy.settings import DECISIONS_KEPT, Autoscale
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from elasticmoe_sglang.policy.decision import Decision
     from elasticmoe_sglang.policy.view import PolicyView
 
-_KEPT = 1000
 _TEXT = "Show the autoscaling policy of a running server, its last decisions and their reasons, or change its settings."
 _SECONDS = {
     "hold_s": "after a requested change, without actions",
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         return OK
     from rich.console import Console
 
-    Console().print(policy_panel(client.policy(_KEPT), args.decisions))
+    Console().print(policy_panel(client.policy(DECISIONS_KEPT), args.decisions))
     return OK
 
 

@@ -219,7 +219,6 @@ class Coordinator:
                     epoch=ended.epoch,
                     seconds=seconds,
                     requests_resent=ended.resent_requests,
-                    replaced=sorted(set(ended.lost) & set(ended.ranks_after)),
                 )
             )
             logger.warning(

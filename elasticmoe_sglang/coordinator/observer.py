@@ -21,7 +21,6 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
         ranks, epoch: the membership that serves.
         seconds: from the first report of a death until these ranks serve all requests.
         requests_resent: requests of dead ranks that were sent to others.
-        replaced: dead ranks whose columns went to a standby worker instead of the survivors.
     """
 
     dead: list[int]
@@ -29,7 +28,11 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     seconds: float
     requests_resent: int
-    replaced: list[int]
+
+    @property
+    def replaced(self) -> list[int]:
+        """Dead ranks whose columns went to a standby worker instead of the survivors."""
+        return sorted(set(self.dead) & set(self.ranks))
 
 
 class Observer:

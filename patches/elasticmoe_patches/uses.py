@@ -61,12 +61,11 @@ USES: tuple[Use, ...] = (
         "managers.scheduler.Scheduler",
         "_add_request_to_queue() abort_request() handle_generate_request() process_batch_result() flush_cache() "
         "process_input_requests() is_fully_idle() _request_dispatcher= batch_result_processor chunked_prefill_size "
-        "is_mixed_chunk "
         "chunked_req= cur_batch_for_debug= device_module disable_radix_cache enable_overlap grammar_manager "
-        "hisparse_coordinator ipc_channels last_batch= max_req_input_len= max_req_len= max_running_requests= "
-        "max_total_num_tokens= model_config page_size req_to_token_pool request_receiver result_queue running_batch= "
-        "token_to_kv_pool_allocator tp_worker tree_cache waiting_queue= invariant_checker pool_stats_observer "
-        "load_inquirer kv_events_publisher",
+        "hisparse_coordinator ipc_channels is_mixed_chunk last_batch= max_req_input_len= max_req_len= "
+        "max_running_requests= max_total_num_tokens= model_config page_size req_to_token_pool request_receiver "
+        "result_queue running_batch= token_to_kv_pool_allocator tp_worker tree_cache waiting_queue= invariant_checker "
+        "pool_stats_observer load_inquirer kv_events_publisher",
     ),
     *_of(
         "managers.scheduler_components.ipc_channels.SchedulerIpcChannels",

@@ -6,8 +6,7 @@ and some wait in queues when the process is killed. The points at which processe
 "Silence" is the longest time around the fault in which no request received a token, "longest gap" the same of any one
 stream: a stream whose rank was lost also waits until the ranks that are left, whose queues are never empty, have room.
 "Whole again" is when the HMM's ledger equalled the placement and every rank had a living process, counted from the
-fault. A change that is
-`rolled_back` has left the membership as it was; one that has `failed` serves with the new one.
+fault. A change that is `rolled_back` has left the membership as it was; one that has `failed` serves with the new one.
 """
 
 from __future__ import annotations
@@ -270,6 +269,7 @@ def test_killed_in_a_change(bench: Faulty, rows: list[Row], fault: Fault) -> Non
         f"{fault.id}: {operation['phase']}, silence {silence:.2f} s, longest gap {gap:.2f} s, "
         f"whole after {whole_s:.2f} s: {operation['error']}"
     )
+    assert gap < BACK_WITHIN_S
     assert silence < BACK_WITHIN_S
     assert len(no_token_yet) > 1, "nothing was being prefilled or waited in a queue"
     check_end(fault, operation, server.status())

@@ -30,7 +30,7 @@ from tests.helpers.corpus import ask
 from tests.helpers.elastic import RANKS, ElasticServer
 from tests.helpers.faults import SETTLED_WITHIN_S, change, imbalance, whole
 from tests.helpers.footprint import leaves_nothing, rest, to_two
-from tests.helpers.load import Load, Pump, Stream, settled
+from tests.helpers.load import Load, Pump, Stream, settled, silences
 from tests.helpers.record import record
 
 pytestmark = [pytest.mark.server, pytest.mark.soak, pytest.mark.timeout(6000)]
@@ -178,7 +178,7 @@ def test_kills_at_any_time_lose_nothing(server: ElasticServer, arch: Arch, kills
     record("kill-storm", f"{arch}, seed {seed}, {number} kills", found)
     after.check(before)
     leaves_nothing(server, after)
-    # Others wait for a worker that boots, where no standby is left; docs/benchmarks.md says what they cost.
+    # docs/benchmarks.md says what the others cost.
     whole_before = found["silence_when_whole_s"]
     assert whole_before["p99"] <= GAP_P99_S and whole_before["max"] <= GAP_MAX_S, whole_before
 
@@ -214,10 +214,9 @@ def longest_gap(stream: Stream) -> tuple[float, float]:
     return max(((later - earlier, earlier) for earlier, later in pairwise(times)), default=(0.0, 0.0))
 
 
-def silences(streams: list[Stream], kills: list[Kill]) -> list[tuple[float, list[Kill]]]:
+def silences_of(kills: list[Kill], streams: list[Stream]) -> list[tuple[float, list[Kill]]]:
     """Around each kill: seconds in which no stream received a token, and the kills in them; shortest first."""
-    times = sorted(at for stream in streams for at, _ in stream.arrivals)
-    spans = ((later - earlier, [k for k in kills if earlier <= k.at <= later]) for earlier, later in pairwise(times))
+    spans = ((end - begin, [kill for kill in kills if begin <= kill.at <= end]) for begin, end in silences(streams))
     return sorted(((seconds, inside) for seconds, inside in spans if inside), key=lambda each: each[0])
 
 
@@ -229,7 +228,7 @@ def figures(storm: Storm, streams: list[Stream]) -> dict[str, Any]:
             f"gap of {gap:.2f} s from {time.strftime('%X', time.localtime(at))}: {stream}, {len(kills)} kills: {kills}"
         )
     single = [gap for (gap, _, _), kills in zip(longest, kills_in, strict=True) if len(kills) <= 1]
-    silent = silences(streams, storm.kills)
+    silent = silences_of(storm.kills, streams)
     alone = [(seconds, inside[0]) for seconds, inside in silent if len(inside) == 1]
     for seconds, kill in alone[-12:]:
         print(f"{seconds:.2f} s of silence, one kill: {kill}")

@@ -6,7 +6,6 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,8 +111,11 @@ def footprint(server: ElasticServer) -> Footprint:
     lasting = {"main": server.pid, "hmm": status["memory"]["pid"], "rank 0": server.worker_pids()[0]}
     lasting |= {name: pid for pid, name in named(everybody).items() if name != "other"}
     wait_for_hang_ups(server.pid)
-    # Before this test's own client: the HMM closes its side of that a moment later.
     names = {pid: name for name, pid in lasting.items()}
+    memory: Counter[str] = Counter()
+    for process in everybody:
+        memory[names.get(process.pid, process.name())] += proportional_bytes(process.pid)
+    # Before this test's own client: the HMM closes its side of that a moment later.
     descriptors = {name: holdings(pid).descriptors for name, pid in lasting.items()}
     connections = {name: sockets(pid) for name, pid in lasting.items()}
     with HmmClient(endpoint, name="test") as client:
@@ -127,7 +129,7 @@ def footprint(server: ElasticServer) -> Footprint:
         blocks=hmm.blocks,
         transactions=len(hmm.txns),
         clients=len(hmm.clients),
-        memory=sum((memory_of(process, names) for process in everybody), Counter()),
+        memory=memory,
     )
 
 
@@ -160,11 +162,11 @@ def shared_memory(pid: int) -> set[str]:
     return {line.split()[5] for line in maps if "/dev/shm/" in line}
 
 
-def memory_of(process: psutil.Process, names: Mapping[int, str]) -> Counter[str]:
-    rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+def proportional_bytes(pid: int) -> int:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     found = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
     assert found is not None
-    return Counter({names.get(process.pid, process.name()): int(found[1]) << 10})
+    return int(found[1]) << 10
 
 
 def leaves_nothing(server: ElasticServer, footprint: Footprint) -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -343,10 +343,14 @@ def longest_gap(streams: Iterable[Stream], since: float, until: float) -> tuple[
     return longest, statistics.median(gaps) if gaps else 0.0
 
 
+def silences(streams: Iterable[Stream]) -> Iterator[tuple[float, float]]:
+    """Every time (from, until) in which none of the streams received a token."""
+    return itertools.pairwise(sorted(at for stream in streams for at, _ in stream.arrivals))
+
+
 def longest_silence(streams: Iterable[Stream], since: float, until: float) -> float:
-    """Longest time, in seconds, that overlaps [since, until] and in which none of the streams received a token."""
-    times = sorted(at for stream in streams for at, _ in stream.arrivals)
-    spans = (pair for pair in itertools.pairwise(times) if pair[0] <= until and pair[1] >= since)
+    """The longest of them, in seconds, that overlaps [since, until]."""
+    spans = (pair for pair in silences(streams) if pair[0] <= until and pair[1] >= since)
     return max((later - earlier for earlier, later in spans), default=0.0)
 
 

@@ -16,8 +16,10 @@ NEEDS = ("pure", "process", "toolchain", "server")
 """In the order in which they run: the cheap ones first, and SGLang is not imported before `pure` tests are done."""
 DEFAULTS = {"unit": "pure", "contract": "process", "e2e": "server", "gpu": "process"}
 """By folder of tests/. In tests/fault a file says what its tests need."""
-SHARED = ("plain", "steady", "faulty", "site")
-"""Servers that several files share (tests/helpers/shared.py). Tests with servers of their own run before."""
+OWN = ""
+SHARED = ("plain", OWN, "steady", "faulty", "site")
+"""Servers that several files share (tests/helpers/shared.py), in the order in which their tests run; OWN: tests with
+servers of their own. The plain one comes first: it gives the references that those ask for, and ends with that."""
 _WITHIN = ("first", "", "last")
 ENV_REQUIRE = "ELASTICMOE_REQUIRE"
 """`all`: what is missing on this machine fails a test instead of skipping it. Only GPUs may be missing."""
@@ -47,11 +49,8 @@ def place(item: pytest.Item) -> tuple[int, int, int]:
     """Where in the run the test comes; among equals the order is the collected one."""
     [need] = _needs(item)
     shared = item.get_closest_marker("shared")
-    if shared is None:
-        return NEEDS.index(need), -1, 0
-    name, within = (*shared.args, "")[:2]
-    # The plain server gives the references that tests without a shared server ask for as well, and ends with that.
-    return NEEDS.index(need), -2 if name == "plain" else SHARED.index(name), _WITHIN.index(within)
+    name, within = ((*shared.args, "") if shared is not None else (OWN, ""))[:2]
+    return NEEDS.index(need), SHARED.index(name), _WITHIN.index(within)
 
 
 def require(item: pytest.Item, report: pytest.TestReport) -> None:

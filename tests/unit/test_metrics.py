@@ -97,8 +97,7 @@ def recorded(cluster: FakeCluster, target: ScaleTo | RetireRanks) -> Operation:
 
 
 def recovery(dead: list[int], ranks: list[int], seconds: float = 0.5, resent: int = 0) -> Recovery:
-    replaced = sorted(set(dead) & set(ranks))
-    return Recovery(dead=dead, ranks=ranks, epoch=1, seconds=seconds, requests_resent=resent, replaced=replaced)
+    return Recovery(dead=dead, ranks=ranks, epoch=1, seconds=seconds, requests_resent=resent)
 
 
 # ---- the table ----

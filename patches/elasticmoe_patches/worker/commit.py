@@ -207,19 +207,18 @@ def resume_ready(scheduler: Any, worker: Worker) -> None:
     sent_again, worker.recovery.sent_again = worker.recovery.sent_again, []
     for message in sent_again:
         _resume(scheduler, worker, (message, None, []))
-    page = scheduler.page_size
     for retiring_rank in worker.inbox.ready():
         worker.fault_point("resume.before")
         migrated, window = worker.inbox.pop(retiring_rank)
-        placed = [_resume(scheduler, worker, frames, window) for frames in migrated]
-        had_kv = [message.kv_tokens >= page for message, *_ in migrated]
+        with_kv = sum(_resume(scheduler, worker, frames, window) for frames in migrated)
+        had_kv = sum(message.kv_tokens >= scheduler.page_size for message, *_ in migrated)  # only whole pages are kept
         resumed = Resumed(
             rank=worker.rank,
             operation_id=migrated[0][0].operation_id if migrated else "",
             retiring_rank=retiring_rank,
             requests=len(migrated),
-            with_kv=sum(placed),
-            recomputed=sum(had and not kept for had, kept in zip(had_kv, placed, strict=True)),
+            with_kv=with_kv,
+            recomputed=had_kv - with_kv,
         )
         if window is None:
             worker.agent.post(resumed)
