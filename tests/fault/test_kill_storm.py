@@ -178,9 +178,9 @@ def test_kills_at_any_time_lose_nothing(server: ElasticServer, arch: Arch, kills
     record("kill-storm", f"{arch}, seed {seed}, {number} kills", found)
     after.check(before)
     leaves_nothing(server, after)
-    # docs/benchmarks.md says what the others cost.
-    whole_before = found["silence_when_whole_s"]
+    whole_before, single = found["silence_when_whole_s"], found["silence_of_one_kill_s"]
     assert whole_before["p99"] <= GAP_P99_S and whole_before["max"] <= GAP_MAX_S, whole_before
+    assert single["p99"] <= GAP_P99_S and single["max"] <= GAP_MAX_S, single  # missed on two cores: docs/benchmarks.md
 
 
 class Waiting:
