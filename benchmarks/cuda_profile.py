@@ -26,7 +26,8 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.cuda_scaling import Device, Servers, rate, scheduler_of, start_servers
+from benchmarks.cuda_scaling import rate, scheduler_of, start_servers
+from benchmarks.cuda_server import Device, Servers
 from benchmarks.scaling.machine import describe
 from benchmarks.scaling.servers import Instance
 

@@ -11,6 +11,7 @@ exceeds its limit is recorded as such, and the others continue; the JSON is writ
 - static: tokens/s of one rank against plain SGLang without the plugin, batch 1, 16, 64.
 - capacity: tokens/s of 2 ranks of 8 against 2 of 2, and each rank's share of memory.
 - deaths: workers and the HMM are killed while two or four ranks decode; how long streams stop, and whether any is lost.
+- storm: random changes, every other one with a random process killed meanwhile.
 - tokens: float32 tiny model, without graphs: tokens through changes equal those of a server that never changed.
 """
 
@@ -21,12 +22,9 @@ import asyncio
 import itertools
 import json
 import os
-import random
 import re
-import signal
 import statistics
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -37,114 +35,20 @@ from typing import Any
 import aiohttp
 import psutil
 
+from benchmarks.cuda_faults import deaths, storm
+from benchmarks.cuda_server import Device, Servers, fresh, ids, mixed_load, processes_of, resize, standbys, write_shape
 from benchmarks.scaling.machine import describe
 from benchmarks.scaling.servers import Instance
 from benchmarks.streams import Ask, Load, unequal
 from elasticmoe_sglang.tiny_model import make_tiny_model
 
-MODEL = Path(__file__).parent.parent / "configs" / "models" / "qwen3-30b-a3b.json"
 SIZES = (2, 4, 2, 1)
 BATCHES = (1, 16, 64)
 LOADS = {"prefill": (32, 1000, 8), "mixed": (64, 500, 64), "decode": (64, 32, 200)}
 """Closed loops of section growth: requests at a time, prompt tokens, output tokens of each."""
-_REST = {
-    "model_type": "qwen3_moe", "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
-    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "norm_topk_prob": True, "attention_bias": False,
-    "decoder_sparse_step": 1, "mlp_only_layers": [], "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16",
-}  # fmt: skip
 _AROUND_S = 0.3
-DEATHS: tuple[tuple[int, tuple[int | str, ...]], ...] = (
-    (4, (3,)), (4, ("HMM",)), (4, (1, 2)), (2, (0,)), (2, (0, 1)), (2, ("HMM", 1)),
-)  # fmt: skip
-"""The number of ranks, and who is killed together, in section deaths: by place among the active ranks, which need not
-be 0, 1, 2 after an earlier death."""
+GAP_BEYOND_S = 0.02
 FIRST_USE = re.compile(r"rank (\d+): a kernel was loaded while serving: (.*)")
-PROMPTS = (32, 200, 1000, 60, 2000, 400)
-"""Lengths of prompts under which sizes change."""
-
-
-def write_shape(folder: Path, layers: int) -> Path:
-    """A model folder with a config and nothing else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads(MODEL.read_text()) | _REST | {"num_hidden_layers": layers}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-class Device:
-    """Used bytes of GPU 0, sampled ten times per second (NVML, all processes together)."""
-
-    def __init__(self) -> None:
-        import pynvml
-
-        pynvml.nvmlInit()
-        self._nvml = pynvml
-        self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        self.name = str(pynvml.nvmlDeviceGetName(self._handle))
-        self.samples: list[tuple[float, int]] = []
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def used(self) -> int:
-        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
-
-    def _run(self) -> None:
-        while True:
-            self.samples.append((time.monotonic(), self.used()))
-            time.sleep(0.1)
-
-    def peak(self, since: float, until: float) -> int:
-        return max(used for at, used in self.samples if since - 0.2 <= at <= until + 0.2)
-
-
-class Servers:
-    """All servers of a run, started at once; `get` waits for one."""
-
-    def __init__(self, stack: AsyncExitStack, settings: argparse.Namespace) -> None:
-        self._stack = stack
-        self._settings = settings
-        self._starting: dict[str, asyncio.Task[Instance]] = {}
-        self.boots: dict[str, float | str] = {}
-
-    def start(
-        self, name: str, args: Sequence[str], *, plain: bool = False, env: Mapping[str, str] | None = None
-    ) -> None:
-        common = [
-            *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--disable-prefill-cuda-graph"),
-            *("--max-total-tokens", str(self._settings.kv_tokens), "--context-length", "4096"),
-            *("--skip-server-warmup", "--random-seed", "1", "--mem-fraction-static", "0.9"),
-        ]
-        log = self._settings.logs / f"{name}.log"
-        instance = Instance(
-            [*args, *common], plain=plain, generation=0, size=1, log=log, start_timeout_s=self._settings.boot_s, env=env
-        )
-        self._starting[name] = asyncio.ensure_future(self._boot(name, instance))
-
-    async def _boot(self, name: str, instance: Instance) -> Instance:
-        try:
-            entered = await self._stack.enter_async_context(instance)
-        except BaseException as error:
-            self.boots[name] = str(error)[-1500:]
-            raise
-        self.boots[name] = round(instance.boot_s, 1)
-        print(f"{name}: up after {instance.boot_s:.1f} s", flush=True)
-        return entered
-
-    async def get(self, name: str) -> Instance:
-        return await asyncio.shield(self._starting[name])  # a section that is abandoned does not end the server
-
-    async def settled(self) -> None:
-        """No server boots any more: from here on, measurements have the machine to themselves."""
-        await asyncio.wait(self._starting.values())
-
-
-def ids(seed: int, length: int = 32) -> tuple[int, ...]:
-    return tuple((seed * 7919 + 31 * i) % 1000 + 5 for i in range(length))
-
-
-def fresh(seed: int, length: int) -> tuple[int, ...]:
-    """A prompt that shares no prefix with another seed's, so that no cache answers for it."""
-    dice = random.Random(seed)
-    return tuple(dice.randrange(10, 100_000) for _ in range(length))
 
 
 async def rate(session: aiohttp.ClientSession, batch: int, tokens: int, number: int) -> float:
@@ -158,12 +62,6 @@ async def rate(session: aiohttp.ClientSession, batch: int, tokens: int, number: 
     count = sum(len(answer["output_ids"]) for answer in answers)
     assert count == batch * tokens, f"{count} tokens, not {batch * tokens}"
     return count / seconds
-
-
-def processes_of(instance: Instance) -> list[psutil.Process]:
-    assert instance.pid is not None
-    main = psutil.Process(instance.pid)
-    return [main, *main.children(recursive=True)]
 
 
 def scheduler_of(instance: Instance) -> psutil.Process:
@@ -252,18 +150,20 @@ async def change(instance: Instance, load: Load, size: int, device: Device) -> d
     await asyncio.sleep(1.0)
     if operation.get("phase") != "done":
         raise RuntimeError(f"the change to {size} ended as {json.dumps(operation)[:1500]}")
-    gaps, late = [], []
+    gaps: list[float] = []
+    late: list[float] = []  # beyond three times the stream's median and 20 ms
     for record in load.records:
         inside = [gap for at, gap in record.gaps() if at >= started and at - gap <= ended + _AROUND_S]
         calm = [gap for at, gap in record.gaps() if at < started or at - gap > ended + _AROUND_S]
         if inside and len(calm) >= 8:
             gaps.append(max(inside) * 1e3)
-            late.append(max(inside) - 3 * statistics.median(calm) - 0.05)
+            late.append((max(inside) - 3 * statistics.median(calm) - GAP_BEYOND_S) * 1e3)
     flow = {
         "before": tokens_between(load, before - 1.0, before),
         "during": tokens_between(load, started, ended),
         "after": tokens_between(load, ended, ended + 1.0),
     }
+    steady = ((before - 1.0, before - 0.5), (time.monotonic() - 0.4, time.monotonic()))
     pauses = [pause for rank, pause in operation["pause_ms"].items() if int(rank) in operation["ranks_after"]]
     return {
         "from": operation["old_ep_size"],
@@ -271,13 +171,14 @@ async def change(instance: Instance, load: Load, size: int, device: Device) -> d
         "seconds": round(ended - started, 3),
         "timings": operation["timings"],
         "pauses_ms": [round(pause, 2) for pause in pauses],
+        "streams": len(gaps),
         "longest_gap_ms": round(max(gaps), 1) if gaps else None,
-        "gap_beyond_limit_ms": round(max(late) * 1e3, 1) if late else None,
+        "beyond_limit_ms": [round(beyond, 1) for beyond in sorted(late)],
         "tokens_per_s": flow,
         "moved_requests": operation["moved_requests"],
         "columns_moved": operation["columns_moved"],
         "bytes_moved": operation["bytes_moved"],
-        "peak_over_before": round(device.peak(started, ended) / device.peak(before - 1.0, before - 0.5), 4),
+        "peak_over_larger": round(device.peak(started, ended) / max(device.peak(*at) for at in steady), 4),
         "lost": len(load.lost),
     }
 
@@ -288,33 +189,15 @@ def tokens_between(load: Load, since: float, until: float) -> float:
     return round(count / max(until - since, 1e-3), 1)
 
 
-async def standbys(instance: Instance, wanted: int, limit_s: float) -> float:
-    """Wait until that many standbys are ready; returns the seconds it took."""
-    started = time.monotonic()
-    while time.monotonic() - started < limit_s:
-        status = await status_of(instance)
-        if sum(rank["state"] == "standby" for rank in status["ranks"]) >= wanted:
-            return round(time.monotonic() - started, 1)
-        await asyncio.sleep(0.2)
-    raise RuntimeError(f"no {wanted} standbys within {limit_s:.0f} s: {json.dumps(status)[:800]}")
-
-
 async def changes(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
     instance = await servers.get("elastic-4")
-    load = Load(
-        instance.client,
-        lambda lane, n: Ask(
-            key="",
-            prompt=fresh(lane * 1_000_003 + n, PROMPTS[(lane + n) % len(PROMPTS)]),
-            tokens=settings.stream_tokens,
-        ),
-    )
+    load = mixed_load(instance, settings)
     lanes = asyncio.ensure_future(load.run(settings.streams))
     rows = record["rows"] = []
     try:
         for repetition in range(settings.repetitions):
             for before, size in zip((1, *SIZES), SIZES, strict=False):
-                waited = await standbys(instance, size - before, settings.section_s)
+                waited = await standbys(instance, size - before, settings)
                 row = {"repetition": repetition, "waited_for_standbys_s": waited}
                 rows.append(row | await change(instance, load, size, device))
                 print(json.dumps(rows[-1]), flush=True)
@@ -324,6 +207,38 @@ async def changes(servers: Servers, settings: argparse.Namespace, record: dict[s
         record["lost"] = [lost.failure for lost in load.lost]
         record["requests"] = len(load.records)
         record["first_uses"] = first_uses(instance)
+        record["summary"] = summary_of(rows)
+
+
+def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Up and down apart: seconds, pauses, gaps, flow and memory, each against its target."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, part in (
+        ("up", [row for row in rows if row["to"] > row["from"]]),
+        ("down", [row for row in rows if row["to"] < row["from"]]),
+    ):
+        if not part:
+            continue
+        pauses = [max(row["pauses_ms"]) for row in part if row["pauses_ms"]]
+        beyond = sorted(each for row in part for each in row["beyond_limit_ms"])
+        flow = [row["tokens_per_s"]["during"] / row["tokens_per_s"]["before"] for row in part]
+        found[name] = {
+            "n": len(part),
+            "seconds": {
+                "median": statistics.median(row["seconds"] for row in part),
+                "most": max(row["seconds"] for row in part),
+            },
+            "pause_ms": {"median": statistics.median(pauses), "most": max(pauses)},
+            "longest_gap_ms": {
+                "median": statistics.median(row["longest_gap_ms"] for row in part),
+                "most": max(row["longest_gap_ms"] for row in part),
+            },
+            "streams_within_gap_limit": round(sum(each <= 0 for each in beyond) / max(1, len(beyond)), 4),
+            "beyond_limit_p99_ms": beyond[int(0.99 * (len(beyond) - 1))] if beyond else None,
+            "during_over_before": {"median": round(statistics.median(flow), 3), "least": round(min(flow), 3)},
+            "peak_over_larger": max(row["peak_over_larger"] for row in part),
+        }
+    return found
 
 
 def first_uses(instance: Instance) -> dict[str, dict[str, int]]:
@@ -333,71 +248,6 @@ def first_uses(instance: Instance) -> dict[str, dict[str, int]]:
         names = found.setdefault(rank, {})
         names[kernel] = names.get(kernel, 0) + 1
     return found
-
-
-async def deaths(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
-    instance = await servers.get("elastic-4")
-    load = Load(
-        instance.client,
-        lambda lane, n: Ask(key="", prompt=fresh(lane * 1_000_003 + n, 32), tokens=settings.stream_tokens),
-    )
-    lanes = asyncio.ensure_future(load.run(settings.streams))
-    rows = record["rows"] = []
-    try:
-        for size, victims in DEATHS:
-            await resize(instance, size, settings.section_s)
-            waited = await standbys(instance, 4 - size, settings.section_s)
-            rows.append({"waited_for_standbys_s": waited} | await kill(instance, load, victims))
-            print(json.dumps(rows[-1]), flush=True)
-    finally:
-        load.stop()
-        await lanes
-        record["lost"] = [lost.failure for lost in load.lost]
-        record["requests"] = len(load.records)
-
-
-async def status_of(instance: Instance) -> dict[str, Any]:
-    async with (
-        aiohttp.ClientSession(instance.url) as session,
-        session.get("/elastic_ep/status", timeout=aiohttp.ClientTimeout(total=10)) as response,
-    ):
-        status: dict[str, Any] = await response.json()
-        return status
-
-
-async def kill(instance: Instance, load: Load, victims: tuple[int | str, ...]) -> dict[str, Any]:
-    """SIGKILL to the workers of some ranks, or to the HMM, at once; waits until the server is whole again."""
-    await asyncio.sleep(1.0)
-    before = await status_of(instance)
-    hmm = int(before["memory"]["pid"])
-    pids = {rank["rank"]: int(rank["pid"]) for rank in before["ranks"] if rank["state"] == "active"}
-    ranks = sorted(pids)
-    victims = tuple(victim if victim == "HMM" else ranks[int(victim)] for victim in victims)
-    at = time.monotonic()
-    for victim in victims:
-        os.kill(hmm if victim == "HMM" else pids[int(victim)], signal.SIGKILL)
-    while True:
-        status = await status_of(instance)
-        active = {rank["rank"]: rank["pid"] for rank in status["ranks"] if rank["state"] == "active"}
-        dead = {pids[int(victim)] for victim in victims if victim != "HMM"}
-        survived = not dead or (status["epoch"] > before["epoch"] and not dead & set(active.values()))
-        remembered = status["memory"]["available"] and ("HMM" not in victims or status["memory"]["pid"] != hmm)
-        if survived and remembered and set(active) == set(status["membership"]):
-            break
-        if time.monotonic() - at > 60:
-            raise RuntimeError(f"not whole 60 s after {victims} died: {json.dumps(status)[:1500]}")
-        await asyncio.sleep(0.02)
-    whole = time.monotonic()
-    await asyncio.sleep(1.0)
-    gaps = [max((gap for t, gap in each.gaps() if t >= at and t - gap <= whole), default=0.0) for each in load.records]
-    return {
-        "killed": list(victims),
-        "ranks_before": ranks,
-        "ranks_after": status["membership"],
-        "whole_s": round(whole - at, 3),
-        "longest_gap_ms": round(max(gaps) * 1e3, 1),
-        "lost": len(load.lost),
-    }
 
 
 async def closed_loop(instance: Instance, load: tuple[int, int, int], rounds: int, seed: int) -> dict[str, Any]:
@@ -464,28 +314,13 @@ async def growth(servers: Servers, settings: argparse.Namespace, record: dict[st
     rows = record["rows"] = []
     for repetition in range(settings.growth_repetitions):
         for size in (1, 2, 4):
-            await resize(instance, size, settings.section_s)
+            await resize(instance, size, settings)
             for index, (name, load) in enumerate(LOADS.items()):
                 seed = ((repetition * 8 + size) * len(LOADS) + index) * 1_000_003
                 found = await closed_loop(instance, load, settings.growth_rounds, seed)
                 rows.append({"repetition": repetition, "ranks": size, "load": name, **found})
                 print(json.dumps(rows[-1]), flush=True)
-        await resize(instance, 1, settings.section_s)
-
-
-async def resize(instance: Instance, size: int, limit_s: float) -> None:
-    """Change to `size` ranks, with enough warm standbys, unless the server has that size."""
-    now = (await status_of(instance))["ep_size"]
-    if now == size:
-        return
-    await standbys(instance, size - now, limit_s)
-    async with (
-        aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session,
-        session.post("/scale_elastic_ep", json={"new_ep_size": size, "wait": True}) as response,
-    ):
-        operation = await response.json()
-    if operation.get("phase") != "done":
-        raise RuntimeError(f"the change to {size} ended as {json.dumps(operation)[:1500]}")
+        await resize(instance, 1, settings)
 
 
 async def static(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
@@ -509,7 +344,7 @@ async def tokens(servers: Servers, settings: argparse.Namespace, record: dict[st
     try:
         record["changes"] = rows = []
         for before, size in zip((1, *SIZES), SIZES, strict=False):
-            await standbys(instance, size - before, settings.section_s)
+            await standbys(instance, size - before, settings)
             rows.append((await change(instance, moving, size, device))["to"])
     finally:
         moving.stop()
@@ -526,6 +361,7 @@ SECTIONS: dict[str, Section] = {
     "static": static,
     "capacity": capacity,
     "deaths": deaths,
+    "storm": storm,
     "tokens": tokens,
 }
 
@@ -542,8 +378,9 @@ def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) 
         sizes = ["--ep-size", str(first), "--max-ep-size", str(ranks), "--ranks-per-device", str(ranks)]
         servers.start(name, [*sizes, "--standbys", str(max(ready, first)), *args], env=env)
 
-    if {"changes", "growth", "deaths"} & set(settings.sections):
-        elastic("elastic-4", 1, 4, settings.standbys, *dummy, *graphs)
+    if {"changes", "growth", "deaths", "storm"} & set(settings.sections):
+        hot = ["--hot-standbys", str(settings.hot_standbys)]
+        elastic("elastic-4", 1, 4, settings.standbys, *dummy, *graphs, *hot)
     if "static" in settings.sections:
         elastic("elastic-1-of-2", 1, 2, 0, *dummy, *graphs, *whole)
         servers.start("plain", [*dummy, *graphs], plain=True)
@@ -554,7 +391,14 @@ def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) 
         tiny = str(make_tiny_model(folder / "tiny", arch="qwen3_moe"))
         flags = ["--model-path", tiny, "--dtype", "float32", "--skip-tokenizer-init", "--disable-cuda-graph"]
         # SGLang's own fused operators take no float32.
-        elastic("tiny-4", 1, 4, 3, *flags, env={"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"})
+        hot = ["--hot-standbys", str(settings.hot_standbys)]
+        elastic("tiny-4", 1, 4, 3, *flags, *hot, env={"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"})
+
+
+def command_line() -> str:
+    """The arguments, without where the results go."""
+    places = {index + offset for index, word in enumerate(sys.argv) if word in ("--out", "--logs") for offset in (0, 1)}
+    return " ".join(word for index, word in enumerate(sys.argv) if index > 0 and index not in places)
 
 
 async def run(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -562,7 +406,7 @@ async def run(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "device": device.name,
         "machine": describe(),
-        "command": " ".join(sys.argv),
+        "command": f"python -m benchmarks.cuda_scaling {command_line()}",
         "settings": {name: value for name, value in vars(settings).items() if not isinstance(value, Path)},
         "boot_s": {},
         "sections": {},
@@ -593,8 +437,10 @@ def show(result: dict[str, Any]) -> None:
         print(
             f"{row['from']} -> {row['to']}: {row['seconds']:6.2f} s, pause {pauses:6.1f} ms, longest gap "
             f"{row['longest_gap_ms']} ms, tokens/s {flow['before']} / {flow['during']} / {flow['after']}, "
-            f"peak x {row['peak_over_before']}"
+            f"peak x {row['peak_over_larger']}"
         )
+    for name, summary in result["sections"].get("changes", {}).get("summary", {}).items():
+        print(name, json.dumps(summary))
     for name in ("static", "capacity"):
         for row in result["sections"].get(name, {}).get("rows", []):
             ours, theirs = (statistics.median(row[f"{which}_tokens_per_s"]) for which in ("first", "second"))
@@ -623,8 +469,11 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--stream-tokens", type=int, default=400)
     parser.add_argument("--standbys", type=int, default=3)
+    parser.add_argument("--hot-standbys", type=int, default=0, help="kept booted; 0 measures joining by a boot")
     parser.add_argument("--tokens", type=int, default=128, help="of each request in static and capacity")
     parser.add_argument("--rounds", type=int, default=7, help="of each batch in static and capacity")
+    parser.add_argument("--storm", type=int, default=50, help="random changes in section storm")
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--boot-s", type=float, default=300.0)
     parser.add_argument("--section-s", type=float, default=240.0)
     parser.add_argument("--impatient", action="store_true", help="measure while other servers still start")

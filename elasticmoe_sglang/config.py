@@ -13,6 +13,8 @@ from elasticmoe_sglang.policy.settings import PolicySettings, changed, check_siz
 from elasticmoe_sglang.units import parse_bytes
 
 FLAG_PREFIX = "--elasticmoe-"
+AUTO = "auto"
+_LEAST_HEADROOM = "0.01"
 _ENDPOINT_SCHEMES = ("ipc://", "tcp://")
 
 
@@ -53,8 +55,14 @@ class ElasticConfig:
     device_budget: int | None = None
     """Bytes of each device that the HMM may allocate. None: all its memory."""
 
-    headroom: str = "0.01"
-    """Memory of each device that KV caches leave unused: a fraction of its budget like 0.02, or a size like 2GiB."""
+    headroom: str = AUTO
+    """Memory of each device that KV caches leave unused: a fraction of its budget like 0.02, or a size like 2GiB.
+    auto: on GPUs what SGLang leaves free beside its own pool for activations and graphs, for each rank of the device;
+    elsewhere 0.01."""
+
+    hot_standbys: int = 0
+    """Inactive ranks for which a worker is kept booted, so that joining takes no boot. A retiring rank's worker becomes
+    one instead of ending while there are fewer; others are booted in the background."""
 
     kv_tokens: int | None = None
     """Upper limit of one rank's KV tokens. None: SGLang's --max-total-tokens, or else the device's memory."""
@@ -98,6 +106,7 @@ class ElasticConfig:
         _at_least(self, "max_ep_size", 1)
         _at_least(self, "ranks_per_device", 1)
         _at_least(self, "standbys", 0)
+        _at_least(self, "hot_standbys", 0)
         _at_least(self, "window_bytes", 4096)
         for name in ("device_budget", "pull_bandwidth", "kv_tokens"):
             if getattr(self, name) is not None:
@@ -145,10 +154,11 @@ class ElasticConfig:
 
     def headroom_bytes(self, budget: int) -> int:
         """Bytes of a device of `budget` bytes that KV caches leave unused."""
+        text = _LEAST_HEADROOM if self.headroom == AUTO else self.headroom
         try:
-            share = float(self.headroom)
+            share = float(text)
         except ValueError:
-            return parse_bytes(self.headroom)
+            return parse_bytes(text)
         if 0 <= share < 1:
             return int(budget * share)
         if share.is_integer() and share > 0:
@@ -266,6 +276,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         "Bind workers to the cores of their device, on the CPU: off, auto, or sets like 0-3;4-7. Default: off.",
     )
     add("standbys", int, "N", f"Standby workers kept ready for joining ranks. Default: {defaults['standbys']}.")
+    add(
+        "hot_standbys",
+        int,
+        "N",
+        f"Inactive ranks whose worker is kept booted; it joins without a boot. Default: {defaults['hot_standbys']}.",
+    )
     add("restore", _on_off, "on|off", "Bring lost ranks back as soon as a standby worker is ready. Default: on.")
     add("hmm_endpoint", str, "ENDPOINT", "Use the HMM at this endpoint (ipc://PATH) instead of starting one.")
     add(
@@ -274,7 +290,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         "SIZE",
         "Memory of each device that the HMM may allocate, like 2GiB. Default: all of it.",
     )
-    add("headroom", str, "SIZE", "Memory of a device that KV caches leave unused: 0.02 or 2GiB. Default: 0.01.")
+    add("headroom", str, "SIZE", "Memory of a device that KV caches leave unused: 0.02 or 2GiB. Default: auto.")
     add("kv_tokens", int, "N", "Upper limit of one rank's KV tokens. Default: none.")
     add("run_dir", str, "DIR", "Folder for the sockets (mode 0700). Keep the path short. Default: a new one.")
     add(

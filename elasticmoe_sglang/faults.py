@@ -31,6 +31,8 @@ POINTS = (
     "barrier.after",
     "retire.sending",  # a retiring rank is about to send its requests
     "retire.sent",
+    "hot.joining",  # a hot standby was told to join, and has its columns
+    "hot.parking",  # a rank that has retired is about to become a hot standby
     "resume.before",  # a survivor is about to resume a retiring rank's requests
 )
 

@@ -44,7 +44,7 @@ _VLLM_PHASES = {
     Phase.FAILED: "failed",
     Phase.ROLLED_BACK: "failed",
 }
-_AT_REST = (RankState.STANDBY, RankState.STARTING, RankState.INACTIVE)
+_AT_REST = (RankState.HOT, RankState.STANDBY, RankState.STARTING, RankState.INACTIVE)
 
 
 class ElasticEp:

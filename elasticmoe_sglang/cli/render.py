@@ -16,6 +16,7 @@ from elasticmoe_sglang.units import format_bytes
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 _RANK_STYLES = {
     RankState.ACTIVE: "green",
+    RankState.HOT: "bright_cyan",
     RankState.STANDBY: "cyan",
     RankState.STARTING: "yellow",
     RankState.JOINING: "yellow",

@@ -57,6 +57,8 @@ class WorkerState(IntEnum):
     RETIRING   migrates its requests to the survivors
        | the process ends, here or in any other state
     STANDBY    (a worker that is killed leaves its last state behind: `ControlPage.alive` tells)
+
+    HOT        booted, no member: from STARTING, or from RETIRING instead of ending; goes on to JOINING
     """
 
     STANDBY = 0
@@ -64,6 +66,7 @@ class WorkerState(IntEnum):
     JOINING = 2
     ACTIVE = 3
     RETIRING = 4
+    HOT = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,6 +140,11 @@ class Coordinator:
         return self._engine.idle and not self._closed
 
     @property
+    def at_rest(self) -> bool:
+        """As `idle`, no lost rank waits to be brought back, and a standby worker is ready."""
+        return self.idle and self._engine.at_rest
+
+    @property
     def last(self) -> Operation | None:
         """The latest operation that has ended."""
         ended = (operation for operation in self._newest_first() if operation.phase.ended)

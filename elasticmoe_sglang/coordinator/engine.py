@@ -135,6 +135,11 @@ class Engine:
         return free and not self._closing and not owed
 
     @property
+    def at_rest(self) -> bool:
+        """Idle, the last target serves, and a standby worker is ready."""
+        return self.idle and not self.missing() and self._standbys > 0
+
+    @property
     def target_ranks(self) -> tuple[int, ...]:
         """The ranks of the last target, ascending; those that were lost since are restored."""
         return self._goal

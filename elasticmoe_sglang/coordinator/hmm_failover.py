@@ -60,7 +60,8 @@ class HmmFailover:
 
     async def tidy(self) -> int:
         """Release memory that no rank uses, while no change runs. Returns the number of blocks."""
-        return await asyncio.to_thread(release_leftovers, self._hmm, self._coordinator.view, self._config)
+        hot = self._workers.hot.ranks
+        return await asyncio.to_thread(release_leftovers, self._hmm, self._coordinator.view, self._config, hot=hot)
 
     def _look(self) -> bool:
         if self._hmm.attached_to() == self._instance:

@@ -34,6 +34,7 @@ class KvBalancer:
         self._hmm = hmm
         self._resize_s = resize_s
         self._shapes: dict[int, KvShape] = {}
+        self._boot_chunks = 0
         self._chunks: dict[int, int] = {}
         self._resizes = 0
         self._busy = asyncio.Lock()
@@ -49,6 +50,21 @@ class KvBalancer:
                 cap_tokens=state.cap_tokens,
             )
             self._chunks[rank] = state.chunks
+            self._boot_chunks = state.boot_chunks
+
+    def expect(self, rank: int) -> int:
+        """A hot standby boots for this rank: its KV counts from now on. Returns its chunks."""
+        self.forget(rank)
+        if not self._shapes:
+            return 0
+        self._shapes[rank] = next(iter(self._shapes.values()))
+        self._chunks[rank] = self._boot_chunks
+        return self._boot_chunks
+
+    def resized(self, rank: int, chunks: int) -> None:
+        """A rank that is not active has so many chunks now."""
+        if rank in self._shapes:
+            self._chunks[rank] = chunks
 
     def forget(self, rank: int) -> None:
         """The rank's worker has exited."""
@@ -69,24 +85,20 @@ class KvBalancer:
         """The least KV a rank needs, of the rank that needs most."""
         return max((shape.least_chunks * shape.chunk_bytes for shape in self._shapes.values()), default=0)
 
-    async def shrink_kv(
-        self, plan: TransitionPlan, *, ranks: Sequence[int], joining: Sequence[int], retiring: Sequence[int] = ()
-    ) -> dict[int, int]:
+    async def shrink_kv(self, plan: TransitionPlan, *, ranks: Sequence[int], joining: Sequence[int]) -> dict[int, int]:
         """Shrink survivors' KV so that old and new columns fit at the same time.
 
         Args:
-            ranks: the active ranks after the change; joining: those of them that boot for it.
-            retiring: ranks that keep their KV until the change has ended.
+            ranks: the active ranks after the change; joining: those of them that boot for it. Others keep their KV
+                until the change has ended: retiring ranks and hot standbys.
 
         Returns:
             Chunks for each joining rank to start with.
         """
         async with self._busy:
-            return await self._shrink_kv(plan, ranks, joining, retiring)
+            return await self._shrink_kv(plan, ranks, joining)
 
-    async def _shrink_kv(
-        self, plan: TransitionPlan, ranks: Sequence[int], joining: Sequence[int], retiring: Sequence[int]
-    ) -> dict[int, int]:
+    async def _shrink_kv(self, plan: TransitionPlan, ranks: Sequence[int], joining: Sequence[int]) -> dict[int, int]:
         if not self._shapes:
             return {}
         shape = next(iter(self._shapes.values()))
@@ -102,7 +114,7 @@ class KvBalancer:
                 weights=weights_of(usage) + self._incoming(plan, usage, status, joining),
                 others=others_of(usage),
                 ranks=here,
-                held=sum(self._bytes(rank) for rank in self._on(usage.device, retiring)),
+                held=self._held_besides(usage.device, ranks),
             )
             wanted |= {rank: max(share, shape.least_chunks) for rank, share in device.targets(shape).items()}
         staying = [rank for rank in wanted if rank in self._chunks and rank not in joining]
@@ -149,6 +161,7 @@ class KvBalancer:
                 granularity=status.granularity,
                 ranks=here,
                 owners=view.owners,
+                held=self._held_besides(usage.device, view.ranks),
             )
             shares = {}
             for rank in here:
@@ -170,11 +183,12 @@ class KvBalancer:
             if isinstance(result, BaseException):
                 raise result
 
-    async def drop(self, ranks: Iterable[int]) -> None:
-        """Release the HMM memory of ranks whose workers have exited."""
+    async def drop(self, ranks: Iterable[int], *, settled: bool = False) -> None:
+        """Release the HMM memory of ranks whose workers have exited; with `settled` only what is of no transaction."""
         for rank in ranks:
             self.forget(rank)
-            blocks = await asyncio.to_thread(self._hmm.lookup, kind="kv", rank=rank)
+            found = await asyncio.to_thread(self._hmm.lookup, kind="kv", rank=rank)
+            blocks = [block for block in found if block.txn is None or not settled]
             if blocks:
                 await asyncio.to_thread(self._hmm.release, [block.block_id for block in blocks])
 
@@ -185,6 +199,10 @@ class KvBalancer:
 
     def _on(self, device: int, ranks: Iterable[int]) -> list[int]:
         return [rank for rank in ranks if self._config.device_of(rank) == device]
+
+    def _held_besides(self, device: int, ranks: Sequence[int]) -> int:
+        """Bytes of KV on the device of other ranks than these."""
+        return sum(self._bytes(rank) for rank in self._on(device, self._chunks) if rank not in ranks)
 
     def _bytes(self, rank: int) -> int:
         return self._chunks[rank] * self._shapes[rank].chunk_bytes if rank in self._chunks else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.status import DeviceMemory, MemoryStatus
@@ -82,8 +82,11 @@ def drop_kv(client: HmmClient) -> int:
     return len(blocks)
 
 
-def release_leftovers(client: HmmClient, view: View, config: ElasticConfig) -> int:
+def release_leftovers(client: HmmClient, view: View, config: ElasticConfig, *, hot: Collection[int] = ()) -> int:
     """Release what no rank uses: weights of an earlier server or change, and KV of inactive ranks.
+
+    Args:
+        hot: inactive ranks with a hot standby, which has KV and maps its device's dense block.
 
     Returns:
         Number of released blocks.
@@ -93,9 +96,10 @@ def release_leftovers(client: HmmClient, view: View, config: ElasticConfig) -> i
         for block in client.lookup(kind="column")
         if block.column is not None and config.device_of(view.owners[block.column]) != block.device
     ]
-    devices = {config.device_of(rank) for rank in view.ranks}
+    staying = (*view.ranks, *hot)
+    devices = {config.device_of(rank) for rank in staying}
     dense = [block.block_id for block in client.lookup(kind="dense") if block.device not in devices]
-    kv = [block.block_id for block in client.lookup(kind="kv") if block.rank not in view.ranks]
+    kv = [block.block_id for block in client.lookup(kind="kv") if block.rank not in staying]
     leftovers = [*columns, *dense, *kv]
     if leftovers:
         client.release(leftovers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -13,7 +14,7 @@ from elasticmoe_sglang.coordinator.worker_channel import WorkerChannel
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.wire.to_coordinator import Hello, Retired
 from elasticmoe_sglang.wire.to_imm import Population
-from elasticmoe_sglang.wire.to_worker import ReleaseMigrated, Resumed
+from elasticmoe_sglang.wire.to_worker import MapMigrated, ReleaseMigrated, Resumed
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +53,21 @@ async def migrate(channel: WorkerChannel, fences: OutputFences, retired: Retired
     Raises:
         WorkerError: the rank's last output did not arrive in time, or requests are missing at survivors.
     """
+    began = time.monotonic()
+    for survivor, chunks in retired.kv_chunks.items():
+        if chunks:  # mapped while the last output is on its way
+            request = MapMigrated(operation_id=retired.operation_id, retiring_rank=retired.rank, kv_chunks=chunks)
+            with contextlib.suppress(WorkerError):  # it has died, which shows below
+                await channel.tell_worker(survivor, request)
     if not await fences.wait(retired.operation_id, [retired.rank]):
         raise WorkerError("its last output did not arrive in time", rank=retired.rank, operation=retired.operation_id)
+    passed = time.monotonic()
     with_kv = recomputed = 0
 
     async def resumed(survivor: int, migrated: int) -> int:
         nonlocal with_kv, recomputed
-        chunks = retired.kv_chunks.get(survivor, ())
-        release = ReleaseMigrated(operation_id=retired.operation_id, retiring_rank=retired.rank, kv_chunks=chunks)
+        mapped = bool(retired.kv_chunks.get(survivor))
+        release = ReleaseMigrated(operation_id=retired.operation_id, retiring_rank=retired.rank, mapped=mapped)
         try:
             await channel.tell_worker(survivor, release)
             message = await channel.wait_for(
@@ -78,7 +86,14 @@ async def migrate(channel: WorkerChannel, fences: OutputFences, retired: Retired
     total = sum(retired.migrated.values())
     lost = total - sum(await asyncio.gather(*(resumed(*item) for item in retired.migrated.items())))
     logger.info(
-        "rank %d migrated %d requests, %d with their KV (%d tokens)", retired.rank, total, with_kv, retired.kv_tokens
+        "rank %d migrated %d requests, %d with their KV (%d tokens): its output had passed after %.0f ms, they ran "
+        "again after %.0f ms",
+        retired.rank,
+        total,
+        with_kv,
+        retired.kv_tokens,
+        (passed - began) * 1e3,
+        (time.monotonic() - began) * 1e3,
     )
     if lost:
         raise WorkerError(
@@ -95,6 +110,8 @@ def snapshot(
     population: Population,
     joining: Collection[int],
     retiring: Collection[int],
+    hot: Collection[int],
+    booting: Collection[int],
     hellos: Mapping[int, Hello],
     first_uses: Mapping[int, int],
     kv: Callable[[int], tuple[int, int, int]],
@@ -103,6 +120,7 @@ def snapshot(
     """All ranks, ascending. Standby workers are shown at the lowest inactive ranks, ready ones first.
 
     Args:
+        hot: inactive ranks whose worker waits to join; booting: those for which one boots.
         active: the committed membership; pids: rank -> pid of its worker; population: for the standby workers.
         hellos: each worker's report of its boot.
         first_uses: how many kernels each has loaded since.
@@ -123,6 +141,10 @@ def snapshot(
             state = RankState.JOINING
         elif rank in active:
             state = RankState.ACTIVE
+        elif rank in hot:
+            state = RankState.HOT
+        elif rank in booting and pid is not None:
+            state = RankState.STARTING
         else:
             state, pid = next(waiting, (RankState.INACTIVE, None))
         hello = hellos.get(rank)

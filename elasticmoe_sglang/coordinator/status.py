@@ -33,12 +33,13 @@ class Phase(str, Enum):
 class RankState(str, Enum):
     """State of a rank as the coordinator reports it; `comm.control_page.WorkerState` is what a worker records itself.
 
-    active: serves requests. joining, retiring: its worker takes part in the change that is running. standby: inactive,
-    and a standby worker is ready for it. starting: the same, but that worker still imports what it needs. inactive:
-    none of these.
+    active: serves requests. joining, retiring: its worker takes part in the change that is running. hot: inactive, and
+    a worker has booted for it. standby: inactive, and a standby worker is ready for it. starting: inactive, and one of
+    the two still imports what it needs, or boots. inactive: none of these.
     """
 
     ACTIVE = "active"
+    HOT = "hot"
     STANDBY = "standby"
     STARTING = "starting"
     JOINING = "joining"

@@ -20,7 +20,7 @@ from elasticmoe_sglang.wire.to_coordinator import FROM_WORKER, FromImm, FromWork
 logger = logging.getLogger(__name__)
 
 Incoming = FromWorker | FromImm
-Command = to_worker.PullColumns | to_worker.DropColumns | to_worker.OfferMemory | to_worker.ResizeKv
+Command = to_worker.PullColumns | to_worker.DropColumns | to_worker.OfferMemory | to_worker.ResizeKv | to_worker.Park
 _IncomingT = TypeVar("_IncomingT", bound=Incoming)
 _BACKLOG = 1024
 

@@ -15,6 +15,7 @@ from elasticmoe_sglang.comm.control_page import ControlPage
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator import steps as s
 from elasticmoe_sglang.coordinator.engine import commit_id
+from elasticmoe_sglang.coordinator.hot_standbys import HotStandbys
 from elasticmoe_sglang.coordinator.incarnations import Incarnations
 from elasticmoe_sglang.coordinator.kv_balancer import KvBalancer
 from elasticmoe_sglang.coordinator.migration import OutputFences, migrate, snapshot
@@ -37,6 +38,7 @@ class Workers:
     """Implements `WorkersPort`. Runs in the coordinator's event loop.
 
     Attributes:
+        hot: workers that wait to join.
         on_event: given what happens to workers, for the engine; nothing is lost before it is set, because what is known
             by then is in `pids`.
     """
@@ -63,6 +65,15 @@ class Workers:
         self._incarnations = Incarnations()
         self._barrier = CommitBarrier(control, COORDINATOR)
         self._pauses: dict[int, float] = {}
+        self.hot = HotStandbys(
+            config,
+            channel,
+            self._kv,
+            pids=self.pids,
+            view=self.view,
+            next_incarnation=self._incarnations.next,
+            clean_up=self._clean_up,
+        )
         self.on_event: Callable[[s.Event], None] = lambda _event: None
 
     # -- what is known ------------------------------------------------------------------------------------------
@@ -85,6 +96,7 @@ class Workers:
                 self._incarnations.exited(rank, pid, message.status, serving=serving)
                 self._hellos.pop(rank, None)
                 self._kv.forget(rank)
+                self.hot.exited(rank)
                 if rank in self.view().ranks:
                     level = logging.INFO if message.status == 0 else logging.ERROR  # 0: at a server's ordinary end
                     logger.log(level, "the worker of active rank %d (pid %d) %s", rank, pid, message.how)
@@ -120,6 +132,8 @@ class Workers:
             population=self._population,
             joining=self._joining,
             retiring=self._retiring,
+            hot=self.hot.ready,
+            booting=self.hot.booting,
             hellos=self._hellos,
             first_uses=self._first_uses,
             kv=self._control.kv,
@@ -141,7 +155,7 @@ class Workers:
         await self._kv.drop(ranks)
 
     async def shrink_kv(self, plan: TransitionPlan) -> Mapping[int, int]:
-        return await self._kv.shrink_kv(plan, ranks=plan.after.ranks, joining=plan.joining, retiring=plan.retiring)
+        return await self._kv.shrink_kv(plan, ranks=plan.after.ranks, joining=plan.joining)
 
     async def grow_kv(self) -> None:
         await self._kv.grow_kv(self.view)
@@ -155,13 +169,17 @@ class Workers:
     async def boot(self, join_spec: to_worker.JoinSpec) -> PullReport:
         rank = join_spec.rank
         self._joining.add(rank)
-        self._channel.forget(lambda message: getattr(message, "rank", None) == rank)
-        spec = msgspec.structs.replace(join_spec, incarnation=self._incarnations.next())
-        self._channel.tell_imm(to_imm.Assign(join_spec=spec))
-        hello = await self._channel.wait_for(to_coordinator.Hello, rank=rank)
+        hello = await self.hot.join(join_spec) or await self._boot(join_spec)
         if hello.checkpoint_bytes:
             logger.warning("rank %d read %d bytes of the checkpoint to join", hello.rank, hello.checkpoint_bytes)
         return PullReport(columns=join_spec.placement.count(rank), bytes=hello.pulled_bytes)
+
+    async def _boot(self, join_spec: to_worker.JoinSpec) -> to_coordinator.Hello:
+        rank = join_spec.rank
+        self._channel.forget(lambda message: getattr(message, "rank", None) == rank)
+        spec = msgspec.structs.replace(join_spec, incarnation=self._incarnations.next())
+        self._channel.tell_imm(to_imm.Assign(join_spec=spec))
+        return await self._channel.wait_for(to_coordinator.Hello, rank=rank)
 
     async def pull(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
         sources = {move.column: self._config.device_of(move.source) for move in moves}
@@ -193,6 +211,7 @@ class Workers:
             attempt=attempt,
             placement=plan.after.owners,
             expires=expires,
+            parking=self.hot.choose(plan.retiring),
         )
         self._pauses = {}
         self._reported = (command.operation_id, set())
@@ -279,16 +298,31 @@ class Workers:
         if rank not in self._retiring:
             await self._cancel_join(rank)
             return
+        if rank in self.hot.parking and rank in self.pids and await self.hot.park(rank):
+            self._retiring.discard(rank)
+            return
         if rank in self.pids:
             await self._channel.wait_for(to_coordinator.WorkerExited, rank=rank, exits=False)
         self._retiring.discard(rank)
         await self._kv.drop([rank])
+
+    async def _clean_up(self, rank: int) -> None:
+        """Release what an inactive rank's worker, which has ended, had for itself; what it had for a change goes with
+        that."""
+        await self._kv.drop([rank], settled=True)
+        device = self._config.device_of(rank)
+        if not self._is_used(device):
+            await self._release_blocks(kind="dense", device=device)
+
+    def _is_used(self, device: int) -> bool:
+        return any(self._config.device_of(rank) == device for rank in (*self.view().ranks, *self.hot.ranks))
 
     async def _cancel_join(self, rank: int) -> None:
         try:
             self._channel.tell_imm(to_imm.KillWorker(rank=rank))  # also one that waits for another IMM to assign it
             if rank in self.pids:
                 await self._channel.wait_for(to_coordinator.WorkerExited, rank=rank, exits=False)
+            await self._kv.drop([rank], settled=True)  # what it had as a hot standby
         finally:
             self._joining.discard(rank)
 
@@ -301,7 +335,7 @@ class Workers:
         gone = [c for c in columns if self._config.device_of(view.owners[c]) != device]
         if gone:
             await self._release_blocks(kind="column", device=device, columns=gone)
-        if all(self._config.device_of(other) != device for other in view.ranks):
+        if not self._is_used(device):
             await self._release_blocks(kind="dense", device=device)
 
     async def _release_blocks(self, *, kind: Kind, device: int, columns: Sequence[int] | None = None) -> None:
@@ -318,7 +352,7 @@ class Workers:
             Number of blocks that the HMM did not have yet.
         """
         operation_id = f"offer-{time.monotonic_ns()}"
-        ranks = [rank for rank in self.view().ranks if rank in self.pids]
+        ranks = [rank for rank in (*self.view().ranks, *self.hot.ready) if rank in self.pids]
         message = to_worker.OfferMemory(operation_id=operation_id)
         offered = await asyncio.gather(*(self._channel.ask(rank, message, to_worker.Offered) for rank in ranks))
         return sum(reply.blocks for reply in offered)

@@ -9,6 +9,9 @@ LEAST_TOKENS = 1024
 """Tokens that a rank keeps at least, enough for a short request. A change that would leave fewer is refused."""
 _PARTS = 128
 """Chunks into which a rank's share or its cap is divided: the unused rest is less than 1 %."""
+_SMALL, _FEWEST_PARTS = 32, 64
+"""But chunks smaller than so many times the granularity are made larger, up to a share's 64th: on devices fetching a
+handle costs about a millisecond, whatever its size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +71,11 @@ def kv_shape(
     ranks: int = 1,
     cap_tokens: int | None = None,
 ) -> KvShape:
-    """The shape for devices of `budget` bytes with up to `ranks` ranks each; chunks are a 128th of a rank's share, so
-    that little memory stays unused and there are few allocations."""
+    """The shape for devices of `budget` bytes with up to `ranks` ranks each; chunks are a 128th of a rank's share, or
+    somewhat larger, so that little memory stays unused and there are few allocations."""
     most = budget // ranks if cap_tokens is None else min(budget // ranks, (cap_tokens + page_tokens) * token_bytes)
-    chunk = max(1, most // _PARTS // granularity) * granularity
+    wanted = max(most // _PARTS, min(_SMALL * granularity, most // _FEWEST_PARTS))
+    chunk = max(1, wanted // granularity) * granularity
     return KvShape(token_bytes=token_bytes, page_tokens=page_tokens, chunk_bytes=chunk, cap_tokens=cap_tokens)
 
 
@@ -84,7 +88,7 @@ class KvDevice:
         weights: dense and column blocks on the device.
         others: neither weights nor KV.
         ranks: the ranks that share the rest.
-        held: KV of ranks that are not resized (retiring ranks).
+        held: KV of ranks that are not resized: retiring ranks and hot standbys.
     """
 
     budget: int

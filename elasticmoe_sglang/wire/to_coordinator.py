@@ -11,17 +11,18 @@ from elasticmoe_sglang.wire.envelope import Codec, Message
 
 
 class KvState(msgspec.Struct, frozen=True, kw_only=True):
-    """A rank's KV cache in HMM memory; see planner.KvShape."""
+    """A rank's KV cache in HMM memory; see planner.KvShape. boot_chunks: what a hot standby needs while it boots."""
 
     token_bytes: int
     page_tokens: int
     chunk_bytes: int
     cap_tokens: int | None
     chunks: int
+    boot_chunks: int = 0
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """The worker of the rank has booted: it serves, or waits at the commit barrier.
+    """The worker of the rank has booted: it serves, waits at the commit barrier, or is a hot standby.
 
     columns: the model's expert columns in all. checkpoint_bytes: read of the checkpoint; pulled_bytes: copied from
         other devices.

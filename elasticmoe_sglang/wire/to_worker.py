@@ -30,6 +30,7 @@ class JoinSpec(msgspec.Struct, frozen=True, kw_only=True):
         txn: the HMM transaction that its memory belongs to; empty when the rank opens its own.
         operation_id: the change, for messages; empty at the start of a server.
         incarnation: tells this worker from all others of the rank; 0 at the start of a server.
+        hot: boot without columns and become a hot standby: a `Join` brings the change. The membership is that of now.
     """
 
     rank: int
@@ -42,6 +43,7 @@ class JoinSpec(msgspec.Struct, frozen=True, kw_only=True):
     txn: str = ""
     operation_id: str = ""
     incarnation: int = 0
+    hot: bool = False
 
 
 class Enter(Message, frozen=True, kw_only=True):
@@ -102,15 +104,23 @@ class KvResized(Message, frozen=True, kw_only=True):
     chunks: int
 
 
+class MapMigrated(Message, frozen=True, kw_only=True):
+    """Map the chunks of the retiring rank's HMM memory in which the KV of requests lies that this rank takes over."""
+
+    operation_id: str
+    retiring_rank: int
+    kv_chunks: tuple[int, ...]
+
+
 class ReleaseMigrated(Message, frozen=True, kw_only=True):
     """The retiring rank's last tokens have reached the clients' side; its requests may go on here.
 
-    kv_chunks: the chunks of the retiring rank's HMM memory in which their KV lies.
+    mapped: a `MapMigrated` came before.
     """
 
     operation_id: str
     retiring_rank: int
-    kv_chunks: tuple[int, ...] = ()
+    mapped: bool
 
 
 class Resumed(Message, frozen=True, kw_only=True):
@@ -163,6 +173,32 @@ class Offered(Message, frozen=True, kw_only=True):
     blocks: int
 
 
+# Hot standbys -------------------------------------------------------------------------------------------------------
+
+
+class Join(Message, frozen=True, kw_only=True):
+    """To a hot standby: take columns and KV of `join_spec` and come to the commit barrier. Its `Hello` answers."""
+
+    operation_id: str
+    join_spec: JoinSpec
+
+
+class Park(Message, frozen=True, kw_only=True):
+    """To a rank that has retired and is one of `CommitCommand.parking`: survivors have copied what they need. Give
+    columns and KV up and become a hot standby."""
+
+    operation_id: str
+
+
+class Parked(Message, frozen=True, kw_only=True):
+    """`Park` is done. kv_chunks: kept. columns: that were unmapped."""
+
+    rank: int
+    operation_id: str
+    columns: int
+    kv_chunks: int
+
+
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +221,7 @@ class CommitCommand(Message, frozen=True, kw_only=True):
         placement: expert column -> rank after the change.
         expires: CLOCK_MONOTONIC seconds after which the commit barrier's leader refuses to commit: the coordinator has
             given up.
+        parking: retiring ranks whose workers become hot standbys; the others' end.
     """
 
     operation_id: str
@@ -195,6 +232,7 @@ class CommitCommand(Message, frozen=True, kw_only=True):
     attempt: int
     placement: tuple[int, ...]
     expires: float
+    parking: tuple[int, ...] = ()
 
     @property
     def joining(self) -> tuple[int, ...]:
@@ -211,8 +249,19 @@ class CommitCommand(Message, frozen=True, kw_only=True):
         return tuple(sorted({*self.retiring, *self.members}))
 
 
-Request = PullColumns | DropColumns | ResizeKv | ReleaseMigrated | CommitCommand | CountRequests | OfferMemory
-Reply = Pulled | Dropped | KvResized | Resumed | Counted | Offered | Failed
+Request = (
+    PullColumns
+    | DropColumns
+    | ResizeKv
+    | MapMigrated
+    | ReleaseMigrated
+    | CommitCommand
+    | CountRequests
+    | OfferMemory
+    | Join
+    | Park
+)
+Reply = Pulled | Dropped | KvResized | Resumed | Counted | Offered | Parked | Failed
 
 REQUESTS: Codec[Request] = Codec(Request)
 ENTER: Codec[Enter] = Codec(Enter)

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _RETRY_S = 0.02
 _GIVEN_BACK_S = 1.0
 _PART_BYTES = 256 << 20
+_COPY_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +146,10 @@ class WorkerKv:
         old = self._client.lookup(kind="kv", rank=self._rank)
         if old:
             self._client.release([block.block_id for block in old])
+        self._add_what_fits(max(chunks, self.shape.least_chunks), txn, deadline_s)
+
+    def _add_what_fits(self, wanted: int, txn: str | None, deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
-        wanted = max(chunks, self.shape.least_chunks)
         while True:
             try:
                 return self._add(wanted, txn)
@@ -155,11 +158,25 @@ class WorkerKv:
                 fits = (error.free or 0) // self.shape.chunk_bytes
                 if time.monotonic() < deadline:
                     time.sleep(_RETRY_S)
-                elif fits >= self.shape.least_chunks:
+                elif self.chunks + fits >= self.shape.least_chunks:
                     logger.warning("rank %d: memory for %d of %d chunks of KV", self._rank, fits, wanted)
                     wanted = fits
                 else:
                     raise
+
+    def resize_idle(self, chunks: int, txn: str | None, apply: Callable[[int], Resized]) -> None:
+        """Like `resize`, in the scheduler's own thread while it serves nothing; growing takes as many as there are.
+
+        Args:
+            apply: adopts a capacity in tokens.
+            txn: of new memory.
+        """
+        with self._lock:
+            if chunks > self.chunks:
+                self._add_what_fits(chunks - self.chunks, txn, _GIVEN_BACK_S)
+            wanted = min(chunks, self.chunks)
+            apply(self.shape.tokens(wanted))
+            self._remove(self.chunks - wanted)
 
     def resize(self, chunks: int, timeout_s: float, wake: Callable[[], None]) -> Resized:
         """Change the number of chunks. New ones are mapped before the scheduler uses them; what it gave up is unmapped
@@ -255,5 +272,11 @@ def chunks_of(pages: Sequence[int], shape: KvShape) -> list[int]:
 
 
 def copy_tokens(target: Any, target_rows: torch.Tensor, source: Any, source_rows: torch.Tensor) -> None:
-    """target[target_rows] = source[source_rows], for `rows` of one or two KV caches; target rows are distinct."""
-    target.index_copy_(0, target_rows, source.index_select(0, source_rows))
+    """target[target_rows] = source[source_rows], for `rows` of one or two KV caches; target rows are distinct.
+
+    In one cache no row may be both. In parts, because each goes through memory of its own.
+    """
+    part = max(1, _COPY_BYTES // (target.shape[1] * target.itemsize))
+    for start in range(0, len(target_rows), part):
+        there, here = target_rows[start : start + part], source_rows[start : start + part]
+        target.index_copy_(0, there, source.index_select(0, here))

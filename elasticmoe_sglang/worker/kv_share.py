@@ -28,12 +28,14 @@ def device_at_rest(
     granularity: int,
     ranks: Sequence[int],
     owners: Iterable[int],
+    held: int = 0,
 ) -> KvDevice:
     """The device with the weights of this placement, whatever is allocated there at the moment.
 
     Args:
         ranks: those of the device, which share the rest.
         owners: each column's rank, of all devices.
+        held: bytes of KV of other ranks there.
     """
     columns = sum(config.device_of(owner) == usage.device for owner in owners)
     return KvDevice(
@@ -42,4 +44,5 @@ def device_at_rest(
         weights=round_up(model.dense_bytes, granularity) + columns * round_up(model.column_bytes, granularity),
         others=others_of(usage),
         ranks=ranks,
+        held=held,
     )

@@ -174,6 +174,24 @@ class WorkerWeights:
         self._pending_seal += [block.block_id for block in blocks]
         return frozenset(load)
 
+    def take(self, owned: Sequence[int], txn: str | None) -> int:
+        """Map and serve columns that other ranks hold, as a hot standby that joins; returns the bytes copied.
+
+        Raises:
+            BudgetExceeded: no memory. WorkerError: a column is on no device.
+        """
+        before = self.pulled_bytes
+        absent = self._attach_columns(owned, txn)
+        if absent:
+            raise WorkerError(f"columns {sorted(absent)} are on no device", rank=self._rank)
+        self.switch(owned)
+        return self.pulled_bytes - before
+
+    def give_up(self) -> int:
+        """Serve nothing and unmap every column: how many there were. No launched kernel may read them."""
+        self.switch(())
+        return self.unmap(self.columns.mapped())
+
     def filled(self) -> None:
         """The caller has filled what `attach` asked for; others may copy it from now on."""
         if self._pending_seal:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elasticmoe_sglang import cpu_bind
-from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.config import AUTO, ElasticConfig
 from elasticmoe_sglang.errors import HmmTaken, UserInputError
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.vmm import acl_probe
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 SERVER_ENDS_S = 10.0
 """A server that is started in the place of one that is ending waits so long for the HMM."""
 _LEFT_FREE = 10 << 30
+_STATIC_SHARE = 0.88  # about what SGLang takes for itself on a large GPU
+_MOST_HEADROOM = 0.9
 _MPS_CONTROL = "nvidia-cuda-mps-control"
 _MPS_FOLDERS = ("/usr/bin", "/usr/local/nvidia/bin")
 _START_MPS = (
@@ -188,6 +190,20 @@ def settle_cores(config: ElasticConfig) -> ElasticConfig:
     if setting == cpu_bind.AUTO and settled == cpu_bind.OFF:
         logger.warning("workers are not bound to cores: %d ranks, %d cores", ranks, len(usable))
     return replace(config, cpu_bind=settled)
+
+
+def settle_headroom(config: ElasticConfig, static_share: float | None) -> ElasticConfig:
+    """The settings with what KV caches leave unused of a GPU: activations, graphs and contexts take it.
+
+    Args:
+        static_share: SGLang's --mem-fraction-static, what weights and KV of one process may take of a GPU.
+    """
+    if config.headroom != AUTO or memory_backend() != "cuda":
+        return config
+    each = 1 - (static_share or _STATIC_SHARE)
+    share = min(_MOST_HEADROOM, each * config.ranks_per_device)
+    logger.info("KV caches leave %.0f %% of each GPU's memory to what its ranks compute with", 100 * share)
+    return replace(config, headroom=f"{share:.3f}")
 
 
 def leave_cores_to_ranks(config: ElasticConfig) -> None:

@@ -320,6 +320,8 @@ class Services:
         )
         self._policy_task = self.loop.create_task(self.policy.run())
         self._kv_task = self.loop.create_task(workers.balance_kv(lambda: coordinator.idle))
+        if config.hot_standbys:
+            self._hot_task = self.loop.create_task(workers.hot.run(lambda: coordinator.at_rest))
         hmm_failover = HmmFailover(
             coordinator,
             workers,

@@ -7,6 +7,7 @@ A class has an attribute when it, or a base class, defines or annotates it, or w
 from __future__ import annotations
 
 import dis
+import importlib.util
 import inspect
 import pkgutil
 import types
@@ -47,7 +48,7 @@ def find_missing(uses: Iterable[Use]) -> list[Missing]:
 
 
 def _problem(use: Use) -> str | None:
-    owner = pkgutil.resolve_name(use.owner)
+    owner = _resolve(use.owner)
     if isinstance(owner, type):
         if use.name not in _provided(owner):
             return "no such attribute"
@@ -57,8 +58,33 @@ def _problem(use: Use) -> str | None:
             return f"is a {type(value).__name__}, not a method"
         return None
     if not hasattr(owner, use.name):
-        pkgutil.resolve_name(use.target)  # a module that its package has not imported yet
+        _resolve(use.target)  # a module that its package has not imported yet
     return None
+
+
+def _resolve(path: str) -> Any:
+    """What a dotted path names.
+
+    Raises:
+        ImportError: a module on the way cannot be imported here. AttributeError: there is no such thing.
+    """
+    try:
+        return pkgutil.resolve_name(path)
+    except AttributeError:  # also for a submodule that cannot be imported, and then without the reason
+        parts = path.split(".")
+        found = importlib.import_module(parts.pop(0))
+        for part in parts:
+            if not hasattr(found, part) and isinstance(found, types.ModuleType):
+                _import_part(found, part)
+            found = getattr(found, part)
+        return found
+
+
+def _import_part(package: types.ModuleType, part: str) -> None:
+    """Raises ImportError if the package has a module of this name that cannot be imported."""
+    name = f"{package.__name__}.{part}"
+    if hasattr(package, "__path__") and importlib.util.find_spec(name) is not None:
+        importlib.import_module(name)
 
 
 @cache

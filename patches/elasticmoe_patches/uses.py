@@ -178,9 +178,9 @@ USES: tuple[Use, ...] = (
     *_of("mem_cache.allocator.token.TokenToKVPoolAllocator", "free_pages= merge_and_sort_free() page_size size="),
     *_of(
         "mem_cache.memory_pool.MHATokenToKVPool",
-        "_create_buffers_normal! _init_data_ptrs_and_strides! _slot_move_pointer_buffers() data_strides= device "
-        "get_kv_size_bytes! k_buffer= kv_cache_layout layer_num size= v_buffer= dtype get_key_buffer() "
-        "get_value_buffer() set_kv_buffer()",
+        "_create_buffers_normal! _init_data_ptrs_and_strides! _slot_move_pointer_buffers() _store_kv_layer! alt_stream "
+        "data_strides= device device_module dtype get_key_buffer() get_kv_size_bytes! get_value_buffer() k_buffer= "
+        "kv_cache_layout layer_num row_dim set_kv_buffer() size= store_dtype v_buffer= v_row_dim",
     ),
     *_of("mem_cache.memory_pool.MHATokenToKVPool", "_build_kv_buffer_descs!", versions=_NEW),
     *_of(
@@ -191,9 +191,12 @@ USES: tuple[Use, ...] = (
     *_of("mem_cache.memory_pool.ReqToTokenPool", "req_to_token"),
     *_of(
         "mem_cache.kv_cache_configurator.KVCacheConfigurator",
-        "kv_cache_dtype layer_info model_config pool_page_size use_mla_backend",
+        "device kv_cache_dtype layer_info model_config pool_page_size use_mla_backend",
     ),
-    *_of("model_executor.model_runner_components.layer_setup.ModelLayerInfo", "num_effective_layers"),
+    *_of(
+        "model_executor.model_runner_components.layer_setup.ModelLayerInfo",
+        "end_layer num_effective_layers start_layer",
+    ),
     *_of(
         "configs.model_config.ModelConfig",
         "context_len dtype get_num_kv_heads() head_dim hf_config kv_lora_rank model_path qk_rope_head_dim revision "

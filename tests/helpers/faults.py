@@ -58,7 +58,8 @@ def imbalance(status: dict[str, Any]) -> str | None:
         return "the HMM knows no model yet"
     devices = {rank["rank"]: rank["device"] for rank in status["ranks"]}
     for device in memory["devices"]:
-        here = [rank for rank in status["membership"] if devices[rank] == device["device"]]
+        hot = [rank["rank"] for rank in status["ranks"] if rank["state"] == "hot"]
+        here = [rank for rank in (*status["membership"], *hot) if devices[rank] == device["device"]]
         columns = sum(devices[owner] == device["device"] for owner in status["placement"])
         wanted = {"column": columns * memory["column_bytes"], "dense": memory["dense_bytes"] if here else 0}
         held = dict(device["by_kind"])

@@ -217,6 +217,6 @@ def test_a_rank_of_a_change_that_runs_is_not_safe_to_terminate() -> None:
 @pytest.mark.parametrize("state", RankState)
 def test_only_ranks_at_rest_are_safe_to_terminate(state: RankState) -> None:
     rank = RankInfo(rank=3, state=state, device=3)
-    at_rest = state in (RankState.STANDBY, RankState.STARTING, RankState.INACTIVE)
+    at_rest = state in (RankState.HOT, RankState.STANDBY, RankState.STARTING, RankState.INACTIVE)
     assert safe_to_terminate([rank], []) == ([3] if at_rest else [])
     assert safe_to_terminate([rank], [3]) == []

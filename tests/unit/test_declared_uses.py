@@ -130,3 +130,25 @@ class Sample:
 def test_what_a_class_provides(name: str, kind: Any, problem: str | None) -> None:
     found = find_missing([Use(owner=f"{__name__}.Sample", name=name, kind=kind)])
     assert [missing.problem for missing in found] == ([problem] if problem else [])
+
+
+@pytest.mark.process
+def test_what_cannot_be_imported_here_is_told_from_what_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek's model cannot be imported on a GPU without its kernel library; other models are served there."""
+    package = tmp_path / "outer_of_uses" / "inner"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").write_text("")
+    (package / "bad.py").write_text("import a_library_that_is_not_installed")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for owner, name, unimportable in (
+        ("outer_of_uses.inner.bad", "Name", True),
+        ("outer_of_uses.inner.bad.Name", "attribute", True),
+        ("outer_of_uses.inner", "bad", True),
+        ("outer_of_uses.inner", "nothing", False),
+        ("outer_of_uses.nothing", "name", False),
+    ):
+        [missing] = find_missing([Use(owner=owner, name=name, kind="import")])
+        assert missing.unimportable is unimportable, missing

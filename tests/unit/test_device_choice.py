@@ -147,3 +147,19 @@ def test_gpus_have_no_cores(one_gpu: Path) -> None:
     assert device.settle_cores(ElasticConfig(ep_size=1, max_ep_size=2, cpu_bind="auto")).cpu_bind == "off"
     with pytest.raises(UserInputError, match="ranks that compute on the CPU"):
         device.settle_cores(ElasticConfig(ep_size=1, max_ep_size=2, cpu_bind="0;1"))
+
+
+@pytest.mark.process
+def test_kv_leaves_a_gpu_what_its_ranks_compute_with(one_gpu: Path) -> None:
+    four = ElasticConfig(ep_size=1, max_ep_size=4, ranks_per_device=4)
+    assert device.settle_headroom(four, 0.9).headroom_bytes(1000) == 400
+    assert device.settle_headroom(ElasticConfig(ep_size=1, max_ep_size=2), None).headroom_bytes(1000) == 120
+    assert device.settle_headroom(four, 0.5).headroom_bytes(1000) == 900
+    chosen = ElasticConfig(ep_size=1, max_ep_size=4, ranks_per_device=4, headroom="0.03")
+    assert device.settle_headroom(chosen, 0.9) == chosen
+
+
+def test_kv_leaves_little_of_a_cpus_memory() -> None:
+    config = ElasticConfig(ep_size=1, max_ep_size=2)
+    assert device.settle_headroom(config, 0.5) == config
+    assert config.headroom_bytes(1000) == 10

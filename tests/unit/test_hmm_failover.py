@@ -57,6 +57,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.offers = 0
+        self.hot = SimpleNamespace(ranks=())
         self.let = asyncio.Event()
 
     async def offer_memory(self) -> int:

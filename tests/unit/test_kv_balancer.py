@@ -94,9 +94,7 @@ def test_a_change_has_room_at_every_moment_and_ends_full() -> None:
         await world.fill()
         plan = plan_target(world.view, ScaleTo(size=new))
         before = world.balancer.sizes()
-        first = await world.balancer.shrink_kv(
-            plan, ranks=plan.after.ranks, joining=plan.joining, retiring=plan.retiring
-        )
+        first = await world.balancer.shrink_kv(plan, ranks=plan.after.ranks, joining=plan.joining)
         for rank in plan.joining:
             world.boots(rank, first[rank])
         world.columns |= world.placed(plan.after.placement)
@@ -165,7 +163,7 @@ def test_a_rank_that_cannot_let_go_is_an_error_and_the_others_are_known() -> Non
         world.broken = {1}
         plan = plan_target(world.view, ScaleTo(size=2))
         with pytest.raises(WorkerError, match="let go"):
-            await world.balancer.shrink_kv(plan, ranks=plan.after.ranks, joining=(), retiring=plan.retiring)
+            await world.balancer.shrink_kv(plan, ranks=plan.after.ranks, joining=())
         assert world.balancer.sizes()[0] < before[0] and world.balancer.sizes()[1] == before[1]
         world.broken = set()
         await world.fill()
@@ -194,9 +192,7 @@ def test_ranks_of_one_device_share_it_through_any_sequence(sizes: list[int]) -> 
         world = World((0,), ranks_per_device=4)
         for size in sizes:
             plan = plan_target(world.view, ScaleTo(size=size))
-            first = await world.balancer.shrink_kv(
-                plan, ranks=plan.after.ranks, joining=plan.joining, retiring=plan.retiring
-            )
+            first = await world.balancer.shrink_kv(plan, ranks=plan.after.ranks, joining=plan.joining)
             for rank in plan.joining:
                 world.boots(rank, first[rank])
             for rank in plan.retiring:

@@ -34,7 +34,7 @@ class Model:
         from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-        from elasticmoe_patches.platform.kv_pools import CpuPagedAllocator, CpuTokenAllocator
+        from elasticmoe_patches.kv_pools import CpuPagedAllocator, CpuTokenAllocator
 
         monkeypatch.setenv("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", "python")
         self.page = page

@@ -16,7 +16,7 @@ PAGES = 64
 
 def test_requests_grow_page_by_page_and_share_no_row() -> None:
     """Random admissions, prefills in chunks, decode steps and ends, against a list of rows for each request."""
-    from elasticmoe_patches.platform.kv_pools import CpuPagedAllocator
+    from elasticmoe_patches.kv_pools import CpuPagedAllocator
 
     allocator = CpuPagedAllocator(
         PAGES * PAGE, page_size=PAGE, dtype=torch.float32, device="cpu", kvcache=None, need_sort=False

@@ -66,17 +66,17 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-        from elasticmoe_patches.platform.kv_pools import ElasticMHATokenToKVPool
+        from elasticmoe_patches.kv_pools import ElasticMHATokenToKVPool
 
         return ElasticMHATokenToKVPool if self.elastic_kv else MHATokenToKVPool
 
     def get_mla_kv_pool_cls(self) -> type:
-        from elasticmoe_patches.platform import kv_pools
+        from elasticmoe_patches import kv_pools
 
         return kv_pools.ElasticMLATokenToKVPool if self.elastic_kv else kv_pools.CpuMLATokenToKVPool
 
     def get_paged_allocator_cls(self) -> type:
-        from elasticmoe_patches.platform.kv_pools import allocator_class
+        from elasticmoe_patches.kv_pools import allocator_class
 
         return allocator_class()
 

@@ -17,6 +17,7 @@ from elasticmoe_patches.device import (
     on_cuda,
     on_npu,
     settle_cores,
+    settle_headroom,
     static_fraction,
 )
 from elasticmoe_patches.launch import BACKEND, elastic_config, shape_arguments
@@ -63,7 +64,7 @@ def prepare_launch(args: argparse.Namespace, config: ElasticConfig) -> None:
     shape_arguments(args, config)
     check_device_flag(getattr(args, "device", None))
     check_devices(config)
-    config = settle_cores(config)
+    config = settle_headroom(settle_cores(config), getattr(args, "mem_fraction_static", None))
     check_hmm(config)
     new_runtime(config).export()
     leave_cores_to_ranks(config)
@@ -76,6 +77,8 @@ def prepare_launch(args: argparse.Namespace, config: ElasticConfig) -> None:
     # Columns hold the gate projection's rows and then the up projection's, as checkpoints do; SGLang may interleave
     # them for its own MoE.
     os.environ["SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"] = "false"
+    # SGLang would size its pool by what is free after it has captured graphs; KV lies in HMM memory.
+    os.environ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"] = "false"
     if config.ranks_per_device > 1:
         # Free memory of a device that ranks share differs while they boot.
         os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "false"

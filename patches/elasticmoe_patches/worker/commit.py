@@ -67,7 +67,7 @@ def apply_commit(scheduler: Any, worker: Worker) -> None:
 
 
 def _retire(scheduler: Any, worker: Worker, command: CommitCommand) -> None:
-    """Send every request to a survivor and the fence behind the last output, and end."""
+    """Send every request to a survivor and the fence behind the last output, and leave the event loop."""
     drain_results(scheduler)
     _read_until_fence(scheduler, worker, command.operation_id)
     survivors = _receivers(worker, command)
@@ -76,7 +76,8 @@ def _retire(scheduler: Any, worker: Worker, command: CommitCommand) -> None:
     dealt = {survivor: load[index :: len(survivors)] for index, survivor in enumerate(survivors)}
     _send(worker, command.operation_id, dealt)
     send_fence(scheduler, command.operation_id, worker.rank)
-    _flush(scheduler)
+    if not worker.parking:
+        _flush(scheduler)
     worker.fault_point("retire.sent")
     worker.agent.post(
         Retired(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ def open_kv(worker: Worker, configurator: Any) -> None:
     worker.kv = WorkerKv(
         worker.client, rank=worker.rank, device=worker.device, shape=shape, layout=layout, max_chunks=most
     )
+    # While a rank boots it runs prompts as long as a prefill step.
+    longest = get_schedule().chunked_prefill_size or 0
+    worker.boot_chunks = min(most, max(shape.least_chunks, shape.chunks(2 * max(0, longest))))
     chunks = worker.join_spec.kv_chunks or _first_share(worker, status, shape)
     worker.kv.open(min(chunks, most), worker.join_spec.txn or None, _OPEN_S)
     logger.info("rank %d: %d KV tokens in %d chunks of HMM memory", worker.rank, shape.tokens(worker.kv.chunks), chunks)
@@ -88,9 +92,16 @@ def publish_first_capacity(scheduler: Any, worker: Worker) -> None:
 
 def run_kv_jobs(scheduler: Any, worker: Worker) -> None:
     """Carry out the changes of capacity that the agent's thread asks for."""
-    kv = worker.kv
-    if kv is None:
+    if worker.kv is None:
         return
+    worker.kv.jobs.run(adopt_capacity(scheduler, worker))
+    _publish_use(scheduler, worker)
+
+
+def adopt_capacity(scheduler: Any, worker: Worker) -> Callable[[int], Resized]:
+    """What makes a number of tokens the scheduler's capacity. Between two batches only."""
+    kv = worker.kv
+    assert kv is not None
 
     def move(rows: torch.Tensor, targets: torch.Tensor) -> None:
         copy_tokens(kv.rows, targets, kv.rows, rows)
@@ -111,8 +122,7 @@ def run_kv_jobs(scheduler: Any, worker: Worker) -> None:
         )
         return done
 
-    kv.jobs.run(apply)
-    _publish_use(scheduler, worker)
+    return apply
 
 
 def _publish_use(scheduler: Any, worker: Worker) -> None:

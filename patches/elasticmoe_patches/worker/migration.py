@@ -9,6 +9,7 @@ the same prefill recomputes it; the result is the same. If the pool is not over 
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -263,10 +264,18 @@ class MigrationInbox:
     dead: set[int] = field(default_factory=set)
     aborted: RecentAborts = field(default_factory=RecentAborts)
     resuming: dict[str, Progress] = field(default_factory=dict)
+    _mapped: dict[int, threading.Event] = field(default_factory=dict)
+
+    def mapped(self, retiring_rank: int) -> threading.Event:
+        """Set once its KV memory was mapped, or could not be. From any thread."""
+        return self._mapped.setdefault(retiring_rank, threading.Event())
 
     def expect(self, retiring_ranks: Iterable[int]) -> None:
         """These ranks retire from now on, served by other processes than any that died there."""
         self.dead.difference_update(retiring_ranks)
+        for rank in retiring_ranks:  # one that was mapped after its worker had died
+            if (window := self.windows.pop(rank, None)) is not None:
+                window.close()
         self.aborted.clear()
 
     def arrived(self, retiring_rank: int, migrated: MigratedFrames) -> None:
@@ -291,12 +300,14 @@ class MigrationInbox:
         self.complete.pop(retiring_rank, None)
         self.held.pop(retiring_rank, None)
         self.released.discard(retiring_rank)
+        self._mapped.pop(retiring_rank, None)
         window = self.windows.pop(retiring_rank, None)
         if window is not None:
             window.close()
 
     def pop(self, retiring_rank: int) -> tuple[list[MigratedFrames], KvWindow | None]:
         """The requests of a rank that is `ready`, and the window to its KV."""
+        self._mapped.pop(retiring_rank, None)
         del self.complete[retiring_rank]
         self.released.discard(retiring_rank)
         return self.held.pop(retiring_rank, []), self.windows.pop(retiring_rank, None)

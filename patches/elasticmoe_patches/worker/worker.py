@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import zmq
 
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FENCES = 16
+_MAPPED_WITHIN_S = 5.0
+_MessageT = TypeVar("_MessageT", bound=to_worker.Request)
 
 
 class RankRetired(BaseException):
@@ -93,6 +95,8 @@ class Worker:
     memory: the weights, in HMM memory.
     model: set by the loader.
     kv: the KV cache in HMM memory, set by `open_kv`; None where SGLang's pool has memory of its own.
+    boot_chunks: of KV that a hot standby needs while it boots.
+    parking: this rank retires and becomes a hot standby.
     idle, pause: the sleep between batches; the meter of a commit's pause.
     iteration: what the current iteration of the event loop works on.
     pending: the commit to carry out at the top of the next iteration.
@@ -137,6 +141,9 @@ class Worker:
             deadline_s=config.prepare_deadline_s,
         )
         self.kv: WorkerKv | None = None
+        self.boot_chunks = 0
+        self.parking = False
+        self._told: queue.SimpleQueue[to_worker.Request] = queue.SimpleQueue()
         self.idle = IdleWait(self.region)
         self.pause = PauseMeter()
         self.iteration = IterationInput()
@@ -154,9 +161,12 @@ class Worker:
                 to_worker.DropColumns: self._drop_columns,
                 to_worker.OfferMemory: self._offer_memory,
                 to_worker.ResizeKv: self._resize_kv,
+                to_worker.MapMigrated: self._map_migrated,
                 to_worker.ReleaseMigrated: self._release_migrated,
                 to_worker.CommitCommand: self._recover,
                 to_worker.CountRequests: self._count_requests,
+                to_worker.Join: self._told.put,
+                to_worker.Park: self._told.put,
             },
         )
         self.agent.start()
@@ -212,15 +222,23 @@ class Worker:
         assert isinstance(message, to_worker.OfferMemory)
         return to_worker.Offered(rank=self.rank, operation_id=message.operation_id, blocks=self.client.offer())
 
+    def _map_migrated(self, message: to_worker.Request) -> None:
+        assert isinstance(message, to_worker.MapMigrated) and self.kv is not None
+        inbox, retiring_rank = self.inbox, message.retiring_rank
+        started = time.monotonic()
+        try:
+            inbox.windows[retiring_rank] = self.kv.window(retiring_rank, message.kv_chunks)
+            seconds = time.monotonic() - started
+            logger.debug("rank %d: %d chunks mapped in %.1f ms", self.rank, len(message.kv_chunks), seconds * 1e3)
+        except ElasticMoEError as error:
+            logger.warning("rank %d: the KV of retiring rank %d is recomputed: %s", self.rank, retiring_rank, error)
+        finally:
+            inbox.mapped(retiring_rank).set()
+
     def _release_migrated(self, message: to_worker.Request) -> None:
         assert isinstance(message, to_worker.ReleaseMigrated)
-        if message.kv_chunks and self.kv is not None:
-            try:
-                self.inbox.windows[message.retiring_rank] = self.kv.window(message.retiring_rank, message.kv_chunks)
-            except ElasticMoEError as error:
-                logger.warning(
-                    "rank %d: the KV of retiring rank %d is recomputed: %s", self.rank, message.retiring_rank, error
-                )
+        if message.mapped:  # perhaps it is being mapped at this moment; without a window the KV is recomputed
+            self.inbox.mapped(message.retiring_rank).wait(_MAPPED_WITHIN_S)
         self.inbox.released.add(message.retiring_rank)
         self.idle.wake_all()
 
@@ -243,18 +261,21 @@ class Worker:
 
     # -- starting and joining -----------------------------------------------------------------------------------
 
-    def enter_service(self) -> None:
-        """Booted: listen to retiring ranks and become a member, by the commit that a joining rank waits for.
-
-        Raises:
-            CommitError: the change was given up. WorkerError: another first rank did not boot.
-        """
+    def listen(self) -> None:
+        """Listen to retiring ranks."""
         self.peer = zmq.Context(io_threads=1).socket(zmq.PULL)
         self.peer.setsockopt(zmq.RCVHWM, 0)
         endpoint = self.runtime.paths.peer_endpoint(self.rank)
         self.peer.bind(endpoint)
         only_this_user(endpoint)
         self.idle.watch(self.peer)
+
+    def enter_service(self) -> None:
+        """Booted: become a member, by the commit that a joining rank waits for.
+
+        Raises:
+            CommitError: the change was given up. WorkerError: another first rank did not boot.
+        """
         if self.join_spec.joining_rank:
             self._join()
             return
@@ -265,12 +286,37 @@ class Worker:
             self.region.set_membership(self._membership(members, epoch))
             self.client.epoch = epoch
         self._set_state(WorkerState.ACTIVE)
-        self._send_hello()
+        self.send_hello()
+
+    def told(self, kind: type[_MessageT]) -> _MessageT:
+        """For a rank that is no member: the message of the coordinator that it waits for, however long that takes; the
+        process ends with the server.
+
+        Raises:
+            WorkerError: another message came.
+        """
+        message = self._told.get()
+        if not isinstance(message, kind):
+            raise WorkerError(f"{message} came to a rank that waits for something else", rank=self.rank)
+        return message
+
+    def become_hot(self) -> None:
+        """Wait outside the membership."""
+        self.parking = False
+        self._set_state(WorkerState.HOT)
+        self.pause.idle()
+
+    def begin_to_join(self, join_spec: JoinSpec) -> JoinSpec:
+        """A hot standby takes part in a change from here on."""
+        assert join_spec.rank == self.rank
+        self._started = time.monotonic()
+        self.join_spec = join_spec
+        return join_spec
 
     def _join(self) -> None:
         members, epoch = self.join_spec.members, self.join_spec.epoch
         self._set_state(WorkerState.JOINING)
-        self._send_hello()
+        self.send_hello()
         self.fault_point("boot.barrier")
         if self.cuda is not None:  # so that the commit has less to do
             self.cuda.prefetch(tuple(member for member in members if self.region.control.alive(member)))
@@ -295,7 +341,7 @@ class Worker:
         self.fault_point("barrier.after")
         logger.info("rank %d joined in epoch %d", self.rank, epoch)
 
-    def _send_hello(self) -> None:
+    def send_hello(self) -> None:
         """Tell the coordinator what this rank is and what it took to boot."""
         spec, kv = self.model.spec, self.kv
         self.agent.post(
@@ -314,6 +360,7 @@ class Worker:
                     chunk_bytes=kv.shape.chunk_bytes,
                     cap_tokens=kv.shape.cap_tokens,
                     chunks=kv.chunks,
+                    boot_chunks=self.boot_chunks,
                 ),
             )
         )
@@ -351,6 +398,7 @@ class Worker:
         else:
             self.region.solo()
             self._set_state(WorkerState.RETIRING)
+            self.parking = self.rank in command.parking
         return True
 
     def commit(self, command: to_worker.CommitCommand) -> bool:

@@ -9,11 +9,12 @@ from elasticmoe_patches.sampling import own_generator
 from elasticmoe_patches.spec import WORKERS, Hooks
 from elasticmoe_patches.worker import first_use
 from elasticmoe_patches.worker.commit import accept_command, apply_commit, receive_migrated, resume_ready
+from elasticmoe_patches.worker.hot import become_hot, park, wait_to_join
 from elasticmoe_patches.worker.kv import publish_first_capacity, run_kv_jobs
 from elasticmoe_patches.worker.migration import ACCEPTED, ORIGIN
 from elasticmoe_patches.worker.recovery import answer_counts, recover, report
 from elasticmoe_patches.worker.warm_up import warm_up
-from elasticmoe_patches.worker.worker import current_worker
+from elasticmoe_patches.worker.worker import RankRetired, Worker, current_worker
 from elasticmoe_sglang.errors import CollectiveError, CommitError
 from elasticmoe_sglang.wire.to_coordinator import Paused
 
@@ -64,7 +65,10 @@ def around_ingest_requests(original: Any, self: Any, **kwargs: Any) -> Any:
 
 @hook("around", "dispatch_event_loop(scheduler)", expires="SGLang offers a hook between initialisation and serving.")
 def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
-    """A joining rank waits at the commit barrier before its first iteration; a failed rank's peers enter it anew."""
+    """A joining rank waits at the commit barrier before its first iteration; a failed rank's peers enter it anew.
+
+    So does a rank that has retired when it joins again.
+    """
     worker = current_worker()
     if worker.cuda is not None:
         warm_up(original, scheduler, worker)
@@ -72,21 +76,35 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
     publish_first_capacity(scheduler, worker)
     for socket in (scheduler.ipc_channels.recv_from_tokenizer, scheduler.ipc_channels.recv_from_rpc):
         worker.idle.watch(socket)
-    own_generator(scheduler.tp_worker.random_seed, worker.rank, worker.join_spec.epoch)
     if worker.loads is not None:
         first_use.watch(worker, worker.loads)
-    worker.enter_service()
-    if worker.join_spec.attempt:  # it replaces a dead rank
-        report(scheduler, worker, worker.join_spec.operation_id)
+    worker.listen()
+    if worker.join_spec.hot:
+        become_hot(scheduler, worker)
+        wait_to_join(scheduler, worker)
+    _enter_service(scheduler, worker)
     while True:
         try:
             original(scheduler)
             worker.stopped = True  # SGLang leaves its event loop only when the server is stopped
             return
+        except RankRetired:
+            if not worker.parking:
+                raise
+            park(scheduler, worker)
+            wait_to_join(scheduler, worker)
+            _enter_service(scheduler, worker)
         except (CollectiveError, CommitError) as error:  # a rank died in a collective, or the leader at the barrier
             if worker.cuda is not None:
                 worker.cuda.stop_waiting()  # kernels that wait for the dead rank; to set requests aside waits for them
             recover(scheduler, worker, error)
+
+
+def _enter_service(scheduler: Any, worker: Worker) -> None:
+    own_generator(scheduler.tp_worker.random_seed, worker.rank, worker.join_spec.epoch)
+    worker.enter_service()
+    if worker.join_spec.attempt:  # it replaces a dead rank
+        report(scheduler, worker, worker.join_spec.operation_id)
 
 
 @hook(

@@ -10,20 +10,26 @@ from typing import Any
 
 from elasticmoe_patches.spec import WORKERS, Hooks
 from elasticmoe_patches.worker.kv import open_kv
-from elasticmoe_patches.worker.worker import current_worker
+from elasticmoe_patches.worker.worker import Worker, current_worker
 
 HOOKS = hook = Hooks(__name__, WORKERS)
 
 _NO_LIMIT = 1 << 50
 _EXPIRES = "SGLang lets a platform supply the size of a pool that can change."
+_POOLS = "SGLang's own platforms let a plugin supply the pools."
+
+
+def _in_hmm_memory(worker: Worker) -> bool:
+    """Whether this rank's pool is made over HMM memory: by our platform on the CPU, by the hooks below on GPUs."""
+    from sglang.srt.platforms import current_platform
+
+    return worker.cuda is not None or getattr(current_platform, "elastic_kv", False)
 
 
 @hook("around", "KVCacheConfigurator.configure(self, *, pre_model_load_memory)", expires=_EXPIRES)
 def around_configure(original: Any, self: Any, *, pre_model_load_memory: int) -> Any:
     """Maps the rank's KV memory, which the HMM owns, before SGLang builds its pool over it."""
-    from sglang.srt.platforms import current_platform
-
-    if getattr(current_platform, "elastic_kv", False):  # the platform makes its pools over HMM memory
+    if _in_hmm_memory(current_worker()):
         open_kv(current_worker(), self)
     return original(self, pre_model_load_memory=pre_model_load_memory)
 
@@ -52,3 +58,45 @@ def around_resolve_max_num_reqs(original: Any, self: Any, token_capacity: int) -
     """
     kv = current_worker().kv
     return int(original(self, kv.shape.tokens(kv.space.max_chunks) if kv is not None else token_capacity))
+
+
+@hook(
+    "around",
+    "KVCacheConfigurator._build_mha_kv_pool(self, *, max_total_num_tokens, mha_pool_class, quant_method=None)",
+    expires=_POOLS,
+)
+def around_build_mha_kv_pool(original: Any, self: Any, **kwargs: Any) -> Any:
+    """The pool of a rank on a GPU lies in HMM memory too."""
+    if current_worker().kv is not None:
+        from elasticmoe_patches.kv_pools import ElasticMHATokenToKVPool
+
+        kwargs["mha_pool_class"] = ElasticMHATokenToKVPool
+    return original(self, **kwargs)
+
+
+@hook(
+    "around",
+    "KVCacheConfigurator._build_mla_kv_pool(self, *, max_total_num_tokens)",
+    also={"0.5.23": "(self, *, max_total_num_tokens, mla_pool_class)"},
+    expires=_POOLS,
+)
+def around_build_mla_kv_pool(original: Any, self: Any, *, max_total_num_tokens: int, **kwargs: Any) -> Any:
+    """The pool of a rank on a GPU lies in HMM memory too."""
+    if current_worker().kv is None:
+        return original(self, max_total_num_tokens=max_total_num_tokens, **kwargs)
+    from elasticmoe_patches.kv_pools import ElasticMLATokenToKVPool
+
+    if "mla_pool_class" in kwargs:
+        return original(self, max_total_num_tokens=max_total_num_tokens, mla_pool_class=ElasticMLATokenToKVPool)
+    return ElasticMLATokenToKVPool(  # as 0.5.21 makes its own
+        max_total_num_tokens,
+        page_size=self.pool_page_size,
+        dtype=self.kv_cache_dtype,
+        kv_lora_rank=self.model_config.kv_lora_rank,
+        qk_rope_head_dim=self.model_config.qk_rope_head_dim,
+        layer_num=self.layer_info.num_effective_layers,
+        device=self.device,
+        enable_memory_saver=False,
+        start_layer=self.layer_info.start_layer,
+        end_layer=self.layer_info.end_layer,
+    )

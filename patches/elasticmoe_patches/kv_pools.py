@@ -1,4 +1,4 @@
-"""KV pools and slot allocators of the CPU platform.
+"""KV pools over HMM memory, and the pools and slot allocators of the CPU platform.
 
 The elastic pools are SGLang's over the rank's KV space: tensors that cover all reserved addresses, of which only the
 rows below ``size + page_size`` are mapped. SGLang indexes rows it got from the allocator, and row 0.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator, alloc_extend_naive
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool, _set_kv_buffer_impl
 from sglang.srt.runtime_context import get_schedule
 from sglang.srt.utils import get_num_new_pages
 
@@ -59,6 +59,24 @@ class ElasticMHATokenToKVPool(MHATokenToKVPool):  # type: ignore[misc]
         super()._init_data_ptrs_and_strides()
         strides = [buffer.stride(0) * buffer.itemsize for buffer in self._slot_move_pointer_buffers()]
         self.data_strides = torch.tensor(strides, device=self.device)
+
+    def _store_kv_layer(self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor) -> None:
+        """As SGLang's, but with every reserved row allowed: a captured graph keeps the limit it was captured with, and
+        the capacity grows later."""
+        k_rows, v_rows = self.k_buffer[layer_idx], self.v_buffer[layer_idx]
+        _set_kv_buffer_impl(
+            cache_k,
+            cache_v,
+            k_rows,
+            v_rows,
+            loc,
+            row_dim=self.row_dim,
+            store_dtype=self.store_dtype,
+            device_module=self.device_module,
+            size_limit=k_rows.shape[0],
+            alt_stream=self.alt_stream,
+            v_row_dim=self.v_row_dim,
+        )
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         return _mapped_bytes() // 2, _mapped_bytes() // 2

@@ -1,0 +1,167 @@
+"""Servers on one GPU, for the benchmarks there: Qwen3-30B-A3B's shape with dummy weights, and their load."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from benchmarks.scaling.servers import Instance
+from benchmarks.streams import Ask, Load
+
+MODEL = Path(__file__).parent.parent / "configs" / "models" / "qwen3-30b-a3b.json"
+_REST = {
+    "model_type": "qwen3_moe", "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "norm_topk_prob": True, "attention_bias": False,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16",
+}  # fmt: skip
+PROMPTS = (32, 200, 1000, 60, 2000, 400)
+"""Lengths of prompts under which sizes change."""
+
+
+def write_shape(folder: Path, layers: int) -> Path:
+    """A model folder with a config and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads(MODEL.read_text()) | _REST | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+class Device:
+    """Used bytes of GPU 0, sampled ten times per second (NVML, all processes together)."""
+
+    def __init__(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        self._nvml = pynvml
+        self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self.name = str(pynvml.nvmlDeviceGetName(self._handle))
+        self.samples: list[tuple[float, int]] = []
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def used(self) -> int:
+        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def _run(self) -> None:
+        while True:
+            self.samples.append((time.monotonic(), self.used()))
+            time.sleep(0.1)
+
+    def peak(self, since: float, until: float) -> int:
+        return max(used for at, used in self.samples if since - 0.2 <= at <= until + 0.2)
+
+
+class Servers:
+    """All servers of a run, started at once; `get` waits for one."""
+
+    def __init__(self, stack: AsyncExitStack, settings: argparse.Namespace) -> None:
+        self._stack = stack
+        self._settings = settings
+        self._starting: dict[str, asyncio.Task[Instance]] = {}
+        self.boots: dict[str, float | str] = {}
+
+    def start(
+        self, name: str, args: Sequence[str], *, plain: bool = False, env: Mapping[str, str] | None = None
+    ) -> None:
+        common = [
+            *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--disable-prefill-cuda-graph"),
+            *("--max-total-tokens", str(self._settings.kv_tokens), "--context-length", "4096"),
+            *("--skip-server-warmup", "--random-seed", "1", "--mem-fraction-static", "0.9"),
+        ]
+        log = self._settings.logs / f"{name}.log"
+        instance = Instance(
+            [*args, *common], plain=plain, generation=0, size=1, log=log, start_timeout_s=self._settings.boot_s, env=env
+        )
+        self._starting[name] = asyncio.ensure_future(self._boot(name, instance))
+
+    async def _boot(self, name: str, instance: Instance) -> Instance:
+        try:
+            entered = await self._stack.enter_async_context(instance)
+        except BaseException as error:
+            self.boots[name] = str(error)[-1500:]
+            raise
+        self.boots[name] = round(instance.boot_s, 1)
+        print(f"{name}: up after {instance.boot_s:.1f} s", flush=True)
+        return entered
+
+    async def get(self, name: str) -> Instance:
+        return await asyncio.shield(self._starting[name])  # a section that is abandoned does not end the server
+
+    async def settled(self) -> None:
+        """No server boots any more: from here on, measurements have the machine to themselves."""
+        await asyncio.wait(self._starting.values())
+
+
+async def standbys(instance: Instance, wanted: int, settings: argparse.Namespace) -> float:
+    """Wait until that many standbys are ready, hot ones where the server keeps them; returns the seconds it took."""
+    started = time.monotonic()
+    state = "hot" if settings.hot_standbys else "standby"
+    while time.monotonic() - started < settings.section_s:
+        status = await status_of(instance)
+        if sum(rank["state"] == state for rank in status["ranks"]) >= wanted:
+            return round(time.monotonic() - started, 1)
+        await asyncio.sleep(0.2)
+    raise RuntimeError(f"no {wanted} {state} ranks within {settings.section_s:.0f} s: {json.dumps(status)[:800]}")
+
+
+async def status_of(instance: Instance) -> dict[str, Any]:
+    async with (
+        aiohttp.ClientSession(instance.url) as session,
+        session.get("/elastic_ep/status", timeout=aiohttp.ClientTimeout(total=10)) as response,
+    ):
+        status: dict[str, Any] = await response.json()
+        return status
+
+
+async def resize(instance: Instance, size: int, settings: argparse.Namespace) -> None:
+    """Change to `size` ranks, with enough standbys, unless the server has that size."""
+    now = (await status_of(instance))["ep_size"]
+    if now == size:
+        return
+    await standbys(instance, size - now, settings)
+    async with (
+        aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session,
+        session.post("/scale_elastic_ep", json={"new_ep_size": size, "wait": True}) as response,
+    ):
+        operation = await response.json()
+    if operation.get("phase") != "done":
+        raise RuntimeError(f"the change to {size} ended as {json.dumps(operation)[:1500]}")
+
+
+def processes_of(instance: Instance) -> list[psutil.Process]:
+    assert instance.pid is not None
+    main = psutil.Process(instance.pid)
+    return [main, *main.children(recursive=True)]
+
+
+def ids(seed: int, length: int = 32) -> tuple[int, ...]:
+    return tuple((seed * 7919 + 31 * i) % 1000 + 5 for i in range(length))
+
+
+def fresh(seed: int, length: int) -> tuple[int, ...]:
+    """A prompt that shares no prefix with another seed's, so that no cache answers for it."""
+    dice = random.Random(seed)
+    return tuple(dice.randrange(10, 100_000) for _ in range(length))
+
+
+def mixed_load(instance: Instance, settings: argparse.Namespace) -> Load:
+    """Streams whose prompts have 32 to 2,000 tokens, each its own."""
+    return Load(
+        instance.client,
+        lambda lane, n: Ask(
+            key="",
+            prompt=fresh(lane * 1_000_003 + n, PROMPTS[(lane + n) % len(PROMPTS)]),
+            tokens=settings.stream_tokens,
+        ),
+    )
