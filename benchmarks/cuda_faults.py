@@ -114,7 +114,7 @@ async def strike(instance: Instance, dice: random.Random, *, kill: bool) -> dict
     size = dice.choice([size for size in (1, 2, 3, 4) if size != len(members)])
     body: dict[str, Any] = {"new_ep_size": size}
     if len(members) > 1 and dice.random() < 0.3:
-        body = {"retire_ranks": [dice.choice(members)]}
+        body = {"retire_ranks": [dice.choice(members[1:])]}  # rank 0 leads the commit barrier
     started = time.monotonic()
     victim = ""
     async with aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session:

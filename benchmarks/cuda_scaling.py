@@ -47,6 +47,7 @@ BATCHES = (1, 16, 64)
 LOADS = {"prefill": (32, 1000, 8), "mixed": (64, 500, 64), "decode": (64, 32, 200)}
 """Closed loops of section growth: requests at a time, prompt tokens, output tokens of each."""
 _AROUND_S = 0.3
+_CONTROL_S = 0.2
 GAP_BEYOND_S = 0.02
 FIRST_USE = re.compile(r"rank (\d+): a kernel was loaded while serving: (.*)")
 
@@ -150,14 +151,6 @@ async def change(instance: Instance, load: Load, size: int, device: Device) -> d
     await asyncio.sleep(1.0)
     if operation.get("phase") != "done":
         raise RuntimeError(f"the change to {size} ended as {json.dumps(operation)[:1500]}")
-    gaps: list[float] = []
-    late: list[float] = []  # beyond three times the stream's median and 20 ms
-    for record in load.records:
-        inside = [gap for at, gap in record.gaps() if at >= started and at - gap <= ended + _AROUND_S]
-        calm = [gap for at, gap in record.gaps() if at < started or at - gap > ended + _AROUND_S]
-        if inside and len(calm) >= 8:
-            gaps.append(max(inside) * 1e3)
-            late.append((max(inside) - 3 * statistics.median(calm) - GAP_BEYOND_S) * 1e3)
     flow = {
         "before": tokens_between(load, before - 1.0, before),
         "during": tokens_between(load, started, ended),
@@ -171,15 +164,51 @@ async def change(instance: Instance, load: Load, size: int, device: Device) -> d
         "seconds": round(ended - started, 3),
         "timings": operation["timings"],
         "pauses_ms": [round(pause, 2) for pause in pauses],
-        "streams": len(gaps),
-        "longest_gap_ms": round(max(gaps), 1) if gaps else None,
-        "beyond_limit_ms": [round(beyond, 1) for beyond in sorted(late)],
+        **gaps_between(load, started, ended + _AROUND_S),
         "tokens_per_s": flow,
         "moved_requests": operation["moved_requests"],
         "columns_moved": operation["columns_moved"],
         "bytes_moved": operation["bytes_moved"],
         "peak_over_larger": round(device.peak(started, ended) / max(device.peak(*at) for at in steady), 4),
         "lost": len(load.lost),
+    }
+
+
+def gaps_between(load: Load, since: float, until: float) -> dict[str, Any]:
+    """The longest gap of each stream that reaches into this time, against three times the stream's median and 20 ms."""
+    gaps: list[float] = []
+    late: list[float] = []
+    for record in load.records:
+        inside = [gap for at, gap in record.gaps() if at >= since and at - gap <= until]
+        calm = [gap for at, gap in record.gaps() if at < since or at - gap > until]
+        if inside and len(calm) >= 8:
+            gaps.append(max(inside) * 1e3)
+            late.append((max(inside) - 3 * statistics.median(calm) - GAP_BEYOND_S) * 1e3)
+    return {
+        "streams": len(gaps),
+        "longest_gap_ms": round(max(gaps), 1) if gaps else None,
+        "beyond_limit_ms": [round(beyond, 1) for beyond in sorted(late)],
+    }
+
+
+async def no_change(load: Load) -> dict[str, Any]:
+    """The control: as long as a change and what is looked at around it, under the same load."""
+    started = time.monotonic()
+    await asyncio.sleep(_CONTROL_S)
+    ended = time.monotonic()
+    await asyncio.sleep(1.0)
+    return gaps_between(load, started, ended + _AROUND_S)
+
+
+def gaps_summary(part: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of changes, or of times without one: streams' longest gaps against their limit."""
+    beyond = sorted(each for row in part for each in row["beyond_limit_ms"])
+    longest = [row["longest_gap_ms"] for row in part if row["longest_gap_ms"] is not None]
+    return {
+        "n": len(part),
+        "longest_gap_ms": {"median": statistics.median(longest), "most": max(longest)} if longest else None,
+        "streams_within_gap_limit": round(sum(each <= 0 for each in beyond) / max(1, len(beyond)), 4),
+        "beyond_limit_p99_ms": beyond[int(0.99 * (len(beyond) - 1))] if beyond else None,
     }
 
 
@@ -194,10 +223,12 @@ async def changes(servers: Servers, settings: argparse.Namespace, record: dict[s
     load = mixed_load(instance, settings)
     lanes = asyncio.ensure_future(load.run(settings.streams))
     rows = record["rows"] = []
+    calm = record["without_a_change"] = []
     try:
         for repetition in range(settings.repetitions):
             for before, size in zip((1, *SIZES), SIZES, strict=False):
                 waited = await standbys(instance, size - before, settings)
+                calm.append({"ranks": before} | await no_change(load))
                 row = {"repetition": repetition, "waited_for_standbys_s": waited}
                 rows.append(row | await change(instance, load, size, device))
                 print(json.dumps(rows[-1]), flush=True)
@@ -207,7 +238,7 @@ async def changes(servers: Servers, settings: argparse.Namespace, record: dict[s
         record["lost"] = [lost.failure for lost in load.lost]
         record["requests"] = len(load.records)
         record["first_uses"] = first_uses(instance)
-        record["summary"] = summary_of(rows)
+        record["summary"] = summary_of(rows) | {"without a change": gaps_summary(calm)}
 
 
 def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -220,21 +251,14 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         if not part:
             continue
         pauses = [max(row["pauses_ms"]) for row in part if row["pauses_ms"]]
-        beyond = sorted(each for row in part for each in row["beyond_limit_ms"])
         flow = [row["tokens_per_s"]["during"] / row["tokens_per_s"]["before"] for row in part]
         found[name] = {
-            "n": len(part),
+            **gaps_summary(part),
             "seconds": {
                 "median": statistics.median(row["seconds"] for row in part),
                 "most": max(row["seconds"] for row in part),
             },
             "pause_ms": {"median": statistics.median(pauses), "most": max(pauses)},
-            "longest_gap_ms": {
-                "median": statistics.median(row["longest_gap_ms"] for row in part),
-                "most": max(row["longest_gap_ms"] for row in part),
-            },
-            "streams_within_gap_limit": round(sum(each <= 0 for each in beyond) / max(1, len(beyond)), 4),
-            "beyond_limit_p99_ms": beyond[int(0.99 * (len(beyond) - 1))] if beyond else None,
             "during_over_before": {"median": round(statistics.median(flow), 3), "least": round(min(flow), 3)},
             "peak_over_larger": max(row["peak_over_larger"] for row in part),
         }
@@ -470,6 +494,7 @@ def main() -> int:
     parser.add_argument("--stream-tokens", type=int, default=400)
     parser.add_argument("--standbys", type=int, default=3)
     parser.add_argument("--hot-standbys", type=int, default=0, help="kept booted; 0 measures joining by a boot")
+    parser.add_argument("--prefill-graphs", action="store_true", help="SGLang's CUDA graphs of prefills")
     parser.add_argument("--tokens", type=int, default=128, help="of each request in static and capacity")
     parser.add_argument("--rounds", type=int, default=7, help="of each batch in static and capacity")
     parser.add_argument("--storm", type=int, default=50, help="random changes in section storm")

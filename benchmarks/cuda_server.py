@@ -75,7 +75,8 @@ class Servers:
         self, name: str, args: Sequence[str], *, plain: bool = False, env: Mapping[str, str] | None = None
     ) -> None:
         common = [
-            *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--disable-prefill-cuda-graph"),
+            *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
+            *(() if self._settings.prefill_graphs else ("--disable-prefill-cuda-graph",)),
             *("--max-total-tokens", str(self._settings.kv_tokens), "--context-length", "4096"),
             *("--skip-server-warmup", "--random-seed", "1", "--mem-fraction-static", "0.9"),
         ]
@@ -156,12 +157,13 @@ def fresh(seed: int, length: int) -> tuple[int, ...]:
 
 
 def mixed_load(instance: Instance, settings: argparse.Namespace) -> Load:
-    """Streams whose prompts have 32 to 2,000 tokens, each its own."""
+    """Streams whose prompts have 32 to 2,000 tokens, each its own. Answers differ in length, so that prompts do not all
+    come at once."""
     return Load(
         instance.client,
         lambda lane, n: Ask(
             key="",
             prompt=fresh(lane * 1_000_003 + n, PROMPTS[(lane + n) % len(PROMPTS)]),
-            tokens=settings.stream_tokens,
+            tokens=settings.stream_tokens // 2 + (lane * 37 + n * 101) % settings.stream_tokens,
         ),
     )

@@ -232,6 +232,11 @@ class Engine:
         due = self._restore and not self._closing and self._memory is None and self._now >= self._restore_at
         return due and self._standbys > 0 and bool(self.missing())
 
+    def _no_memory(self) -> str | None:
+        """Why a transition that prepares cannot go on: its transaction ended with the HMM, and another one is only
+        started when nothing needs this one any more."""
+        return self._memory.what if self._memory is not None else None
+
     def _loss(self) -> str | None:
         """Why a transition that prepares cannot go on."""
         lost = self.lost()
@@ -255,7 +260,7 @@ class Engine:
             return
 
         def interrupted() -> str | None:
-            return _CLOSING if self._closing else self._loss()
+            return _CLOSING if self._closing else self._no_memory() or self._loss()
 
         check = plan != wanted.plan
         committed, _ = yield from self._change(name, plan, self._deadlines.prepare, interrupted, check_room=check)
@@ -270,7 +275,7 @@ class Engine:
         def interrupted() -> str | None:
             if self._closing:
                 return _CLOSING
-            return "another target was set" if self._wanted is not None else self._loss()
+            return "another target was set" if self._wanted is not None else self._no_memory() or self._loss()
 
         name = self._name("restore")
         committed, _ = yield from self._change(name, plan, self._deadlines.prepare, interrupted, check_room=True)

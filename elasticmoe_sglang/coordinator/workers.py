@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from elasticmoe_sglang.coordinator.migration import OutputFences, migrate, snaps
 from elasticmoe_sglang.coordinator.ports import SglangPort
 from elasticmoe_sglang.coordinator.status import CommitReport, Moved, PullReport, RankInfo, Withdrawal
 from elasticmoe_sglang.coordinator.worker_channel import Incoming, WorkerChannel
-from elasticmoe_sglang.errors import CommitError, WorkerError
+from elasticmoe_sglang.errors import CommitError, HmmUnavailable, WorkerError
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.planner import Cause, ColumnMove, TransitionPlan, View
 from elasticmoe_sglang.wire import to_coordinator, to_imm, to_worker
@@ -322,7 +323,8 @@ class Workers:
             self._channel.tell_imm(to_imm.KillWorker(rank=rank))  # also one that waits for another IMM to assign it
             if rank in self.pids:
                 await self._channel.wait_for(to_coordinator.WorkerExited, rank=rank, exits=False)
-            await self._kv.drop([rank], settled=True)  # what it had as a hot standby
+            with contextlib.suppress(HmmUnavailable):  # the next HMM never hears of it
+                await self._kv.drop([rank], settled=True)  # what it had as a hot standby
         finally:
             self._joining.discard(rank)
 
