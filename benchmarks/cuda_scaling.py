@@ -339,6 +339,7 @@ async def growth(servers: Servers, settings: argparse.Namespace, record: dict[st
     for repetition in range(settings.growth_repetitions):
         for size in (1, 2, 4):
             await resize(instance, size, settings)
+            await standbys(instance, min(settings.hot_standbys, 4 - size), settings)  # none boots meanwhile
             for index, (name, load) in enumerate(LOADS.items()):
                 seed = ((repetition * 8 + size) * len(LOADS) + index) * 1_000_003
                 found = await closed_loop(instance, load, settings.growth_rounds, seed)
