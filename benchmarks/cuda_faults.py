@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import aiohttp
+import psutil
 
 from benchmarks.cuda_server import Device, Servers, fresh, mixed_load, processes_of, resize, standbys, status_of
 from benchmarks.scaling.servers import Instance
@@ -153,9 +154,10 @@ async def kill_one(instance: Instance, dice: random.Random) -> str:
         if rank["pid"] and rank["state"] in ("active", "joining", "retiring", "hot")
     ]
     others = [("HMM", int(status["memory"]["pid"]))] if status["memory"]["available"] else []
-    others += [
-        ("IMM", process.pid) for process in processes_of(instance) if "elasticmoe_patches.imm" in process.cmdline()
-    ]
+    for process in processes_of(instance):
+        with suppress(psutil.NoSuchProcess):  # also one that has ended and is not buried yet
+            if "elasticmoe_patches.imm" in process.cmdline():
+                others.append(("IMM", process.pid))
     name, pid = dice.choice(workers + others)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
