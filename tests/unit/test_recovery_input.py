@@ -89,16 +89,36 @@ def test_what_was_read_is_kept_until_the_iteration_has_processed_it(rank: Rank) 
     assert [item.rid for item in rank.worker.iteration.pulled] == ["a"]
 
 
+def queued(*entries: tuple[str, int, int]) -> Any:
+    """Id, tokens of the prompt, tokens its client has."""
+    made = [SimpleNamespace(rid=rid, output_ids=[0] * out, seqlen=prompt + out) for rid, prompt, out in entries]
+    return SimpleNamespace(waiting_queue=made)
+
+
+def order(scheduler: Any) -> list[str]:
+    return [req.rid for req in scheduler.waiting_queue]
+
+
 def test_a_request_that_has_begun_waits_for_those_that_have_begun_only() -> None:
     """Moved to a full rank, a stream once stood still until all new requests there had ended."""
+    scheduler = queued(("a", 5, 1), ("b", 9, 0), ("c", 3, 0), ("moved", 9, 2))
+    ahead_of_new_ones(scheduler, "moved", with_kv=False)
+    assert order(scheduler) == ["a", "moved", "b", "c"]
+    scheduler = queued(("a", 5, 0), ("moved", 3, 0))
+    ahead_of_new_ones(scheduler, "moved", with_kv=False)
+    ahead_of_new_ones(queued(), "moved", with_kv=False)
+    assert order(scheduler) == ["a", "moved"], "nobody waits for its next token"
 
-    def queued(*entries: tuple[str, list[int]]) -> Any:
-        return SimpleNamespace(waiting_queue=[SimpleNamespace(rid=rid, output_ids=ids) for rid, ids in entries])
 
-    scheduler = queued(("a", [1]), ("b", []), ("c", []), ("moved", [4, 5]))
-    ahead_of_new_ones(scheduler, "moved")
-    assert [req.rid for req in scheduler.waiting_queue] == ["a", "moved", "b", "c"]
-    scheduler = queued(("a", []), ("moved", []))
-    ahead_of_new_ones(scheduler, "moved")
-    ahead_of_new_ones(queued(), "moved")
-    assert [req.rid for req in scheduler.waiting_queue] == ["a", "moved"], "nobody waits for its next token"
+def test_a_stream_that_needs_little_does_not_wait_behind_prompts_that_are_computed_again() -> None:
+    """After a loss long prompts of the dead rank's requests once kept a short stream waiting for 6 s."""
+    scheduler = queued(("new", 4, 0))
+    for rid, prompt, out, with_kv in (
+        ("long", 1400, 6, False),
+        ("short", 17, 14, False),
+        ("with its KV", 1400, 9, True),
+        ("longer", 2000, 1, False),
+    ):
+        scheduler.waiting_queue.append(SimpleNamespace(rid=rid, output_ids=[0] * out, seqlen=prompt + out))
+        ahead_of_new_ones(scheduler, rid, with_kv=with_kv)
+    assert order(scheduler) == ["with its KV", "short", "long", "longer", "new"]

@@ -256,7 +256,7 @@ def _resume(scheduler: Any, worker: Worker, migrated: MigratedFrames, window: Kv
             logger.exception("rank %d could not place the KV of %s; it is recomputed", worker.rank, request.rid)
     worker.inbox.resuming[request.rid] = progress
     scheduler.handle_generate_request(request)
-    ahead_of_new_ones(scheduler, request.rid)
+    ahead_of_new_ones(scheduler, request.rid, with_kv=placed)
     if progress.aborted or worker.inbox.aborted.reaches(request.rid):
         scheduler.abort_request(AbortReq(rid=request.rid))
     return placed

@@ -15,6 +15,8 @@ from typing import Any
 from elasticmoe_patches.versions import api
 from elasticmoe_sglang.errors import CollectiveError
 
+_LEFT = "elasticmoe_left"
+"""Attribute of a Req that was put back or moved here: tokens whose KV has to be computed before its next one."""
 # Longer than any request is on its way: what is older was handled by the rank that had the request then.
 REMEMBERED_S = 60.0
 
@@ -124,20 +126,36 @@ def set_aside(scheduler: Any, iteration: IterationInput) -> int:
     if getattr(scheduler, "result_queue", None):
         scheduler.result_queue.clear()
     waiting, scheduler.waiting_queue = scheduler.waiting_queue, []
-    for req, _ in started:
+    for req, valid in started:
         scheduler._add_request_to_queue(req)
+        setattr(req, _LEFT, req.seqlen - valid)
     scheduler.waiting_queue.extend(waiting)
+    begun_ones_first(scheduler)
     iteration.replay = [*iteration.pulled, *iteration.replay]
     iteration.pulled = []
     return len(started)
 
 
-def ahead_of_new_ones(scheduler: Any, rid: str) -> None:
-    """Move a request that was queued last, and whose client has tokens already, before those that have not begun."""
+def ahead_of_new_ones(scheduler: Any, rid: str, *, with_kv: bool) -> None:
+    """Move a request that was queued last, and whose client has tokens already, before those that have not begun.
+
+    Args:
+        with_kv: the KV of its tokens is in the radix cache.
+    """
     waiting = scheduler.waiting_queue
     if waiting and waiting[-1].rid == rid and waiting[-1].output_ids:
-        req = waiting.pop()
-        waiting.insert(next((i for i, other in enumerate(waiting) if not other.output_ids), len(waiting)), req)
+        setattr(waiting[-1], _LEFT, 1 if with_kv else waiting[-1].seqlen)
+        begun_ones_first(scheduler)
+
+
+def begun_ones_first(scheduler: Any) -> None:
+    """Requests whose clients have tokens come first, of those the ones with fewest tokens to compute: a stream that
+    needs next to nothing does not wait behind long prompts that are computed again. The others keep their order."""
+
+    def place(req: Any) -> tuple[bool, int]:
+        return not req.output_ids, getattr(req, _LEFT, req.seqlen) if req.output_ids else 0
+
+    scheduler.waiting_queue = sorted(scheduler.waiting_queue, key=place)
 
 
 def _started(scheduler: Any, new_batch: Any) -> list[tuple[Any, int]]:
