@@ -14,13 +14,18 @@ from elasticmoe_patches.worker.kv import adopt_capacity
 from elasticmoe_patches.worker.migration import MigrationInbox
 from elasticmoe_patches.worker.requests import set_aside
 from elasticmoe_patches.worker.worker import RecoveryInbox, Worker
+from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.wire.to_worker import Join, Park, Parked
 
 logger = logging.getLogger(__name__)
 
 
 def park(scheduler: Any, worker: Worker) -> None:
-    """This rank has retired: give everything back that a hot standby does not need, once survivors have copied it."""
+    """This rank has retired: give everything back that a hot standby does not need, once survivors have copied it.
+
+    Raises:
+        WorkerError: a request is left here. The process ends then, as if it were not to become one.
+    """
     message = worker.told(Park)
     worker.fault_point("hot.parking")
     _forget_requests(scheduler, worker)
@@ -69,7 +74,8 @@ def _forget_requests(scheduler: Any, worker: Worker) -> None:
     scheduler.waiting_queue = []
     scheduler.grammar_manager.grammar_queue = []
     _forget_input(worker)
-    scheduler.flush_cache(empty_cache=False)
+    if not scheduler.flush_cache(empty_cache=False):
+        raise WorkerError("a request was left when the rank had retired, and it cannot wait with it", rank=worker.rank)
 
 
 def _forget_input(worker: Worker) -> None:
