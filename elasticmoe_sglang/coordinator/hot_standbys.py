@@ -34,7 +34,7 @@ class HotStandbys:
 
     Attributes:
         ready: ranks whose worker waits to join.
-        parking: ranks that retire, and whose worker becomes a hot standby.
+        parking: ranks that retire, and whose worker becomes a hot standby when it is told.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class HotStandbys:
         self._ended: set[int] = set()
         self._booting: dict[int, asyncio.Task[None]] = {}
         self.ready: set[int] = set()
-        self.parking: tuple[int, ...] = ()
+        self.parking: set[int] = set()
 
     @property
     def booting(self) -> tuple[int, ...]:
@@ -72,6 +72,7 @@ class HotStandbys:
 
     def exited(self, rank: int) -> None:
         """The rank's worker has ended."""
+        self.parking.discard(rank)
         if rank in self.ready:
             logger.error("the hot standby of rank %d has ended", rank)
             self.ready.discard(rank)
@@ -81,8 +82,12 @@ class HotStandbys:
 
     def choose(self, retiring: Sequence[int]) -> tuple[int, ...]:
         """Which of the retiring ranks stay as hot standbys: the lowest, which join first."""
-        self.parking = tuple(sorted(retiring)[: max(0, self._config.hot_standbys - len(self.ranks))])
-        return self.parking
+        # Those of an attempt that was given up are still active; one that has retired may not have been told yet.
+        self.parking.difference_update(self._view().ranks)
+        free = max(0, self._config.hot_standbys - len(self.ranks | self.parking))
+        chosen = tuple(sorted(retiring)[:free])
+        self.parking.update(chosen)
+        return chosen
 
     async def park(self, rank: int) -> bool:
         """A rank that has retired becomes a hot standby. False if its worker has ended instead.
@@ -98,6 +103,7 @@ class HotStandbys:
                 raise
             return False
         self._kv.resized(rank, parked.kv_chunks)
+        self.parking.discard(rank)
         self.ready.add(rank)
         return True
 

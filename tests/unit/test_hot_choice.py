@@ -125,6 +125,21 @@ def test_the_lowest_retiring_ranks_stay(
     run(main())
 
 
+def test_who_has_retired_and_was_not_told_yet_still_stays() -> None:
+    """A recovery commits meanwhile, which retires nobody; and an attempt that was given up retired nobody either."""
+
+    async def main() -> None:
+        rig = Rig(hot=2, members=(0, 1, 2))
+        assert rig.hot.choose((1, 2)) == (1, 2)
+        assert rig.hot.choose((2,)) == (2,)  # the first attempt was given up: rank 1 is active
+        rig.members = (0, 1)
+        assert rig.hot.choose(()) == () and rig.hot.parking == {2}
+        rig.hot.exited(2)
+        assert not rig.hot.parking
+
+    run(main())
+
+
 def test_a_parked_rank_joins_again() -> None:
     async def main() -> None:
         rig = Rig(hot=1)
