@@ -90,7 +90,7 @@ def test_changes_need_no_boot(served: tuple[ElasticServer, Corpus, Path]) -> Non
     # 3 -> 1: one place was free, for the lowest of the retiring ranks.
     assert rows[1]["hot_after"] == [1, 3]
     assert psutil.pid_exists(pids[3])
-    record("hot-standbys", "changes", rows)
+    record("hot-standbys", "qwen3_moe", {"changes": rows})
 
 
 def test_a_hot_standby_that_dies_is_replaced(served: tuple[ElasticServer, Corpus, Path]) -> None:
