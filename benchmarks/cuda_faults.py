@@ -13,10 +13,21 @@ import time
 from contextlib import suppress
 from typing import Any
 
-import aiohttp
 import psutil
 
-from benchmarks.cuda_server import Device, Servers, fresh, mixed_load, processes_of, resize, standbys, status_of
+from benchmarks.cuda_server import (
+    Device,
+    Servers,
+    fresh,
+    mixed_load,
+    outcome,
+    processes_of,
+    resize,
+    scale,
+    standbys,
+    status_of,
+    streaming,
+)
 from benchmarks.scaling.servers import Instance
 from benchmarks.streams import Ask, Load
 
@@ -33,19 +44,16 @@ async def deaths(servers: Servers, settings: argparse.Namespace, record: dict[st
         instance.client,
         lambda lane, n: Ask(key="", prompt=fresh(lane * 1_000_003 + n, 32), tokens=settings.stream_tokens),
     )
-    lanes = asyncio.ensure_future(load.run(settings.streams))
     rows = record["rows"] = []
     try:
-        for size, victims in DEATHS:
-            await resize(instance, size, settings)
-            waited = await standbys(instance, 4 - size, settings)
-            rows.append({"waited_for_standbys_s": waited} | await kill(instance, load, victims))
-            print(json.dumps(rows[-1]), flush=True)
+        async with streaming(load, settings.streams):
+            for size, victims in DEATHS:
+                await resize(instance, size, settings)
+                waited = await standbys(instance, 4 - size, settings)
+                rows.append({"waited_for_standbys_s": waited} | await kill(instance, load, victims))
+                print(json.dumps(rows[-1]), flush=True)
     finally:
-        load.stop()
-        await lanes
-        record["lost"] = [lost.failure for lost in load.lost]
-        record["requests"] = len(load.records)
+        record.update(outcome(load))
 
 
 async def kill(instance: Instance, load: Load, victims: tuple[int | str, ...]) -> dict[str, Any]:
@@ -88,17 +96,14 @@ async def storm(servers: Servers, settings: argparse.Namespace, record: dict[str
     instance = await servers.get("elastic-4")
     dice = random.Random(settings.seed)
     load = mixed_load(instance, settings)
-    lanes = asyncio.ensure_future(load.run(settings.streams))
     rows = record["rows"] = []
     try:
-        for number in range(settings.storm):
-            rows.append({"number": number} | await strike(instance, dice, kill=number % 2 == 1))
-            print(json.dumps(rows[-1]), flush=True)
+        async with streaming(load, settings.streams):
+            for number in range(settings.storm):
+                rows.append({"number": number} | await strike(instance, dice, kill=number % 2 == 1))
+                print(json.dumps(rows[-1]), flush=True)
     finally:
-        load.stop()
-        await lanes
-        record["lost"] = [lost.failure for lost in load.lost]
-        record["requests"] = len(load.records)
+        record.update(outcome(load))
         whole = sorted(row["whole_s"] for row in rows if row["killed"])
         record["summary"] = {
             "changes": len(rows),
@@ -118,22 +123,20 @@ async def strike(instance: Instance, dice: random.Random, *, kill: bool) -> dict
         body = {"retire_ranks": [dice.choice(members[1:])]}  # rank 0 leads the commit barrier
     started = time.monotonic()
     victim = ""
-    async with aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session:
-        asked = asyncio.ensure_future(session.post("/scale_elastic_ep", json={**body, "wait": True}))
-        if kill:
-            await asyncio.sleep(dice.uniform(0.0, 0.25))
-            victim = await kill_one(instance, dice)
-        async with await asked as response:
-            operation = await response.json()
-        while True:
-            status = await status_of(instance)
-            states = {rank["rank"]: rank["state"] for rank in status["ranks"]}
-            settled = status["running"] is None and status["membership"] == status["target_ranks"]
-            if settled and status["memory"]["available"] and all(states[r] == "active" for r in status["membership"]):
-                break
-            if time.monotonic() - started > 100:
-                raise RuntimeError(f"not whole after 100 s: {json.dumps(status)[:1500]}")
-            await asyncio.sleep(0.05)
+    asked = asyncio.ensure_future(scale(instance, body))
+    if kill:
+        await asyncio.sleep(dice.uniform(0.0, 0.25))
+        victim = await kill_one(instance, dice)
+    operation = await asked
+    while True:
+        status = await status_of(instance)
+        states = {rank["rank"]: rank["state"] for rank in status["ranks"]}
+        settled = status["running"] is None and status["membership"] == status["target_ranks"]
+        if settled and status["memory"]["available"] and all(states[r] == "active" for r in status["membership"]):
+            break
+        if time.monotonic() - started > 100:
+            raise RuntimeError(f"not whole after 100 s: {json.dumps(status)[:1500]}")
+        await asyncio.sleep(0.05)
     ended = time.monotonic()
     await asyncio.sleep(0.5)
     return {

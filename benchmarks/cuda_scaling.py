@@ -36,7 +36,20 @@ import aiohttp
 import psutil
 
 from benchmarks.cuda_faults import deaths, storm
-from benchmarks.cuda_server import Device, Servers, fresh, ids, mixed_load, processes_of, resize, standbys, write_shape
+from benchmarks.cuda_server import (
+    Device,
+    Servers,
+    fresh,
+    ids,
+    mixed_load,
+    outcome,
+    processes_of,
+    resize,
+    scale,
+    standbys,
+    streaming,
+    write_shape,
+)
 from benchmarks.scaling.machine import describe
 from benchmarks.scaling.servers import Instance
 from benchmarks.streams import Ask, Load, unequal
@@ -143,11 +156,9 @@ async def compare(one: Instance, other: Instance, settings: argparse.Namespace) 
 async def change(instance: Instance, load: Load, size: int, device: Device) -> dict[str, Any]:
     await asyncio.sleep(1.0)  # a median gap and a rate at this size
     before = time.monotonic()
-    async with aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session:
-        started = time.monotonic()
-        async with session.post("/scale_elastic_ep", json={"new_ep_size": size, "wait": True}) as response:
-            operation = await response.json()
-        ended = time.monotonic()
+    started = time.monotonic()
+    operation = await scale(instance, {"new_ep_size": size})
+    ended = time.monotonic()
     await asyncio.sleep(1.0)
     if operation.get("phase") != "done":
         raise RuntimeError(f"the change to {size} ended as {json.dumps(operation)[:1500]}")
@@ -221,22 +232,20 @@ def tokens_between(load: Load, since: float, until: float) -> float:
 async def changes(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
     instance = await servers.get("elastic-4")
     load = mixed_load(instance, settings)
-    lanes = asyncio.ensure_future(load.run(settings.streams))
     rows = record["rows"] = []
     calm = record["without_a_change"] = []
     try:
-        for repetition in range(settings.repetitions):
-            for before, size in zip((1, *SIZES), SIZES, strict=False):
+        async with streaming(load, settings.streams):
+            for repetition, (before, size) in itertools.product(
+                range(settings.repetitions), zip((1, *SIZES), SIZES, strict=False)
+            ):
                 waited = await standbys(instance, size - before, settings)
                 calm.append({"ranks": before} | await no_change(load))
                 row = {"repetition": repetition, "waited_for_standbys_s": waited}
                 rows.append(row | await change(instance, load, size, device))
                 print(json.dumps(rows[-1]), flush=True)
     finally:
-        load.stop()
-        await lanes
-        record["lost"] = [lost.failure for lost in load.lost]
-        record["requests"] = len(load.records)
+        record.update(outcome(load))
         record["first_uses"] = first_uses(instance)
         record["summary"] = summary_of(rows) | {"without a change": gaps_summary(calm)}
 
@@ -365,15 +374,11 @@ async def tokens(servers: Servers, settings: argparse.Namespace, record: dict[st
     still = Load(instance.client, lambda lane, number: asks[0])
     await still.run_once(asks)
     moving = Load(instance.client, lambda lane, number: asks[lane % len(asks)])
-    lanes = asyncio.ensure_future(moving.run(len(asks)))
-    try:
-        record["changes"] = rows = []
+    record["changes"] = rows = []
+    async with streaming(moving, len(asks)):
         for before, size in zip((1, *SIZES), SIZES, strict=False):
             await standbys(instance, size - before, settings)
             rows.append((await change(instance, moving, size, device))["to"])
-    finally:
-        moving.stop()
-        await lanes
     record["lost"] = [lost.failure for lost in (*still.lost, *moving.lost)]
     record["compared"] = len(moving.records)
     record["different"] = unequal([one for one in moving.records if not one.lost], still.records)

@@ -8,8 +8,8 @@ import json
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +125,39 @@ async def status_of(instance: Instance) -> dict[str, Any]:
         return status
 
 
+async def scale(instance: Instance, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Ask for a change and wait for its end; the operation, or the answer that refuses it."""
+    async with (
+        aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session,
+        session.post("/scale_elastic_ep", json={**body, "wait": True}) as response,
+    ):
+        operation: dict[str, Any] = await response.json()
+        return operation
+
+
+@asynccontextmanager
+async def streaming(load: Load, lanes: int) -> AsyncIterator[None]:
+    """The load runs meanwhile; its last requests are waited for."""
+    running = asyncio.ensure_future(load.run(lanes))
+    try:
+        yield
+    finally:
+        load.stop()
+        await running
+
+
+def outcome(load: Load) -> dict[str, Any]:
+    """For a section's record, once the load has ended."""
+    return {"lost": [lost.failure for lost in load.lost], "requests": len(load.records)}
+
+
 async def resize(instance: Instance, size: int, settings: argparse.Namespace) -> None:
     """Change to `size` ranks, with enough standbys, unless the server has that size."""
     now = (await status_of(instance))["ep_size"]
     if now == size:
         return
     await standbys(instance, size - now, settings)
-    async with (
-        aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session,
-        session.post("/scale_elastic_ep", json={"new_ep_size": size, "wait": True}) as response,
-    ):
-        operation = await response.json()
+    operation = await scale(instance, {"new_ep_size": size})
     if operation.get("phase") != "done":
         raise RuntimeError(f"the change to {size} ended as {json.dumps(operation)[:1500]}")
 
