@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,14 +23,14 @@ import torch
 from safetensors.torch import save_file
 
 from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.models import ARCHITECTURES, CORRECTED
+from elasticmoe_sglang.models.base import CONTEXT, EXPERT_GAIN, HEAD_DIM, MLP_GAIN, ROUTER_GAIN, Architecture
 
-Arch = Literal["qwen3_moe", "deepseek_v2"]
+Arch = Literal["qwen3_moe", "deepseek_v2", "deepseek_v3", "qwen2_moe", "glm4_moe"]
 Dtype = Literal["float32", "bfloat16"]
 
 VOCAB = 1024
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CONTEXT = 4096
-HEAD_DIM = 32
 
 _LOGIT_STD = 8.0
 _CHAT_TEMPLATE = (
@@ -49,43 +49,54 @@ def make_tiny_model(
     hidden: int = 256,
     dtype: Dtype = "float32",
     seed: int = 0,
+    skew: float | None = None,
 ) -> Path:
     """Write config.json, model.safetensors, tokenizer and chat template to `out_dir` (created) and return it.
 
     Args:
-        arch: "deepseek_v2" has MLA, one shared expert and a dense first layer; "qwen3_moe" has grouped-query attention.
-        layers: at least 1, for deepseek_v2 at least 2 (the first is dense).
-        experts: routed experts a layer, at least 2; up to 4 of them see a token.
+        arch: what each has is in `models`.
+        layers: at least 1, and 2 where the first is dense.
+        experts: routed experts a layer, at least 2; four of them see a token, with qwen2_moe eight.
         hidden: width, a multiple of 64.
         seed: of the weights.
+        skew: how much more often the first experts are chosen, 0 for not at all; where a correction by expert decides
+            (`Architecture.corrected`). None: a correction drawn as the other weights.
 
     Raises:
         UserInputError: an argument is outside these limits.
     """
-    _validate(arch, layers, experts, hidden, dtype)
+    architecture = _validated(arch, layers, experts, hidden, dtype)
+    config = _common_config(layers, hidden, dtype) | architecture.tiny_config(experts, hidden)
+    config |= {"architectures": [architecture.name], "model_type": arch}
+    if skew is not None:
+        if arch not in CORRECTED or skew < 0:
+            raise UserInputError(
+                f"{arch} cannot be made with a skew of {skew:g}",
+                hint=f"Give 0 or more, with one of {', '.join(CORRECTED)}",
+            )
+        config["tiny_skew"] = skew
     path = Path(out_dir)
     path.mkdir(parents=True, exist_ok=True)
-    architecture = _qwen3_moe_config if arch == "qwen3_moe" else _deepseek_config
-    config = architecture(experts, hidden) | _common_config(layers, hidden, dtype)
     _write_json(path / "config.json", config)
     _write_json(path / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "do_sample": False})
     _write_tokenizer(path)
-    _write_weights(path, config, arch, dtype, seed)
+    _write_weights(path, config, architecture, dtype, seed)
     return path
 
 
-def _validate(arch: str, layers: int, experts: int, hidden: int, dtype: str) -> None:
-    if arch not in get_args(Arch):
+def _validated(arch: str, layers: int, experts: int, hidden: int, dtype: str) -> Architecture:
+    found = {each.arch: each for each in ARCHITECTURES.values()}.get(arch)
+    if found is None:
         raise UserInputError(f"unknown architecture {arch!r}", hint=f"It must be one of {', '.join(get_args(Arch))}")
     if dtype not in get_args(Dtype):
         raise UserInputError(f"unknown dtype {dtype!r}", hint=f"It must be one of {', '.join(get_args(Dtype))}")
-    fewest = 2 if arch == "deepseek_v2" else 1
-    if layers < fewest:
-        raise UserInputError(f"{arch} needs at least {fewest} layers, not {layers}")
+    if layers < found.fewest_layers:
+        raise UserInputError(f"{arch} needs at least {found.fewest_layers} layers, not {layers}")
     if experts < 2:
         raise UserInputError(f"a mixture needs at least 2 experts, not {experts}")
     if hidden < 64 or hidden % 64:
         raise UserInputError(f"hidden must be a positive multiple of 64, not {hidden}")
+    return found
 
 
 def _common_config(layers: int, hidden: int, dtype: str) -> dict[str, Any]:
@@ -109,56 +120,6 @@ def _common_config(layers: int, hidden: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def _qwen3_moe_config(experts: int, hidden: int) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "head_dim": HEAD_DIM,
-        "num_key_value_heads": hidden // HEAD_DIM // 2,
-        "num_experts": experts,
-        "num_experts_per_tok": min(4, experts),
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
-
-
-def _deepseek_config(experts: int, hidden: int) -> dict[str, Any]:
-    return {
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v2",
-        "num_key_value_heads": hidden // HEAD_DIM,
-        "n_routed_experts": experts,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": min(4, experts),
-        "first_k_dense_replace": 1,
-        "moe_layer_freq": 1,
-        "norm_topk_prob": False,
-        "scoring_func": "softmax",
-        "topk_method": "greedy",
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.0,
-        "q_lora_rank": None,
-        "kv_lora_rank": 64,
-        "qk_nope_head_dim": HEAD_DIM,
-        "qk_rope_head_dim": HEAD_DIM,
-        "v_head_dim": HEAD_DIM,
-        # SGLang's rotary factory for this architecture wants YaRN. With mscale_all_dim 0 the softmax scale stays as it
-        # is and only the rotary part is scaled, on which SGLang and transformers agree.
-        "rope_scaling": {
-            "type": "yarn",
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "original_max_position_embeddings": CONTEXT // 4,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 1.0,
-            "mscale_all_dim": 0.0,
-        },
-    }
-
-
 class _Weights:
     """Draws weights in a fixed order from one generator, float32, and keeps them in the dtype of the checkpoint."""
 
@@ -172,6 +133,14 @@ class _Weights:
         values = torch.randn(rows, columns, generator=self._generator) * (gain / math.sqrt(columns))
         self.tensors[name] = values.to(self._dtype)
 
+    def vector(self, name: str, size: int, std: float) -> None:
+        """float32 in every checkpoint."""
+        self.tensors[name] = torch.randn(size, generator=self._generator) * std
+
+    def values(self, name: str, values: Sequence[float]) -> None:
+        """float32 in every checkpoint."""
+        self.tensors[name] = torch.tensor(values, dtype=torch.float32)
+
     def ones(self, name: str, size: int) -> None:
         self.tensors[name] = torch.ones(size, dtype=self._dtype)
 
@@ -181,7 +150,7 @@ class _Weights:
         self.matrix(f"{prefix}.down_proj.weight", hidden, inner, gain)
 
 
-def _write_weights(path: Path, config: dict[str, Any], arch: str, dtype: str, seed: int) -> None:
+def _write_weights(path: Path, config: dict[str, Any], architecture: Architecture, dtype: str, seed: int) -> None:
     weights = _Weights(dtype, seed)
     hidden = config["hidden_size"]
     weights.matrix("model.embed_tokens.weight", VOCAB, hidden, gain=math.sqrt(hidden))
@@ -189,59 +158,23 @@ def _write_weights(path: Path, config: dict[str, Any], arch: str, dtype: str, se
         layer = f"model.layers.{index}"
         weights.ones(f"{layer}.input_layernorm.weight", hidden)
         weights.ones(f"{layer}.post_attention_layernorm.weight", hidden)
-        if arch == "qwen3_moe":
-            _qwen3_moe_layer(weights, layer, config)
+        architecture.tiny_attention(weights, f"{layer}.self_attn", config)
+        if index < architecture.dense_layers(config):
+            weights.swiglu(f"{layer}.mlp", hidden, config["intermediate_size"], MLP_GAIN)
         else:
-            _deepseek_layer(weights, layer, config, dense=index < config["first_k_dense_replace"])
+            _write_experts(weights, f"{layer}.mlp", config, architecture.experts(config))
+            architecture.tiny_block(weights, f"{layer}.mlp", config)
     weights.ones("model.norm.weight", hidden)
     weights.matrix("lm_head.weight", VOCAB, hidden, gain=_LOGIT_STD)
     weights.tensors["lm_head.weight"][: len(SPECIAL_TOKENS)] = 0
     save_file(weights.tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def _qwen3_moe_layer(weights: _Weights, layer: str, config: dict[str, Any]) -> None:
-    hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
-    attention = f"{layer}.self_attn"
-    weights.matrix(f"{attention}.q_proj.weight", heads * HEAD_DIM, hidden)
-    weights.matrix(f"{attention}.k_proj.weight", kv_heads * HEAD_DIM, hidden)
-    weights.matrix(f"{attention}.v_proj.weight", kv_heads * HEAD_DIM, hidden)
-    weights.matrix(f"{attention}.o_proj.weight", hidden, heads * HEAD_DIM, gain=_ATTENTION_GAIN)
-    weights.ones(f"{attention}.q_norm.weight", HEAD_DIM)
-    weights.ones(f"{attention}.k_norm.weight", HEAD_DIM)
-    _experts(weights, f"{layer}.mlp", config, config["num_experts"])
-
-
-def _deepseek_layer(weights: _Weights, layer: str, config: dict[str, Any], *, dense: bool) -> None:
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    latent = config["kv_lora_rank"]
-    attention = f"{layer}.self_attn"
-    weights.matrix(f"{attention}.q_proj.weight", heads * (nope + rope), hidden)
-    weights.matrix(f"{attention}.kv_a_proj_with_mqa.weight", latent + rope, hidden)
-    weights.ones(f"{attention}.kv_a_layernorm.weight", latent)
-    weights.matrix(f"{attention}.kv_b_proj.weight", heads * (nope + value), latent)
-    weights.matrix(f"{attention}.o_proj.weight", hidden, heads * value, gain=_ATTENTION_GAIN)
-    if dense:
-        weights.swiglu(f"{layer}.mlp", hidden, config["intermediate_size"], _MLP_GAIN)
-        return
-    _experts(weights, f"{layer}.mlp", config, config["n_routed_experts"])
-    shared = config["n_shared_experts"] * config["moe_intermediate_size"]
-    weights.swiglu(f"{layer}.mlp.shared_experts", hidden, shared, _MLP_GAIN)
-
-
-def _experts(weights: _Weights, prefix: str, config: dict[str, Any], experts: int) -> None:
+def _write_experts(weights: _Weights, prefix: str, config: dict[str, Any], experts: int) -> None:
     hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
-    weights.matrix(f"{prefix}.gate.weight", experts, hidden, gain=_ROUTER_GAIN)
+    weights.matrix(f"{prefix}.gate.weight", experts, hidden, gain=ROUTER_GAIN)
     for expert in range(experts):
-        weights.swiglu(f"{prefix}.experts.{expert}", hidden, inner, _EXPERT_GAIN)
-
-
-# Averaging over positions and over experts shrinks what a branch adds; the gains undo it, so that every branch adds
-# about as much as the residual stream holds.
-_ATTENTION_GAIN = 3.0
-_MLP_GAIN = 2.0
-_EXPERT_GAIN = 4.0
-_ROUTER_GAIN = 4.0
+        weights.swiglu(f"{prefix}.experts.{expert}", hidden, inner, EXPERT_GAIN)
 
 
 def _write_tokenizer(path: Path) -> None:

@@ -287,7 +287,8 @@ USES: tuple[Use, ...] = (
     *_of("layers.moe.moe_runner.base.MoeRunnerCore", "config run!"),
     *_of(
         "layers.moe.moe_runner.base.MoeRunnerConfig",
-        "activation apply_router_weight_on_input gemm1_alpha gemm1_clamp_limit is_gated layer num_experts swiglu_limit",
+        "activation apply_router_weight_on_input gemm1_alpha gemm1_clamp_limit is_gated layer num_experts "
+        "routed_scaling_factor swiglu_limit",
     ),
     *_of("layers.quantization.unquant.UnquantizedFusedMoEMethod", "moe_runner_config= with_bias="),
     *_of(

@@ -22,9 +22,9 @@ from elasticmoe_sglang import SUPPORTED_SGLANGS
 from tests.helpers.sglang_uses import touches, touches_in
 
 _BUILTIN = """
-    __func__ __module__ __mro__ __qualname__ append clear clone close dtype eval expand extend fget flatten get items
-    itemsize load_weights long named_modules numel pop popleft rank repeat scatter_add_ shape startswith stride
-    synchronize to tolist values _replace
+    __func__ __module__ __mro__ __qualname__ addcmul_ append clear clone close dtype eval expand extend fget flatten get
+    is_cuda items itemsize load_weights long named_modules numel pop popleft rank repeat scatter_add_ shape sigmoid
+    startswith stride synchronize to tolist unsqueeze values _replace
 """
 _LIBRARIES = "add_signal_handler architectures lifespan_context pid returncode router run_until_complete to_json_string"
 """Of asyncio, FastAPI, subprocess and transformers."""
@@ -32,7 +32,7 @@ _GROUPS = "deterministic kernel moe"
 """Of SGLang's published configuration, whose leaves are declared as arguments."""
 _READER = "read"
 """Of SGLang's load snapshots, whose reader has one class a transport."""
-_OURS = "admit ask before command drop flush members operation_id ranks retiring retiring_rank"
+_OURS = "admit ask before command drop flush members operation_id ranks retiring retiring_rank to_ranks"
 """Of our messages, and of what we put into SGLang's places."""
 OF_OTHERS = frozenset(" ".join((_BUILTIN, _LIBRARIES, _GROUPS, _READER, _OURS)).split())
 """Attributes that are not SGLang's, of objects of which no class is known."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from elasticmoe_patches.platform import torchvision_ops
+from elasticmoe_sglang.cli import tiny_model
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.tiny_model import SPECIAL_TOKENS, VOCAB, Arch, make_tiny_model
 
-ARCHS: tuple[Arch, ...] = ("qwen3_moe", "deepseek_v2")
+ARCHS: tuple[Arch, ...] = get_args(Arch)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -23,6 +25,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 def small(folder: Path, arch: Arch, **changes: object) -> Path:
     return make_tiny_model(folder, arch=arch, **{"layers": 2, "experts": 6, "hidden": 64, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.process
+def test_the_command_offers_all() -> None:
+    assert tiny_model.ARCHS == ARCHS
 
 
 @pytest.mark.process
@@ -40,18 +47,23 @@ def test_same_arguments_same_files(arch: Arch, tmp_path: Path) -> None:
 def test_sizes_are_those_asked_for(arch: Arch, tmp_path: Path) -> None:
     folder = small(tmp_path, arch, layers=3, dtype="bfloat16")
     tensors = load_file(folder / "model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    corrections = {name for name in tensors if name.endswith("e_score_correction_bias")}
+    sparse = 3 if arch.startswith("qwen") else 2
+    assert len(corrections) == (2 if arch in ("deepseek_v3", "glm4_moe") else 0)
+    vectors = {name for name in tensors if name in corrections or name.endswith("_proj.bias")}
+    assert {tensor.dtype for name, tensor in tensors.items() if name not in vectors} == {torch.bfloat16}
     gates = [name for name in tensors if name.endswith("mlp.gate.weight")]
-    assert len(gates) == (3 if arch == "qwen3_moe" else 2), "the first layer of deepseek_v2 is dense"
+    assert len(gates) == sparse, "the first layer of DeepSeek's and of GLM's is dense"
     assert all(tensors[name].shape == (6, 64) for name in gates)
-    assert ("model.layers.1.mlp.shared_experts.up_proj.weight" in tensors) == (arch == "deepseek_v2")
+    shared = {"qwen3_moe": 0, "qwen2_moe": 3}.get(arch, 2)
+    assert sum(".mlp.shared_expert" in name and name.endswith(".up_proj.weight") for name in tensors) == shared
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(
     "changes",
-    [{"arch": "llama"}, {"layers": 0}, {"experts": 1}, {"hidden": 100}, {"dtype": "int8"}],
+    [{"arch": "llama"}, {"layers": 0}, {"experts": 1}, {"hidden": 100}, {"dtype": "int8"}, {"skew": 0.5}],
     ids=lambda changes: next(iter(changes)),
 )
 def test_impossible_targets_are_refused(changes: dict[str, object], tmp_path: Path) -> None:

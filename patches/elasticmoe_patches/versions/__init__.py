@@ -43,6 +43,9 @@ class SglangApi(Protocol):
             ValueError: another number of columns than this version has.
         """
 
+    def whole_mlp(self) -> dict[str, Any]:
+        """Arguments of a parallel MLP that every rank holds whole."""
+
     def keeps_prefixes(self, cache: Any) -> bool:
         """Whether the prefix cache keeps what a request computed for others."""
 

@@ -25,6 +25,9 @@ class Api0521:
     def fill_batch_info(self, info: Any, columns: list[tuple[int, ...]], waited_s: float) -> None:
         () = columns
 
+    def whole_mlp(self) -> dict[str, Any]:
+        return {"tp_rank": 0, "tp_size": 1}
+
     def keeps_prefixes(self, cache: Any) -> bool:
         return not cache.is_chunk_cache()
 

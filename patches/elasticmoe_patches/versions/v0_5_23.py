@@ -38,6 +38,9 @@ class Api0523:
         info.global_attention_pairs = list(pairs)
         info.sync_wait_seconds = waited_s
 
+    def whole_mlp(self) -> dict[str, Any]:
+        return {"parallel_group": "replicated"}
+
     def keeps_prefixes(self, cache: Any) -> bool:
         return bool(cache.supports_prefix_sharing())
 

@@ -29,6 +29,7 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 
 from elasticmoe_patches.device import torch_device
 from elasticmoe_patches.worker.dummy_weights import dummy_fingerprint, fill_dummy
+from elasticmoe_patches.worker.own_rows import rows_of_each
 from elasticmoe_patches.worker.worker import LoadedModel, Worker, current_worker
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
@@ -113,24 +114,35 @@ class RowSlots:
         table: int32, expert id -> slot, -1 for not here.
         control: address of the windows' control block, which names the active ranks.
         ranks: that exist.
+        counts: see `slots_of_rows`.
     """
 
-    def __init__(self, table: torch.Tensor, *, control: int, ranks: int) -> None:
+    def __init__(self, table: torch.Tensor, *, control: int, ranks: int, counts: torch.Tensor | None) -> None:
         self._table = table
+        self._counts = counts
         self._control = control
         self._ranks = ranks
 
     def __getitem__(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """[T, K] expert ids -> int32 slots; -1 also in the rows of inactive ranks."""
-        from sglang.srt.layers.dp_attention import is_dp_max_padding
-
         from elasticmoe_kernels.triton.slots import slots_of_rows
 
-        # With rows padded to the longest batch every rank has an equal part; without, inactive ranks have no rows.
-        rows = topk_ids.shape[0]
-        equal_parts = self._ranks > 1 and is_dp_max_padding() and rows > 0 and rows % self._ranks == 0
-        each = rows // self._ranks if equal_parts else None
-        return slots_of_rows(topk_ids, self._table, control=self._control, rows_per_rank=each)
+        each = rows_of_each(topk_ids.shape[0], self._ranks)
+        return slots_of_rows(topk_ids, self._table, control=self._control, rows_per_rank=each, counts=self._counts)
+
+
+class CountingSlots:
+    """The same on the CPU, where rows are those of active ranks only: a lookup that counts what it finds here."""
+
+    def __init__(self, table: torch.Tensor, counts: torch.Tensor) -> None:
+        self._table = table
+        self._counts = counts
+
+    def __getitem__(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        """[T, K] expert ids -> slots, of the table's dtype; -1 for not here."""
+        slots = self._table[topk_ids]
+        self._counts += torch.bincount(slots.flatten() + 1, minlength=self._counts.numel() + 1)[1:]
+        return slots
 
 
 class CheckpointReader:
@@ -202,12 +214,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
         )
         worker.model = LoadedModel(spec=spec, placement=placement)
         worker.fault_point("boot.attached")
-        table: RowSlots | torch.Tensor = worker.memory.slot_table
-        if worker.cuda is not None:
-            table = RowSlots(
-                worker.memory.slot_table, control=worker.cuda.windows.control, ranks=worker.region.capacity
-            )
-        bind(layers, parameters, worker.memory, columns, table)
+        bind(layers, parameters, worker.memory, columns, self._slots(worker, num_columns, target))
         if target.type != "cpu":
             torch.get_device_module(target).empty_cache()  # the parameters that the model was built with
         if dummy:
@@ -215,6 +222,17 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             torch.get_device_module(target).synchronize()
         self._load(worker, model, files, found)
         self.postprocess_weights(model, target)
+
+    def _slots(self, worker: Worker, columns: int, target: torch.device) -> RowSlots | CountingSlots | torch.Tensor:
+        """Expert ids to slots; counting how often, if this server counts."""
+        table = worker.memory.slot_table
+        counting = worker.runtime.config.count_routing
+        if counting == "on" or (counting == "auto" and target.type == "cpu"):
+            worker.routed = torch.zeros(columns, dtype=torch.int64, device=target)
+        if worker.cuda is not None:
+            control, ranks = worker.cuda.windows.control, worker.region.capacity
+            return RowSlots(table, control=control, ranks=ranks, counts=worker.routed)
+        return table if worker.routed is None else CountingSlots(table, worker.routed)
 
     def _load(self, worker: Worker, model: Any, files: list[str], found: Attached) -> None:
         def wanted(name: str) -> bool:

@@ -27,8 +27,8 @@ def forward(self: Any, layer: Any, dispatch_output: Any) -> Any:
 
     StandardDispatchOutput (hidden [tokens, hidden]) -> StandardCombineInput of the same shape. `self` is the
     UnquantizedFusedMoEMethod, `layer` the FusedMoE. Expert ids are those of this rank's slots, -1 for experts
-    elsewhere; `fused_moe_native.moe_forward_native`, which SGLang uses on CPUs, cannot take -1. As with SGLang's native
-    path, ``routed_scaling_factor`` is left to the model.
+    elsewhere; `fused_moe_native.moe_forward_native`, which SGLang uses on CPUs, cannot take -1. The model leaves
+    `routed_scaling_factor` to this method on GPUs, and multiplies by it itself elsewhere.
     """
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
@@ -38,9 +38,11 @@ def forward(self: Any, layer: Any, dispatch_output: Any) -> Any:
     if config.activation != "silu" or not config.is_gated or config.apply_router_weight_on_input or self.with_bias:
         raise UnsupportedFeature(
             "the MoE kernels compute SwiGLU experts without bias only",
-            hint="Qwen3-MoE and DeepSeek-V2 are such models.",
+            hint="Qwen3-MoE, DeepSeek-V2 and V3 are such models.",
         )
     weights, ids, _ = dispatch_output.topk_output
+    if dispatch_output.hidden_states.is_cuda and config.routed_scaling_factor not in (None, 1.0):
+        weights = weights * config.routed_scaling_factor
     output = moe_experts(dispatch_output.hidden_states, layer.w13_weight, layer.w2_weight, ids, weights)
     return StandardCombineInput(hidden_states=output)
 

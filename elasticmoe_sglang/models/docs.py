@@ -1,0 +1,126 @@
+"""docs/models.md from the architectures.
+
+python -m elasticmoe_sglang.models.docs docs/models.md           write it
+python -m elasticmoe_sglang.models.docs --check docs/models.md   exit status 1 where it differs
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from elasticmoe_sglang.generated_page import write_or_check
+from elasticmoe_sglang.models import ARCHITECTURES, REFUSED
+from elasticmoe_sglang.models.base import Architecture
+
+_TOKENS = "tests/e2e/test_scale_tokens.py::test_same_tokens_through_every_change"
+_BF16 = "tests/e2e/test_scale_bfloat16.py::test_moved_requests_round_as_those_that_stay"
+_KILLS = "tests/fault/test_kill_storm.py::test_kills_at_any_time_lose_nothing"
+_KV = "tests/e2e/test_kv_elastic.py::test_kv_takes_and_gives_what_columns_leave_and_need"
+_SHAPES = "tests/unit/test_model_shape.py::test_a_tiny_model_has_what_is_counted"
+_POOLS = {"grouped queries": "qwen3_moe-paged", "latent (MLA)": "deepseek_v2"}
+
+_HEAD = """# Models
+
+Generated from `elasticmoe_sglang/models` by `make models-doc`; do not edit.
+
+A model is served elastically if SGLang's model of it runs attention data-parallel, its routed experts lie in
+`FusedMoE`, and every other weight can be held whole by every rank. Weights are unquantised: float32 or bfloat16.
+`elasticmoe tiny-model --arch` makes a small random one of each architecture.
+
+"""
+
+_ADDING = """
+## What a new architecture must answer
+
+One file under `elasticmoe_sglang/models` answers as data (`base.Architecture`): what the fields of `config.json` are
+called, what its attention, router and shared experts weigh and which KV pool they need, and how a tiny model of it is
+drawn. From that come the launch's checks, the sizes that `configs` and `elasticmoe bench simulate` count with,
+`elasticmoe tiny-model`, and this page.
+
+What it cannot answer as data is what SGLang's model shards over the ranks beside the routed experts. Attention,
+embeddings and dense layers follow SGLang's own flags (`--enable-dp-attention`, `--moe-dense-tp-size 1`, which an
+elastic server sets). A shared expert mostly does not, and needs two hooks: one makes its layers whole, the other
+computes it for the rank's own rows only, so that the sum over the ranks that follows counts it once, whoever the
+ranks are (`elasticmoe_patches/worker/own_rows.py`).
+
+The last one added is GLM-4.5: `elasticmoe_sglang/models/glm4_moe.py` with {glm4_data} lines,
+`patches/elasticmoe_patches/srt/models/glm4_moe.py` with {glm4_hooks} lines for its shared expert, one line in
+`elasticmoe_sglang/models/__init__.py`, its name in `Arch` of `tiny_model.py`, and the tests above by that name.
+"""
+
+
+def render() -> str:
+    """The whole page as Markdown."""
+    served = ARCHITECTURES.values()
+    return (
+        f"{_HEAD}{_described(served)}\n## Tests\n{_TESTS_ARE}\n{_tested(served)}"
+        f"\n## Refused\n\n{_refused()}{_ADDING.format(glm4_data=_lines(_GLM4_DATA), glm4_hooks=_lines(_GLM4_HOOKS))}"
+    )
+
+
+_ROOT = Path(__file__).resolve().parents[2]
+_GLM4_DATA = "elasticmoe_sglang/models/glm4_moe.py"
+_GLM4_HOOKS = "patches/elasticmoe_patches/srt/models/glm4_moe.py"
+_TESTS_ARE = """
+Tokens are float32 and compared with plain SGLang's of the same version; the kill storm compares them with those of the
+undisturbed server, while workers, HMM and standbys are killed. All but the sizes run servers and are in `make soak`
+(`SGLANG=0.5.23` for that version). The KV pools are those of the attention, so one model of each stands for it.
+"""
+
+
+def _lines(path: str) -> int:
+    return len((_ROOT / path).read_text(encoding="utf-8").splitlines())
+
+
+def _described(served: Iterable[Architecture]) -> str:
+    rows = "".join(
+        f"| `{each.name}` | {each.models} | {each.attention} | {each.router} | {each.shared} | `{each.arch}` |\n"
+        for each in served
+    )
+    return (
+        f"| Architecture | Models | Attention | Router | Shared experts | `--arch` |\n|---|---|---|---|---|---|\n{rows}"
+    )
+
+
+def cases_of(architecture: Architecture) -> dict[str, str]:
+    """Column of the table -> pytest's id."""
+    arch = architecture.arch
+    return {
+        "2 -> 3 -> 1 -> 4 -> 2": f"{_TOKENS}[{arch}-overlap]",
+        "workers killed": f"{_KILLS}[{arch}]",
+        "bfloat16": f"{_BF16}[{arch}]",
+        "elastic KV": f"{_KV}[{_POOLS[architecture.attention]}]",
+        "sizes": f"{_SHAPES}[{arch}]",
+    }
+
+
+def _tested(served: Iterable[Architecture]) -> str:
+    rows = [(each.arch, cases_of(each)) for each in served]
+    columns = list(rows[0][1])
+    head = f"| `--arch` | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}\n"
+    return head + "".join(
+        f"| `{arch}` | {' | '.join(f'`{_short(tests[column])}`' for column in columns)} |\n" for arch, tests in rows
+    )
+
+
+def _short(test: str) -> str:
+    path, _, case = test.partition("::")
+    return f"{Path(path).name}[{case.partition('[')[2]}"
+
+
+def _refused() -> str:
+    rows = "".join(f"| `{name}` | {reason} |\n" for name, reason in REFUSED.items())
+    return f"| Architecture | Why |\n|---|---|\n{rows}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write or check the page; returns the exit status."""
+    return write_or_check(
+        argv, module="elasticmoe_sglang.models.docs", source="the architectures", make="models-doc", render=render
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The architectures as data: their sizes against the weights of tiny models, refusals, and the page made from them."""
+
+from __future__ import annotations
+
+import ast
+import json
+from math import prod
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from safetensors import safe_open
+
+from elasticmoe_sglang.errors import UnsupportedFeature, UserInputError
+from elasticmoe_sglang.model_shape import shape_of
+from elasticmoe_sglang.models import ARCHITECTURES, REFUSED, architecture_of
+from elasticmoe_sglang.models.docs import cases_of
+from elasticmoe_sglang.tiny_model import Arch, make_tiny_model
+
+pytestmark = pytest.mark.process
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_architecture_has_a_tiny_model() -> None:
+    assert {each.arch for each in ARCHITECTURES.values()} == set(get_args(Arch))
+    assert not ARCHITECTURES.keys() & REFUSED.keys()
+
+
+@pytest.mark.parametrize("arch", get_args(Arch))
+def test_a_tiny_model_has_what_is_counted(arch: Arch, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path, arch=arch, layers=3, experts=6, hidden=128)
+    shape = shape_of(json.loads((folder / "config.json").read_text()))
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        sizes = {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    column = {name: size for name, size in sizes.items() if ".experts.5." in name}
+    assert len(column) == 3 * shape.moe_layers
+    assert sum(column.values()) == shape.column_parameters
+    assert sum(sizes.values()) == shape.parameters
+    assert shape.experts == 6
+
+
+@pytest.mark.parametrize("name", [*REFUSED, "SomethingNewForCausalLM"])
+def test_a_refusal_says_why(name: str) -> None:
+    with pytest.raises(UnsupportedFeature) as caught:
+        architecture_of({"architectures": [name]})
+    reason = REFUSED.get(name, "nobody has looked yet")
+    assert name in caught.value.what and reason in caught.value.what
+    assert "Qwen3MoeForCausalLM" in str(caught.value.hint)
+
+
+def test_a_gap_in_the_configuration_is_named() -> None:
+    with pytest.raises(UserInputError, match="'num_hidden_layers'"):
+        shape_of({"architectures": ["Qwen2MoeForCausalLM"]})
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=lambda each: str(each.arch))
+def test_the_tests_that_the_page_names_exist(arch: object) -> None:
+    """Functions by their source; cases by a parameter that says the architecture or the case literally."""
+    for test in cases_of(arch).values():  # type: ignore[arg-type]
+        path, _, case = test.partition("::")
+        name, _, parameters = case.partition("[")
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert name in {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}, test
+        parameter = parameters.rstrip("]")
+        assert f'"{parameter}"' in source or (parameter in get_args(Arch) and "get_args(Arch)" in source), test
