@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from elasticmoe_sglang.api.types import (
+    RebalanceAnswer,
+    RebalanceRequest,
     ScaleAnswer,
     ScaleRequest,
     ScalingState,
@@ -17,10 +19,11 @@ from elasticmoe_sglang.api.types import (
     VllmScalingState,
     target_of,
 )
-from elasticmoe_sglang.coordinator.coordinator import Coordinator
+from elasticmoe_sglang.coordinator.coordinator import Coordinator, check_operation_id
 from elasticmoe_sglang.coordinator.status import Operation, Phase, RankInfo, RankState
 from elasticmoe_sglang.errors import StaleRequest, UserInputError
 from elasticmoe_sglang.event_loop import run_in
+from elasticmoe_sglang.planner import Rebalance, TransitionPlan, View, imbalance, plan_target, rank_loads
 from elasticmoe_sglang.policy.controller import PolicyController
 from elasticmoe_sglang.policy.view import PolicyView
 
@@ -139,6 +142,53 @@ class ElasticEp:
             operation = await self.wait(operation)
         return self.answer(operation, warnings)
 
+    async def rebalance(self, request: RebalanceRequest) -> RebalanceAnswer:
+        """Observe routing, then move columns so that ranks get equal shares of it; the same ranks stay active.
+
+        Raises:
+            RoutingUnknown: it could not be observed.
+            ElasticMoEError: as `Coordinator.submit`.
+        """
+        answer = await self._call(self._rebalance(request))
+        if answer.operation is None or not request.wait:
+            return answer
+        ended = await self.wait(answer.operation)
+        return msgspec.structs.replace(answer, operation=self.answer(ended))
+
+    async def _rebalance(self, request: RebalanceRequest) -> RebalanceAnswer:
+        name = request.operation_id
+        check_operation_id(name)
+        if name is not None and self._coordinator.get(name) is not None:
+            # It was observed then. Submitting it again finds it, or says that the id is taken.
+            operation = await self._coordinator.submit(Rebalance(load=()), name)
+            return self._rebalanced(*self._coordinator.rebalance_of(name), self.answer(operation))
+        target = Rebalance(load=await self._coordinator.observe_routing(request.observe_s))
+        plan = plan_target(self._coordinator.view, target)
+        expected = self._rebalanced(target, plan)
+        gain = expected.imbalance - expected.expected_imbalance
+        if plan.is_noop or gain < request.least_gain:
+            note = f"the fullest rank's load would fall by {gain:.3f} of the mean only"
+            return msgspec.structs.replace(expected, note="no swap of columns helps" if plan.is_noop else note)
+        if request.dry_run:
+            return msgspec.structs.replace(expected, note="a dry run")
+        return msgspec.structs.replace(expected, operation=self.answer(await self._coordinator.submit(target, name)))
+
+    def _rebalanced(
+        self, target: Rebalance, plan: TransitionPlan, operation: ScaleAnswer | None = None
+    ) -> RebalanceAnswer:
+        before, after = plan.before, plan.after
+        return RebalanceAnswer(
+            instance_id=self.instance_id,
+            topology_generation=self._coordinator.view.epoch,
+            observed_tokens=int(sum(target.load)),
+            imbalance=imbalance(before.placement, before.ranks, target.load),
+            expected_imbalance=imbalance(after.placement, after.ranks, target.load),
+            rank_loads=_shares(before, target.load),
+            expected_rank_loads=_shares(after, target.load),
+            columns=len(plan.moves),
+            operation=operation,
+        )
+
     def answer(self, operation: Operation, warnings: Sequence[str] = ()) -> ScaleAnswer:
         """An operation with what the response to its request adds."""
         fields = {name: getattr(operation, name) for name in Operation.__struct_fields__}
@@ -226,6 +276,11 @@ class ElasticEp:
             instance_id=self.instance_id,
             topology_generation=membership.epoch,
         )
+
+
+def _shares(view: View, load: Sequence[float]) -> dict[int, float]:
+    total = sum(load) or 1.0
+    return {rank: found / total for rank, found in rank_loads(view.placement, view.ranks, load).items()}
 
 
 def sglang_phase(operation: Operation | None) -> str:

@@ -21,6 +21,7 @@ from elasticmoe_sglang.api.types import (
     ScaleRequest,
     parse_limit,
     parse_policy_request,
+    parse_rebalance_request,
     parse_scale_request,
 )
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
@@ -30,6 +31,7 @@ from elasticmoe_sglang.errors import (
     HmmError,
     OperationIdTaken,
     OperationInProgress,
+    RoutingUnknown,
     StaleRequest,
     TooManyReaders,
     UserInputError,
@@ -80,16 +82,17 @@ def build_router(
         policy: asks for changes by itself; manual requests go through it, and it has a route.
 
     Status codes: 200, also for an operation that has only begun (`phase` tells), 400 for a malformed or impossible
-    request, 404 for an unknown operation, 409 while another change runs, for a stale request and for an id of another
-    target, 503 while the HMM does not answer or too many readers follow the events. For vLLM's size 200 once it has
-    been reached, 408 when its timeout has passed, 500 when the change failed. A body with status 400 or more is an
-    `ErrorBody`.
+    request, 404 for an unknown operation, 409 while another change runs, for a stale request, for an id of another
+    target and where routing is not known, 503 while the HMM does not answer or too many readers follow the events. For
+    vLLM's size 200 once it has been reached, 408 when its timeout has passed, 500 when the change failed. A body with
+    status 400 or more is an `ErrorBody`.
     """
     elastic = ElasticEp(coordinator, instance_id=instance_id or uuid.uuid4().hex, loop=loop, policy=policy)
     handlers = Handlers(elastic, feed or Feed(coordinator, LiveFigures(), loop=loop))
     router = APIRouter(tags=["elastic expert parallelism"], dependencies=list(dependencies))
     for method, path, handler in (
         ("POST", "/scale_elastic_ep", handlers.scale),
+        ("POST", "/elastic_ep/rebalance", handlers.rebalance),
         ("GET", "/elastic_ep/operations", handlers.operations),
         ("GET", "/elastic_ep/operations/{operation_id}", handlers.operation),
         ("GET", "/elastic_ep/status", handlers.status),
@@ -148,6 +151,13 @@ class Handlers:
             return _json(ErrorBody(error=f"no operation {operation_id[:128]!r} among the latest ones"), status=404)
         return _json(found)
 
+    async def rebalance(self, request: Request) -> Response:
+        """Observe routing for some seconds, then move expert columns so that ranks get equal shares of it."""
+        try:
+            return _json(await self._elastic.rebalance(parse_rebalance_request(await _body(request))))
+        except ElasticMoEError as error:
+            return self._refusal(error)
+
     async def status(self, request: Request) -> Response:
         """Ranks, membership, epoch, placement, memory, HMM, the running and the last ended operation."""
         return _json(await self._elastic.status())
@@ -185,7 +195,7 @@ class Handlers:
         return _json(self._elastic.vllm_state())
 
     def _refusal(self, error: ElasticMoEError) -> Response:
-        if isinstance(error, (OperationInProgress, OperationIdTaken, StaleRequest)):
+        if isinstance(error, (OperationInProgress, OperationIdTaken, RoutingUnknown, StaleRequest)):
             running = self._elastic.running
             body = ErrorBody(
                 error=str(error),

@@ -72,6 +72,46 @@ class ScaleRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 _FIELDS = get_type_hints(ScaleRequest, include_extras=True)
 
+REBALANCE_USAGE = (
+    'Send {} or any of "observe_s" (seconds), "least_gain" (a share), "dry_run", "wait" and "operation_id"'
+)
+_LONGEST_OBSERVATION_S = 600.0
+
+
+class RebalanceRequest(Struct, frozen=True, kw_only=True):
+    """Body of POST /elastic_ep/rebalance.
+
+    Attributes:
+        observe_s: seconds for which routing is observed before columns are placed by it.
+        least_gain: do nothing unless the fullest rank's load falls by this share of the mean.
+        dry_run: only say what would be done.
+        operation_id: names the operation; repeating a request with the same id returns the same operation.
+        wait: respond when the operation has ended.
+    """
+
+    observe_s: Annotated[float, Meta(ge=0.1, le=_LONGEST_OBSERVATION_S, description="seconds from 0.1 to 600")] = 10.0
+    least_gain: Annotated[float, Meta(ge=0.0, lt=64.0, description="a share such as 0.05")] = 0.05
+    dry_run: Annotated[bool, Meta(description="true or false")] = False
+    operation_id: Annotated[str | None, Meta(description="a string")] = None
+    wait: Annotated[bool, Meta(description="true or false")] = False
+
+
+_REBALANCE_FIELDS = get_type_hints(RebalanceRequest, include_extras=True)
+
+
+def parse_rebalance_request(body: bytes) -> RebalanceRequest:
+    """An empty body is the default request. Raises UserInputError."""
+    return rebalance_request(_object(body or b"{}", REBALANCE_USAGE))
+
+
+def rebalance_request(values: Mapping[str, Any]) -> RebalanceRequest:
+    """The request with these fields, checked. Raises UserInputError for one that does not exist or a wrong value."""
+    for name, value in values.items():
+        if name not in _REBALANCE_FIELDS:
+            raise UserInputError(f"unknown field {_shown(name)}", hint=REBALANCE_USAGE)
+        _checked(name, value, _REBALANCE_FIELDS[name])
+    return RebalanceRequest(**values)
+
 
 def parse_scale_request(body: bytes) -> tuple[ScaleRequest, list[str]]:
     """The request in a body, and a sentence for each field that is ignored.
@@ -102,13 +142,17 @@ def scale_request(values: Mapping[str, Any]) -> ScaleRequest:
     for name, value in given.items():
         if name not in _FIELDS:
             raise UserInputError(f"unknown field {_shown(name)}", hint=SCALE_USAGE)
-        # Field by field, because msgspec's own error neither shows the value nor says what is allowed.
-        try:
-            msgspec.convert(value, _FIELDS[name])
-        except msgspec.ValidationError:
-            (meta,) = _FIELDS[name].__metadata__
-            raise UserInputError(f"{name} must be {meta.description}, not {_shown(value)}") from None
+        _checked(name, value, _FIELDS[name])
     return ScaleRequest(**given)
+
+
+def _checked(name: str, value: Any, field: Any) -> None:
+    """One field at a time, because msgspec's own error neither shows the value nor says what is allowed."""
+    try:
+        msgspec.convert(value, field)
+    except msgspec.ValidationError:
+        (meta,) = field.__metadata__
+        raise UserInputError(f"{name} must be {meta.description}, not {_shown(value)}") from None
 
 
 def parse_policy_request(body: bytes) -> dict[str, Any]:
@@ -169,6 +213,32 @@ class ScaleAnswer(Operation, frozen=True, kw_only=True):
     pending_ep_size: int | None
     scale_phase: str
     warnings: list[str]
+
+
+class RebalanceAnswer(Struct, frozen=True, kw_only=True):
+    """Response of POST /elastic_ep/rebalance.
+
+    Attributes:
+        instance_id, topology_generation: of the server, now.
+        observed_tokens: routed to any column while it was observed, over all layers.
+        imbalance: the fullest rank's load over the mean, as observed; 1.0 is perfect. expected_imbalance: with the new
+            placement, if routing stays.
+        rank_loads: rank -> its share of the observed tokens. expected_rank_loads: with the new placement.
+        columns: that move.
+        note: why nothing moves; empty otherwise.
+        operation: that moves them; None if nothing moves or it is a dry run.
+    """
+
+    instance_id: str
+    topology_generation: int
+    observed_tokens: int
+    imbalance: float
+    expected_imbalance: float
+    rank_loads: dict[int, float]
+    expected_rank_loads: dict[int, float]
+    columns: int
+    note: str = ""
+    operation: ScaleAnswer | None = None
 
 
 class ServerStatus(Status, frozen=True, kw_only=True):

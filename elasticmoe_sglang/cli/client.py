@@ -17,7 +17,14 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from elasticmoe_sglang.api.feed import Event
-from elasticmoe_sglang.api.types import OperationList, ScaleAnswer, ScaleRequest, ServerStatus
+from elasticmoe_sglang.api.types import (
+    OperationList,
+    RebalanceAnswer,
+    RebalanceRequest,
+    ScaleAnswer,
+    ScaleRequest,
+    ServerStatus,
+)
 from elasticmoe_sglang.cli.exits import ServerRefused, ServerUnreachable
 from elasticmoe_sglang.coordinator.status import Operation
 
@@ -74,6 +81,11 @@ class ServerClient:
         """Request a change by size, or by ranks; returns the operation, which has ended only if `wait` is set."""
         return self._ask("/scale_elastic_ep", ScaleAnswer, body=msgspec.json.encode(request))
 
+    def rebalance(self, request: RebalanceRequest) -> RebalanceAnswer:
+        """Observe routing and request a better placement; returns when it was observed."""
+        body, timeout_s = msgspec.json.encode(request), _ANSWER_S + request.observe_s
+        return self._ask("/elastic_ep/rebalance", RebalanceAnswer, body=body, timeout_s=timeout_s)
+
     def operation(self, operation_id: str) -> Operation:
         return self._ask(f"/elastic_ep/operations/{quote(operation_id, safe='')}", Operation)
 
@@ -126,8 +138,8 @@ class ServerClient:
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
 
-    def _ask(self, path: str, kind: type[Payload], body: bytes | None = None) -> Payload:
-        with self._open(path, _ANSWER_S, body) as answer:
+    def _ask(self, path: str, kind: type[Payload], body: bytes | None = None, timeout_s: float = _ANSWER_S) -> Payload:
+        with self._open(path, timeout_s, body) as answer:
             try:
                 content = answer.read()
             except (OSError, http.client.HTTPException) as error:

@@ -11,11 +11,23 @@ import sys
 from collections.abc import Sequence
 
 from elasticmoe_sglang import SUPPORTED_SGLANGS, __version__
-from elasticmoe_sglang.cli import bench, doctor, hmm, operations, policy, scale, serve, status, tiny_model, top
+from elasticmoe_sglang.cli import (
+    bench,
+    doctor,
+    hmm,
+    operations,
+    policy,
+    rebalance,
+    scale,
+    serve,
+    status,
+    tiny_model,
+    top,
+)
 from elasticmoe_sglang.cli.exits import FAILED, REFUSED, UNREACHABLE, ServerUnreachable
 from elasticmoe_sglang.errors import ElasticMoEError, UserInputError
 
-_COMMANDS = (serve, scale, status, top, operations, policy, hmm, tiny_model, bench, doctor)
+_COMMANDS = (serve, scale, rebalance, status, top, operations, policy, hmm, tiny_model, bench, doctor)
 _SPLITTING = {"serve": serve.split, "hmm": hmm.split, "bench": bench.split}
 _EPILOG = """exit status: 0 done; 1 the operation failed, was rolled back or did not end in time; 2 usage, or the server
 refused; 3 the server cannot be reached"""

@@ -106,7 +106,7 @@ def operations_table(operations: Sequence[Operation]) -> RenderableType:
         table.add_row(
             operation.operation_id,
             _phase(operation),
-            f"{operation.old_ep_size} -> {operation.new_ep_size}",
+            sizes(operation),
             milliseconds(operation.timings.total_ms),
             milliseconds(operation.max_pause_ms),
             f"{operation.columns_moved}/{operation.columns_planned}",
@@ -121,7 +121,7 @@ def operation_panel(operation: Operation) -> RenderableType:
     timings = operation.timings
     grid = Table.grid(padding=(0, 2))
     grid.add_row("phase", _phase(operation))
-    grid.add_row("EP size", f"{operation.old_ep_size} -> {operation.new_ep_size} (epoch {operation.epoch})")
+    grid.add_row("EP size", f"{sizes(operation)} (epoch {operation.epoch})")
     if operation.serving_epoch not in (None, operation.epoch):
         grid.add_row("serving", f"epoch {operation.serving_epoch}")
     for name, ranks in (("joining", operation.joining), ("retiring", operation.retiring)):
@@ -149,6 +149,13 @@ def operation_panel(operation: Operation) -> RenderableType:
     if operation.error:
         grid.add_row("error", Text(operation.error, style="red"))
     return Panel(grid, title=f"operation {operation.operation_id}", title_align="left", expand=False)
+
+
+def sizes(operation: Operation) -> str:
+    """From which EP size to which."""
+    if operation.rebalances:
+        return f"{operation.new_ep_size}, rebalanced"
+    return f"{operation.old_ep_size} -> {operation.new_ep_size}"
 
 
 def _phase(operation: Operation) -> Text:

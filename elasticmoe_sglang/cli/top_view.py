@@ -118,7 +118,7 @@ def _marks(operations: Sequence[Operation], now: int, seconds: int) -> Text:
         if operation.old_ep_size == operation.new_ep_size and not operation.columns_planned:
             continue
         place = int(operation.created_at) - (now - seconds)
-        label = f"▲{operation.old_ep_size}→{operation.new_ep_size}"
+        label = "▲balance" if operation.rebalances else f"▲{operation.old_ep_size}→{operation.new_ep_size}"
         for offset, character in enumerate(label):
             if 0 <= place + offset < seconds:
                 line[place + offset] = character

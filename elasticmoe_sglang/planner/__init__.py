@@ -21,6 +21,7 @@ from elasticmoe_sglang.planner.plan import (
     plan_restore,
     plan_target,
 )
+from elasticmoe_sglang.planner.rebalance import Rebalance, imbalance, rank_loads
 
 __all__ = [
     "Cause",
@@ -30,6 +31,7 @@ __all__ = [
     "KvShape",
     "ModelNeeds",
     "Placement",
+    "Rebalance",
     "RestoreRanks",
     "RetireRanks",
     "ScaleTo",
@@ -38,9 +40,11 @@ __all__ = [
     "View",
     "check_budgets",
     "extra_bytes",
+    "imbalance",
     "initial_placement",
     "kv_shape",
     "plan_loss",
     "plan_restore",
     "plan_target",
+    "rank_loads",
 ]

@@ -9,6 +9,7 @@ from enum import Enum
 from elasticmoe_sglang.comm.membership import LEADER, Membership
 from elasticmoe_sglang.errors import PlanError
 from elasticmoe_sglang.planner.placement import Placement, View
+from elasticmoe_sglang.planner.rebalance import Rebalance, balanced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class RestoreRanks:
     ranks: tuple[int, ...]
 
 
-Target = ScaleTo | RetireRanks | RestoreRanks
+Target = ScaleTo | RetireRanks | RestoreRanks | Rebalance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +104,20 @@ def plan_target(view: View, target: Target) -> TransitionPlan:
 
     A larger size adds the lowest inactive ranks, a smaller one retires the highest active ones, never rank 0.
     A column moves only if its rank retires or holds more than its share, so the number of moves is the smallest that
-    any balanced placement over the new ranks needs. The same arguments give the same plan.
+    any balanced placement over the new ranks needs. `Rebalance` keeps the ranks and each one's number of columns. The
+    same arguments give the same plan.
 
     Raises:
         PlanError: the target is no legal membership; the text says what is allowed.
     """
+    if isinstance(target, Rebalance):
+        owners = balanced(view.placement, view.ranks, target.load).owners
+        moves = tuple(
+            ColumnMove(column=column, source=source, target=owner)
+            for column, (source, owner) in enumerate(zip(view.owners, owners, strict=True))
+            if source != owner
+        )
+        return _plan(Cause.TARGET, view, view.ranks, moves=moves)
     return _plan(Cause.TARGET, view, _ranks_after(view.membership, target))
 
 
@@ -131,10 +141,18 @@ def plan_loss(view: View, lost: Collection[int], *, replace_all: bool = False) -
     return _plan(Cause.LOSS, view, ranks, lost=dead)
 
 
-def _plan(cause: Cause, view: View, ranks: tuple[int, ...], lost: tuple[int, ...] = ()) -> TransitionPlan:
+def _plan(
+    cause: Cause,
+    view: View,
+    ranks: tuple[int, ...],
+    lost: tuple[int, ...] = (),
+    moves: tuple[ColumnMove, ...] | None = None,
+) -> TransitionPlan:
+    """moves: None: the fewest to a balanced placement over `ranks`."""
     # After a loss columns move only from ranks that go: balance is for changes that nobody's streams wait for.
     gone = set(view.ranks) - set(ranks)
-    moves = _fewest_moves(view.placement, ranks) if gone or cause is not Cause.LOSS else ()
+    if moves is None:
+        moves = _fewest_moves(view.placement, ranks) if gone or cause is not Cause.LOSS else ()
     owners = list(view.owners)
     for move in moves:
         owners[move.column] = move.target
@@ -153,7 +171,7 @@ def _plan(cause: Cause, view: View, ranks: tuple[int, ...], lost: tuple[int, ...
     )
 
 
-def _ranks_after(membership: Membership, target: Target) -> tuple[int, ...]:
+def _ranks_after(membership: Membership, target: ScaleTo | RetireRanks | RestoreRanks) -> tuple[int, ...]:
     if isinstance(target, ScaleTo):
         return _ranks_for_size(membership, target.size)
     if isinstance(target, RestoreRanks):

@@ -6,7 +6,6 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -31,15 +30,8 @@ from elasticmoe_sglang.api.types import (
 from elasticmoe_sglang.coordinator.status import Operation, Phase
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.planner import RestoreRanks, RetireRanks, ScaleTo
+from tests.helpers.fake_api import serving
 from tests.helpers.fake_cluster import COLUMN, FakeCluster
-
-
-@contextmanager
-def serving(cluster: FakeCluster) -> Iterator[TestClient]:
-    app = FastAPI()
-    mount(app, build_router(cluster.coordinator(prepare_deadline_s=5, commit_deadline_s=5)))
-    with TestClient(app) as client:
-        yield client
 
 
 @pytest.fixture

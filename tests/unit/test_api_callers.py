@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from elasticmoe_sglang.api.elastic_ep import safe_to_terminate
-from elasticmoe_sglang.api.router import build_router, mount
 from elasticmoe_sglang.coordinator.status import RankInfo, RankState
+from tests.helpers.fake_api import serving
 from tests.helpers.fake_cluster import FakeCluster
 
 pytestmark = pytest.mark.process
@@ -21,17 +19,9 @@ pytestmark = pytest.mark.process
 INSTANCE = "server-7"
 
 
-@contextmanager
-def serving(cluster: FakeCluster) -> Iterator[TestClient]:
-    app = FastAPI()
-    mount(app, build_router(cluster.coordinator(prepare_deadline_s=5, commit_deadline_s=5), instance_id=INSTANCE))
-    with TestClient(app) as client:
-        yield client
-
-
 @pytest.fixture
 def client() -> Iterator[TestClient]:
-    with serving(FakeCluster()) as client:
+    with serving(FakeCluster(), INSTANCE) as client:
         yield client
 
 
@@ -61,7 +51,7 @@ IDLE = {
 
 
 def test_sglangs_request_is_accepted_with_200_before_anything_has_happened() -> None:
-    with serving(FakeCluster(faults={"boot 2": "hang"})) as client:
+    with serving(FakeCluster(faults={"boot 2": "hang"}), INSTANCE) as client:
         answer = post(client, 200, new_ep_size=3)
         assert (answer["old_ep_size"], answer["new_ep_size"]) == (2, 3) and answer["message"]
         assert sglang_state(client) == IDLE | {
@@ -80,7 +70,7 @@ def test_sglangs_state_names_how_the_latest_change_ended(client: TestClient) -> 
 
 
 def test_sglangs_state_after_a_failure() -> None:
-    with serving(FakeCluster(faults={"boot 2": "raise_after"})) as client:
+    with serving(FakeCluster(faults={"boot 2": "raise_after"}), INSTANCE) as client:
         error = post(client, 200, new_ep_size=3, wait=True)["error"]
         assert "boot 2" in error
         assert sglang_state(client) == IDLE | {"scale_phase": "failed", "last_error": error}
@@ -127,7 +117,7 @@ def test_vllms_request_is_answered_when_the_size_is_reached(client: TestClient, 
 
 
 def test_vllms_request_is_answered_with_408_when_its_time_is_over_and_the_change_goes_on() -> None:
-    with serving(FakeCluster(faults={"boot 2": "hang"})) as client:
+    with serving(FakeCluster(faults={"boot 2": "hang"}), INSTANCE) as client:
         answer = post(client, 408, new_data_parallel_size=3, drain_timeout=1)
         assert "still preparing after 1 seconds and goes on" in answer["error"]
         assert f"/elastic_ep/operations/{answer['operation_id']} tells" in answer["error"]
@@ -143,7 +133,7 @@ def test_vllms_request_is_answered_with_408_when_its_time_is_over_and_the_change
     ("fault", "sentence"), [("boot 2", "was rolled back: .*boot 2"), ("grow_kv", "failed: epoch 1 serves, but .*grow")]
 )
 def test_vllms_request_is_answered_with_500_and_the_reason(fault: str, sentence: str) -> None:
-    with serving(FakeCluster(faults={fault: "raise_after"})) as client:
+    with serving(FakeCluster(faults={fault: "raise_after"}), INSTANCE) as client:
         answer = post(client, 500, new_data_parallel_size=3)
         assert re.search(sentence, answer["error"]), answer["error"]
         assert vllm_state(client)["phase"] == "failed"
@@ -151,7 +141,7 @@ def test_vllms_request_is_answered_with_500_and_the_reason(fault: str, sentence:
 
 
 def test_vllms_request_while_another_runs() -> None:
-    with serving(FakeCluster(faults={"boot 2": "hang"})) as client:
+    with serving(FakeCluster(faults={"boot 2": "hang"}), INSTANCE) as client:
         running = post(client, 200, new_ep_size=3)["operation_id"]
         assert post(client, 409, new_data_parallel_size=1)["operation_id"] == running
 
@@ -207,7 +197,7 @@ def test_chosen_victims_leave_and_come_back(client: TestClient) -> None:
 
 
 def test_a_rank_of_a_change_that_runs_is_not_safe_to_terminate() -> None:
-    with serving(FakeCluster(faults={"boot 3": "hang"})) as client:
+    with serving(FakeCluster(faults={"boot 3": "hang"}), INSTANCE) as client:
         assert client.get("/is_scaling_elastic_ep").json()["safe_to_terminate_ranks"] == [2, 3]
         post(client, 200, restore_ranks=[3])
         state = client.get("/is_scaling_elastic_ep").json()

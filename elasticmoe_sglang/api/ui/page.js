@@ -216,6 +216,7 @@ function renderScale(status) {
 }
 
 function changeText(operation) {
+  if (operation.target.rebalance) return `${operation.new_ep_size} (rebalance)`;
   const ranks = operation.target.retire_ranks;
   return `${operation.old_ep_size} → ${operation.new_ep_size}${ranks ? ` (retire ${ranks.join(", ")})` : ""}`;
 }

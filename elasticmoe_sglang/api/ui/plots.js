@@ -55,7 +55,7 @@ function marks() {
       from: now.created_at,
       to: now.created_at + (now.timings.total_ms ?? 0) / 1000,
       look: failed(now) ? "bad" : ended(now) ? "" : "running",
-      text: `${now.old_ep_size}→${now.new_ep_size}`,
+      text: now.target.rebalance ? "balance" : `${now.old_ep_size}→${now.new_ep_size}`,
     };
   });
 }

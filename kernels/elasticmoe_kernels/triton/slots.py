@@ -2,9 +2,8 @@
 """From the router's expert ids to this rank's slots, without the rows of inactive ranks: one launch, capturable.
 
 Data-parallel attention gathers one equal part of rows from every rank, inactive ranks' parts included. Nothing has to
-be
-computed for those: which ranks are there is read from the windows' control block (`windows.py`) at every launch, so a
-captured graph follows the membership.
+be computed for those: which ranks are there is read from the windows' control block (`windows.py`) at every launch, so
+a captured graph follows the membership.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ _BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["pairs", "rows", "members"])
-def _slots_kernel(ids_ptr, table_ptr, members, out_ptr, pairs, rows, TOP_K: tl.constexpr, PARTS: tl.constexpr,
-                  BLOCK: tl.constexpr):  # fmt: skip
+def _slots_kernel(ids_ptr, table_ptr, members, out_ptr, counts_ptr, pairs, rows, TOP_K: tl.constexpr,
+                  PARTS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = at < pairs
     here = wanted
@@ -32,16 +31,24 @@ def _slots_kernel(ids_ptr, table_ptr, members, out_ptr, pairs, rows, TOP_K: tl.c
     ids = tl.load(ids_ptr + at, mask=here, other=-1)
     slot = tl.load(table_ptr + ids, mask=here & (ids >= 0), other=-1)
     tl.store(out_ptr + at, slot, mask=wanted)
+    if COUNT:
+        tl.atomic_add(counts_ptr + ids, 1, mask=slot >= 0, sem="relaxed")
 
 
 def slots_of_rows(
-    topk_ids: torch.Tensor, table: torch.Tensor, *, control: int, rows_per_rank: int | None
+    topk_ids: torch.Tensor,
+    table: torch.Tensor,
+    *,
+    control: int,
+    rows_per_rank: int | None,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Slots [T, K] int32 of the experts `topk_ids` [T, K] (int32 or int64); -1: not on this rank, or an absent row.
 
     Args:
         table: int32 [experts or more], expert id -> slot, -1 for not here.
         control: address of the windows' control block (`Windows.control`).
+        counts: int64 [experts]: one is added at each expert that is here and for each row that it is chosen for.
         rows_per_rank: row r belongs to rank r // rows_per_rank; None: no row is an absent rank's.
 
     Raises:
@@ -57,7 +64,8 @@ def slots_of_rows(
         return slots
     pairs = tokens * top_k
     _slots_kernel[(triton.cdiv(pairs, _BLOCK),)](
-        topk_ids, table, control + 8 * windows.MEMBERS, slots, pairs, rows_per_rank or 1, TOP_K=top_k,
-        PARTS=rows_per_rank is not None, BLOCK=_BLOCK, num_warps=4,
+        topk_ids, table, control + 8 * windows.MEMBERS, slots, table if counts is None else counts, pairs,
+        rows_per_rank or 1, TOP_K=top_k, PARTS=rows_per_rank is not None, COUNT=counts is not None, BLOCK=_BLOCK,
+        num_warps=4,
     )  # fmt: skip
     return slots
