@@ -15,6 +15,7 @@ from elasticmoe_sglang.coordinator.driver import Driver
 from elasticmoe_sglang.coordinator.engine import Deadlines, Engine
 from elasticmoe_sglang.coordinator.observer import Observer, Recovery
 from elasticmoe_sglang.coordinator.ports import MemoryPort, WorkersPort
+from elasticmoe_sglang.coordinator.routing import observe
 from elasticmoe_sglang.coordinator.status import (
     CommitReport,
     DeviceMemory,
@@ -40,6 +41,7 @@ from elasticmoe_sglang.planner import (
     Cause,
     DeviceRoom,
     ModelNeeds,
+    Rebalance,
     Target,
     TransitionPlan,
     View,
@@ -163,11 +165,7 @@ class Coordinator:
             OperationInProgress: a change to another target is running, or the server is shutting down.
             HmmUnavailable: the HMM does not answer, so no change is possible; serving is not affected.
         """
-        if operation_id is not None and not _OPERATION_ID.fullmatch(operation_id):
-            raise UserInputError(
-                "operation_id is not a valid name",
-                hint="Use 1 to 128 letters, digits, '.', '_', ':' or '-'",
-            )
+        check_operation_id(operation_id)
         # Held while waiting for the HMM, so that the second of two equal requests finds the operation of the first.
         async with self._submitting:
             known = self._operations.get(operation_id) if operation_id is not None else None
@@ -194,9 +192,19 @@ class Coordinator:
         operation = RunningOperation(operation_id, target, plan, started)
         self._remember(operation)
         if not plan.is_noop:
-            logger.info("operation %s: EP size %d -> %d", operation_id, len(plan.before.ranks), len(plan.after.ranks))
+            logger.info(
+                "operation %s: EP size %d -> %d, %d columns move",
+                operation_id,
+                len(plan.before.ranks),
+                len(plan.after.ranks),
+                len(plan.moves),
+            )
         self.post(s.Wanted(operation_id=operation_id, target=target, plan=plan))
         return operation.view()
+
+    async def observe_routing(self, seconds: float) -> tuple[int, ...]:
+        """Tokens routed to each expert column in so many seconds from now; see `routing.observe`."""
+        return await observe(self._workers, lambda: self.view, seconds)
 
     def _progress(self, effect: s.Opened | s.Advanced) -> None:
         operation = self._operations.get(effect.operation_id)
@@ -260,6 +268,8 @@ class Coordinator:
                 operation.add_pauses(result)
             case s.Migrate(), Moved():
                 operation.add_moved(result)
+            case s.SpreadWaiting(), int():
+                operation.add_spread(result)
             case s.Resend(), int():
                 operation.add_resent(result)
             case s.ReadMemory(after=False), MemoryStatus():
@@ -340,6 +350,12 @@ class Coordinator:
         operation = self._operations.get(operation_id)
         return operation.view() if operation is not None else None
 
+    def rebalance_of(self, operation_id: str) -> tuple[Rebalance, TransitionPlan]:
+        """Target and plan of a rebalance among the latest operations."""
+        operation = self._operations[operation_id]
+        assert isinstance(operation.target, Rebalance)
+        return operation.target, operation.plan
+
     def operations(self) -> list[Operation]:
         """The latest HISTORY operations, newest first."""
         return [operation.view() for operation in self._newest_first()]
@@ -378,12 +394,22 @@ class Coordinator:
         await self._quiet()
 
 
+def check_operation_id(operation_id: str | None) -> None:
+    """Raises UserInputError for what cannot name an operation."""
+    if operation_id is not None and not _OPERATION_ID.fullmatch(operation_id):
+        raise UserInputError(
+            "operation_id is not a valid name",
+            hint="Use 1 to 128 letters, digits, '.', '_', ':' or '-'",
+        )
+
+
 async def _at_once() -> None:
     return
 
 
 def _same_target(known: RunningOperation, target: Target) -> RunningOperation:
-    if known.target != target:
+    both = isinstance(known.target, Rebalance) and isinstance(target, Rebalance)  # whatever was observed
+    if known.target != target and not both:
         used = describe_target(known.target) if known.target is not None else known.plan.cause.value
         raise OperationIdTaken(
             f"operation_id was used for another target, {used}",

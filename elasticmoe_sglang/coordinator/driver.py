@@ -154,6 +154,8 @@ class Driver:
                 return workers.route(ranks)
             case s.Migrate(rank=rank, operation_id=operation_id):
                 return workers.migrate(rank, operation_id)
+            case s.SpreadWaiting(ranks=ranks, joining=joining):
+                return workers.spread_waiting(ranks, joining)
             case s.Resend(operation_id=operation_id, forget=forget):
                 return workers.resend(operation_id, forget)
             case s.Dismiss(rank=rank):

@@ -600,18 +600,16 @@ class Engine:
         else:
             first.append(s.Route(ranks=plan.after.ranks))
             first += [s.Migrate(rank=rank, operation_id=_commit_id(change)) for rank in plan.retiring]
-        problems, failed = yield from self._each(change, first)
-        strayed = [step for step in failed if isinstance(step, s.Migrate | s.Resend)]
-        if strayed:
-            # What a rank could not hand over is no problem once it was sent again.
-            problems = [problem for problem, step in zip(problems, failed, strict=True) if step not in strayed]
-            problems += yield from self._resend_strayed(change, strayed)
+        problems, _ = yield from self._each_once(change, first)
         release = [
             s.Release(rank=rank, columns=columns) for rank in plan.survivors if (columns := _departed(plan, rank))
         ]
         dismiss = [s.Dismiss(rank=rank) for rank in plan.retiring]
         pauses = s.Pauses(ranks=plan.survivors)
-        more, failed = yield from self._each(change, [*release, *dismiss, pauses])
+        spread = []
+        if plan.joining and plan.cause is not Cause.LOSS:  # a recovery has dealt all requests anew
+            spread.append(s.SpreadWaiting(ranks=plan.survivors, joining=plan.joining))
+        more, failed = yield from self._each_once(change, [*release, *dismiss, pauses, *spread])
         problems += more
         # The worker of a retiring rank that did not exit may still map its columns: they stay in the ledger, and the
         # operation's error names the rank.
@@ -625,8 +623,17 @@ class Engine:
                 problems += (yield from self._each(change, [step]))[0]
         return problems
 
+    def _each_once(self, change: _Transition, steps: Sequence[s.Step]) -> Program[tuple[list[str], list[s.Step]]]:
+        """As `_each`; what a rank could not hand over is no problem once it was sent again."""
+        problems, failed = yield from self._each(change, steps)
+        strayed = [step for step in failed if isinstance(step, s.Migrate | s.SpreadWaiting | s.Resend)]
+        if strayed:
+            problems = [problem for problem, step in zip(problems, failed, strict=True) if step not in strayed]
+            problems += yield from self._resend_strayed(change, strayed)
+        return problems, failed
+
     def _resend_strayed(self, change: _Transition, strayed: Sequence[s.Step]) -> Program[list[str]]:
-        """Requests of a retiring rank that died, or of a lost one, may be on no rank."""
+        """Requests of a retiring rank that died, of a lost one, or on their way to a joining one may be on no rank."""
         for step in strayed:
             if isinstance(step, s.Migrate):
                 self._lingering[step.rank] = change.retiring[step.rank]

@@ -109,6 +109,8 @@ class HmmFailover:
         except (ElasticMoEError, OSError, asyncio.TimeoutError) as error:
             if absent.what != (why := _why(error)):
                 absent.what = why
+                if self._restart is not None:
+                    absent.hint = "Serving goes on, and taking over the memory is tried again"
                 logger.error("the HMM's ledger is not complete: %s", why)
             return False
         logger.info("HMM %s adopted %d blocks and released %d of them that no rank uses", instance, blocks, leftovers)

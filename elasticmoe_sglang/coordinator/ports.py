@@ -31,10 +31,13 @@ class SglangPort(Protocol):
             Ids of the requests that were open when the message was sent.
         """
 
-    async def send_again(self, rids: set[str], *, gone: Collection[tuple[int, int]], suspect: bool) -> int:
+    async def send_again(
+        self, rids: set[str], *, gone: Collection[tuple[int, int]], suspect: bool, ranks: Sequence[int] = ()
+    ) -> int:
         """Send those of these requests that are still open to active ranks; returns how many.
 
         Args:
+            ranks: those of them that are active, in turn; empty, or none is: to all active ones.
             gone: (rank, incarnation) of workers that have ended; their outputs do not count any more.
             suspect: one of them may be what ended their rank.
         """
@@ -75,6 +78,13 @@ class WorkersPort(Protocol):
 
     async def kill(self, rank: int, pid: int) -> None:
         """End the rank's worker, if it is still this process."""
+
+    async def count_routed(self, ranks: Sequence[int]) -> Sequence[int]:
+        """Tokens routed to each expert column on these ranks since their workers have booted, over all layers.
+
+        Raises:
+            WorkerError: a rank does not count them, or died.
+        """
 
     def least_kv_bytes(self) -> int:
         """The least KV memory a rank needs, in bytes."""
@@ -136,6 +146,16 @@ class WorkersPort(Protocol):
 
         Raises:
             WorkerError: the retiring rank died, or requests are missing: `resend` what is on no rank.
+        """
+
+    async def spread_waiting(self, ranks: Sequence[int], joining: Sequence[int]) -> int:
+        """Have these ranks give requests that wait there to joining ones, which new requests are routed to already.
+
+        Returns:
+            Number of requests. Those of a rank that died meanwhile are not among them.
+
+        Raises:
+            WorkerError: requests may be on no rank: `resend` them.
         """
 
     async def resend(self, operation_id: str, forget: Sequence[int]) -> int:

@@ -38,6 +38,17 @@ class All:
     ended: dict[int, s.StepEnded] = field(default_factory=dict)
     broken_by: Failed | None = None
     cancelled: bool = False
+    started: float = 0.0
+
+    def overdue(self) -> str:
+        """What is said once the deadline has passed."""
+        assert self.deadline is not None
+        return f"{self.what} took longer than {self.deadline - self.started:.0f} s"
+
+    def unended(self) -> dict[int, s.Step]:
+        """The steps that have not ended, by number."""
+        steps = zip(self.numbers, self.steps, strict=True)
+        return {number: step for number, step in steps if number not in self.ended}
 
 
 @dataclass
@@ -113,6 +124,7 @@ class Runner:
             return
         self._waiting = waiting
         if isinstance(waiting, All):
+            waiting.started = self._now
             for step in waiting.steps:
                 self._numbers += 1
                 waiting.numbers.append(self._numbers)
@@ -126,23 +138,23 @@ class Runner:
         failed = next((e.error for e in waiting.ended.values() if e.error is not None), None)
         why = waiting.interrupted()
         if waiting.deadline is not None and self._now >= waiting.deadline:
-            waiting.broken_by = Failed(f"{waiting.what} took longer than its deadline")
+            steps = ", ".join(map(s.describe, waiting.unended().values()))
+            waiting.broken_by = Failed(f"{waiting.overdue()}: could not {steps}")
         elif failed is not None and not waiting.each:
             waiting.broken_by = Failed(text_of(failed), failed)
         elif why is not None:
             waiting.broken_by = Failed(why)
         if waiting.broken_by is not None:
             waiting.cancelled = True
-            late = [number for number in waiting.numbers if number not in waiting.ended]
-            for number in late:
+            for number in waiting.unended():
                 self._emit(s.Cancel(number=number))
         return False
 
     def _resume_all(self, waiting: All) -> None:
         ended = [waiting.ended[number] for number in waiting.numbers]
-        cancelled = Failed(f"{waiting.what} took longer than its deadline")
         if waiting.each:
-            outcomes = [cancelled if e.cancelled else e.error or e.result for e in ended]
+            # Whoever reports an outcome names its step.
+            outcomes = [Failed(waiting.overdue()) if e.cancelled else e.error or e.result for e in ended]
             self._resume(lambda: self._program.send(outcomes))
             return
         error = next((e.error for e in ended if e.error is not None), None)

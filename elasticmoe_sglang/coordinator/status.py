@@ -10,7 +10,16 @@ from enum import Enum
 
 import msgspec
 
-from elasticmoe_sglang.planner import Cause, ColumnMove, RestoreRanks, RetireRanks, ScaleTo, Target, TransitionPlan
+from elasticmoe_sglang.planner import (
+    Cause,
+    ColumnMove,
+    Rebalance,
+    RestoreRanks,
+    RetireRanks,
+    ScaleTo,
+    Target,
+    TransitionPlan,
+)
 
 
 class Phase(str, Enum):
@@ -83,6 +92,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         columns_planned, columns_moved, bytes_moved: expert columns in the plan and pulled so far, and their bytes.
         moved_requests: requests migrated from retiring ranks to survivors.
         recomputed_requests: of them, those whose KV found no room on the survivors and is computed again.
+        spread_requests: that waited on a rank and have not begun; they went to joining ranks.
         resent_requests: requests of a rank that died, sent again to others.
         attempts: how often it was begun; a loss is tried again until it is committed.
         pause_ms: of each survivor, milliseconds from its last result before the commit to the first after it, less its
@@ -114,12 +124,18 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     bytes_moved: int = 0
     moved_requests: int = 0
     recomputed_requests: int = 0
+    spread_requests: int = 0
     resent_requests: int = 0
     attempts: int = 1
     pause_ms: dict[int, float] = {}
     max_pause_ms: float | None = None
     memory: list[DevicePeak] = []
     error: str | None = None
+
+    @property
+    def rebalances(self) -> bool:
+        """Whether it was asked for to place columns by load, on the same ranks."""
+        return "rebalance" in self.target
 
 
 class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -281,7 +297,7 @@ class RunningOperation:
         self._spent: dict[Phase, float] = {}
         self._pulled: list[PullReport] = []
         self._pauses: dict[int, float] = {}
-        self._moved = self._recomputed = self._resent = 0
+        self._moved = self._recomputed = self._spread = self._resent = 0
         self._memory: list[DevicePeak] = []
 
     def advance(self, phase: Phase, error: str | None = None, *, serving_epoch: int) -> None:
@@ -310,6 +326,10 @@ class RunningOperation:
         """Count requests that a retiring rank has migrated."""
         self._moved += moved.requests
         self._recomputed += moved.recomputed
+
+    def add_spread(self, requests: int) -> None:
+        """Waiting requests went to joining ranks."""
+        self._spread += requests
 
     def add_resent(self, requests: int) -> None:
         """Count requests that were sent again because their rank had died."""
@@ -358,6 +378,7 @@ class RunningOperation:
             bytes_moved=sum(report.bytes for report in self._pulled),
             moved_requests=self._moved,
             recomputed_requests=self._recomputed,
+            spread_requests=self._spread,
             resent_requests=self._resent,
             attempts=self._attempts,
             pause_ms=pause,
@@ -386,7 +407,7 @@ class RunningOperation:
 
 
 def describe_target(target: Target) -> dict[str, int | list[int]]:
-    """The target as the fields of a request."""
+    """The target as the fields of a request; of a rebalance the number of routed tokens that it goes by."""
     match target:
         case ScaleTo(size=size):
             return {"new_ep_size": size}
@@ -394,3 +415,5 @@ def describe_target(target: Target) -> dict[str, int | list[int]]:
             return {"retire_ranks": list(ranks)}
         case RestoreRanks(ranks=ranks):
             return {"restore_ranks": list(ranks)}
+        case Rebalance(load=load):
+            return {"rebalance": int(sum(load))}

@@ -118,6 +118,14 @@ class Migrate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpreadWaiting:
+    """Have ranks give requests that wait there, and have not begun, to joining ranks; the result is their number."""
+
+    ranks: tuple[int, ...]
+    joining: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resend:
     """Send open requests that are on no rank again; the result is their number.
 
@@ -200,6 +208,7 @@ Step = (
     | Pauses
     | Route
     | Migrate
+    | SpreadWaiting
     | Resend
     | CommitMemory
     | RollBackMemory
@@ -229,8 +238,16 @@ def describe(step: Step) -> str:
             return "read the measured pauses"
         case Route():
             return "route requests to the active ranks"
+        case Boot(join_spec=spec):
+            return f"boot a worker for rank {spec.rank}"
+        case Pull(rank=rank):
+            return f"pull columns to rank {rank}"
+        case Commit(plan=plan):
+            return f"commit epoch {plan.after.epoch}"
         case Migrate(rank=rank):
             return f"migrate the requests of retiring rank {rank}"
+        case SpreadWaiting(joining=joining):
+            return f"give waiting requests to joining ranks {list(joining)}"
         case Resend():
             return "send requests again"
         case Drop(rank=rank):

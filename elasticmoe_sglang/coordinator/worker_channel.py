@@ -20,7 +20,15 @@ from elasticmoe_sglang.wire.to_coordinator import FROM_WORKER, FromImm, FromWork
 logger = logging.getLogger(__name__)
 
 Incoming = FromWorker | FromImm
-Command = to_worker.PullColumns | to_worker.DropColumns | to_worker.OfferMemory | to_worker.ResizeKv | to_worker.Park
+Command = (
+    to_worker.PullColumns
+    | to_worker.DropColumns
+    | to_worker.OfferMemory
+    | to_worker.ResizeKv
+    | to_worker.Park
+    | to_worker.GiveUpWaiting
+    | to_worker.CountRouted
+)
 _IncomingT = TypeVar("_IncomingT", bound=Incoming)
 _BACKLOG = 1024
 

@@ -147,6 +147,11 @@ class Workers:
             self._incarnations.stalled(pid)
             self._channel.tell_imm(to_imm.KillWorker(rank=rank))
 
+    async def count_routed(self, ranks: Sequence[int]) -> Sequence[int]:
+        ask = to_worker.CountRouted(operation_id=f"routing-{time.monotonic_ns()}")
+        replies = await asyncio.gather(*(self._channel.ask(rank, ask, to_worker.Routed) for rank in ranks))
+        return [sum(tokens) for tokens in zip(*(reply.tokens for reply in replies), strict=True)]
+
     # -- KV -----------------------------------------------------------------------------------------------------
 
     def least_kv_bytes(self) -> int:
@@ -274,6 +279,22 @@ class Workers:
     async def migrate(self, rank: int, operation_id: str) -> Moved:
         retired = await self._channel.wait_for(to_coordinator.Retired, rank=rank, operation_id=operation_id)
         return await migrate(self._channel, self.fences, retired)
+
+    async def spread_waiting(self, ranks: Sequence[int], joining: Sequence[int]) -> int:
+        view = self.view()
+        self._resends += 1
+        ask = to_worker.GiveUpWaiting(
+            operation_id=f"spread-{self._resends}", epoch=view.epoch, share=len(joining) / len(view.ranks)
+        )
+
+        async def given(rank: int) -> list[str]:
+            try:
+                return (await self._channel.ask(rank, ask, to_worker.GaveUp)).rids
+            except WorkerError:  # it has died, and the recovery sends again what was there
+                return []
+
+        rids = {rid for each in await asyncio.gather(*map(given, ranks)) for rid in each}
+        return await self._sglang.send_again(rids, gone=(), suspect=False, ranks=joining)
 
     async def resend(self, operation_id: str, forget: Sequence[int]) -> int:
         members = self.view().ranks

@@ -137,6 +137,46 @@ class Resumed(Message, frozen=True, kw_only=True):
     recomputed: int
 
 
+# After a rank joined ------------------------------------------------------------------------------------------------
+
+
+class GiveUpWaiting(Message, frozen=True, kw_only=True):
+    """Give up requests that wait here and have not begun, so that this share of all work here goes to other ranks.
+
+    epoch: in which it is asked; not done in a later one. share: more than 0 and less than 1.
+    """
+
+    operation_id: str
+    epoch: int
+    share: float
+
+
+class GaveUp(Message, frozen=True, kw_only=True):
+    """To `GiveUpWaiting`: these requests are on no rank now."""
+
+    rank: int
+    operation_id: str
+    rids: list[str]
+
+
+# Routing ------------------------------------------------------------------------------------------------------------
+
+
+class CountRouted(Message, frozen=True, kw_only=True):
+    """Say how many tokens were routed to the expert columns here."""
+
+    operation_id: str
+
+
+class Routed(Message, frozen=True, kw_only=True):
+    """To `CountRouted`: by expert column, over all layers, since this worker has booted; 0 for columns that were never
+    here."""
+
+    rank: int
+    operation_id: str
+    tokens: list[int]
+
+
 # After a death ------------------------------------------------------------------------------------------------------
 
 
@@ -256,12 +296,14 @@ Request = (
     | MapMigrated
     | ReleaseMigrated
     | CommitCommand
+    | GiveUpWaiting
+    | CountRouted
     | CountRequests
     | OfferMemory
     | Join
     | Park
 )
-Reply = Pulled | Dropped | KvResized | Resumed | Counted | Offered | Parked | Failed
+Reply = Pulled | Dropped | KvResized | Resumed | GaveUp | Routed | Counted | Offered | Parked | Failed
 
 REQUESTS: Codec[Request] = Codec(Request)
 ENTER: Codec[Enter] = Codec(Enter)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import requests
@@ -131,7 +131,7 @@ class Storm:
             self._open.append(now)
 
 
-@pytest.fixture(params=["qwen3_moe", "deepseek_v2"])
+@pytest.fixture(params=get_args(Arch))
 def arch(request: pytest.FixtureRequest) -> Arch:
     made: Arch = request.param
     return made

@@ -139,7 +139,7 @@ def test_a_failure_before_the_commit_is_undone(impatient: Faulty, fault: Fault) 
         assert not armed(bench.run_dir), "the fault did not happen"
         assert operation["phase"] == "rolled_back", f"{operation['error']}\n{bench.server.log_tail(100)}"
         assert all(word in operation["error"] for word in fault.words), operation["error"]
-        assert bench.server.operation(operation["operation_id"]) == operation
+        assert bench.server.operation(operation["operation_id"]).items() <= operation.items()
         state = bench.server.get("/is_scaling_elastic_ep").json()
         assert (state["scale_phase"], state["last_error"]) == ("failed", operation["error"])
     bench.at_two()

@@ -23,7 +23,7 @@ def ids(engine: Any) -> list[int]:
 
 def blocking(engine: Any) -> dict[str, Any]:
     """A program without an event loop: every method blocks."""
-    from elasticmoe_sglang.errors import StaleRequest, UserInputError
+    from elasticmoe_sglang.errors import RoutingUnknown, StaleRequest, UserInputError
 
     seen: dict[str, Any] = {"state": engine.get_elastic_ep_state(), "tokens": [ids(engine)], "refused": []}
     for request in ({"new_ep_size": 4}, {"retire_ranks": [2]}, {"restore_ranks": [2]}):
@@ -35,6 +35,10 @@ def blocking(engine: Any) -> dict[str, Any]:
             engine.scale_elastic_ep(**wrong)
         except (UserInputError, StaleRequest) as error:
             seen["refused"].append(f"{type(error).__name__}: {error}")
+    try:
+        engine.rebalance_elastic_ep(observe_s=0.1)
+    except RoutingUnknown as error:
+        seen["idle"] = str(error)
     seen["listed"] = [operation["operation_id"] for operation in engine.get_elastic_ep_operations()]
     seen["shown"] = engine.get_elastic_ep_operation(seen["listed"][0])["operation_id"]
     seen["status"] = engine.get_elastic_ep_status()
@@ -58,6 +62,9 @@ async def as_dynamo(engine: Any) -> dict[str, Any]:
         await asyncio.sleep(0.02)
     seen["state"] = state
     seen["operation"] = await engine.async_scale_elastic_ep(new_ep_size=1, wait=True)
+    many = [engine.async_generate(input_ids=PROMPT, sampling_params=SAMPLING) for _ in range(16)]
+    *answers, placed = await asyncio.gather(*many, engine.async_rebalance_elastic_ep(observe_s=1.0, dry_run=True))
+    seen["placed"] = {"tokens": [list(answer["output_ids"]) for answer in answers], **placed}
     seen["membership"] = (await engine.async_get_elastic_ep_status())["membership"]
     answer = await engine.async_generate(input_ids=PROMPT, sampling_params=SAMPLING)
     seen["tokens"] = list(answer["output_ids"])

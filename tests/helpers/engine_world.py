@@ -33,6 +33,7 @@ from elasticmoe_sglang.errors import (
 )
 from elasticmoe_sglang.planner import (
     Cause,
+    Rebalance,
     RetireRanks,
     ScaleTo,
     Target,
@@ -58,7 +59,7 @@ class Broken(AssertionError):
 @dataclass(eq=False)
 class Process:
     """A worker. `view`: None until it is a member. `mapped`: column -> block. `at`: the proposals at whose barrier it
-    stands."""
+    stands. `counted`: since it was asked to give up requests."""
 
     pid: int
     rank: int
@@ -70,6 +71,7 @@ class Process:
     booted: bool = False
     retiring: bool = False
     sent: bool = False
+    counted: bool = False
     at: set[tuple[int, int]] = field(default_factory=set)
     requests: set[int] = field(default_factory=set)
 
@@ -248,6 +250,8 @@ class World:
         target: Target = ScaleTo(size=self.random.randint(1, self.capacity))
         if self.random.random() < 0.3 and len(self.engine.view.ranks) > 1:
             target = RetireRanks(ranks=(self.random.choice(self.engine.view.ranks[1:]),))
+        elif self.random.random() < 0.25:
+            target = Rebalance(load=tuple(self.random.randint(0, 9) for _ in self.engine.view.owners))
         name = f"target-{len(self.phases)}-{self.now:.3f}"
         busy = any(not phase.ended and key.startswith("target") for key, phase in self.phases.items())
         if busy or not self.hmm_alive:
@@ -263,9 +267,9 @@ class World:
         self.remaining[number] = self.random.randint(3, 40)
         self._route(number)
 
-    def _route(self, number: int) -> None:
+    def _route(self, number: int, among: set[int] | None = None) -> None:
         """SGLang's controller: to a routed rank; a rank without a worker keeps it until a recovery drops it."""
-        rank = self.random.choice(sorted(self.routed))
+        rank = self.random.choice(sorted(among or self.routed))
         process = self.of(rank)
         self.note(f"request {number} is routed to rank {rank}")
         if process is not None and not process.retiring:
@@ -557,6 +561,8 @@ class World:
                 self.routed = set(ranks)
             case s.Migrate(rank=rank):
                 return (yield from self._migrate(rank))
+            case s.SpreadWaiting():
+                return (yield from self._spread_waiting(step))
             case s.Resend():
                 return (yield from self._resend(step))
             case s.CommitMemory(txn=txn):
@@ -705,12 +711,42 @@ class World:
                 self.random.choice(receivers).requests.add(number)
         return Moved(requests=len(moved))
 
+    def _spread_waiting(self, step: s.SpreadWaiting) -> Part:
+        """What ranks give up is on no rank until the tokenizer has their answers, and lost when that never comes."""
+        answers: dict[int, set[int]] = {}
+        epoch = self.view.epoch
+
+        def give_up(process: Process) -> None:
+            if self._not_now(process, lambda: give_up(process)):
+                return
+            if process.view is None or process.view.epoch != epoch or process.counted:
+                return  # requests have been counted since
+            given = {number for number in process.requests if self.random.random() < 0.5}
+            process.requests -= given
+            self.note(f"rank {process.rank} gives up requests {sorted(given)}")
+            answers[process.rank] = given
+
+        asked = [process for rank in step.ranks if (process := self.of(rank)) is not None]
+        for process in asked:
+            process.counted = False
+            self.later(self.soon(0.05), lambda p=process: give_up(p))  # type: ignore[misc]
+        while any(process.alive and process.rank not in answers for process in asked):
+            yield 0.01
+        yield self.soon(0.05)
+        if self.now < FAULTS_UNTIL_S and self.random.random() < 0.1:
+            raise WorkerError("injected on the way")
+        given = sorted(number for answer in answers.values() for number in answer)
+        for number in given:
+            self._route(number, set(step.joining) & self.routed)
+        return len(given)
+
     def _resend(self, step: s.Resend) -> Part:
         members = [self._need(rank) for rank in self.view.ranks]
         yield self.soon(0.05)
         if step.operation_id and step.operation_id != commit_id_of(self.proposals, self.view):
             raise Broken("a recovery's requests are counted in another epoch")
         for process in members:
+            process.counted = True
             if not process.alive or process.broken:
                 raise WorkerError("it does not answer", rank=process.rank)
         forgotten = {p.pid for p in self.processes if p.rank in step.forget and not p.alive}

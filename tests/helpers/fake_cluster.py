@@ -53,6 +53,8 @@ class FakeCluster:
     commit_verdict: str | None = None
     kv_chunk: int = 0
     """Bytes of a chunk of KV; a rank keeps two at least."""
+    popularity: Sequence[int] | None = None
+    """Tokens that are routed to each column between two questions; None: the ranks do not count."""
 
     def __post_init__(self) -> None:
         placement = initial_placement(self.columns, self.active)
@@ -66,6 +68,7 @@ class FakeCluster:
         self.calls: Counter[str] = Counter()
         self.log: list[str] = []
         self.routed: tuple[int, ...] = ()
+        self.counted = 0
 
     def coordinator(self, *, observer: Observer | None = None, **deadlines: float) -> Coordinator:
         config = ElasticConfig(ep_size=len(self.active), max_ep_size=self.capacity, **deadlines)  # type: ignore[arg-type]
@@ -129,6 +132,14 @@ class FakeCluster:
         await self._leave("rollback", how)
         return [0] * self.capacity
 
+    async def count_routed(self, ranks: Sequence[int]) -> list[int]:
+        await self._leave("count_routed", await self._enter("count_routed"))
+        assert tuple(ranks) == self.committed.ranks
+        if self.popularity is None:
+            raise WorkerError("this server does not count routed tokens", rank=ranks[0])
+        self.counted += 1
+        return [self.counted * each for each in self.popularity]
+
     def least_kv_bytes(self) -> int:
         return 2 * self.kv_chunk
 
@@ -166,6 +177,10 @@ class FakeCluster:
     async def drop_kv(self, ranks: Sequence[int]) -> None:
         for rank in ranks:
             self.kv.pop(rank, None)
+
+    async def spread_waiting(self, ranks: Sequence[int], joining: Sequence[int]) -> int:
+        assert set(joining) <= set(self.routed)
+        return 2
 
     async def resend(self, operation_id: str, forget: Sequence[int]) -> int:
         return 3

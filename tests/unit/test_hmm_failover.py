@@ -120,6 +120,24 @@ def test_own_hmm_is_started_anew_and_changes_wait_for_the_ranks() -> None:
     run(main())
 
 
+def test_memory_that_cannot_be_taken_over_is_said_without_a_promise() -> None:
+    """On NPUs nobody can: CANN lets no other process import memory whose owner has ended."""
+
+    async def main() -> None:
+        def restart() -> None:
+            hmm.instance, hmm.refusal = "second", ModelMismatch("its owner has ended")
+
+        coordinator, hmm, ranks, watch = rig(restart)
+        ranks.let.set()
+        await watch.whole(1)
+        hmm.instance = None
+        await eventually(lambda: (held := coordinator._memory_held) and held.what == "its owner has ended")
+        with pytest.raises(HmmUnavailable, match=r"its owner has ended\. Serving goes on, and .* is tried again"):
+            await coordinator.submit(ScaleTo(size=4))
+
+    run(main())
+
+
 def test_another_ones_hmm_is_waited_for_and_why_it_is_not_taken_is_said() -> None:
     async def main() -> None:
         coordinator, hmm, ranks, watch = rig(None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from elasticmoe_patches.worker import recovery
-from elasticmoe_patches.worker.migration import MigrationInbox
+from elasticmoe_patches.worker.inbox import MigrationInbox
 from elasticmoe_patches.worker.requests import IterationInput, ahead_of_new_ones
 from elasticmoe_patches.worker.worker import RecoveryInbox
 
@@ -122,3 +122,44 @@ def test_a_stream_that_needs_little_does_not_wait_behind_prompts_that_are_comput
         scheduler.waiting_queue.append(SimpleNamespace(rid=rid, output_ids=[0] * out, seqlen=prompt + out))
         ahead_of_new_ones(scheduler, rid, with_kv=with_kv)
     assert order(scheduler) == ["with its KV", "short", "long", "longer", "new"]
+
+
+def test_a_retiring_rank_hands_on_what_was_sent_to_it_with_the_fence(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full rank had given the request up; it was on its way to a rank that joined and was to retire at once."""
+    from sglang.srt.managers.io_struct import wrap_as_pickle
+
+    from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq, ElasticResumeReq
+    from elasticmoe_patches.worker import commit
+    from elasticmoe_patches.worker.migration import Progress
+    from elasticmoe_patches.worker.worker import RankRetired
+
+    scheduler, worker = rank.scheduler, rank.worker
+
+    def begin(message: Any) -> None:
+        req = SimpleNamespace(rid=message.rid, elasticmoe_origin=message, output_ids=[], finished=lambda: False)
+        scheduler.waiting_queue.append(req)
+
+    scheduler.request_receiver.unwrap_pickle_wrapper = lambda requests: None
+    scheduler.request_receiver._split_work_and_control_reqs = lambda requests: (requests, [])
+    scheduler.process_input_requests = lambda requests: [begin(message) for message in requests]
+    scheduler.handle_generate_request = begin
+    scheduler.enable_overlap, scheduler.disable_radix_cache = False, False
+    worker.kv, worker.parking, worker.fault_point = None, True, lambda name: None
+    worker.region = SimpleNamespace(control=SimpleNamespace(alive=lambda member: True))
+    sent: dict[int, list[Any]] = {}
+    monkeypatch.setattr(commit, "_send", lambda _worker, _operation, dealt: sent.update(dealt))
+    monkeypatch.setattr("elasticmoe_patches.worker.migration.progress_of", lambda req: None)
+    message = SimpleNamespace(rid="given up", unwrap_pickle_fields=lambda: None)
+    progress = wrap_as_pickle(Progress(output_ids=(), carried={}, aborted=False, sent_again=True))
+    resumed = ElasticResumeReq(
+        operation_id="", retiring_rank=-1, request=message, progress=progress, kv_tokens=0, kv_pages=[]
+    )
+    rank.arriving = [[request("new"), resumed, ElasticFenceReq(operation_id="op", rank=1)]]
+    command: Any = SimpleNamespace(operation_id="op", members=[0], joining=[], retiring=[1])
+    with pytest.raises(RankRetired):
+        commit._retire(scheduler, worker, command)
+    assert sorted(migrated.request.rid for migrated in sent[0]) == ["given up", "new"]
+    [retired] = rank.posted
+    assert retired.migrated == {0: 2} and rank.fences == ["op"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import zmq
 
+from elasticmoe_patches.worker.inbox import MigratedFrames
 from elasticmoe_patches.worker.migration import (
-    MigratedFrames,
     MigratedRequest,
     Progress,
     fill_from_frames,
@@ -70,6 +70,7 @@ def _retire(scheduler: Any, worker: Worker, command: CommitCommand) -> None:
     """Send every request to a survivor and the fence behind the last output, and leave the event loop."""
     drain_results(scheduler)
     _read_until_fence(scheduler, worker, command.operation_id)
+    _resume_sent_again(scheduler, worker)  # it may have come with the fence, and goes on from here with the others
     survivors = _receivers(worker, command)
     load = migrated_requests(scheduler, in_hmm=worker.kv is not None)
     worker.fault_point("retire.sending")
@@ -144,7 +145,7 @@ def _send(worker: Worker, operation_id: str, dealt: dict[int, list[MigratedReque
             header, buffers = migrated.kv or (b"", [])
             frames: list[Any] = [to_wire(_resume_request(worker, operation_id, migrated)), header, *buffers]
             socket.send_multipart(frames, copy=False)
-        socket.send_multipart([b"", str(worker.rank).encode(), str(len(load)).encode()])
+        socket.send_multipart([b"", operation_id.encode(), str(worker.rank).encode(), str(len(load)).encode()])
         socket.close()
         # Terminating the context waits until all has been delivered, for as long as the socket lingers.
         delivery = threading.Thread(target=context.term, name=f"to rank {survivor}", daemon=True)
@@ -196,26 +197,24 @@ def receive_migrated(worker: Worker) -> None:
     while int(worker.peer.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # `poll` takes ten times as long
         frames = worker.peer.recv_multipart()
         if not frames[0]:
-            worker.inbox.all_sent(int(frames[1]), int(frames[2]))
+            worker.inbox.all_sent(frames[1].decode(), int(frames[2]), int(frames[3]))
             continue
         message = from_wire(frames[0])
-        worker.inbox.arrived(message.retiring_rank, (message, frames[1] or None, frames[2:]))
+        worker.inbox.arrived(message.operation_id, message.retiring_rank, (message, frames[1] or None, frames[2:]))
 
 
 def resume_ready(scheduler: Any, worker: Worker) -> None:
     """Resume the requests of retiring ranks that have all arrived and whose last tokens have been delivered, and those
-    of a dead rank that the tokenizer has sent again."""
-    sent_again, worker.recovery.sent_again = worker.recovery.sent_again, []
-    for message in sent_again:
-        _resume(scheduler, worker, (message, None, []))
-    for retiring_rank in worker.inbox.ready():
+    of a dead or a full rank that the tokenizer has sent again."""
+    _resume_sent_again(scheduler, worker)
+    for operation_id, retiring_rank, retirement in worker.inbox.take_ready():
         worker.fault_point("resume.before")
-        migrated, window = worker.inbox.pop(retiring_rank)
+        migrated, window = retirement.held, retirement.window
         with_kv = sum(_resume(scheduler, worker, frames, window) for frames in migrated)
         had_kv = sum(message.kv_tokens >= scheduler.page_size for message, *_ in migrated)  # only whole pages are kept
         resumed = Resumed(
             rank=worker.rank,
-            operation_id=migrated[0][0].operation_id if migrated else "",
+            operation_id=operation_id,
             retiring_rank=retiring_rank,
             requests=len(migrated),
             with_kv=with_kv,
@@ -226,6 +225,12 @@ def resume_ready(scheduler: Any, worker: Worker) -> None:
         else:
             scheduler.device_module.synchronize()  # the copies are done
             worker.agent.run(partial(_close_window, worker, window, resumed))
+
+
+def _resume_sent_again(scheduler: Any, worker: Worker) -> None:
+    sent_again, worker.recovery.sent_again = worker.recovery.sent_again, []
+    for message in sent_again:
+        _resume(scheduler, worker, (message, None, []))
 
 
 def _close_window(worker: Worker, window: KvWindow, resumed: Resumed) -> None:

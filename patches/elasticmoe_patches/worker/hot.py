@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from elasticmoe_patches.worker.inbox import MigrationInbox
 from elasticmoe_patches.worker.kv import adopt_capacity
-from elasticmoe_patches.worker.migration import MigrationInbox
 from elasticmoe_patches.worker.requests import set_aside
 from elasticmoe_patches.worker.worker import RecoveryInbox, Worker
 from elasticmoe_sglang.errors import WorkerError

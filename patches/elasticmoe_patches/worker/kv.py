@@ -53,6 +53,25 @@ def open_kv(worker: Worker, configurator: Any) -> None:
     chunks = worker.join_spec.kv_chunks or _first_share(worker, status, shape)
     worker.kv.open(min(chunks, most), worker.join_spec.txn or None, _OPEN_S)
     logger.info("rank %d: %d KV tokens in %d chunks of HMM memory", worker.rank, shape.tokens(worker.kv.chunks), chunks)
+    _warn_if_short(worker, configurator.model_config.context_len)
+
+
+def _warn_if_short(worker: Worker, context: int) -> None:
+    """Of a rank that starts with the server; later ones start small."""
+    assert worker.kv is not None
+    shape = worker.kv.shape
+    tokens = shape.tokens(worker.kv.chunks)
+    if shape.cap_tokens is not None:  # the operator's own limit
+        context = min(context, shape.cap_tokens)
+    if not worker.join_spec.joining_rank and not worker.join_spec.hot and tokens < context:
+        logger.warning(
+            "rank %d: %d KV tokens are less than the context length of %d: longer requests are refused, and answers "
+            "are cut short. Weights and headroom leave no more of the device: lower --elasticmoe-ranks-per-device, "
+            "--elasticmoe-headroom or --context-length",
+            worker.rank,
+            tokens,
+            context,
+        )
 
 
 def _first_share(worker: Worker, status: HmmStatus, shape: KvShape) -> int:

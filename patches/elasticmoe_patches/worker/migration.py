@@ -9,17 +9,15 @@ the same prefill recomputes it; the result is the same. If the pool is not over 
 
 from __future__ import annotations
 
-import threading
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from elasticmoe_patches.versions import api
-from elasticmoe_patches.worker.requests import RecentAborts, live_requests, pages_of
-from elasticmoe_sglang.hmm.kv_space import KvWindow
+from elasticmoe_patches.worker.requests import ORIGIN, live_requests, pages_of
 from elasticmoe_sglang.worker.kv import copy_tokens
 from elasticmoe_sglang.worker.tensor_pack import pack, unpack
 
@@ -49,8 +47,6 @@ _CARRIED = (
 """Attributes of SGLang's Req that migrate unchanged. Scheduling state is rebuilt, as after SGLang's own retraction
 (`Req.reset_for_retract`)."""
 
-ORIGIN = "elasticmoe_origin"
-"""Attribute of a Req that holds the tokenised request it was built from."""
 ACCEPTED = "elasticmoe_accepted"
 """Attribute of a Req that a rank's waiting queue has accepted: no limit of the queue refuses it any more."""
 
@@ -237,77 +233,3 @@ def _rows(nested: Any, start: int, stop: int) -> Any:
         return [list(parts) for parts in zip(*columns, strict=True)]
 
     return [recut(layer) for layer in nested]
-
-
-MigratedFrames = tuple[Any, bytes | None, list[Any]]
-"""A migrated request as it arrives: ElasticResumeReq, and header and buffers of its KV where that was sent along."""
-
-
-@dataclass
-class MigrationInbox:
-    """Requests that retiring ranks have sent here, held until all output of the retiring rank has reached the
-    tokenizer.
-
-    Attributes:
-        complete: retiring rank -> how many requests it has sent, known once it has sent all.
-        released: retiring ranks whose output has been delivered.
-        windows: retiring rank -> its KV memory, where it could be mapped.
-        dead: retiring ranks that died; what still arrives from them is dropped.
-        aborted: aborts since requests may have been on their way here.
-        resuming: request id -> progress, from the message until SGLang has built the request.
-    """
-
-    complete: dict[int, int] = field(default_factory=dict)
-    held: dict[int, list[MigratedFrames]] = field(default_factory=dict)
-    released: set[int] = field(default_factory=set)
-    windows: dict[int, KvWindow] = field(default_factory=dict)
-    dead: set[int] = field(default_factory=set)
-    aborted: RecentAborts = field(default_factory=RecentAborts)
-    resuming: dict[str, Progress] = field(default_factory=dict)
-    _mapped: dict[int, threading.Event] = field(default_factory=dict)
-
-    def mapped(self, retiring_rank: int) -> threading.Event:
-        """Set once its KV memory was mapped, or could not be. From any thread."""
-        return self._mapped.setdefault(retiring_rank, threading.Event())
-
-    def expect(self, retiring_ranks: Iterable[int]) -> None:
-        """These ranks retire from now on, served by other processes than any that died there."""
-        self.dead.difference_update(retiring_ranks)
-        for rank in retiring_ranks:  # one that was mapped after its worker had died
-            if (window := self.windows.pop(rank, None)) is not None:
-                window.close()
-        self.aborted.clear()
-
-    def arrived(self, retiring_rank: int, migrated: MigratedFrames) -> None:
-        if retiring_rank not in self.dead:
-            self.held.setdefault(retiring_rank, []).append(migrated)
-
-    def all_sent(self, retiring_rank: int, count: int) -> None:
-        if retiring_rank not in self.dead:
-            self.complete[retiring_rank] = count
-
-    def ready(self) -> list[int]:
-        """Retiring ranks whose requests have all arrived and may resume."""
-        return [
-            retiring_rank
-            for retiring_rank, expected in self.complete.items()
-            if retiring_rank in self.released and len(self.held.get(retiring_rank, ())) == expected
-        ]
-
-    def forget(self, retiring_rank: int) -> None:
-        """The retiring rank died: what has arrived of it may be incomplete, and the rest must be dropped."""
-        self.dead.add(retiring_rank)
-        self.complete.pop(retiring_rank, None)
-        self.held.pop(retiring_rank, None)
-        self.released.discard(retiring_rank)
-        self._mapped.pop(retiring_rank, None)
-        window = self.windows.pop(retiring_rank, None)
-        if window is not None:
-            window.close()
-
-    def pop(self, retiring_rank: int) -> tuple[list[MigratedFrames], KvWindow | None]:
-        """The requests of a rank that is `ready`, and the window to its KV."""
-        self._mapped.pop(retiring_rank, None)
-        del self.complete[retiring_rank]
-        self.released.discard(retiring_rank)
-        return self.held.pop(retiring_rank, []), self.windows.pop(retiring_rank, None)

@@ -16,7 +16,7 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-from elasticmoe_patches.device import bind_rank, on_cuda
+from elasticmoe_patches.device import bind_rank, on_cuda, take_device
 from elasticmoe_patches.plugin import install_for_process
 from elasticmoe_patches.worker.preload import preload
 from elasticmoe_sglang.errors import WorkerError
@@ -59,6 +59,7 @@ def worker_main(channel: StandbyChannel, enter: Enter) -> int:
     runtime = current_runtime()
     assert runtime is not None
     bind_rank(runtime.config, enter.join_spec.rank)
+    take_device(runtime.config, enter.join_spec.rank)
     server_args, port_args, gpu_id = pickle.loads(enter.arguments)
     worker = start_worker(runtime, enter.join_spec)
     rank = worker.rank

@@ -16,11 +16,11 @@ from typing import Any
 
 from elasticmoe_patches.worker.commit import receive_migrated, resume_ready, send_fence
 from elasticmoe_patches.worker.kv import run_kv_jobs
-from elasticmoe_patches.worker.requests import live_requests, set_aside
+from elasticmoe_patches.worker.requests import give_up_waiting, live_requests, set_aside
 from elasticmoe_patches.worker.worker import Worker
 from elasticmoe_sglang.errors import CollectiveError, CollectiveMismatch, CommitError
 from elasticmoe_sglang.wire.to_coordinator import Broken
-from elasticmoe_sglang.wire.to_worker import Counted
+from elasticmoe_sglang.wire.to_worker import Counted, GaveUp
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def recover(scheduler: Any, worker: Worker, error: CollectiveError | CommitError
         # A change that is finishing waits until its retiring ranks' requests have been resumed; the commit comes after.
         receive_migrated(worker)
         resume_ready(scheduler, worker)
+        answer_give_ups(scheduler, worker)
         try:
             command = worker.recovery.commands.get(timeout=_POLL_S)
         except queue.Empty:
@@ -54,6 +55,17 @@ def recover(scheduler: Any, worker: Worker, error: CollectiveError | CommitError
             report(scheduler, worker, command.operation_id)
             logger.info("rank %d continues in epoch %d with %d requests set aside", worker.rank, command.epoch, kept)
             return
+
+
+def answer_give_ups(scheduler: Any, worker: Worker) -> None:
+    """Another rank has joined: requests that wait here may begin there."""
+    give_ups = worker.recovery.give_ups  # always the same list: the agent's thread appends to it
+    while give_ups:
+        message = give_ups.pop(0)
+        # One of an earlier epoch is not waited for any more: all requests have been counted since.
+        rids = give_up_waiting(scheduler, message.share) if message.epoch == worker.region.epoch else []
+        worker.fault_point("spread.given")
+        worker.agent.post(GaveUp(rank=worker.rank, operation_id=message.operation_id, rids=rids))
 
 
 def answer_counts(scheduler: Any, worker: Worker) -> None:
@@ -69,6 +81,7 @@ def answer_counts(scheduler: Any, worker: Worker) -> None:
 
 def report(scheduler: Any, worker: Worker, operation_id: str) -> None:
     """Report which requests are here, once everything that was routed here before the recovery has been read."""
+    worker.recovery.give_ups.clear()  # what is given up from here on would be missed by nobody
     iteration = worker.iteration
     deadline = time.monotonic() + _FENCE_DEADLINE_S
     # Out of the reader's sight, which would return it again.
@@ -85,7 +98,6 @@ def report(scheduler: Any, worker: Worker, operation_id: str) -> None:
     for request in replay:
         rids |= {item.rid for item in getattr(request, "batch", [request]) if item.rid is not None}
     rids |= {message.request.rid for message in worker.recovery.sent_again}
-    for migrated in worker.inbox.held.values():
-        rids |= {message.request.rid for message, _, _ in migrated}
+    rids |= worker.inbox.held()
     send_fence(scheduler, operation_id, worker.rank)
     worker.agent.post(Counted(rank=worker.rank, operation_id=operation_id, rids=sorted(rids)))

@@ -15,6 +15,8 @@ from typing import Any
 from elasticmoe_patches.versions import api
 from elasticmoe_sglang.errors import CollectiveError
 
+ORIGIN = "elasticmoe_origin"
+"""Attribute of a Req that holds the tokenised request it was built from."""
 _LEFT = "elasticmoe_left"
 """Attribute of a Req that was put back or moved here: tokens whose KV has to be computed before its next one."""
 # Longer than any request is on its way: what is older was handled by the rank that had the request then.
@@ -156,6 +158,40 @@ def begun_ones_first(scheduler: Any) -> None:
         return not req.output_ids, getattr(req, _LEFT, req.seqlen) if req.output_ids else 0
 
     scheduler.waiting_queue = sorted(scheduler.waiting_queue, key=place)
+
+
+def give_up_waiting(scheduler: Any, share: float) -> list[str]:
+    """Take requests that have not begun out of the waiting queue, so that about this share of the work here goes.
+
+    They go in turn with those that stay, in the queue's order. Work is prompt tokens and tokens that may still be
+    generated; what has begun stays, and counts. So does what a caller sent to this very rank. Returns the ids.
+    """
+    waiting = scheduler.waiting_queue
+    new = {id(req) for req in waiting if _may_go(req)}
+    kept = sum(_work(req) for req, _ in live_requests(scheduler) if id(req) not in new)
+    given, rids, stay = 0, [], []
+    for req in waiting:
+        if id(req) not in new:
+            stay.append(req)
+        elif given * (1 - share) < kept * share:
+            given += _work(req)
+            rids.append(req.rid)
+        else:
+            kept += _work(req)
+            stay.append(req)
+    scheduler.waiting_queue = stay
+    return rids
+
+
+def _may_go(req: Any) -> bool:
+    origin = getattr(req, ORIGIN, None)
+    return not req.output_ids and not req.kv.holds_kv and origin is not None and origin.routed_dp_rank is None
+
+
+def _work(req: Any) -> int:
+    """Tokens to compute, roughly: of the prompt, unless it was computed, and those to generate."""
+    prompt = 0 if req.output_ids else len(req.origin_input_ids)
+    return int(prompt + max(1, req.sampling_params.max_new_tokens - len(req.output_ids)))
 
 
 def _started(scheduler: Any, new_batch: Any) -> list[tuple[Any, int]]:

@@ -30,6 +30,7 @@ _LEAST_PROMPT = 4
 _GROWTH = 4
 _TOGETHER = 3
 _CACHED = (16, 40)
+_ALONE = 72
 
 
 class WarmedUp(BaseException):
@@ -49,8 +50,9 @@ def rounds(graph_sizes: Sequence[int], longest_prompt: int) -> list[list[Made]]:
     """What to run, one round after the other.
 
     First single prompts, up to the longest. Then several at once, whose number is neither 1 nor a multiple of 16, for
-    which Triton compiles anew, and the same again with more tokens, behind a cached beginning. Then as many requests as
-    the largest captured batch, which end at such lengths that every captured size is replayed.
+    which Triton compiles anew, and the same again with more tokens, behind a cached beginning; one of them once more
+    without the others, which is another form of MLA's kernel. Then as many requests as the largest captured batch,
+    which end at such lengths that every captured size is replayed.
     """
     prompts = [[Made(1, 1)]]
     length = _LEAST_PROMPT
@@ -63,9 +65,10 @@ def rounds(graph_sizes: Sequence[int], longest_prompt: int) -> list[list[Made]]:
     together = [
         [Made(min(tokens, room), 1, family) for family in range(_TOGETHER)] for tokens in _CACHED if room >= _CACHED[-1]
     ]
+    alone = [[Made(_ALONE, 1, 0)]] if together else []
     sizes = sorted(graph_sizes)
     batch = [Made(1, 1 + 2 * sum(size > number for size in sizes)) for number in range(max(sizes, default=0))]
-    return [*prompts, *together, *([batch] if batch else [])]
+    return [*prompts, *together, *alone, *([batch] if batch else [])]
 
 
 class WarmUp:

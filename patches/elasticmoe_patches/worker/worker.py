@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import zmq
 
 from elasticmoe_patches.worker.device import await_first_members, open_windows
-from elasticmoe_patches.worker.migration import MigrationInbox
+from elasticmoe_patches.worker.inbox import MigrationInbox
 from elasticmoe_patches.worker.requests import IterationInput
 from elasticmoe_sglang.comm.commit_barrier import CommitBarrier, Decision
 from elasticmoe_sglang.comm.control_page import WorkerState
@@ -40,6 +40,8 @@ from elasticmoe_sglang.worker.pause import PauseMeter
 from elasticmoe_sglang.worker.weights import WorkerWeights
 
 if TYPE_CHECKING:
+    import torch
+
     from elasticmoe_kernels.triton.loads import KernelLoads
     from elasticmoe_sglang.comm.cuda_region import CudaRegion
 
@@ -72,16 +74,18 @@ class LoadedModel:
 
 @dataclass
 class RecoveryInbox:
-    """What arrives after a rank's death, until the scheduler's thread gets to it.
+    """What arrives after a rank's death, or when another one has joined, until the scheduler's thread gets to it.
 
     Attributes:
         commands: commits of the view to continue in, from the coordinator.
         counts: operations for which this rank reports which requests it has.
-        sent_again: requests of the dead rank (ElasticResumeReq) that resume here.
+        give_ups: asks for requests that wait here.
+        sent_again: requests of the dead rank, or of a full one (ElasticResumeReq), that go on here.
     """
 
     commands: queue.SimpleQueue[to_worker.CommitCommand] = field(default_factory=queue.SimpleQueue)
     counts: list[to_worker.CountRequests] = field(default_factory=list)
+    give_ups: list[to_worker.GiveUpWaiting] = field(default_factory=list)
     sent_again: list[Any] = field(default_factory=list)
 
 
@@ -94,6 +98,8 @@ class Worker:
     loads: hears of kernels that are loaded; as `cuda`.
     memory: the weights, in HMM memory.
     model: set by the loader.
+    routed: int64 [columns] on the device: tokens routed to each column while it was here, over all layers; None: this
+        server does not count.
     kv: the KV cache in HMM memory, set by `open_kv`; None where SGLang's pool has memory of its own.
     boot_chunks: of KV that a hot standby needs while it boots.
     parking: this rank retires and becomes a hot standby.
@@ -140,6 +146,7 @@ class Worker:
             bytes_per_second=config.pull_bandwidth,
             deadline_s=config.prepare_deadline_s,
         )
+        self.routed: torch.Tensor | None = None
         self.kv: WorkerKv | None = None
         self.boot_chunks = 0
         self.parking = False
@@ -164,6 +171,8 @@ class Worker:
                 to_worker.MapMigrated: self._map_migrated,
                 to_worker.ReleaseMigrated: self._release_migrated,
                 to_worker.CommitCommand: self._recover,
+                to_worker.GiveUpWaiting: self._give_up_waiting,
+                to_worker.CountRouted: self._count_routed,
                 to_worker.CountRequests: self._count_requests,
                 to_worker.Join: self._told.put,
                 to_worker.Park: self._told.put,
@@ -224,22 +233,22 @@ class Worker:
 
     def _map_migrated(self, message: to_worker.Request) -> None:
         assert isinstance(message, to_worker.MapMigrated) and self.kv is not None
-        inbox, retiring_rank = self.inbox, message.retiring_rank
+        retiring_rank, window = message.retiring_rank, None
         started = time.monotonic()
         try:
-            inbox.windows[retiring_rank] = self.kv.window(retiring_rank, message.kv_chunks)
+            window = self.kv.window(retiring_rank, message.kv_chunks)
             seconds = time.monotonic() - started
             logger.debug("rank %d: %d chunks mapped in %.1f ms", self.rank, len(message.kv_chunks), seconds * 1e3)
         except ElasticMoEError as error:
             logger.warning("rank %d: the KV of retiring rank %d is recomputed: %s", self.rank, retiring_rank, error)
         finally:
-            inbox.mapped(retiring_rank).set()
+            self.inbox.map_window(message.operation_id, retiring_rank, window)
 
     def _release_migrated(self, message: to_worker.Request) -> None:
         assert isinstance(message, to_worker.ReleaseMigrated)
         if message.mapped:  # perhaps it is being mapped at this moment; without a window the KV is recomputed
-            self.inbox.mapped(message.retiring_rank).wait(_MAPPED_WITHIN_S)
-        self.inbox.released.add(message.retiring_rank)
+            self.inbox.await_mapped(message.operation_id, message.retiring_rank, _MAPPED_WITHIN_S)
+        self.inbox.release(message.operation_id, message.retiring_rank)
         self.idle.wake_all()
 
     def _resize_kv(self, message: to_worker.Request) -> to_worker.Reply:
@@ -253,6 +262,21 @@ class Worker:
         assert isinstance(message, to_worker.CommitCommand)
         self.recovery.commands.put(message)
         self.idle.wake_all()
+
+    def _give_up_waiting(self, message: to_worker.Request) -> None:
+        assert isinstance(message, to_worker.GiveUpWaiting)
+        self.recovery.give_ups.append(message)
+        self.idle.wake_all()
+
+    def _count_routed(self, message: to_worker.Request) -> to_worker.Reply:
+        assert isinstance(message, to_worker.CountRouted)
+        if self.routed is None:
+            raise WorkerError(
+                "this server does not count routed tokens",
+                rank=self.rank,
+                hint="Start it with --elasticmoe-count-routing on",
+            )
+        return to_worker.Routed(rank=self.rank, operation_id=message.operation_id, tokens=self.routed.tolist())
 
     def _count_requests(self, message: to_worker.Request) -> None:
         assert isinstance(message, to_worker.CountRequests)
@@ -411,7 +435,7 @@ class Worker:
         self.fault_point("barrier.before")
         committed = self._meet(command)
         if committed and command.retiring and self.rank in command.members:
-            self.inbox.expect(command.retiring)
+            self.inbox.expect(command.operation_id, command.retiring)
         barrier_ms = (time.monotonic() - started) * 1e3
         self._report(command.operation_id, committed=committed, barrier_ms=barrier_ms)
         if committed:

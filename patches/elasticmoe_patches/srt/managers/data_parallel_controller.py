@@ -161,12 +161,12 @@ def _on_recover_route(self: Any, request: Any) -> None:
 
 
 def _on_resume(self: Any, request: Any) -> None:
-    """A dead rank's request resumes on the next rank in turn."""
+    """A request that is on no rank goes to the next one in turn."""
     from sglang.srt.managers.io_struct import sock_send
 
-    active = self._active_workers
+    active = [rank for rank in request.to_ranks if rank in self._active_workers] or self._active_workers
     sock_send(self.workers[active[self.round_robin_counter % len(active)]], request)
-    self.round_robin_counter = (self.round_robin_counter + 1) % len(active)
+    self.round_robin_counter = (self.round_robin_counter + 1) % len(self._active_workers)
 
 
 @hook(

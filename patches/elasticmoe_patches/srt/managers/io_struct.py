@@ -48,13 +48,14 @@ class ElasticFenceReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
 
 
 class ElasticResumeReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
-    """Retiring rank -> survivor, or tokenizer -> controller -> survivor after a rank's death: resume this request.
+    """Retiring rank -> survivor, or tokenizer -> controller -> rank: resume this request, or begin it there.
 
     Attributes:
         request: as the client sent it, tokenised.
         progress: what was generated and sent so far (`worker.migration.Progress`), in SGLang's own wrapper.
         kv_tokens: how many leading tokens' KV the retiring rank has for it; 0 for none.
         kv_pages: where it lies in the retiring rank's HMM memory, in order. Empty: it follows in the next frames.
+        to_ranks: for the controller: to which of the active ranks; empty: to any.
     """
 
     operation_id: str
@@ -63,6 +64,7 @@ class ElasticResumeReq(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     progress: PickleWrapper
     kv_tokens: int
     kv_pages: list[int]
+    to_ranks: list[int] = []  # noqa: RUF012  (a message field: each message has its own)
 
 
 def register_types() -> None:

@@ -11,8 +11,9 @@ from elasticmoe_patches.worker import first_use
 from elasticmoe_patches.worker.commit import accept_command, apply_commit, receive_migrated, resume_ready
 from elasticmoe_patches.worker.hot import become_hot, park, wait_to_join
 from elasticmoe_patches.worker.kv import publish_first_capacity, run_kv_jobs
-from elasticmoe_patches.worker.migration import ACCEPTED, ORIGIN
-from elasticmoe_patches.worker.recovery import answer_counts, recover, report
+from elasticmoe_patches.worker.migration import ACCEPTED
+from elasticmoe_patches.worker.recovery import answer_counts, answer_give_ups, recover, report
+from elasticmoe_patches.worker.requests import ORIGIN
 from elasticmoe_patches.worker.warm_up import warm_up
 from elasticmoe_patches.worker.worker import RankRetired, Worker, current_worker
 from elasticmoe_sglang.errors import CollectiveError, CommitError
@@ -56,6 +57,7 @@ def around_ingest_requests(original: Any, self: Any, **kwargs: Any) -> Any:
     receive_migrated(worker)
     apply_commit(self, worker)
     resume_ready(self, worker)
+    answer_give_ups(self, worker)
     answer_counts(self, worker)
     worker.iteration.new_batch = None
     received = original(self, **kwargs)
