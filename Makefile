@@ -20,7 +20,7 @@ TORCH := torch==2.13.0
 TORCHVISION := torchvision==0.28.0
 SGLANG_PINS := requirements-sglang-$(SGLANG).txt
 
-.PHONY: help venv demo quick test check hooks-doc metrics-doc format soak gpu-test gpu-test-nvlink clean distclean
+.PHONY: help venv demo ascend-demo quick test check hooks-doc metrics-doc format soak gpu-test gpu-test-nvlink clean distclean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,24 +40,29 @@ $(VENV)/.installed: requirements-sglang-cpu.txt $(SGLANG_PINS) requirements-dev.
 demo: $(STAMP) ## Serve a small MoE and change its EP size while streams decode.
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.demo $(ARGS)
 
+ascend-demo: $(STAMP) ## The demo on simulated NPUs: SGLang's NPU path on a machine without one (builds a venv, once).
+	@OMP_NUM_THREADS=1 $(RUN) -m tests.helpers.npusim -m benchmarks.demo --device npu --out demo-out/npu $(ARGS)
+
 quick: $(STAMP) ## Run the tests that start no process: under 60 seconds.
-	@$(PYTEST) -m "pure and not soak and not gpu" --at-most 60 $(ARGS)
+	@$(PYTEST) tests/unit -m "pure and not soak and not gpu" --at-most 60 $(ARGS)
 
 test: $(STAMP) ## Run the tests that CI runs: about 40 minutes on two cores (ARGS="-k name" selects).
 	@$(if $(CI),ELASTICMOE_REQUIRE=all) $(PYTEST) -m "not soak and not gpu" $(ARGS)
 
 # All of them run, so that one failure does not hide the next.
-check: $(STAMP) ## Check linters, types, import directions, generated pages.
+check: $(STAMP) ## Check linters, types, import directions, declared uses of SGLang, generated pages.
 	@failed=(); \
 	try() { "$$@" || failed+=("$${*##*/bin/}"); }; \
 	try $(VENV)/bin/ruff check --quiet .; \
 	try $(VENV)/bin/ruff format --check --quiet .; \
 	try $(VENV)/bin/mypy; \
 	try $(VENV)/bin/mypy -p benchmarks.demo; \
-	try env OMP_NUM_THREADS=1 $(RUN) -m pytest -q --no-header tests/unit/test_import_directions.py tests/unit/test_project.py; \
+	try env OMP_NUM_THREADS=1 $(RUN) -m pytest -q --no-header tests/unit/test_import_directions.py tests/unit/test_project.py \
+		tests/unit/test_declared_uses.py; \
 	try $(RUN) -m elasticmoe_patches.hookdocs --check docs/hooks.md; \
 	try $(RUN) -m elasticmoe_patches.featuredocs --check docs/operations.md; \
 	try $(RUN) -m elasticmoe_sglang.metrics.docs --check docs/metrics.md; \
+	try $(RUN) -m elasticmoe_sglang.models.docs --check docs/models.md; \
 	if [ "$${#failed[@]}" -gt 0 ]; then printf 'check: failed: %s\n' "$${failed[@]}" >&2; exit 1; fi
 
 hooks-doc: $(STAMP) ## Write docs/hooks.md and the tables in docs/operations.md from their declarations.
@@ -66,6 +71,9 @@ hooks-doc: $(STAMP) ## Write docs/hooks.md and the tables in docs/operations.md 
 
 metrics-doc: $(STAMP) ## Write docs/metrics.md from the table of metrics.
 	@$(RUN) -m elasticmoe_sglang.metrics.docs docs/metrics.md
+
+models-doc: $(STAMP) ## Write docs/models.md from the architectures.
+	@$(RUN) -m elasticmoe_sglang.models.docs docs/models.md
 
 format: $(STAMP) ## Format the code and sort its imports.
 	@$(VENV)/bin/ruff check --fix-only --quiet .

@@ -2,8 +2,7 @@
 # Make sure that this machine has what a virtual environment and SGLang's compiled helpers need: Python 3.10 or newer with
 # venv, and a C and C++ compiler (torch.compile and Triton call them at run time). As root on Debian or Ubuntu, what is
 # missing is installed; otherwise the command that would do it is printed. Where no test may be skipped
-# (ELASTICMOE_REQUIRE=all), Prometheus too, which one of them runs.
-# (ELASTICMOE_REQUIRE=all), a browser too, which the tests of the operator's page use.
+# (ELASTICMOE_REQUIRE=all), also Prometheus, which one of them runs, and a browser, which the tests of the operator's page use.
 set -euo pipefail
 
 python="${PYTHON:-python3}"

@@ -32,7 +32,7 @@ def main() -> int:
     console = Console()
     settings = Settings(
         out=args.out, sizes=tuple(args.sizes), streams=args.streams, tokens=args.tokens, steady_s=args.steady,
-        port=args.port,
+        port=args.port, device=args.device,
     )  # fmt: skip
     progress = Progress(settings=settings, started_at=time.monotonic())
     plain = args.plain or not console.is_terminal or console.is_dumb_terminal
@@ -72,7 +72,7 @@ async def _run(settings: Settings, progress: Progress, view: PlainView | LiveVie
         await _make_model(settings, progress, view)
         command = "elasticmoe serve " + shlex.join(settings.serve_args())
         view.say(f"starting: {command} (log: {settings.log})")
-        view.say(cores_sentence(settings.cpu_bind))
+        view.say(cores_sentence({"device": settings.device, "cpu_bind": settings.cpu_bind}))
         # More threads in each rank would compete for the cores that ranks share.
         server = ElasticServer(
             settings.serve_args(), log=settings.log, port=settings.port, env={"OMP_NUM_THREADS": "1"},
@@ -130,6 +130,9 @@ def _arguments() -> argparse.Namespace:
         help="seconds of decoding between the changes (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument("--port", type=int, help="port of the server (default: any free one)")
+    parser.add_argument(
+        "--device", choices=("cpu", "npu"), default=defaults.device, help="what ranks compute on (default: %(default)s)"
+    )
     parser.add_argument("--plain", action="store_true", help="print lines instead of the live picture")
     return parser.parse_args()
 

@@ -103,7 +103,7 @@ def figures(progress: Progress, command: str, machine: dict[str, Any]) -> Figure
         settings={
             "sizes": settings.sizes, "ranks": settings.ranks, "streams": settings.streams, "tokens": settings.tokens,
             "experts": settings.experts, "layers": settings.layers, "serve": settings.serve_args(),
-            "cpu_bind": settings.cpu_bind,
+            "cpu_bind": settings.cpu_bind, "device": settings.device,
         },
         boot_s=round(progress.boot_s, 1),
         duration_s=round(end - begin, 2),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -24,7 +26,7 @@ def report(result: Figures) -> RenderableType:
     parts: list[RenderableType] = [table(result), Text(_LEGEND, style="dim")]
     cores, load = result.machine["cores"], result.machine["load_average"][0]
     parts.append(Text(f"{cores} cores, load {load} in the last minute", style="dim"))
-    parts.append(Text(cores_sentence(str(result.settings["cpu_bind"])) + "\n", style="dim"))
+    parts.append(Text(cores_sentence(result.settings) + "\n", style="dim"))
     for check in result.checks:
         mark = ("ok    ", "green") if check.passed else ("FAILED", "bold red")
         parts.append(Text.assemble(mark, f"  {check.name}: {check.detail}"))
@@ -33,8 +35,11 @@ def report(result: Figures) -> RenderableType:
     return Group(*parts)
 
 
-def cores_sentence(cpu_bind: str) -> str:
-    """Whether ranks have cores of their own, and what follows for tokens/s."""
+def cores_sentence(settings: Mapping[str, object]) -> str:
+    """What ranks compute on, and what follows for tokens/s."""
+    device, cpu_bind = settings["device"], settings["cpu_bind"]
+    if device != "cpu":
+        return f"each rank has a device of its own, of SGLang's kind {device}"
     if cpu_bind == OFF:
         return "fewer cores than ranks: they share them, and more ranks do not raise tokens/s"
     return f"each rank has cores of its own: {cpu_bind}"

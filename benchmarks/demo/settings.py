@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.streams import Ask
-from elasticmoe_sglang.cpu_bind import resolve, usable_cores
+from elasticmoe_sglang.cpu_bind import OFF, resolve, usable_cores
 
 # The tiny model's tokenizer was trained on Python code.
 PROMPTS = (
@@ -31,6 +31,7 @@ class Settings:
         streams: requests that decode at the same time.
         tokens: of the longest requests; others are up to 7 * 15 tokens shorter, so that they do not end together.
         steady_s: seconds of decoding before, between and after the changes.
+        device: SGLang's name of the kind of device.
     """
 
     out: Path
@@ -42,6 +43,7 @@ class Settings:
     experts: int = 32
     layers: int = 4
     port: int | None = None
+    device: str = "cpu"
 
     @property
     def model(self) -> Path:
@@ -53,13 +55,17 @@ class Settings:
 
     @property
     def cpu_bind(self) -> str:
-        """Cores of each rank, `off` where this machine has fewer cores than ranks."""
+        """Cores of each rank, `off` where this machine has fewer cores than ranks, and on other devices."""
+        if self.device != "cpu":
+            return OFF
         return resolve("auto", usable_cores(), ranks=self.ranks, devices=self.ranks)
 
     def serve_args(self) -> list[str]:
         """Arguments of `elasticmoe serve`."""
         size = ["--ep-size", str(self.sizes[0]), "--max-ep-size", str(self.ranks), "--cpu-bind", self.cpu_bind]
-        return ["--model-path", str(self.model), *size, "--device", "cpu", "--max-total-tokens", "16384"]
+        # On an accelerator SGLang takes a float32 checkpoint for half precision unless told not to.
+        device = ["--device", self.device, *(["--dtype", "float32"] if self.device != "cpu" else [])]
+        return ["--model-path", str(self.model), *size, *device, "--max-total-tokens", "16384"]
 
     def reference_asks(self) -> list[Ask]:
         """Every prompt once, at full length."""

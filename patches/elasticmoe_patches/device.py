@@ -26,7 +26,7 @@ SERVER_ENDS_S = 10.0
 """A server that is started in the place of one that is ending waits so long for the HMM."""
 _LEFT_FREE = 10 << 30
 _STATIC_SHARE = 0.88  # about what SGLang takes for itself on a large GPU
-_MOST_HEADROOM = 0.9
+_OF_A_PROCESS_GIB = 2  # context, libraries' workspaces, graphs: 1.7 to 1.8 GiB of a rank on an H100
 _MPS_CONTROL = "nvidia-cuda-mps-control"
 _MPS_FOLDERS = ("/usr/bin", "/usr/local/nvidia/bin")
 _START_MPS = (
@@ -200,10 +200,12 @@ def settle_headroom(config: ElasticConfig, static_share: float | None) -> Elasti
     """
     if config.headroom != AUTO or memory_backend() != "cuda":
         return config
-    each = 1 - (static_share or _STATIC_SHARE)
-    share = min(_MOST_HEADROOM, each * config.ranks_per_device)
-    logger.info("KV caches leave %.0f %% of each GPU's memory to what its ranks compute with", 100 * share)
-    return replace(config, headroom=f"{share:.3f}")
+    share = 1 - (static_share or _STATIC_SHARE)
+    # What a batch needs is divided among a device's ranks, as SGLang divides the batch; what a process needs is not.
+    further = config.ranks_per_device - 1
+    headroom = f"{share:.3f}" + (f"+{further * _OF_A_PROCESS_GIB}GiB" if further else "")
+    logger.info("KV caches leave %s of each GPU's memory to what its ranks compute with", headroom)
+    return replace(config, headroom=headroom)
 
 
 def leave_cores_to_ranks(config: ElasticConfig) -> None:
@@ -230,6 +232,19 @@ def bind_rank(config: ElasticConfig, rank: int) -> None:
     limit = os.environ.get("OMP_NUM_THREADS", "")
     torch.set_num_threads(min(threads, int(limit)) if limit.isdecimal() and int(limit) else threads)
     logger.info("rank %d: bound to cores %s, threads: %d", rank, cpu_bind.format_cores(cores), torch.get_num_threads())
+
+
+def take_device(config: ElasticConfig, rank: int) -> None:
+    """This process is a rank's worker: make the context of its NPU. To be called before anything else calls ACL.
+
+    torch_npu keeps a record of the contexts that it makes, and takes a device that is current already as one that it
+    has made: after a first aclrtSetDevice of somebody else's, its allocator aborts the process at the first block that
+    two streams have used.
+    """
+    if on_npu():
+        import torch
+
+        torch.get_device_module("npu").set_device(config.device_of(rank))
 
 
 def check_hmm(config: ElasticConfig) -> None:

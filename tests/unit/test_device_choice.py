@@ -152,9 +152,10 @@ def test_gpus_have_no_cores(one_gpu: Path) -> None:
 @pytest.mark.process
 def test_kv_leaves_a_gpu_what_its_ranks_compute_with(one_gpu: Path) -> None:
     four = ElasticConfig(ep_size=1, max_ep_size=4, ranks_per_device=4)
-    assert device.settle_headroom(four, 0.9).headroom_bytes(1000) == 400
+    assert device.settle_headroom(four, 0.9).headroom_bytes(80 << 30) == (8 + 3 * 2) << 30
     assert device.settle_headroom(ElasticConfig(ep_size=1, max_ep_size=2), None).headroom_bytes(1000) == 120
-    assert device.settle_headroom(four, 0.5).headroom_bytes(1000) == 900
+    eight = ElasticConfig(ep_size=1, max_ep_size=8, ranks_per_device=8)
+    assert device.settle_headroom(eight, 0.9).headroom_bytes(80 << 30) == (8 + 7 * 2) << 30
     chosen = ElasticConfig(ep_size=1, max_ep_size=4, ranks_per_device=4, headroom="0.03")
     assert device.settle_headroom(chosen, 0.9) == chosen
 

@@ -34,7 +34,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from elasticmoe_sglang.errors import VmmError
+from elasticmoe_sglang.errors import DriverError, VmmError
 from elasticmoe_sglang.hmm.vmm import acl as _acl
 from elasticmoe_sglang.hmm.vmm.base import VaRange, VmmBackend, VmmHandle
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
@@ -84,7 +84,7 @@ class AscendBackend(VmmBackend):
         self._bindings: dict[int, _Binding] = {}  # reservation base -> what it is tied to
         self._peers: set[tuple[int, int]] = set()
         self._streams: dict[int, list[int]] = {}
-        with self._on(0):
+        with self._on_any():  # a context takes memory of its device: none on device 0 for a worker of another one
             size = ctypes.c_size_t()
             self._acl("aclrtMemGetAllocationGranularity", _property(0), _acl.GRANULARITY_MINIMUM, size)
         self._granularity = size.value
@@ -254,8 +254,16 @@ class AscendBackend(VmmBackend):
             if exporter == os.getpid():
                 raise VmmError("the memory behind this handle was freed by this process")
             imported = ctypes.c_void_p()
-            with self._on(device):
-                self._acl("aclrtMemImportFromShareableHandle", number, device, imported)
+            try:
+                with self._on(device):
+                    self._acl("aclrtMemImportFromShareableHandle", number, device, imported)
+            except DriverError as error:
+                if os.path.exists(f"/proc/{exporter}"):
+                    raise
+                raise VmmError(
+                    f"process {exporter}, which owned this memory, has ended, and CANN lets nobody else import it",
+                    hint="Start the server anew. Until then its ranks go on with what they have mapped.",
+                ) from error
             assert imported.value is not None
             self._physical[imported.value] = _Physical(nbytes=nbytes, device=device, imported_as=number)
             self._by_number[number] = imported.value

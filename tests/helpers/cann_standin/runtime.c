@@ -1,4 +1,4 @@
-/* Devices, contexts, streams, events and copies. Everything "asynchronous" is done before the call returns. */
+/* Devices, contexts and copies. */
 #define _GNU_SOURCE
 #include <stdarg.h>
 #include <stdio.h>
@@ -129,22 +129,30 @@ aclError aclrtMallocHost(void **out, size_t size) {
 
 aclError aclrtFreeHost(void *address) { free(address); return ACL_SUCCESS; }
 
+/* Whether both ends are (still) mapped device memory where they are said to be. */
+aclError standin_check_ends(const char *call, const void *to, const void *from, size_t size, aclrtMemcpyKind kind) {
+    int to_device = kind == ACL_MEMCPY_HOST_TO_DEVICE || kind == ACL_MEMCPY_DEVICE_TO_DEVICE;
+    int from_device = kind == ACL_MEMCPY_DEVICE_TO_HOST || kind == ACL_MEMCPY_DEVICE_TO_DEVICE;
+    aclError error = ACL_SUCCESS;
+    pthread_mutex_lock(&standin_lock);
+    if (to_device && standin_device_of(to, size) < 0)
+        error = standin_error(ACL_ERROR_RT_PARAM_INVALID, "%s: destination %p is not mapped device memory", call, to);
+    else if (from_device && standin_device_of(from, size) < 0)
+        error = standin_error(ACL_ERROR_RT_PARAM_INVALID, "%s: source %p is not mapped device memory", call, from);
+    pthread_mutex_unlock(&standin_lock);
+    return error;
+}
+
 static aclError check_copy(const char *call, void *to, size_t room, const void *from, size_t size, aclrtMemcpyKind kind,
                            int in_stream) {
     if (current < 0) return standin_error(ACL_ERROR_RT_CONTEXT_NULL, "%s: this thread has no context", call);
     if (!to || !from || size > room)
         return standin_error(ACL_ERROR_INVALID_PARAM, "%s: null pointer, or %zu bytes into %zu", call, size, room);
-    int to_device = kind == ACL_MEMCPY_HOST_TO_DEVICE || kind == ACL_MEMCPY_DEVICE_TO_DEVICE;
-    int from_device = kind == ACL_MEMCPY_DEVICE_TO_HOST || kind == ACL_MEMCPY_DEVICE_TO_DEVICE;
-    aclError error = ACL_SUCCESS;
+    aclError error = standin_check_ends(call, to, from, size, kind);
+    if (error || kind != ACL_MEMCPY_DEVICE_TO_DEVICE) return error;
     pthread_mutex_lock(&standin_lock);
-    int target = to_device ? standin_device_of(to, size) : -1;
-    int source = from_device ? standin_device_of(from, size) : -1;
-    if (to_device && target < 0)
-        error = standin_error(ACL_ERROR_RT_PARAM_INVALID, "%s: destination %p is not mapped device memory", call, to);
-    else if (from_device && source < 0)
-        error = standin_error(ACL_ERROR_RT_PARAM_INVALID, "%s: source %p is not mapped device memory", call, from);
-    else if (to_device && from_device && target != source) {
+    int target = standin_device_of(to, size), source = standin_device_of(from, size);
+    if (target != source) {
         int other = current == target ? source : target;
         if (current != target && current != source)
             error = standin_error(ACL_ERROR_RT_PARAM_INVALID, "%s: device %d is neither end of the copy", call, current);
@@ -166,10 +174,8 @@ aclError aclrtMemcpy(void *to, size_t room, const void *from, size_t size, aclrt
 }
 
 aclError aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t size, aclrtMemcpyKind kind, aclrtStream stream) {
-    (void)stream;
     aclError error = check_copy("aclrtMemcpyAsync", to, room, from, size, kind, 1);
-    if (!error) memmove(to, from, size);
-    return error;
+    return error ? error : standin_copy_in_stream(to, from, size, kind, stream);
 }
 
 aclError aclrtMemset(void *to, size_t room, int32_t value, size_t size) {
@@ -184,36 +190,6 @@ aclError aclrtMemset(void *to, size_t room, int32_t value, size_t size) {
 aclError aclrtMemsetAsync(void *to, size_t room, int32_t value, size_t size, aclrtStream stream) {
     (void)stream;
     return aclrtMemset(to, room, value, size);
-}
-
-/* ---- streams and events: identities without work behind them ---- */
-
-static aclError new_object(void **out) {
-    if (current < 0) return standin_error(ACL_ERROR_RT_CONTEXT_NULL, "no context for a stream or event");
-    *out = malloc(16);
-    return ACL_SUCCESS;
-}
-
-aclError aclrtCreateStream(aclrtStream *out) { return new_object(out); }
-aclError aclrtCreateStreamWithConfig(aclrtStream *out, uint32_t priority, uint32_t flags) { (void)priority, (void)flags; return new_object(out); }
-aclError aclrtDestroyStream(aclrtStream stream) { free(stream); return ACL_SUCCESS; }
-aclError aclrtDestroyStreamForce(aclrtStream stream) { free(stream); return ACL_SUCCESS; }
-aclError aclrtSynchronizeStream(aclrtStream stream) { (void)stream; return ACL_SUCCESS; }
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout) { (void)stream, (void)timeout; return ACL_SUCCESS; }
-aclError aclrtSynchronizeDevice(void) { return ACL_SUCCESS; }
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) { (void)timeout; return ACL_SUCCESS; }
-aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) { (void)stream, (void)event; return ACL_SUCCESS; }
-aclError aclrtCreateEvent(aclrtEvent *out) { return new_object(out); }
-aclError aclrtCreateEventWithFlag(aclrtEvent *out, uint32_t flag) { (void)flag; return new_object(out); }
-aclError aclrtCreateEventExWithFlag(aclrtEvent *out, uint32_t flag) { (void)flag; return new_object(out); }
-aclError aclrtDestroyEvent(aclrtEvent event) { free(event); return ACL_SUCCESS; }
-aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) { (void)event, (void)stream; return ACL_SUCCESS; }
-aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) { (void)event, (void)stream; return ACL_SUCCESS; }
-aclError aclrtSynchronizeEvent(aclrtEvent event) { (void)event; return ACL_SUCCESS; }
-aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status) {
-    (void)event;
-    *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;
-    return ACL_SUCCESS;
 }
 
 aclError aclrtProcessReport(int32_t timeout) { (void)timeout; return ACL_SUCCESS; }

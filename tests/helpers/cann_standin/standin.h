@@ -5,6 +5,7 @@
  *   ASCEND_RT_VISIBLE_DEVICES  which of them this process sees          default all
  *   CANN_STANDIN_HBM_BYTES  capacity of each device, per process        default 4 GiB
  *   CANN_STANDIN_SOC        what aclrtGetSocName answers                default Ascend910B3
+ *   CANN_STANDIN_LATE       copies in streams are late: see streams.c   default: done before the call returns
  */
 #ifndef CANN_STANDIN_H
 #define CANN_STANDIN_H
@@ -69,6 +70,12 @@ int standin_current_device(void); /* -1: this thread has no context */
 int standin_peer_enabled(int device, int peer);
 size_t standin_capacity(void);
 
+aclError standin_check_ends(const char *call, const void *to, const void *from, size_t size, aclrtMemcpyKind kind);
+aclError standin_copy_in_stream(void *to, const void *from, size_t size, aclrtMemcpyKind kind, const void *stream);
+
+/* For the simulated NPU. */
+int cann_standin_arrives_late(void *to, const void *from, size_t size, int device, void (*release)(void *), void *held);
+int cann_standin_settle(int device);
 int cann_standin_holds(const void *address, size_t size, int device); /* whether all of it is that device's */
 
 /* All of these want the lock held. */

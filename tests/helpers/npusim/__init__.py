@@ -58,10 +58,13 @@ def library() -> Path:
     return target
 
 
-def environment(*, devices: int = 2, hbm_bytes: int = 2 << 30, record: Path | None = None) -> dict[str, str]:
+def environment(
+    *, devices: int = 2, hbm_bytes: int = 2 << 30, late: int = 0, record: Path | None = None
+) -> dict[str, str]:
     """os.environ for a process on the simulated NPU.
 
     Args:
+        late: a seed; which copies are carried out only when somebody waits for them. 0: all of them.
         record: an empty folder, in which each process leaves the operators that it ran (`recorded`).
     """
     path = [HERE / "site", ROOT, ROOT / "kernels", ROOT / "patches"]
@@ -71,6 +74,7 @@ def environment(*, devices: int = 2, hbm_bytes: int = 2 << 30, record: Path | No
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
         "PYTHONPATH": os.pathsep.join(map(str, path)),
         "NPUSIM_LIBRARY": str(library()),
+        "CANN_STANDIN_LATE": str(late),
         **({} if record is None else {"NPUSIM_RECORD": str(record)}),
         # torch_npu's queue of launches would run operators in a thread of its own.
         "TASK_QUEUE_ENABLE": "0",

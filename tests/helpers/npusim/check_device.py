@@ -75,6 +75,51 @@ def test_copies_between_devices_go_by_canns_rules(half_mapped) -> None:
     assert tensor[0].view(2, -1).t().to("npu:1", torch.float64).cpu().eq(5).all()
 
 
+def test_a_host_that_does_not_wait_for_a_copy() -> None:
+    made = torch.arange(1000, device="npu:0")
+    host = torch.full((1000,), -1).pin_memory()
+    done = torch.npu.Event()
+    with torch.npu.device(0):
+        host.copy_(made, non_blocking=True)
+        done.record()
+    made.fill_(7)
+    assert host.eq(-1).all() and not done.query(), "nobody has waited"
+    done.synchronize()
+    assert done.query() and host.equal(torch.arange(1000)), "what the device held when the copy was asked for"
+
+
+def test_a_copy_of_columns_that_nobody_waits_for(monkeypatch) -> None:
+    backend = get_backend("npu")
+    pages, ranges = [backend.create(M, 0), backend.create(M, 1)], [backend.reserve(M), backend.reserve(M)]
+    for va, page in zip(ranges, pages, strict=True):
+        backend.map(va.base, page)
+    source, target = (
+        torch.empty(0, dtype=torch.uint8, device=f"npu:{n}").set_(backend.storage(va.base, M, n), 0, (M,))
+        for n, va in enumerate(ranges)
+    )
+    source.fill_(9)
+    backend.copy(ranges[1].base, ranges[0].base, M)
+    assert target.eq(9).all()
+    source.fill_(10)
+    real = backend._acl.status
+    monkeypatch.setattr(
+        type(backend._acl),
+        "status",
+        lambda _, name, *rest: 0 if name == "aclrtSynchronizeStream" else real(name, *rest),
+    )
+    backend.copy(ranges[1].base, ranges[0].base, M)
+    assert target.eq(9).all(), "the copy is not done"  # until this line asks the device for a value
+    assert target.eq(10).all()
+    backend.copy(ranges[1].base, ranges[0].base, M)
+    monkeypatch.undo()
+    for va, page in zip(ranges, pages, strict=True):
+        backend.unmap(va.base, M)
+        backend.close(page)
+        backend.release_va(va)
+    with pytest.raises(RuntimeError, match=r"a late copy: destination .* is not mapped device memory"):
+        torch.npu.synchronize(1)
+
+
 def test_an_operator_without_an_implementation_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"npu_fast_gelu|FastGelu"):
         torch.ops.npu.npu_fast_gelu(torch.ones(4, device="npu:0"))

@@ -33,6 +33,17 @@ bool holds(const void* address, size_t size, int device) {
   return ask(address, size, device) != 0;
 }
 
+void cann(int status, const char* call) {
+  static auto* recent = from_cann<const char*()>("aclGetRecentErrMsg");
+  TORCH_CHECK(!status, "npusim: ", call, " failed: ", recent() ? recent() : "");
+}
+
+// Somebody waits for what this device has been given.
+void settle(c10::Device device) {
+  static auto* wait = from_cann<int(int)>("cann_standin_settle");
+  cann(wait(device.index()), "waiting for the device");
+}
+
 bool is_npu(const at::Tensor& t) { return t.defined() && t.device().type() == NPU; }
 
 void check_mapped(const at::Tensor& t, const std::string& name) {
@@ -88,6 +99,9 @@ c10::IValue map_tensors(const c10::IValue& v, const F& each) {
   return v;
 }
 
+// Operators that answer the host with a value.
+const std::set<std::string> WAITS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero"};
+
 // One call of an operator, from NPU tensors to host aliases and back.
 class Call {
  public:
@@ -103,6 +117,7 @@ class Call {
     if (!asked_ && !device_)  // a factory without a device: the default is this one
       for (size_t i = 0; i < count_; i++)
         if (argument(i).name() == "device") (*stack_)[base_ + i] = c10::Device(c10::kCPU);
+    if (device_ && WAITS.count(name_)) settle(*device_);
     op_.callBoxed(stack_);
     for (auto& [npu, cpu] : written_) {
       if (npu.sizes() == cpu.sizes() && cpu.numel() && npu.data_ptr() == cpu.data_ptr()) continue;
@@ -168,11 +183,6 @@ class Call {
 
 void on_host(const c10::OperatorHandle& op, Stack* stack) { Call(op, stack).run(); }
 
-void cann(int status, const char* call) {
-  static auto* recent = from_cann<const char*()>("aclGetRecentErrMsg");
-  TORCH_CHECK(!status, "npusim: ", call, " failed: ", recent() ? recent() : "");
-}
-
 // Bytes as they are, by the stand-in, which knows addresses, devices and peers.
 void copy_bytes(const at::Tensor& to, const at::Tensor& from) {
   static auto* copy = from_cann<int(void*, size_t, const void*, size_t, int, void*)>("aclrtMemcpyAsync");
@@ -189,7 +199,19 @@ void copy_bytes(const at::Tensor& to, const at::Tensor& from) {
   if (had_one && before != device) cann(set(before), "aclrtSetDevice");
 }
 
-at::Tensor& copy(at::Tensor& self, const at::Tensor& src, bool /*non_blocking*/) {
+// To pinned host memory without waiting: the bytes come when somebody waits for them. False: nothing was done.
+bool arrives_late(const at::Tensor& to, const at::Tensor& from) {
+  static auto* late = from_cann<int(void*, const void*, size_t, int, void (*)(void*), void*)>("cann_standin_arrives_late");
+  if (!to.is_pinned()) return false;
+  check_mapped(from, "aten::copy_");
+  auto* held = new at::Tensor(to);
+  const bool is = late(to.mutable_data_ptr(), from.const_data_ptr(), from.nbytes(), from.device().index(),
+                       [](void* tensor) { delete static_cast<at::Tensor*>(tensor); }, held);
+  if (!is) delete held;
+  return is;
+}
+
+at::Tensor& copy(at::Tensor& self, const at::Tensor& src, bool non_blocking) {
   {
     std::lock_guard<std::mutex> guard(lock);
     seen["aten::copy_"]++;
@@ -197,7 +219,11 @@ at::Tensor& copy(at::Tensor& self, const at::Tensor& src, bool /*non_blocking*/)
   const bool plain = self.sizes() == src.sizes() && self.dtype() == src.dtype() && self.is_contiguous() &&
                      src.is_contiguous() && !src.is_conj() && !src.is_neg() && !self.is_conj() && !self.is_neg();
   if (plain) {
-    if (self.numel()) copy_bytes(self, src);
+    if (!self.numel()) return self;
+    const bool to_host = is_npu(src) && !is_npu(self);
+    if (to_host && non_blocking && arrives_late(self, src)) return self;
+    if (to_host) settle(src.device());
+    copy_bytes(self, src);
     return self;
   }
   if (is_npu(self) && is_npu(src) && self.device() != src.device()) {  // another layout or dtype: at the source first

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -41,8 +42,13 @@ def install() -> None:
     register(operators.OPERATORS)
     register(attention.OPERATORS)
     attention.install_atb()
-    if RECORD in os.environ:
+    if RECORD in os.environ and not _forks():
         threading.Thread(target=_record, name="npusim-record", daemon=True).start()
+
+
+def _forks() -> bool:
+    """Whether this is the IMM or the HMM: they run no operator, and the IMM must have one thread to fork."""
+    return any(name in word for word in sys.orig_argv for name in ("elasticmoe_patches.imm", "elasticmoe_sglang.hmm"))
 
 
 def _record() -> None:

@@ -43,12 +43,19 @@ def to_host(value: Any, name: str) -> Any:
     return tree_map(alias, value)
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Results as tensors on the device, with the same strides."""
+def to_device(value: Any, device: torch.device, given: Mapping[int, torch.Tensor] | None = None) -> Any:
+    """Results as tensors on the device, with the same strides. A result that is one of the arguments, such as a cache
+    that was written to, is that argument again.
+
+    Args:
+        given: id of a host alias -> the tensor of which it is one.
+    """
 
     def moved(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
+        if given and id(leaf) in given:
+            return given[id(leaf)]
         made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
         if leaf.numel():
             torch.ops.npusim.alias(made, "result").copy_(leaf)
@@ -83,7 +90,10 @@ def _kernel(name: str, function: Function) -> Function:
         host = to_host((arguments, options), full)
         out = function(*host[0], **host[1])
         _check(name, arguments, options, out)
-        return arguments[0] if name.endswith("_") else to_device(out, device)
+        if name.endswith("_"):
+            return arguments[0]
+        pairs = zip(tree_flatten(host)[0], tree_flatten((arguments, options))[0], strict=True)
+        return to_device(out, device, {id(alias): leaf for alias, leaf in pairs})
 
     return run
 
