@@ -39,7 +39,7 @@ be 0, 1, 2 after an earlier death."""
 
 
 async def deaths(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
-    instance = await servers.get("elastic-4")
+    instance = await servers.get("elastic")
     load = Load(
         instance.client,
         lambda lane, n: Ask(key="", prompt=fresh(lane * 1_000_003 + n, 32), tokens=settings.stream_tokens),
@@ -49,7 +49,7 @@ async def deaths(servers: Servers, settings: argparse.Namespace, record: dict[st
         async with streaming(load, settings.streams):
             for size, victims in DEATHS:
                 await resize(instance, size, settings)
-                waited = await standbys(instance, 4 - size, settings)
+                waited = await standbys(instance, min(3, settings.ranks - size), settings)
                 rows.append({"waited_for_standbys_s": waited} | await kill(instance, load, victims))
                 print(json.dumps(rows[-1]), flush=True)
     finally:
@@ -93,14 +93,15 @@ async def kill(instance: Instance, load: Load, victims: tuple[int | str, ...]) -
 
 async def storm(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
     """Random sizes and ranks to retire, with SIGKILL to a random process while they change."""
-    instance = await servers.get("elastic-4")
+    instance = await servers.get("elastic")
     dice = random.Random(settings.seed)
     load = mixed_load(instance, settings)
     rows = record["rows"] = []
     try:
         async with streaming(load, settings.streams):
             for number in range(settings.storm):
-                rows.append({"number": number} | await strike(instance, dice, kill=number % 2 == 1))
+                row = {"number": number} | await strike(instance, dice, settings.ranks, kill=number % 2 == 1)
+                rows.append(row | {"requests": len(load.records), "lost": len(load.lost)})
                 print(json.dumps(rows[-1]), flush=True)
     finally:
         record.update(outcome(load))
@@ -113,11 +114,12 @@ async def storm(servers: Servers, settings: argparse.Namespace, record: dict[str
         }
 
 
-async def strike(instance: Instance, dice: random.Random, *, kill: bool) -> dict[str, Any]:
-    """One change to a random size, or of a random rank, and perhaps a kill while it runs; returns when all is whole."""
+async def strike(instance: Instance, dice: random.Random, most: int, *, kill: bool) -> dict[str, Any]:
+    """One change to a random size up to `most`, or of a random rank, and perhaps a kill while it runs; returns when all
+    is whole."""
     before = await status_of(instance)
     members = before["membership"]
-    size = dice.choice([size for size in (1, 2, 3, 4) if size != len(members)])
+    size = dice.choice([size for size in range(1, most + 1) if size != len(members)])
     body: dict[str, Any] = {"new_ep_size": size}
     if len(members) > 1 and dice.random() < 0.3:
         body = {"retire_ranks": [dice.choice(members[1:])]}  # rank 0 leads the commit barrier

@@ -27,7 +27,7 @@ from typing import Any
 import aiohttp
 
 from benchmarks.cuda_scaling import rate, scheduler_of, start_servers
-from benchmarks.cuda_server import Device, Servers
+from benchmarks.cuda_server import Device, Servers, add_options
 from benchmarks.scaling.machine import describe
 from benchmarks.scaling.servers import Instance
 
@@ -166,12 +166,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_profile", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--logs", type=Path, default=Path("/tmp/cuda-profile-logs"))
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--graph-sizes", type=lambda text: list(map(int, text.split(","))), default=[1, 4, 16, 64])
-    parser.add_argument("--kv-tokens", type=int, default=32768)
+    add_options(parser)
     parser.add_argument("--batches", type=lambda text: list(map(int, text.split(","))), default=[1, 16])
     parser.add_argument("--steps", type=int, default=20, help="of each trace")
-    parser.add_argument("--boot-s", type=float, default=200.0)
     parser.set_defaults(sections=["static"], standbys=0)
     settings = parser.parse_args()
     settings.logs.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,12 @@
 
     python -m benchmarks.cuda_scaling --out benchmarks/results/cuda-scaling-h200.json      (MPS must run: gpu_all.sh)
 
-Qwen3-30B-A3B's shape with `--layers` layers and dummy weights by seed, several ranks on one GPU. All servers start at
+A public model's shape with `--layers` layers and dummy weights by seed, several ranks on one GPU. All servers start at
 once, since starting takes most of the time; then the sections measure one after the other. A section that fails or
-exceeds its limit is recorded as such, and the others continue; the JSON is written after each.
+exceeds its limit is recorded as such, and the others continue; the JSON is written every few seconds.
 
-- changes: 1 -> 2 -> 4 -> 2 -> 1 repeatedly while streams decode.
-- growth: throughput and TTFT at 1, 2 and 4 ranks of one server, closed loop, each rank with its share of the GPU.
+- changes: 1 -> 2 -> 4 -> 2 -> 1 repeatedly while streams decode; with `--ranks 8` to eight and back.
+- growth: throughput and TTFT at 1, 2 and 4 ranks (8) of one server, closed loop, each rank with its share of the GPU.
 - static: tokens/s of one rank against plain SGLang without the plugin, batch 1, 16, 64.
 - capacity: tokens/s of 2 ranks of 8 against 2 of 2, and each rank's share of memory.
 - deaths: workers and the HMM are killed while two or four ranks decode; how long streams stop, and whether any is lost.
@@ -39,6 +39,7 @@ from benchmarks.cuda_faults import deaths, storm
 from benchmarks.cuda_server import (
     Device,
     Servers,
+    add_options,
     fresh,
     ids,
     mixed_load,
@@ -55,11 +56,13 @@ from benchmarks.scaling.servers import Instance
 from benchmarks.streams import Ask, Load, unequal
 from elasticmoe_sglang.tiny_model import make_tiny_model
 
-SIZES = (2, 4, 2, 1)
+TOKENS_SIZES = (2, 4, 2, 1)
+"""Of section tokens, from 1 on."""
 BATCHES = (1, 16, 64)
 LOADS = {"prefill": (32, 1000, 8), "mixed": (64, 500, 64), "decode": (64, 32, 200)}
 """Closed loops of section growth: requests at a time, prompt tokens, output tokens of each."""
 _AROUND_S = 0.3
+_WRITTEN_S = 5.0
 _CONTROL_S = 0.2
 GAP_BEYOND_S = 0.02
 FIRST_USE = re.compile(r"rank (\d+): a kernel was loaded while serving: (.*)")
@@ -153,6 +156,11 @@ async def compare(one: Instance, other: Instance, settings: argparse.Namespace) 
     return rows
 
 
+def sizes_up_to(most: int) -> list[int]:
+    """1, 2, 4, ..., `most`."""
+    return [*(1 << power for power in range((most - 1).bit_length())), most]
+
+
 async def change(instance: Instance, load: Load, size: int, device: Device) -> dict[str, Any]:
     await asyncio.sleep(1.0)  # a median gap and a rate at this size
     before = time.monotonic()
@@ -230,14 +238,15 @@ def tokens_between(load: Load, since: float, until: float) -> float:
 
 
 async def changes(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
-    instance = await servers.get("elastic-4")
+    instance = await servers.get("elastic")
     load = mixed_load(instance, settings)
+    up = sizes_up_to(settings.ranks)
     rows = record["rows"] = []
     calm = record["without_a_change"] = []
     try:
         async with streaming(load, settings.streams):
             for repetition, (before, size) in itertools.product(
-                range(settings.repetitions), zip((1, *SIZES), SIZES, strict=False)
+                range(settings.repetitions), itertools.pairwise([*up, *reversed(up[:-1])])
             ):
                 waited = await standbys(instance, size - before, settings)
                 calm.append({"ranks": before} | await no_change(load))
@@ -340,15 +349,16 @@ def _quantile(times: Sequence[float], share: float) -> float | None:
 
 
 async def growth(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
-    instance = await servers.get("elastic-4")
+    instance = await servers.get("elastic")
     record["loads"] = {
         name: dict(zip(("requests", "prompt", "output"), load, strict=True)) for name, load in LOADS.items()
     }
     rows = record["rows"] = []
     for repetition in range(settings.growth_repetitions):
-        for size in (1, 2, 4):
+        for size in sizes_up_to(settings.ranks):
             await resize(instance, size, settings)
-            await standbys(instance, min(settings.hot_standbys, 4 - size), settings)  # none boots meanwhile
+            # None boots meanwhile.
+            await standbys(instance, min(settings.hot_standbys, settings.ranks - size), settings)
             for index, (name, load) in enumerate(LOADS.items()):
                 seed = ((repetition * 8 + size) * len(LOADS) + index) * 1_000_003
                 found = await closed_loop(instance, load, settings.growth_rounds, seed)
@@ -376,7 +386,7 @@ async def tokens(servers: Servers, settings: argparse.Namespace, record: dict[st
     moving = Load(instance.client, lambda lane, number: asks[lane % len(asks)])
     record["changes"] = rows = []
     async with streaming(moving, len(asks)):
-        for before, size in zip((1, *SIZES), SIZES, strict=False):
+        for before, size in itertools.pairwise((1, *TOKENS_SIZES)):
             await standbys(instance, size - before, settings)
             rows.append((await change(instance, moving, size, device))["to"])
     record["lost"] = [lost.failure for lost in (*still.lost, *moving.lost)]
@@ -397,7 +407,7 @@ SECTIONS: dict[str, Section] = {
 
 
 def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) -> None:
-    shape = str(write_shape(folder / "shape", settings.layers))
+    shape = str(write_shape(folder / "shape", settings.model, settings.layers))
     dummy = ["--model-path", shape, "--load-format", "dummy", "--skip-tokenizer-init"]
     graphs = ["--cuda-graph-bs-decode", *map(str, settings.graph_sizes)]
     whole = ["--multiprocessor-share", "all"]  # as the server beside which it is measured
@@ -410,7 +420,7 @@ def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) 
 
     if {"changes", "growth", "deaths", "storm"} & set(settings.sections):
         hot = ["--hot-standbys", str(settings.hot_standbys)]
-        elastic("elastic-4", 1, 4, settings.standbys, *dummy, *graphs, *hot)
+        elastic("elastic", 1, settings.ranks, settings.standbys, *dummy, *graphs, *hot)
     if "static" in settings.sections:
         elastic("elastic-1-of-2", 1, 2, 0, *dummy, *graphs, *whole)
         servers.start("plain", [*dummy, *graphs], plain=True)
@@ -447,6 +457,8 @@ async def run(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
         start_servers(servers, settings, folder)
         if not settings.impatient:
             await servers.settled()
+        writing = asyncio.ensure_future(keep_written(result, settings.out))
+        stack.callback(writing.cancel)
         for name in settings.sections:
             record = result["sections"][name] = {}
             started = time.monotonic()
@@ -456,9 +468,20 @@ async def run(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 record["error"] = f"{type(error).__name__}: {error}"[-2500:]
                 traceback.print_exc()
             record["seconds"] = round(time.monotonic() - started, 1)
-            settings.out.write_text(json.dumps(result, indent=1) + "\n")
+            write(result, settings.out)
             print(f"{name}: {record.get('error', 'measured')} after {record['seconds']} s", flush=True)
     return result
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+async def keep_written(result: dict[str, Any], path: Path) -> None:
+    """What has been measured is in the file when this process is ended before its time."""
+    while True:
+        write(result, path)
+        await asyncio.sleep(_WRITTEN_S)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -489,23 +512,17 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--logs", type=Path, default=Path("/tmp/cuda-scaling-logs"))
+    add_options(parser)
     parser.add_argument("--sections", type=lambda text: text.split(","), default=list(SECTIONS))
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--graph-sizes", type=lambda text: list(map(int, text.split(","))), default=[1, 4, 16, 64])
-    parser.add_argument("--kv-tokens", type=int, default=65536)
-    parser.add_argument("--repetitions", type=int, default=5, help="of 1 -> 2 -> 4 -> 2 -> 1")
-    parser.add_argument("--growth-repetitions", type=int, default=3, help="of 1, 2, 4 ranks")
+    parser.add_argument("--repetitions", type=int, default=5, help="of section changes")
+    parser.add_argument("--growth-repetitions", type=int, default=3, help="of all sizes")
     parser.add_argument("--growth-rounds", type=int, default=4, help="requests of each lane of a closed loop")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--stream-tokens", type=int, default=400)
-    parser.add_argument("--standbys", type=int, default=3)
-    parser.add_argument("--hot-standbys", type=int, default=0, help="kept booted; 0 measures joining by a boot")
-    parser.add_argument("--prefill-graphs", action="store_true", help="SGLang's CUDA graphs of prefills")
     parser.add_argument("--tokens", type=int, default=128, help="of each request in static and capacity")
     parser.add_argument("--rounds", type=int, default=7, help="of each batch in static and capacity")
     parser.add_argument("--storm", type=int, default=50, help="random changes in section storm")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--boot-s", type=float, default=300.0)
     parser.add_argument("--section-s", type=float, default=240.0)
     parser.add_argument("--impatient", action="store_true", help="measure while other servers still start")
     settings = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Servers on one GPU, for the benchmarks there: Qwen3-30B-A3B's shape with dummy weights, and their load."""
+"""Servers on one GPU, for the benchmarks there: a public model's shape with dummy weights, and their load."""
 
 from __future__ import annotations
 
@@ -19,22 +19,49 @@ import psutil
 from benchmarks.scaling.servers import Instance
 from benchmarks.streams import Ask, Load
 
-MODEL = Path(__file__).parent.parent / "configs" / "models" / "qwen3-30b-a3b.json"
-_REST = {
-    "model_type": "qwen3_moe", "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
-    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "norm_topk_prob": True, "attention_bias": False,
-    "decoder_sparse_step": 1, "mlp_only_layers": [], "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16",
+_SHAPES = Path(__file__).parent.parent / "configs" / "models"
+_COMMON = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "bos_token_id": 0, "eos_token_id": 0,
+    "max_position_embeddings": 40960, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "dtype": "bfloat16",
 }  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+    "deepseek-v2-lite": {
+        "model_type": "deepseek_v2", "norm_topk_prob": False, "scoring_func": "softmax", "routed_scaling_factor": 1.0,
+        "n_group": 1, "topk_group": 1, "moe_layer_freq": 1, "num_key_value_heads": 16,
+    },
+}  # fmt: skip
+"""What SGLang asks for beyond a model's shape in `configs/models`."""
 PROMPTS = (32, 200, 1000, 60, 2000, 400)
 """Lengths of prompts under which sizes change."""
 
 
-def write_shape(folder: Path, layers: int) -> Path:
+def write_shape(folder: Path, model: str, layers: int) -> Path:
     """A model folder with a config and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads(MODEL.read_text()) | _REST | {"num_hidden_layers": layers}
+    shape = json.loads((_SHAPES / f"{model}.json").read_text())
+    config = shape | _COMMON | MODELS[model] | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `Servers` reads."""
+    parser.add_argument("--model", choices=list(MODELS), default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument(
+        "--ranks", type=int, default=4, help="the most on this one GPU, where a section does not say it"
+    )
+    parser.add_argument("--standbys", type=int, default=3)
+    parser.add_argument("--hot-standbys", type=int, default=0, help="kept booted; 0 measures joining by a boot")
+    parser.add_argument("--graph-sizes", type=lambda text: list(map(int, text.split(","))), default=[1, 4, 16, 64])
+    parser.add_argument("--prefill-graphs", action="store_true", help="SGLang's CUDA graphs of prefills")
+    parser.add_argument("--chunk", type=int, help="prefill tokens of all ranks at a time (SGLang's default: 8192)")
+    parser.add_argument("--kv-tokens", type=int, default=65536)
+    parser.add_argument("--boot-s", type=float, default=300.0)
 
 
 class Device:
@@ -78,6 +105,7 @@ class Servers:
             *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
             *(() if self._settings.prefill_graphs else ("--disable-prefill-cuda-graph",)),
             *("--max-total-tokens", str(self._settings.kv_tokens), "--context-length", "4096"),
+            *(() if self._settings.chunk is None else ("--chunked-prefill-size", str(self._settings.chunk))),
             *("--skip-server-warmup", "--random-seed", "1", "--mem-fraction-static", "0.9"),
         ]
         log = self._settings.logs / f"{name}.log"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.scaling.ablation import ABLATIONS
 from benchmarks.scaling.figures import Slo
+from elasticmoe_sglang.tiny_model import Arch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class Run:
             figures are what a change's would be without one.
         share: open loop at this share of the capacity of the first size; None: a closed loop.
         lanes: of the closed loop; None: the experiment's.
+        rebalance: a change is one of the placement, by the routing of the load; the sizes say how often.
         seconds: before the first change, between changes, and after the last; None: the experiment's.
     """
 
@@ -25,6 +27,7 @@ class Run:
     share: float | None = None
     lanes: int | None = None
     seconds: float | None = None
+    rebalance: bool = False
 
     @property
     def measures_capacity(self) -> bool:
@@ -55,6 +58,14 @@ class TinyModel:
     layers: int = 4
     hidden: int = 256
     experts: int = 16
+    arch: Arch = "qwen3_moe"
+    skew: float | None = None
+
+    @property
+    def about(self) -> str:
+        """In words, for the figures."""
+        skew = "" if self.skew is None else f", experts chosen with a skew of {self.skew:g}"
+        return f"tiny {self.arch}, {self.layers} layers, {self.experts} experts, hidden {self.hidden}, float32{skew}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +76,8 @@ class Experiment:
         prompt, output: words and tokens, as `Lengths.parse` reads them.
         lanes: clients of a closed loop.
         window_s: before and after a change, at most.
-        seconds: of load before a change and after it.
+        seconds: of load before a change and after it; a closed loop without a change also lasts until each lane has had
+            some requests.
         flags: further SGLang flags of all servers.
     """
 
@@ -115,13 +127,18 @@ EXPERIMENTS: dict[str, Experiment] = {
             Arm(name="replica", method="replica", runs=(*_capacity(1), _UP)),
             Arm(name="colocated", method="colocated", runs=(*_capacity(1), _UP)),
         ),
-        # Large enough that computing dominates: on two cores a second rank is worth having.
-        tiny=TinyModel(layers=6, hidden=768, experts=16),
+        # Large enough that computing dominates: on two cores a second rank is worth having. Small enough that a run
+        # has tens of requests.
+        tiny=TinyModel(layers=4, hidden=512, experts=16),
+        seconds=15.0,
+        window_s=15.0,
         prompt="lognormal:16-1300",
         output="24-48",
         lanes=16,
-        # One prefill step must not hold up decoding streams for long; shared by all ranks that there may be.
-        flags=("--chunked-prefill-size", "256"),
+        # A prompt must not hold up decoding streams: without mixed chunks SGLang computes all of a prompt's chunks, and
+        # of those that wait, before the next decode step, which is a gap of seconds on any server here. The chunk is
+        # shared by all ranks that there may be.
+        flags=("--chunked-prefill-size", "256", "--enable-mixed-chunk"),
     ),
     "timing": Experiment(
         title="Changes of one rank under closed loops, four ranks on the same cores",
@@ -152,6 +169,26 @@ EXPERIMENTS: dict[str, Experiment] = {
                 ("elastic, 1 of 8", "elastic", 8),
             )
         ),
+    ),
+    "rebalance": Experiment(
+        title="Expert columns placed by load, with routing that prefers some experts",
+        paper="",
+        arms=tuple(
+            Arm(
+                name=name,
+                method="elastic",
+                runs=(Run(name="closed loop", sizes=(2, 2), lanes=16, rebalance=rebalance),),
+            )
+            for name, rebalance in (("rebalanced", True), ("left alone", False))
+        ),
+        # Prefill fills the experts: what a step costs is then the fullest rank's share of the tokens. Requests are
+        # alike, so that a rate of few of them says something.
+        tiny=TinyModel(layers=6, hidden=512, experts=16, arch="glm4_moe", skew=1.5),
+        prompt="192",
+        output="4",
+        seconds=25.0,
+        window_s=25.0,
+        flags=("--chunked-prefill-size", "512"),
     ),
     "ablation": Experiment(
         title="Scale-up with one mechanism disabled at a time",

@@ -191,8 +191,8 @@ def _model(args: argparse.Namespace, experiment: Experiment, folder: Path) -> tu
     if args.model_path is not None:
         return args.model_path, args.model_path.name
     tiny = experiment.tiny
-    about = f"tiny Qwen3-MoE, {tiny.layers} layers, {tiny.experts} experts, hidden {tiny.hidden}, float32"
-    return make_tiny_model(folder / "model", layers=tiny.layers, hidden=tiny.hidden, experts=tiny.experts), about
+    sizes = {"layers": tiny.layers, "hidden": tiny.hidden, "experts": tiny.experts}
+    return make_tiny_model(folder / "model", arch=tiny.arch, skew=tiny.skew, **sizes), tiny.about
 
 
 def _keep_server_logs(folder: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -65,12 +66,15 @@ class Method(ABC):
 
     async def change(self, size: int) -> ChangeRecord:
         """Change to the new size; returns when nothing is left to do. Never raises for a change that failed."""
+        return await self._recorded(size, lambda record: self.apply_commit(size, record))
+
+    async def _recorded(self, size: int, apply: Callable[[ChangeRecord], Awaitable[None]]) -> ChangeRecord:
         old, requested = self.size, self.clock.now()
         record = ChangeRecord(
             requested_at=requested, old_size=old, new_size=size, effective_at=None, ended_at=requested
         )
         try:
-            await self.apply_commit(size, record)
+            await apply(record)
         except (ServerFailed, MethodFailed, aiohttp.ClientError, asyncio.TimeoutError) as error:
             # The run continues and reports it. What follows the first line is the tail of a server's log.
             record.error = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -272,8 +276,24 @@ class Elastic(Method):
         raise MethodFailed(f"no standby within {_DRAIN_S:g} s")
 
     async def apply_commit(self, size: int, record: ChangeRecord) -> None:
+        await self._take(await self._ask("/scale_elastic_ep", {"new_ep_size": size}), size, record)
+
+    async def rebalance(self) -> ChangeRecord:
+        """Place columns by the routing of the present load; observing it is before the change."""
+
+        async def apply(record: ChangeRecord) -> None:
+            answer = await self._ask("/elastic_ep/rebalance", {})
+            if answer["operation"] is None:
+                raise MethodFailed(f"nothing was moved: {answer['note']}")
+            record.requested_at = self.clock.of_unix(answer["operation"]["created_at"])
+            await self._take(answer["operation"], self.size, record)
+            record.detail |= {name: answer[name] for name in ("imbalance", "expected_imbalance", "columns")}
+
+        return await self._recorded(self.size, apply)
+
+    async def _take(self, operation: dict[str, Any], size: int, record: ChangeRecord) -> None:
+        """What an ended operation says of its change."""
         [instance] = self.serving
-        operation = await self._scale(instance, size)
         timings = operation["timings"]
         record.generation = instance.generation
         record.detail = {
@@ -304,16 +324,16 @@ class Elastic(Method):
             for device in await self._devices()
         ]
 
-    async def _scale(self, instance: Instance, size: int) -> dict[str, Any]:
+    async def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        [instance] = self.serving
         timeout = aiohttp.ClientTimeout(total=600)
-        body = {"new_ep_size": size, "wait": True}
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
-            session.post(f"{instance.url}/scale_elastic_ep", json=body) as response,
+            session.post(f"{instance.url}{path}", json={**body, "wait": True}) as response,
         ):
             answer: dict[str, Any] = await response.json()
         if response.status != 200:
-            raise MethodFailed(f"/scale_elastic_ep answered {response.status}: {answer}")
+            raise MethodFailed(f"{path} answered {response.status}: {answer}")
         return answer
 
     async def _devices(self) -> list[dict[str, Any]]:

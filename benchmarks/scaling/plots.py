@@ -30,16 +30,18 @@ def draw(logs: Sequence[RunLog], path: Path) -> None:
         bins = rates(log)
         axes.step([place * _BIN_S for place in range(len(bins))], bins, where="post", color=_LINE, linewidth=1.4)
         for change in log.changes:
-            if change.old_size != change.new_size:
+            if change.old_size != change.new_size or change.detail:
                 axes.axvspan(change.requested_at, change.ended_at, color=_CHANGE, alpha=0.25, linewidth=0)
         failed = [request.due_at for request in log.requests if not is_complete(request)]
-        axes.plot(failed, [0] * len(failed), "x", color="black", markersize=5, clip_on=False)
+        if failed:  # an empty line that is not clipped has no extent, for which no layout is found
+            axes.plot(failed, [0] * len(failed), "x", color="black", markersize=5, clip_on=False)
         axes.set_title(f"{log.arm}: {log.run}, repetition {log.repetition}", fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(bottom=0)
-    all_axes[len(shown) // 2, 0].set_ylabel(f"output tokens/s ({_BIN_S:g} s bins)")
-    all_axes[-1, 0].set_xlabel(
-        "seconds   (shaded: from the request for a change until it has ended; x: failed request)"
+    # Of the figure: as an axis' own they are longer than it, and no layout has room for them.
+    figure.supylabel(f"output tokens/s ({_BIN_S:g} s bins)", fontsize=9)
+    figure.supxlabel(
+        "seconds   (shaded: from the request for a change until it has ended; x: failed request)", fontsize=9
     )
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

@@ -24,8 +24,11 @@ _DRAIN_S = 120.0
 _AFTER_FAILURE_S = 0.5
 _NOTHING_S = 1.0
 """How long a moment without a change lasts."""
-_SETTLING_S = 2.0
-"""The start of a closed loop, when all of its prompts are prefilled at once, is no part of a capacity."""
+_ROUNDS = 3
+"""Requests of each lane that a closed loop without a change waits for, after its first ones: at the start all prompts
+are prefilled at once, which is no part of a capacity."""
+_LONGEST_S = 180.0
+_LOOK_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +135,22 @@ class Recorder:
                 if self.changes[-1].error is not None:
                     break
             await asyncio.sleep(self.plan.seconds)
+            if self.plan.run.measures_capacity:
+                await self._enough((self.plan.load.lanes or 0) * (1 + _ROUNDS))
         finally:
             self._over.set()
 
+    async def _enough(self, count: int) -> None:
+        """Wait until so many requests have ended, or for as long as a closed loop may take."""
+        while self.clock.now() < _LONGEST_S and sum(request.ended_at > 0 for request in self.requests) < count:
+            await asyncio.sleep(_LOOK_S)
+
     async def _one_change(self, old: int, new: int) -> ChangeRecord:
+        if self.plan.run.rebalance:
+            assert isinstance(self.method, Elastic)
+            record = await self.method.rebalance()
+            self.say(f"{self.method.name}: {record.error or record.detail}")
+            return record
         if old == new:
             now = self.clock.now()
             await asyncio.sleep(_NOTHING_S)
@@ -214,10 +229,18 @@ def make_plan(experiment: Experiment, run: Run, repetition: int, capacity: dict[
 
 
 def capacity_of(log: RunLog) -> float:
-    """Requests a second of a closed loop, by the tokens that came."""
-    arrivals = sorted(at for request in log.requests for at in request.arrivals)
-    if not arrivals:
-        raise MethodFailed(f"{log.arm}: {log.run}: no token came")
-    start = min(_SETTLING_S, log.load_ended_at / 4)
-    tokens = sum(start <= at < log.load_ended_at for at in arrivals) / (log.load_ended_at - start)
-    return tokens / statistics.mean(request.wanted for request in log.requests)
+    """Requests a second of a closed loop, by the tokens that came after each lane's first request.
+
+    Raises:
+        MethodFailed: so few requests ended that a rate would mean nothing.
+    """
+    lanes = log.load.lanes or 1
+    ended = sorted(request.ended_at for request in log.requests if 0 < request.ended_at <= log.load_ended_at)
+    if len(ended) < 2 * lanes:
+        raise MethodFailed(
+            f"{log.arm}: {log.run}: {len(ended)} requests of {lanes} lanes ended in {log.load_ended_at:.0f} s: too few "
+            "for a capacity"
+        )
+    start = ended[lanes - 1]
+    tokens = sum(start <= at < log.load_ended_at for request in log.requests for at in request.arrivals)
+    return tokens / (log.load_ended_at - start) / statistics.mean(request.wanted for request in log.requests)

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.scaling.analyser import analyse, present
 from benchmarks.scaling.experiments import Experiment
 from benchmarks.scaling.figures import ChangeFigures, Figures, Slo
+from benchmarks.scaling.methods import MethodFailed
 from benchmarks.scaling.records import RunLog
 from benchmarks.scaling.runner import capacity_of
 
@@ -103,10 +104,17 @@ def _rows(log: RunLog, figures: Figures) -> list[tuple[str, dict[str, float | No
     ]
 
 
+def _capacity(log: RunLog) -> float | None:
+    try:
+        return capacity_of(log)
+    except MethodFailed:  # too few requests ended
+        return None
+
+
 def _of_run(log: RunLog, figures: Figures) -> dict[str, float | None]:
     closed = log.load.lanes is not None and not figures.changes
     return {
-        "capacity": capacity_of(log) if closed else None,
+        "capacity": _capacity(log) if closed else None,
         "tokens_per_s": figures.served.tokens_per_s,
         "goodput": figures.served.goodput,
         "slo_attainment": figures.slo_attainment,

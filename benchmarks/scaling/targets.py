@@ -87,6 +87,10 @@ TARGETS: tuple[Target, ...] = (
         for largest in (2, 4, 8)
         for lanes in (1, 8)
     ),
+    Target(text="tokens/s after columns were placed by load over before", experiment="rebalance",
+           row="rebalanced: closed loop", metric="gain", limit=1.1, at_least=True, unit="x"),
+    Target(text="failed requests, all repetitions, rebalanced", experiment="rebalance",
+           row="rebalanced: closed loop", metric="failed", limit=0, worst=True),
     Target(text="memory peak over the larger steady state, 2 to 4 ranks, 249 MiB copied", experiment="ablation",
            row="elastic: up", metric="memory_over", limit=0.02, unit="%"),
 )  # fmt: skip

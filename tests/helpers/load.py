@@ -171,7 +171,8 @@ class Stream:
 def first_difference(got: Sequence[int], wanted: Sequence[int]) -> str:
     for index, (one, other) in enumerate(zip(got, wanted, strict=False)):
         if one != other:
-            return f"token {index} is {one}, not {other} (got {len(got)}, wanted {len(wanted)})"
+            differ = sum(a != b for a, b in zip(got, wanted, strict=False))
+            return f"token {index} is {one}, not {other} (got {len(got)}, wanted {len(wanted)}, {differ} differ)"
     return f"{len(got)} tokens where {len(wanted)} were wanted"
 
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from benchmarks.scaling import main as bench
@@ -16,7 +17,7 @@ from benchmarks.scaling.groups import Group
 from benchmarks.scaling.methods import METHODS, NO_SERVER, Method, MethodFailed
 from benchmarks.scaling.records import ChangeRecord, Load, MemorySample, RequestRecord, RunLog, read_log, write_log
 from benchmarks.scaling.report import BEGIN, END, between_marks, write_block
-from benchmarks.scaling.runner import carry_out, make_plan
+from benchmarks.scaling.runner import capacity_of, carry_out, make_plan
 from benchmarks.scaling.servers import ServerSettings
 from benchmarks.streams import StreamRecord
 from elasticmoe_sglang.cli.main import main as elasticmoe
@@ -132,6 +133,42 @@ def test_equal_repetitions_ask_the_same() -> None:
     )
     prompts = [[next(arrivals).prompt for _ in range(5)] for arrivals in (one, same, other)]
     assert prompts[0] == prompts[1] != prompts[2]
+
+
+def closed(lanes: int, ended_at: float) -> RunLog:
+    """Each lane's first request takes ten seconds, later ones one; tokens come at the end."""
+    requests = []
+    for lane in range(lanes):
+        at = 10.0 + lane / 100
+        requests.append((0.0, at))
+        while at + 1 <= ended_at:
+            requests.append((at, at + 1))
+            at += 1
+    return msgspec.structs.replace(
+        made_up("elastic", "closed loop at 1", 0), load=Load(lanes=lanes), load_ended_at=ended_at, changes=[],
+        requests=[
+            RequestRecord(
+                request_id=number, due_at=sent, sent_at=sent, wanted=10, token_ids=list(range(10)), ended_at=end,
+                arrivals=[end - 0.01] * 10, error=None,
+            )
+            for number, (sent, end) in enumerate(requests)
+        ],
+    )  # fmt: skip
+
+
+def test_a_capacity_does_not_count_the_prompts_that_start_together() -> None:
+    """16 lanes once had a capacity of 0.02 requests a second, because the run ended with their first prompts."""
+    assert capacity_of(closed(lanes=4, ended_at=40.0)) == pytest.approx(4.0, rel=0.05)
+
+
+def test_a_run_that_is_too_short_has_no_capacity() -> None:
+    with pytest.raises(MethodFailed, match="4 requests of 4 lanes ended in 10 s"):
+        capacity_of(closed(lanes=4, ended_at=10.5))
+
+
+def test_a_closed_loop_lasts_until_each_lane_has_had_some_requests() -> None:
+    _, [log] = session(Run(name="closed loop at 1", sizes=(1,), seconds=0.05))
+    assert sum(request.ended_at <= log.load_ended_at for request in log.requests) >= 4 * 4
 
 
 def made_up(arm: str, run: str, repetition: int, *, failed: bool = False) -> RunLog:
