@@ -60,6 +60,10 @@ class ElasticConfig:
     auto: on GPUs what SGLang leaves free beside its own pool for activations and graphs, for each rank of the device;
     elsewhere 0.01."""
 
+    count_routing: str = AUTO
+    """Whether ranks count the tokens that are routed to each of their expert columns, for `elasticmoe rebalance`: on,
+    off, or auto: where they compute on the CPU (on GPUs it costs an atomic addition for each, not measured yet)."""
+
     hot_standbys: int = 0
     """Inactive ranks for which a worker is kept booted, so that joining takes no boot. A retiring rank's worker becomes
     one instead of ending while there are fewer; others are booted in the background."""
@@ -117,6 +121,8 @@ class ElasticConfig:
         self.mps_percentage()
         if self.cpu_bind not in (cpu_bind.OFF, cpu_bind.AUTO):
             cpu_bind.check(self.cpu_bind, self.num_devices)
+        if self.count_routing not in (AUTO, "on", "off"):
+            raise UserInputError(f"{flag('count_routing')} must be auto, on or off, not {self.count_routing!r}")
         check_sizes(self.policy_settings(), self.max_ep_size)
         if self.ep_size > self.max_ep_size:
             raise UserInputError(
@@ -155,6 +161,9 @@ class ElasticConfig:
     def headroom_bytes(self, budget: int) -> int:
         """Bytes of a device of `budget` bytes that KV caches leave unused."""
         text = _LEAST_HEADROOM if self.headroom == AUTO else self.headroom
+        return sum(self._headroom_part(part, budget) for part in text.split("+"))
+
+    def _headroom_part(self, text: str, budget: int) -> int:
         try:
             share = float(text)
         except ValueError:
@@ -165,7 +174,7 @@ class ElasticConfig:
             return int(share)
         raise UserInputError(
             f"{flag('headroom')} {self.headroom} is neither a fraction below 1 nor a size",
-            hint="Write it like 0.02 or 2GiB",
+            hint="Write it like 0.02, 2GiB, or 0.02+2GiB for both together",
         )
 
     def device_of(self, rank: int) -> int:
@@ -282,6 +291,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         "N",
         f"Inactive ranks whose worker is kept booted; it joins without a boot. Default: {defaults['hot_standbys']}.",
     )
+    add("count_routing", str, "on|off", "Count the tokens of each expert, for `rebalance`. Default: on CPUs only.")
     add("restore", _on_off, "on|off", "Bring lost ranks back as soon as a standby worker is ready. Default: on.")
     add("hmm_endpoint", str, "ENDPOINT", "Use the HMM at this endpoint (ipc://PATH) instead of starting one.")
     add(
@@ -290,7 +300,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         "SIZE",
         "Memory of each device that the HMM may allocate, like 2GiB. Default: all of it.",
     )
-    add("headroom", str, "SIZE", "Memory of a device that KV caches leave unused: 0.02 or 2GiB. Default: auto.")
+    add("headroom", str, "SIZE", "Memory of a device that KV caches leave unused: 0.02, 2GiB, or both. Default: auto.")
     add("kv_tokens", int, "N", "Upper limit of one rank's KV tokens. Default: none.")
     add("run_dir", str, "DIR", "Folder for the sockets (mode 0700). Keep the path short. Default: a new one.")
     add(

@@ -139,6 +139,10 @@ class StaleRequest(ElasticMoEError):
     """The server or its membership is not the one that the request was made for; HTTP 409."""
 
 
+class RoutingUnknown(ElasticMoEError):
+    """How tokens are routed could not be observed, or too few tokens came to tell; HTTP 409."""
+
+
 class TooManyReaders(ElasticMoEError):
     """No more clients can follow the server's events; HTTP 503."""
 

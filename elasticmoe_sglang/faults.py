@@ -33,6 +33,7 @@ POINTS = (
     "retire.sent",
     "hot.joining",  # a hot standby was told to join, and has its columns
     "hot.parking",  # a rank that has retired is about to become a hot standby
+    "spread.given",  # a rank has given up waiting requests for a joining one, and not said so yet
     "resume.before",  # a survivor is about to resume a retiring rank's requests
 )
 

@@ -163,6 +163,12 @@ class ElasticProcessGroup(_GroupBase):  # type: ignore[misc]
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cpu")]
 
+    def _get_backend(self, device: torch.device) -> ElasticProcessGroup:
+        """The group is its own backend. Inductor asks for it when its cache has what a rank would compile."""
+        if device.type not in {each.type for each in self._device_types}:
+            raise RuntimeError(f"the group carries no tensors on {device.type}")
+        return self
+
     def new_group(
         self,
         ranks: Sequence[int],

@@ -188,7 +188,7 @@ class PolicyController:
             return
         self._followed = None
         own = operation.operation_id.startswith(_OWN)
-        if not own and operation.cause is Cause.TARGET:
+        if not own and operation.cause is Cause.TARGET and not operation.rebalances:
             self._hold()
         if operation.phase is Phase.DONE and operation.old_ep_size == operation.new_ep_size:
             return

@@ -17,7 +17,7 @@ import msgspec
 from elasticmoe_patches.launch import BACKEND, elastic_config
 from elasticmoe_patches.plugin import check_all
 from elasticmoe_sglang.api.elastic_ep import ElasticEp
-from elasticmoe_sglang.api.types import OperationList, scale_request
+from elasticmoe_sglang.api.types import OperationList, rebalance_request, scale_request
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.units import parse_bytes
@@ -78,6 +78,8 @@ def add_methods(engine_class: type) -> None:
     for method in (
         scale_elastic_ep,
         async_scale_elastic_ep,
+        rebalance_elastic_ep,
+        async_rebalance_elastic_ep,
         get_elastic_ep_state,
         get_elastic_ep_status,
         async_get_elastic_ep_status,
@@ -114,6 +116,25 @@ def scale_elastic_ep(self: Any, **request: Any) -> dict[str, Any]:
 async def async_scale_elastic_ep(self: Any, **request: Any) -> dict[str, Any]:
     """The same for a program whose event loop runs: returns at once, or with wait=True when the operation has ended."""
     return _plain(await _elastic(self).scale(scale_request(request)))
+
+
+def rebalance_elastic_ep(self: Any, **request: Any) -> dict[str, Any]:
+    """Observe routing, then move columns so that ranks get equal shares of it; blocks until the operation has ended.
+
+    Args:
+        request: the fields of `RebalanceRequest`: observe_s=10, dry_run=True, ...
+
+    Raises:
+        RoutingUnknown: it could not be observed. ElasticMoEError: as `Coordinator.submit`.
+    """
+    request = {**request, "wait": True}
+    answer: dict[str, Any] = self.loop.run_until_complete(async_rebalance_elastic_ep(self, **request))
+    return answer
+
+
+async def async_rebalance_elastic_ep(self: Any, **request: Any) -> dict[str, Any]:
+    """The same for a program whose event loop runs: returns when routing was observed, or with wait=True at the end."""
+    return _plain(await _elastic(self).rebalance(rebalance_request(request)))
 
 
 def get_elastic_ep_state(self: Any) -> dict[str, Any]:

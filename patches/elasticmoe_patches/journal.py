@@ -7,6 +7,7 @@ where the client's stream stopped. The journal is in memory only and ends with t
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,10 +118,11 @@ def _progress(state: Any, request: Any) -> Progress:
     )
 
 
-def send_again(tokenizer_manager: Any, rids: set[str], *, suspect: bool) -> int:
+def send_again(tokenizer_manager: Any, rids: set[str], *, suspect: bool, ranks: Sequence[int] = ()) -> int:
     """Send requests to the controller, which gives each to a living rank. Returns how many were still open.
 
     Args:
+        ranks: to these only, as far as they are active; empty: to any.
         suspect: the requests may be what ended their rank; then each is sent again a few times only.
     """
     from sglang.srt.managers.io_struct import wrap_as_pickle
@@ -143,6 +145,7 @@ def send_again(tokenizer_manager: Any, rids: set[str], *, suspect: bool) -> int:
                 progress=wrap_as_pickle(progress),
                 kv_tokens=0,
                 kv_pages=[],
+                to_ranks=list(ranks),
             )
         )
         request.time_stats = stats

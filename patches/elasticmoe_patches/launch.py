@@ -17,12 +17,7 @@ from elasticmoe_patches.features import LAUNCH_REFUSALS
 from elasticmoe_sglang.comm.membership import MAX_CAPACITY
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
-
-SUPPORTED_ARCHITECTURES: Mapping[str, str] = {
-    "Qwen3MoeForCausalLM": "num_experts",
-    "DeepseekV2ForCausalLM": "n_routed_experts",
-}
-"""Architecture -> the field of its config.json that counts the routed experts."""
+from elasticmoe_sglang.models import architecture_of
 
 # flag -> (value that is fine, why others are not)
 _REFUSED: Mapping[str, tuple[Any, str]] = {
@@ -212,16 +207,12 @@ def _config_from_hub(name: str, revision: str | None) -> Path:
 
 
 def check_model(model_path: str, config: ElasticConfig, *, revision: str | None = None) -> None:
-    """Raises UserInputError for a model that cannot be served elastically."""
+    """Raises UserInputError for a model that cannot be served elastically, with the reason."""
     model = read_model_config(model_path, revision)
-    architecture = (model.get("architectures") or ["none"])[0]
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise UserInputError(
-            f"the model in {model_path} is a {architecture}; elastic serving knows "
-            f"{', '.join(SUPPORTED_ARCHITECTURES)}",
-            hint="Other MoE models shard something besides their routed experts over the ranks",
-        )
-    experts = int(model[SUPPORTED_ARCHITECTURES[architecture]])
+    try:
+        experts = architecture_of(model).experts(model)
+    except KeyError as error:
+        raise UserInputError(f"the config.json in {model_path} has no {error}") from error
     if experts < config.max_ep_size:
         raise UserInputError(
             f"the model has {experts} experts, fewer than the {config.max_ep_size} ranks",

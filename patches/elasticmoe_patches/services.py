@@ -103,13 +103,15 @@ class SglangRouter:
 
         return await self._run(send())
 
-    async def send_again(self, rids: set[str], *, gone: Collection[Sender], suspect: bool) -> int:
+    async def send_again(
+        self, rids: set[str], *, gone: Collection[Sender], suspect: bool, ranks: Sequence[int] = ()
+    ) -> int:
         from elasticmoe_patches.journal import send_again
 
         async def send() -> int:
             # Without an await between: what comes later of a dead worker is not in what is sent again.
             self._senders.bar(gone)
-            return send_again(self._tokenizer, rids, suspect=suspect)
+            return send_again(self._tokenizer, rids, suspect=suspect, ranks=ranks)
 
         if not rids:
             return 0

@@ -60,6 +60,12 @@ def own_operations(server: ElasticServer) -> list[dict[str, Any]]:
     return [entry for entry in listed if entry["operation_id"].startswith("policy-")]
 
 
+def produces(views: list[dict[str, Any]], view: dict[str, Any]) -> bool:
+    """Keep a view of the policy, and say whether it saw output tokens in its fast window."""
+    views.append(view)
+    return bool(view["tokens_per_s"] > 0)
+
+
 def test_shadow_then_on_then_held(server: ElasticServer) -> None:
     epoch = server.status()["epoch"]
     set_policy(server, autoscale="shadow", **QUICK)
@@ -68,9 +74,11 @@ def test_shadow_then_on_then_held(server: ElasticServer) -> None:
             settled(lambda: bool(actions(server, "grow")), 60, "the shadow wants more ranks")
             settled(lambda: (policy(server)["ttft"]["p90"] or 0) > 0.2, 60, "first tokens that came late")
             settled(lambda: policy(server)["itl"]["p50"] is not None, 60, "requests that have ended")
-            seen = policy(server)
+            views: list[dict[str, Any]] = []
+            settled(lambda: produces(views, policy(server)), 60, "tokens, beside earlier tests' on this server")
+            seen = views[-1]
             assert seen["attainment"] is not None
-            assert seen["queue_length"] > 0 and seen["arrivals_per_s"] > 0 and seen["tokens_per_s"] > 0
+            assert seen["queue_length"] > 0 and seen["arrivals_per_s"] > 0
             assert seen["running"] > 0 and seen["itl"]["p50"] > 0 and seen["desired_ranks"] > 2
             assert not any(decision["acted"] for decision in actions(server, "grow"))
             assert server.status()["epoch"] == epoch, "the shadow has acted"

@@ -13,7 +13,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ CHANCE = 0.01
 """The test fails by chance once in so many runs, for each of the two statistics."""
 
 
-@pytest.mark.parametrize("arch", ["qwen3_moe", "deepseek_v2"])
+@pytest.mark.parametrize("arch", get_args(Arch))
 def test_moved_requests_round_as_those_that_stay(arch: Arch, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", arch=arch, dtype="bfloat16")
     rng = random.Random(21)

@@ -76,6 +76,14 @@ def test_the_operations_of_the_http_server_are_methods(seen: dict[str, Any]) -> 
     assert status["instance_id"] == state["instance_id"] == operations[0]["instance_id"]
 
 
+def test_placing_by_load_is_a_method(seen: dict[str, Any]) -> None:
+    assert "too few to tell how busy 16 expert columns are" in seen["blocking"]["idle"]
+    placed = seen["dynamo"]["placed"]
+    assert placed["observed_tokens"] >= 16 * 100 and placed["operation"] is None
+    assert (placed["imbalance"], placed["columns"], placed["note"]) == (1.0, 0, "no swap of columns helps")
+    assert placed["tokens"] == [seen["dynamo"]["tokens"]] * 16
+
+
 def test_no_size_changes_the_tokens(seen: dict[str, Any]) -> None:
     tokens = [*seen["blocking"]["tokens"], seen["dynamo"]["tokens"]]
     assert len(tokens) == 5 and tokens == [tokens[0]] * 5 and len(tokens[0]) == 16

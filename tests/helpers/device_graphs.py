@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -108,5 +109,6 @@ def through_torch_distributed(context: DeviceContext, ranks: tuple[int, ...], ep
         dist.all_gather(rows, torch.full((2,), float(me), device=device), group=group)
         assert [float(row[0]) for row in rows] == [float(s) if s in ranks else 0.0 for s in range(capacity)]
     dist.barrier(group)
+    dist.distributed_c10d._add_ephemeral_timeout_for_all_pgs(timedelta(seconds=1))  # as Inductor's cache does
     context.device.drain()
     context.device.check()

@@ -28,7 +28,7 @@ class SglangServer:
         args: command-line arguments after the module's name; host and port are added.
         log: file for stdout and stderr of all its processes.
         env: variables to set on top of this process's environment; None as a value removes one.
-        module: what `python -m` runs.
+        module: what `python -m` runs. python: the interpreter.
         start_timeout_s: seconds until it must be healthy.
     """
 
@@ -39,6 +39,7 @@ class SglangServer:
         log: Path,
         env: Mapping[str, str | None] | None = None,
         module: str = "sglang.launch_server",
+        python: str = sys.executable,
         start_timeout_s: float = 180.0,
     ) -> None:
         self.args = [str(arg) for arg in args]
@@ -49,6 +50,7 @@ class SglangServer:
         self.exit_status: int | None = None
         self._env = {key: value for key, value in {**os.environ, **(env or {})}.items() if value is not None}
         self._module = module
+        self._python = python
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -75,7 +77,7 @@ class SglangServer:
         return self._process.pid
 
     def start(self) -> None:
-        command = [sys.executable, "-m", self._module, "--host", "127.0.0.1", "--port", str(self.port), *self.args]
+        command = [self._python, "-m", self._module, "--host", "127.0.0.1", "--port", str(self.port), *self.args]
         self._started = time.monotonic()
         with self.log.open("wb") as log:
             # Its own session, so that stop() reaches every process of the server and none of the test run.

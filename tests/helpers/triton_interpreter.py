@@ -219,12 +219,15 @@ def check_slots(tokens, top_k, rows_per_rank, members, dtype, seed):
     ids = torch.randint(-1, experts, (tokens, top_k), generator=generator, dtype=dtype)
     control = torch.zeros(windows.COUNTERS, dtype=torch.int64)
     control[windows.MEMBERS] = sum(1 << rank for rank in members)
-    got = slots_of_rows(ids, table, control=control.data_ptr(), rows_per_rank=rows_per_rank)
+    counts = torch.zeros(experts, dtype=torch.int64)
+    got = slots_of_rows(ids, table, control=control.data_ptr(), rows_per_rank=rows_per_rank, counts=counts)
+    assert torch.equal(slots_of_rows(ids, table, control=control.data_ptr(), rows_per_rank=rows_per_rank), got)
     wanted = torch.where(ids >= 0, table[ids.long()], -1)
     if rows_per_rank is not None:
         absent = [row for row in range(tokens) if row // rows_per_rank not in members]
         wanted[absent] = -1
     assert got.dtype == torch.int32 and torch.equal(got, wanted), (got, wanted)
+    assert counts.tolist() == [int(((ids == expert) & (wanted >= 0)).sum()) for expert in range(experts)]
 
 
 def main(part: str) -> None:

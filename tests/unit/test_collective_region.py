@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
@@ -251,3 +252,26 @@ def test_errors_say_where() -> None:
 
     error: ElasticMoEError = PeerDied("the process of rank 3 is gone", rank=3, epoch=2, operation="allreduce")
     assert "rank 3" in str(error) and "epoch 2" in str(error) and "allreduce" in str(error)
+
+
+@pytest.mark.process
+def test_inductor_may_ask_a_group_on_gpus_for_its_backend(region: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its cache has what a rank would compile it lengthens NCCL's time limits. A DeepSeek rank that booted after
+    others ended there."""
+    import torch
+    from torch.distributed import distributed_c10d
+
+    from elasticmoe_sglang.comm.process_group import ElasticProcessGroup
+
+    class OnGpus(ElasticProcessGroup):
+        @property
+        def _device_types(self) -> list[torch.device]:
+            return [torch.device("cpu"), torch.device("cuda")]
+
+    CollectiveRegion.format(region, capacity=4, **GEOMETRY)
+    group = OnGpus(CollectiveRegion(region, 0), (0, 1), 0, 1.0)
+    monkeypatch.setitem(distributed_c10d._world.pg_map, group, ("elastic", None))
+    distributed_c10d._add_ephemeral_timeout_for_all_pgs(timedelta(seconds=1))
+    assert group._get_backend(torch.device("cuda")) is group
+    with pytest.raises(RuntimeError, match="carries no tensors on xpu"):
+        group._get_backend(torch.device("xpu"))

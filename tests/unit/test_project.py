@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,12 @@ def test_every_folder_with_code_is_a_package(package: str) -> None:
     folders = {folder for path in root.rglob("*.py") for folder in (path.parent, *path.parent.parents)}
     bare = [folder for folder in folders if folder.is_relative_to(root) and not (folder / "__init__.py").exists()]
     assert bare == [], "without __init__.py a folder is not installed"
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    """Folders of tests are no packages: of two files with one name pytest collects the first and ends at the second."""
+    names = Counter(path.name for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    assert [name for name, times in names.items() if times > 1] == []
 
 
 @pytest.mark.process

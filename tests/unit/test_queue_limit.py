@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from elasticmoe_patches.srt.managers import scheduler as hooks
-from elasticmoe_patches.worker.migration import MigrationInbox, Progress
+from elasticmoe_patches.worker.inbox import MigrationInbox
+from elasticmoe_patches.worker.migration import Progress
 from elasticmoe_patches.worker.requests import IterationInput
 
 pytestmark = pytest.mark.process

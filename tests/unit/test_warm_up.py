@@ -21,16 +21,17 @@ def test_every_captured_graph_is_replayed(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("longest", [1, 3, 4, 5, 2048])
 def test_prompts_grow_up_to_the_longest(longest: int) -> None:
-    lengths = [round_[0].prompt for round_ in rounds([], longest) if len(round_) == 1]
+    lengths = [round_[0].prompt for round_ in rounds([], longest) if len(round_) == 1 and round_[0].family is None]
     assert lengths[0] == 1 and lengths[-1] == longest
     assert lengths == sorted(set(lengths))
 
 
 def test_prompts_come_together_and_behind_a_cached_beginning() -> None:
-    *_, first, second = rounds([], 2048)
+    *_, first, second, [alone] = rounds([], 2048)
     assert len(first) == len(second) and len(first) % 16 and len(first) > 1
     assert [made.family for made in first] == [made.family for made in second] == [0, 1, 2]
     assert all(short.prompt < long.prompt for short, long in zip(first, second, strict=True))
+    assert alone.family == 0 and alone.prompt > second[0].prompt
 
 
 class Scheduler:
