@@ -2,7 +2,7 @@
 
 A fork shares the imported pages and takes milliseconds where a fresh interpreter needs several seconds of imports
 (docs/adr/0002-imm-forks.md). Forking is only sound from a single thread, so this process starts no thread, opens no
-ZMQ context and initialises no device; it checks that before every fork.
+ZMQ context and initialises no device; it counts its threads before every fork.
 
 Nothing here depends on this process going on: standbys end with it, workers do not, and the next IMM adopts them.
 """
@@ -122,7 +122,9 @@ class ImmServer:
         capacity: number of ranks (max_ep_size).
         lifeline: path of the main process's `Lifeline`, with which every child ends.
         become: replaces a forked child by another program that waits at the channel itself (where what ranks import
-            does not survive a fork: CUDA). None: the child waits.
+            does not survive a fork). None: the child waits.
+        warm: called in a child that waits, before it says that it is ready.
+        fork_safe_threads: beginnings of the names of threads with which forking is sound all the same.
     """
 
     def __init__(
@@ -134,6 +136,8 @@ class ImmServer:
         capacity: int,
         lifeline: str,
         become: Callable[[StandbyChannel], None] | None = None,
+        warm: Callable[[], None] | None = None,
+        fork_safe_threads: tuple[str, ...] = (),
     ) -> None:
         self._path = socket_path
         self._worker_main = worker_main
@@ -141,6 +145,8 @@ class ImmServer:
         self._capacity = capacity
         self._lifeline = lifeline
         self._become = become
+        self._warm = warm
+        self._fork_safe_threads = fork_safe_threads
         self._arguments: dict[int, bytes] = {}
         self._children: dict[int, _Child] = {}
         self._controllers: dict[int, socket.socket] = {}
@@ -221,10 +227,10 @@ class ImmServer:
 
     def _fork(self) -> _Child:
         """Raises OSError when the system has no room for another process, WorkerError when forking is not safe."""
-        threads = len(os.listdir("/proc/self/task"))
-        if threads != 1:
+        threads = self._threads()
+        if threads:
             raise WorkerError(
-                f"the IMM has {threads} threads and cannot fork safely",
+                f"the IMM has other threads ({', '.join(threads)}) and cannot fork safely",
                 hint="A module imported by the ranks starts a thread at import; report it with `elasticmoe doctor`.",
             )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -250,6 +256,15 @@ class ImmServer:
         self._selector.register(ours, selectors.EVENT_READ, partial(self._child_says, child))
         return child
 
+    def _threads(self) -> list[str]:
+        """Names of this process's other threads with which forking is not sound."""
+        found = []
+        for task in os.listdir("/proc/self/task"):
+            if int(task) != os.getpid():
+                with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{task}/comm") as file:
+                    found.append(file.read().strip())
+        return [name for name in found if not name.startswith(self._fork_safe_threads)]
+
     def _watch(self, child: _Child) -> None:
         self._children[child.pid] = child
         self._selector.register(child.pidfd, selectors.EVENT_READ, partial(self._ended, child))
@@ -264,6 +279,8 @@ class ImmServer:
             channel = StandbyChannel(theirs)
             if self._become is not None:
                 self._become(channel)
+            if self._warm is not None:
+                self._warm()
             entered = channel.wait_to_enter()
             status = 0 if entered is None else self._worker_main(channel, entered)
         except BaseException:

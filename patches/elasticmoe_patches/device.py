@@ -63,7 +63,8 @@ def memory_backend() -> str:
 
 
 def survives_fork(backend: str) -> bool:
-    """Whether a standby can be a fork of the IMM: SGLang's imports initialise CUDA or ACL, and neither survives one."""
+    """Whether a process that has imported SGLang can be forked: elsewhere imports initialise CUDA or ACL, and neither
+    survives that."""
     return backend == "cpu"
 
 

@@ -1,8 +1,8 @@
 """The IMM: import everything a rank needs, then fork standbys. The first one of a server may be a fork of the main
 process, which has imported most of it; the others are programs, `python -m elasticmoe_patches.imm BACKEND`.
 
-With the backends "cuda" and "npu" it imports nothing, and its children become programs of their own
-(docs/adr/0009-standbys-on-a-gpu.md).
+With the backend "cuda" it imports that without CUDA, as far as this machine's packages allow; with "npu" it imports
+nothing, and its children become programs of their own (docs/adr/0009-standbys-on-a-gpu.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import sys
 
 from elasticmoe_patches.device import survives_fork
 from elasticmoe_patches.worker.preload import preload
-from elasticmoe_patches.worker.program import become_standby, never_forked, worker_main
+from elasticmoe_patches.worker.program import become_standby, never_forked, warm_device, worker_main
+from elasticmoe_sglang.imm.gpu_imports import FORK_SAFE_THREADS, preload_without_cuda
 from elasticmoe_sglang.imm.server import ImmServer
 from elasticmoe_sglang.lifeline import leave_signals_to_main, tie
 from elasticmoe_sglang.runtime import current_runtime
@@ -32,6 +33,8 @@ def serve(backend: str) -> None:
     forks = survives_fork(backend)
     if forks:
         preload()
+    elif backend == "cuda":
+        forks = preload_without_cuda(preload)
     ImmServer(
         paths.imm_socket,
         worker_main if forks else never_forked,
@@ -39,6 +42,8 @@ def serve(backend: str) -> None:
         capacity=config.max_ep_size,
         lifeline=paths.lifeline,
         become=None if forks else become_standby,
+        warm=warm_device if forks else None,
+        fork_safe_threads=FORK_SAFE_THREADS if backend == "cuda" else (),
     ).serve()
 
 

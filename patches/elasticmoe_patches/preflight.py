@@ -21,6 +21,7 @@ import threading
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NoReturn
 
 from elasticmoe_patches.demote import demoted
@@ -58,6 +59,7 @@ class _Installed:
 
 
 _installed: dict[HookSpec, _Installed] = {}
+_MODELS = "sglang.srt.models."
 
 
 class HookExit(SystemExit):
@@ -81,7 +83,7 @@ def find_mismatches(specs: Iterable[HookSpec]) -> list[Mismatch]:
     """Everything that keeps these hooks from being installed; nothing is changed."""
     version = sglang_version()
     found: list[Mismatch] = []
-    for spec in specs:
+    for spec in _reachable(specs):
         problem = _version_problem(spec, version) or _target_problem(spec) or _hook_problem(spec)
         if problem:
             found.append(Mismatch(spec=spec, problem=problem))
@@ -124,7 +126,7 @@ def install(specs: Iterable[HookSpec], process: Process) -> tuple[HookSpec, ...]
     Raises:
         HookError: from the check before, or because applying one failed; the process must then end.
     """
-    wanted = [spec for spec in specs if spec.runs_in(process) and spec not in _installed]
+    wanted = _reachable(spec for spec in specs if spec.runs_in(process) and spec not in _installed)
     check(wanted)
     # Replacements first, so that everything else wraps them (SGLang's registry uses this order too).
     wanted.sort(key=lambda spec: spec.kind not in ("replace", "attribute"))
@@ -148,7 +150,7 @@ def verify_installed(specs: Iterable[HookSpec], process: Process) -> None:
     Raises:
         HookError: one error that lists all hooks which are not installed.
     """
-    wanted = [spec for spec in specs if spec.runs_in(process)]
+    wanted = _reachable(spec for spec in specs if spec.runs_in(process))
     mismatches = [Mismatch(spec=spec, problem=problem) for spec in wanted if (problem := _placement_problem(spec))]
     mismatches.extend(_stale_imports([spec for spec in wanted if spec in _installed and spec.kind != "attribute"]))
     if mismatches:
@@ -221,6 +223,27 @@ def _error(what: str, mismatches: Sequence[Mismatch]) -> HookError:
         "and without plugins that touch the same functions, or start it without --elasticmoe-* flags. "
         "`elasticmoe doctor` shows all hooks",
     )
+
+
+def _reachable(specs: Iterable[HookSpec]) -> list[HookSpec]:
+    """Without those on a model whose module this machine cannot import: SGLang leaves such models out, too."""
+    return [spec for spec in specs if not _is_left_out(spec.target)]
+
+
+def _is_left_out(target: str) -> bool:
+    return target.startswith(_MODELS) and _lacks_a_package(_MODELS + target.removeprefix(_MODELS).partition(".")[0])
+
+
+@cache
+def _lacks_a_package(module: str) -> bool:
+    """Whether it is there and needs a module that is not."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        return error.name != module
+    except ImportError:
+        return True
+    return False
 
 
 def _version_problem(spec: HookSpec, version: str | None) -> str | None:

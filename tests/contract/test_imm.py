@@ -105,6 +105,19 @@ def test_standbys_wait_and_one_takes_a_rank(imm) -> None:
     assert assigned.pid not in after.standbys
 
 
+def test_it_forks_beside_threads_that_are_known_to_be_safe(tmp_path: Path) -> None:
+    with running_imm(tmp_path, "thread=safe_background") as (_, client):
+        assert len(population(client, lambda p: len(p.standbys) == STANDBYS).standbys) == STANDBYS
+
+
+def test_it_does_not_fork_beside_any_other_thread_and_names_it(tmp_path: Path) -> None:
+    with running_imm(tmp_path, "thread=importer") as (_, client):
+        assign(client, 1, "hang")
+        refused = expect(client, Refused)
+        assert refused.rank == 1 and "importer" in refused.reason and "cannot fork safely" in refused.reason
+        assert not population(client).standbys
+
+
 def test_a_collection_in_a_rank_leaves_out_what_the_imm_imported(imm) -> None:
     _, client = imm
     assign(client, 1, "hang")

@@ -6,6 +6,7 @@ wrong signature, an overwritten function or a stale import can be produced at wi
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import subprocess
@@ -219,6 +220,37 @@ def test_every_module_with_hooks_has_the_path_of_one_of_sglangs() -> None:
 def test_every_declared_hook_fits_the_installed_sglang() -> None:
     problems = [str(mismatch) for mismatch in preflight.find_mismatches(catalogue.all_hooks())]
     assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("error", "left_out"),
+    [
+        (ModuleNotFoundError("No module named 'deep_gemm'", name="deep_gemm"), True),
+        (ImportError("libcudart.so.13: cannot open shared object file"), True),
+        (ModuleNotFoundError("gone", name="sglang.srt.models.glm4_moe"), False),  # another SGLang: that is a mismatch
+    ],
+)
+def test_hooks_on_a_model_that_this_machine_cannot_import_are_left_out(
+    error: ImportError, left_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang 0.5.21's glm4_moe imports deep_gemm where there are GPUs: without it no server started, of any model."""
+    specs = [spec for spec in catalogue.all_hooks() if spec.target.startswith("sglang.srt.models.")]
+    gone = [spec for spec in specs if ".glm4_moe." in spec.target]
+    real = importlib.import_module
+
+    def import_module(name: str, package: str | None = None) -> types.ModuleType:
+        if name == "sglang.srt.models.glm4_moe":
+            raise error
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    preflight._lacks_a_package.cache_clear()
+    try:
+        kept = preflight._reachable(specs)
+    finally:
+        preflight._lacks_a_package.cache_clear()
+    assert gone and len(specs) > len(gone)
+    assert kept == ([spec for spec in specs if spec not in gone] if left_out else specs)
 
 
 def test_the_page_of_hooks_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:

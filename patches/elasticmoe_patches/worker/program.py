@@ -1,9 +1,9 @@
 """The worker's process: what a standby does once it is assigned a rank, as a fork of the IMM or a program of its own.
 
 The program, `python -m elasticmoe_patches.worker.program`, replaces a forked child and keeps its pid, so that neither
-the IMM nor anybody else sees a difference but the time. Standbys on NVIDIA GPUs and Ascend NPUs are such programs,
-because SGLang's imports initialise CUDA or ACL, and neither survives a fork. SGLang is imported inside functions only:
-an IMM for such devices imports this module and not SGLang.
+the IMM nor anybody else sees a difference but the time. Standbys on Ascend NPUs are such programs, because SGLang's
+imports initialise ACL, which does not survive a fork; on NVIDIA GPUs they are where an import needs CUDA. SGLang is
+imported inside functions only: an IMM for such devices imports this module and not SGLang.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def serve(channel: StandbyChannel, enter: Enter | None = None) -> None:
     """Import what a rank needs and serve the rank that `enter` or, later, the channel assigns. Returns only if the IMM
     is gone before that."""
     preload()
-    _warm_device()
+    warm_device()
     if enter is None:
         enter = channel.wait_to_enter()
     if enter is None:
@@ -127,7 +127,7 @@ def serve(channel: StandbyChannel, enter: Enter | None = None) -> None:
     os._exit(status)  # like a forked rank: threads of SGLang and of the driver are not waited for
 
 
-def _warm_device() -> None:
+def warm_device() -> None:
     """Create the GPU's context, where this standby can be needed on one GPU only."""
     runtime = current_runtime()
     assert runtime is not None
