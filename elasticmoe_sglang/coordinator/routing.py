@@ -10,8 +10,9 @@ from elasticmoe_sglang.errors import RoutingUnknown, WorkerError
 from elasticmoe_sglang.planner import View
 
 _ANSWER_S = 10.0
-LEAST_PER_COLUMN = 100
-"""Mean number of routed tokens below which the counts say little: with so many one count is off by a tenth."""
+LEAST_PER_COLUMN = 800
+"""Mean number of routed tokens below which the counts say little: where one in eight is counted, as of small batches, one
+count of so many is off by a tenth."""
 
 
 async def observe(workers: WorkersPort, view: Callable[[], View], seconds: float) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from tests.helpers.fake_api import serving
 from tests.helpers.fake_cluster import FakeCluster
 
 COLUMNS = 8
-SKEWED = [800, 400, 266, 200, 160, 133, 114, 100]
+SKEWED = [8 * count for count in (800, 400, 266, 200, 160, 133, 114, 100)]
 
 
 def view_of(placement: Placement, ranks: tuple[int, ...]) -> View:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -132,17 +133,32 @@ class RowSlots:
 
 
 class CountingSlots:
-    """The same on the CPU, where rows are those of active ranks only: a lookup that counts what it finds here."""
+    """The same on the CPU, where rows are those of active ranks only: a lookup that counts what it finds here.
+
+    Of lookups of few rows one in eight is counted, eightfold: counting takes 30 us, a layer's share of a decode step
+    of one request can be 1 ms.
+    """
+
+    SURE_ROWS = 256
+    _ONE_IN_BITS = 3
 
     def __init__(self, table: torch.Tensor, counts: torch.Tensor) -> None:
         self._table = table
         self._counts = counts
+        self._bits = random.Random(0).getrandbits
 
     def __getitem__(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """[T, K] expert ids -> slots, of the table's dtype; -1 for not here."""
         slots = self._table[topk_ids]
-        self._counts += torch.bincount(slots.flatten() + 1, minlength=self._counts.numel() + 1)[1:]
+        if topk_ids.shape[0] >= self.SURE_ROWS:
+            self._count(slots, 1)
+        elif not self._bits(self._ONE_IN_BITS):
+            self._count(slots, 1 << self._ONE_IN_BITS)
         return slots
+
+    def _count(self, slots: torch.Tensor, times: int) -> None:
+        found = torch.bincount(slots.flatten() + 1, minlength=self._counts.numel() + 1)[1:]
+        self._counts.add_(found, alpha=times)
 
 
 class CheckpointReader:
