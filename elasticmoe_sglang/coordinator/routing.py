@@ -11,8 +11,8 @@ from elasticmoe_sglang.planner import View
 
 _ANSWER_S = 10.0
 LEAST_PER_COLUMN = 800
-"""Mean number of routed tokens below which the counts say little: where one in eight is counted, as of small batches, one
-count of so many is off by a tenth."""
+"""Mean number of routed tokens below which the counts say little. Of small batches one lookup in eight is counted: then
+one count of so many is off by a tenth."""
 
 
 async def observe(workers: WorkersPort, view: Callable[[], View], seconds: float) -> tuple[int, ...]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.comm.npu_group import NpuProcessGroup, install_npu_groups
 from elasticmoe_sglang.comm.process_group import make_group
 from elasticmoe_sglang.comm.region import CollectiveRegion
+from elasticmoe_sglang.errors import CollectiveMismatch
 
 pytestmark = pytest.mark.toolchain
 
@@ -23,8 +27,9 @@ def device_tensor(values: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.empty(values.shape, dtype=values.dtype, device=f"npu:{rank}").copy_(values)
 
 
-def serve(path: str, rank: int) -> dict[str, list[float]]:
-    """What one rank sees of an all-reduce, all-gathers, a reduce-scatter and a broadcast."""
+@contextmanager
+def group_of(path: str, rank: int) -> Iterator[NpuProcessGroup]:
+    """The group as this rank has it, over its own view of the region."""
     torch.npu.set_device(rank)
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     region = CollectiveRegion(descriptor, rank, timeout_s=20)
@@ -34,6 +39,19 @@ def serve(path: str, rank: int) -> dict[str, list[float]]:
     region.set_membership(Membership(ranks=MEMBERS, epoch=1, capacity=CAPACITY))
     group = make_group(region, tuple(range(CAPACITY)), None)
     assert isinstance(group, NpuProcessGroup)
+    try:
+        yield group
+    finally:
+        region.close()
+
+
+def serve(path: str, rank: int) -> dict[str, list[float]]:
+    """What one rank sees of an all-reduce, all-gathers, a reduce-scatter and a broadcast."""
+    with group_of(path, rank) as group:
+        return collectives(group, rank)
+
+
+def collectives(group: NpuProcessGroup, rank: int) -> dict[str, list[float]]:
     assert [device.type for device in group._device_types] == ["cpu", "npu"]
     mine = device_tensor(torch.tensor([1.0, 2.0]) + rank, rank)
     total = device_tensor(mine.cpu(), rank)
@@ -49,17 +67,43 @@ def serve(path: str, rank: int) -> dict[str, list[float]]:
     group.broadcast([sent], options)
     made = {"total": total, "rows": rows, "numbers": numbers, "part": part, "sent": sent}
     assert all(tensor.device == torch.device("npu", rank) for tensor in made.values())
-    region.close()
     return {name: tensor.cpu().tolist() for name, tensor in made.items()}
 
 
-def test_npu_tensors_in_the_elastic_group() -> None:
+def on_every_rank(run: Callable[[str, int], Any]) -> list[Any]:
+    """What each member returns, given the region's path and its rank."""
     fd = os.memfd_create("check-group", os.MFD_CLOEXEC)
     os.ftruncate(fd, CollectiveRegion.region_bytes(CAPACITY, 2, 64 << 10))
     CollectiveRegion.format(fd, capacity=CAPACITY, channels=2, window_bytes=64 << 10)
     with ThreadPoolExecutor(len(MEMBERS)) as threads:
-        results = list(threads.map(lambda rank: serve(f"/proc/{os.getpid()}/fd/{fd}", rank), MEMBERS))
+        results = list(threads.map(lambda rank: run(f"/proc/{os.getpid()}/fd/{fd}", rank), MEMBERS))
     os.close(fd)
+    return results
+
+
+def out_of_order(path: str, rank: int) -> Exception:
+    """The ranks' first collectives are each other's second ones."""
+    with group_of(path, rank) as group:
+        mine = device_tensor(torch.tensor([1.0, 2.0]), rank)
+        rows = device_tensor(torch.zeros(CAPACITY * 2), rank)
+        calls = [
+            lambda: group.allreduce([mine], AllreduceOptions()),
+            lambda: group.all_gather_single(rows, mine, AllgatherOptions()),
+        ]
+        with pytest.raises(CollectiveMismatch) as raised:
+            for call in calls if rank == MEMBERS[0] else reversed(calls):
+                call()
+        return raised.value
+
+
+def test_ranks_that_call_collectives_in_another_order_all_learn_of_it() -> None:
+    errors = on_every_rank(out_of_order)
+    assert [error.epoch for error in errors] == [1, 1]
+    assert {error.rank for error in errors} <= set(MEMBERS)
+
+
+def test_npu_tensors_in_the_elastic_group() -> None:
+    results = on_every_rank(serve)
     for rank, seen in zip(MEMBERS, results, strict=True):
         assert seen["total"] == [4.0, 6.0]
         assert seen["rows"] == [1.0, 2.0, 0.0, 0.0, 3.0, 4.0], "an absent rank's floats are zero"
