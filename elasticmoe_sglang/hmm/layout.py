@@ -110,8 +110,47 @@ class DenseLayout(PackedLayout):
 
 @dataclass(frozen=True)
 class KvLayout(PackedLayout):
-    """Keys and values of one token over all layers, such as ("0.k", [heads, width], bfloat16), ("0.v", ...), ..."""
+    """Keys and values of one token over all layers, such as ("0.k", [heads, width], bfloat16), ("0.v", ...), ...
+
+    Tokens lie one after the other, each with all of its tensors.
+    """
 
     @property
     def token_bytes(self) -> int:
         return self.nbytes
+
+    @property
+    def piece_bytes(self) -> tuple[int, ...]:
+        """Bytes of a token in each of the address ranges over which its tensors are spread: one range here."""
+        return (self.token_bytes,)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """A tensor's range and its offset in the token's bytes there."""
+        return 0, self.offsets[name]
+
+    def chunk_unit(self, granularity: int) -> int:
+        """Bytes of which the size of a chunk is a multiple, so that it can be mapped."""
+        return granularity
+
+
+@dataclass(frozen=True)
+class KvPlanes(KvLayout):
+    """The same with a range for each tensor: the tokens of a layer's keys follow each other without gaps.
+
+    For attention that takes no strides. A chunk is a piece of memory in every range, all for the same tokens.
+    """
+
+    @property
+    def token_bytes(self) -> int:
+        return sum(self.piece_bytes)
+
+    @property
+    def piece_bytes(self) -> tuple[int, ...]:
+        return tuple(spec.nbytes for spec in self.specs)
+
+    def place(self, name: str) -> tuple[int, int]:
+        return [spec.name for spec in self.specs].index(name), 0
+
+    def chunk_unit(self, granularity: int) -> int:
+        tokens = math.lcm(*(granularity // math.gcd(granularity, size) for size in self.piece_bytes))
+        return tokens * self.token_bytes

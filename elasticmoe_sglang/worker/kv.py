@@ -10,13 +10,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from elasticmoe_sglang.errors import BudgetExceeded, WorkerError
 from elasticmoe_sglang.hmm.client import HmmClient
-from elasticmoe_sglang.hmm.kv_space import KvSpace, KvWindow
+from elasticmoe_sglang.hmm.kv_space import KvSpace, KvWindow, pieces_of
 from elasticmoe_sglang.hmm.layout import KvLayout
 from elasticmoe_sglang.planner.kv import KvShape
 
@@ -113,9 +113,10 @@ class WorkerKv:
         self._client = client
         self._rank = rank
         self._device = device
-        self._blocks: list[int] = []
+        self._pieces = pieces_of(layout, shape.chunk_bytes)
+        self._blocks: list[list[int]] = []  # of each chunk
         self._lock = threading.Lock()
-        self._rows: torch.Tensor | None = None
+        self._rows: tuple[torch.Tensor, ...] | None = None
         self.shape = shape
         self.layout = layout
         self.jobs = ResizeJobs()
@@ -129,7 +130,7 @@ class WorkerKv:
         return self.space.chunks
 
     @property
-    def rows(self) -> torch.Tensor:
+    def rows(self) -> tuple[torch.Tensor, ...]:
         """All tokens in their order in memory, see `KvSpace.rows`."""
         if self._rows is None:
             self._rows = self.space.rows()
@@ -205,23 +206,27 @@ class WorkerKv:
 
     def window(self, retiring_rank: int, chunks: Sequence[int]) -> KvWindow:
         """Chunks of a retiring rank's KV cache, to copy from. Raises WorkerError when they are gone."""
-        wanted = set(chunks)
+        wanted = sorted(set(chunks))
         blocks = {
-            block.chunk: block
+            block.chunk: block.block_id
             for block in self._client.lookup(kind="kv", rank=retiring_rank)
-            if block.chunk is not None and block.chunk in wanted
+            if block.chunk is not None
         }
-        if missing := sorted(wanted - blocks.keys()):
+        numbers = {chunk: self._numbers(chunk) for chunk in wanted}
+        if missing := [chunk for chunk in wanted if not blocks.keys() >= set(numbers[chunk])]:
             raise WorkerError(f"chunks {missing} of rank {retiring_rank}'s KV cache are gone", rank=self._rank)
-        order = sorted(wanted)
-        handles = self._client.handles([blocks[chunk].block_id for chunk in order])
+        handles = iter(self._client.handles([blocks[number] for chunk in wanted for number in numbers[chunk]]))
         return KvWindow(
             self._client.backend,
-            dict(zip(order, handles, strict=True)),
-            token_bytes=self.shape.token_bytes,
-            chunk_bytes=blocks[order[0]].nbytes,
+            {chunk: [next(handles) for _ in numbers[chunk]] for chunk in wanted},
+            self.layout,
+            chunk_bytes=self.shape.chunk_bytes,
             device=self._device,
         )
+
+    def _numbers(self, chunk: int) -> range:
+        """By which the HMM knows a chunk's pieces."""
+        return range(chunk * len(self._pieces), (chunk + 1) * len(self._pieces))
 
     def _add(self, count: int, txn: str | None) -> None:
         """All or none. In parts, so that the HMM can answer others in between."""
@@ -234,29 +239,49 @@ class WorkerKv:
             raise
 
     def _add_part(self, count: int, txn: str | None) -> None:
-        numbers = range(self.chunks, self.chunks + count)
-        blocks = self._client.allocate(
-            self._device, "kv", rank=self._rank, chunks=numbers, nbytes=self.shape.chunk_bytes, txn=txn
-        )
-        ids = [block.block_id for block in blocks]
+        chunks = range(self.chunks, self.chunks + count)
+        ids = self._allocate(chunks, txn)
+        wanted = [ids[number] for chunk in chunks for number in self._numbers(chunk)]
         try:
-            handles = self._client.handles(ids)
+            handles = self._client.handles(wanted)
         except BaseException:
-            self._client.release(ids)
+            self._client.release(wanted)
             raise
-        self._blocks += ids
-        for number, handle in enumerate(handles):
+        self._blocks += [[ids[number] for number in self._numbers(chunk)] for chunk in chunks]
+        pieces = len(self._pieces)
+        for start in range(0, len(handles), pieces):
             try:
-                self.space.map_chunk(handle)
+                self.space.map_chunk(*handles[start : start + pieces])
             except BaseException:
-                for rest in handles[number + 1 :]:
+                for rest in handles[start + pieces :]:
                     self._client.backend.close(rest)
                 raise
+
+    def _allocate(self, chunks: range, txn: str | None) -> dict[int, int]:
+        """Memory for all pieces of these chunks, or none: number -> block. A call for each size of a piece."""
+        ids: dict[int, int] = {}
+        try:
+            for size in dict.fromkeys(self._pieces):
+                numbers = [
+                    number
+                    for chunk in chunks
+                    for number, piece in zip(self._numbers(chunk), self._pieces, strict=True)
+                    if piece == size
+                ]
+                blocks = self._client.allocate(
+                    self._device, "kv", rank=self._rank, chunks=numbers, nbytes=size, txn=txn
+                )
+                ids.update(zip(numbers, (block.block_id for block in blocks), strict=True))
+        except BaseException:
+            if ids:
+                self._client.release(list(ids.values()))
+            raise
+        return ids
 
     def _remove(self, count: int) -> None:
         for _ in range(count):
             self.space.unmap_chunk()
-        gone = self._blocks[self.chunks :]
+        gone = [block for blocks in self._blocks[self.chunks :] for block in blocks]
         del self._blocks[self.chunks :]
         if gone:
             self._client.release(gone)
@@ -271,12 +296,42 @@ def chunks_of(pages: Sequence[int], shape: KvShape) -> list[int]:
     return sorted(found)
 
 
-def copy_tokens(target: Any, target_rows: torch.Tensor, source: Any, source_rows: torch.Tensor) -> None:
+Rows = Sequence[Any]
+"""`rows` of a KV cache or a window: a tensor for each of its ranges."""
+
+
+def copy_tokens(target: Rows, target_rows: torch.Tensor, source: Rows, source_rows: torch.Tensor) -> None:
     """target[target_rows] = source[source_rows], for `rows` of one or two KV caches; target rows are distinct.
 
-    In one cache no row may be both. In parts, because each goes through memory of its own.
+    In one cache no row may be both. In parts, because each goes through memory of its own. On an NPU by copies of what
+    lies together instead: those may reach into another device's memory, which kernels there are not known to.
     """
-    part = max(1, _COPY_BYTES // (target.shape[1] * target.itemsize))
-    for start in range(0, len(target_rows), part):
-        there, here = target_rows[start : start + part], source_rows[start : start + part]
-        target.index_copy_(0, there, source.index_select(0, here))
+    if target[0].device.type == "npu":
+        return copy_stretches(target, target_rows, source, source_rows)
+    for there, here in zip(target, source, strict=True):
+        part = max(1, _COPY_BYTES // (there.shape[1] * there.itemsize))
+        for start in range(0, len(target_rows), part):
+            wanted = here.index_select(0, source_rows[start : start + part])
+            there.index_copy_(0, target_rows[start : start + part], wanted)
+
+
+def copy_stretches(target: Rows, target_rows: torch.Tensor, source: Rows, source_rows: torch.Tensor) -> None:
+    """`copy_tokens` by a copy for each stretch of rows that follow each other on both sides."""
+    stretches = list(_stretches(target_rows.tolist(), source_rows.tolist()))
+    for there, here in zip(target, source, strict=True):
+        for to, since, length in stretches:
+            there[to : to + length].copy_(here[since : since + length])
+
+
+def _stretches(targets: Sequence[int], sources: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first target, first source, length) of each."""
+    start = 0
+    for index in range(1, len(targets) + 1):
+        together = (
+            index < len(targets)
+            and targets[index] == targets[index - 1] + 1
+            and sources[index] == sources[index - 1] + 1
+        )
+        if not together:
+            yield targets[start], sources[start], index - start
+            start = index

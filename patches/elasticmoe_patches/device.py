@@ -194,18 +194,18 @@ def settle_cores(config: ElasticConfig) -> ElasticConfig:
 
 
 def settle_headroom(config: ElasticConfig, static_share: float | None) -> ElasticConfig:
-    """The settings with what KV caches leave unused of a GPU: activations, graphs and contexts take it.
+    """The settings with what KV caches leave unused of a GPU or NPU: activations, graphs and contexts take it.
 
     Args:
-        static_share: SGLang's --mem-fraction-static, what weights and KV of one process may take of a GPU.
+        static_share: SGLang's --mem-fraction-static, what weights and KV of one process may take of a device.
     """
-    if config.headroom != AUTO or memory_backend() != "cuda":
+    if config.headroom != AUTO or memory_backend() == "cpu":
         return config
     share = 1 - (static_share or _STATIC_SHARE)
     # What a batch needs is divided among a device's ranks, as SGLang divides the batch; what a process needs is not.
     further = config.ranks_per_device - 1
     headroom = f"{share:.3f}" + (f"+{further * _OF_A_PROCESS_GIB}GiB" if further else "")
-    logger.info("KV caches leave %s of each GPU's memory to what its ranks compute with", headroom)
+    logger.info("KV caches leave %s of each device's memory to what its ranks compute with", headroom)
     return replace(config, headroom=headroom)
 
 

@@ -37,8 +37,14 @@ def _kv() -> WorkerKv:
     return kv
 
 
-def _mapped_bytes() -> int:
+def held_bytes() -> int:
+    """Of the memory that is mapped now."""
     return _kv().chunks * _kv().shape.chunk_bytes
+
+
+def space_views() -> dict[str, torch.Tensor]:
+    """The tensors of the rank's KV cache, over all reserved addresses."""
+    return _kv().space.views()
 
 
 class ElasticMHATokenToKVPool(MHATokenToKVPool):  # type: ignore[misc]
@@ -46,7 +52,7 @@ class ElasticMHATokenToKVPool(MHATokenToKVPool):  # type: ignore[misc]
 
     def _create_buffers_normal(self) -> None:
         assert self.kv_cache_layout == "nhd", f"the elastic KV pool does not know the layout {self.kv_cache_layout}"
-        views = _kv().space.views()
+        views = space_views()
         self.k_buffer = [views[f"{layer}.k"] for layer in range(self.layer_num)]
         self.v_buffer = [views[f"{layer}.v"] for layer in range(self.layer_num)]
 
@@ -79,18 +85,18 @@ class ElasticMHATokenToKVPool(MHATokenToKVPool):  # type: ignore[misc]
         )
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        return _mapped_bytes() // 2, _mapped_bytes() // 2
+        return held_bytes() // 2, held_bytes() // 2
 
 
 class ElasticMLATokenToKVPool(CpuMLATokenToKVPool):
     """The latents of a token lie side by side, layer after layer: strided views, see ``KvSpace``."""
 
     def _create_buffers(self) -> None:
-        views = _kv().space.views()
+        views = space_views()
         self.kv_buffer = [views[f"{layer}.kv"] for layer in range(self.layer_num)]
 
     def get_kv_size_bytes(self) -> int:
-        return _mapped_bytes()
+        return held_bytes()
 
 
 class CpuTokenAllocator(TokenToKVPoolAllocator):  # type: ignore[misc]

@@ -82,8 +82,10 @@ class Worker:
     def fill(self, seed: int) -> torch.Tensor:
         """Random numbers in every row that may be used."""
         rows = SHAPE.tokens(self.kv.chunks) + SHAPE.page_tokens
-        content = torch.randint(1 << 60, (rows, self.kv.rows.shape[1]), generator=torch.Generator().manual_seed(seed))
-        self.kv.rows[:rows] = content
+        content = torch.randint(
+            1 << 60, (rows, self.kv.rows[0].shape[1]), generator=torch.Generator().manual_seed(seed)
+        )
+        self.kv.rows[0][:rows] = content
         return content
 
 
@@ -101,7 +103,7 @@ def test_capacity_follows_the_chunks(hmm: HmmProcess) -> None:
             assert used(rank) == chunks * SHAPE.chunk_bytes
             keep = min(len(content), rank.capacity + SHAPE.page_tokens)
             content = content[:keep]
-            assert torch.equal(rank.kv.rows[:keep], content), "what stays is not touched"
+            assert torch.equal(rank.kv.rows[0][:keep], content), "what stays is not touched"
         assert rank.client.status().retired_blocks == 0
 
 
@@ -124,7 +126,7 @@ def test_a_scheduler_that_cannot_let_go_keeps_everything(hmm: HmmProcess) -> Non
         with pytest.raises(WorkerError, match="needs it"):
             rank.resize(2)
         assert rank.kv.chunks == 6 and used(rank) == 6 * SHAPE.chunk_bytes
-        assert torch.equal(rank.kv.rows[: len(content)], content)
+        assert torch.equal(rank.kv.rows[0][: len(content)], content)
         rank.refuse = None
         assert rank.resize(2).tokens == SHAPE.tokens(2)
 
@@ -200,7 +202,7 @@ def test_another_hmm_takes_the_chunks_over_and_the_cache_goes_on(tmp_path: Path)
             with Worker(endpoint, 0) as survivor:
                 survivor.kv.open(2, None, WAIT_S)
                 window = survivor.kv.window(1, [1, 2])
-                assert torch.equal(window.rows()[30:50], content[30:50])
+                assert torch.equal(window.rows()[0][30:50], content[30:50])
                 window.close()
             rank.resize(3)
             rank.resize(9)
@@ -235,9 +237,9 @@ def test_a_retiring_rank_s_pages_are_copied_out_of_its_memory_after_it_has_gone(
         here = torch.tensor(range(40, 52))
         before = survivor.fill(4)
         copy_tokens(survivor.kv.rows, here, window.rows(), there)
-        assert torch.equal(survivor.kv.rows[here], content[there])
+        assert torch.equal(survivor.kv.rows[0][here], content[there])
         before[here] = content[there]
-        assert torch.equal(survivor.kv.rows[: len(before)], before), "nothing else was touched"
+        assert torch.equal(survivor.kv.rows[0][: len(before)], before), "nothing else was touched"
         survivor.client.release([block.block_id for block in survivor.client.lookup(kind="kv", rank=0)])
         assert survivor.client.status().devices[0].used > 0, "the window still has it mapped"
         window.close()
@@ -264,7 +266,7 @@ def test_the_space_against_a_plain_tensor(steps: list[bool], seed: int) -> None:
     rng = random.Random(seed)
     space = KvSpace(backend, LAYOUT, chunk_bytes=2 * PAGE, max_chunks=8)
     model = torch.zeros((space.max_tokens, LAYOUT.token_bytes // 8), dtype=torch.int64)
-    views, rows = space.views(), space.rows()
+    views, (rows,) = space.views(), space.rows()
     known = 0
     for grow in steps:
         if grow and space.chunks < space.max_chunks:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from elasticmoe_patches.device import on_npu
 from elasticmoe_patches.worker.kv_resize import resize, update_limits
 from elasticmoe_patches.worker.requests import set_aside
 from elasticmoe_patches.worker.worker import Worker
-from elasticmoe_sglang.hmm.layout import KvLayout
+from elasticmoe_sglang.hmm.layout import KvLayout, KvPlanes
 from elasticmoe_sglang.planner import KvShape, kv_shape
 from elasticmoe_sglang.wire.to_hmm import HmmStatus
 from elasticmoe_sglang.worker.kv import Resized, WorkerKv, copy_tokens
@@ -38,7 +39,7 @@ def open_kv(worker: Worker, configurator: Any) -> None:
     shape = kv_shape(
         token_bytes=layout.token_bytes,
         page_tokens=configurator.pool_page_size,
-        granularity=status.granularity,
+        granularity=layout.chunk_unit(status.granularity),
         budget=budget,
         ranks=config.ranks_per_device,
         cap_tokens=min(caps, default=None),
@@ -89,11 +90,23 @@ def _first_share(worker: Worker, status: HmmStatus, shape: KvShape) -> int:
 
 
 def kv_layout(configurator: Any) -> KvLayout:
-    """One token's keys and values, named `<layer>.k` and `<layer>.v`, or `<layer>.kv` for MLA's latent."""
+    """One token's keys and values, named `<layer>.k` and `<layer>.v`, or `<layer>.kv` for MLA's latent.
+
+    On NPUs, whose attention takes no strides, each tensor has addresses of its own, and MLA's latent is two of them.
+    """
     from sglang.srt.runtime_context import get_parallel
 
     model, dtype = configurator.model_config, configurator.kv_cache_dtype
     layers = range(configurator.layer_info.num_effective_layers)
+    if on_npu():
+        heads = (
+            1
+            if configurator.use_mla_backend
+            else model.get_num_kv_heads(get_parallel().attn_tp_size, get_parallel().attn_dcp_size)
+        )
+        widths = (model.kv_lora_rank, model.qk_rope_head_dim) if configurator.use_mla_backend else (model.head_dim,) * 2
+        parts = tuple(zip("kv", widths, strict=True))
+        return KvPlanes.of((f"{layer}.{part}", (heads, width), dtype) for layer in layers for part, width in parts)
     if configurator.use_mla_backend:
         width = model.kv_lora_rank + model.qk_rope_head_dim
         return KvLayout.of((f"{layer}.kv", (1, width), dtype) for layer in layers)

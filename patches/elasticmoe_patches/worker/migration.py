@@ -18,7 +18,7 @@ import torch
 
 from elasticmoe_patches.versions import api
 from elasticmoe_patches.worker.requests import ORIGIN, live_requests, pages_of
-from elasticmoe_sglang.worker.kv import copy_tokens
+from elasticmoe_sglang.worker.kv import Rows, copy_tokens
 from elasticmoe_sglang.worker.tensor_pack import pack, unpack
 
 _CARRIED = (
@@ -185,7 +185,7 @@ def fill_from_frames(scheduler: Any, header: bytes, buffers: list[Any]) -> Calla
 
 
 def fill_from_window(
-    scheduler: Any, kv_rows: torch.Tensor, window_rows: torch.Tensor, pages: Sequence[int]
+    scheduler: Any, kv_rows: Rows, window_rows: Rows, pages: Sequence[int]
 ) -> Callable[[int, torch.Tensor], None]:
     """For `place_kv`: copied from a retiring rank's HMM memory, where the request has these pages.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from elasticmoe_patches.device import on_npu
 from elasticmoe_patches.spec import WORKERS, Hooks
 from elasticmoe_patches.worker.kv import open_kv
 from elasticmoe_patches.worker.worker import Worker, current_worker
@@ -20,10 +21,10 @@ _POOLS = "SGLang's own platforms let a plugin supply the pools."
 
 
 def _in_hmm_memory(worker: Worker) -> bool:
-    """Whether this rank's pool is made over HMM memory: by our platform on the CPU, by the hooks below on GPUs."""
+    """Whether this rank's pool is made over HMM memory: by our platform on the CPU, by the hooks below elsewhere."""
     from sglang.srt.platforms import current_platform
 
-    return worker.cuda is not None or getattr(current_platform, "elastic_kv", False)
+    return worker.cuda is not None or on_npu() or getattr(current_platform, "elastic_kv", False)
 
 
 @hook("around", "KVCacheConfigurator.configure(self, *, pre_model_load_memory)", expires=_EXPIRES)
@@ -90,13 +91,55 @@ def around_build_mla_kv_pool(original: Any, self: Any, *, max_total_num_tokens: 
         return original(self, max_total_num_tokens=max_total_num_tokens, mla_pool_class=ElasticMLATokenToKVPool)
     return ElasticMLATokenToKVPool(  # as 0.5.21 makes its own
         max_total_num_tokens,
-        page_size=self.pool_page_size,
-        dtype=self.kv_cache_dtype,
         kv_lora_rank=self.model_config.kv_lora_rank,
         qk_rope_head_dim=self.model_config.qk_rope_head_dim,
-        layer_num=self.layer_info.num_effective_layers,
-        device=self.device,
-        enable_memory_saver=False,
-        start_layer=self.layer_info.start_layer,
-        end_layer=self.layer_info.end_layer,
+        **_of_any_pool(self),
     )
+
+
+@hook("around", "KVCacheConfigurator._build_ascend_mha_kv_pool(self, *, max_total_num_tokens)", expires=_POOLS)
+def around_build_ascend_mha_kv_pool(original: Any, self: Any, *, max_total_num_tokens: int) -> Any:
+    """The pool of a rank on an NPU lies in HMM memory too."""
+    if current_worker().kv is None:
+        return original(self, max_total_num_tokens=max_total_num_tokens)
+    from sglang.srt.runtime_context import get_parallel
+
+    from elasticmoe_patches.npu_kv_pools import ElasticNpuMhaPool
+
+    heads = self.model_config.get_num_kv_heads(get_parallel().attn_tp_size, get_parallel().attn_dcp_size)
+    return ElasticNpuMhaPool(
+        max_total_num_tokens, head_num=heads, head_dim=self.model_config.head_dim, **_of_any_pool(self)
+    )
+
+
+@hook(
+    "around",
+    "KVCacheConfigurator._build_ascend_mla_kv_pool(self, *, max_total_num_tokens, is_dsa_model)",
+    expires=_POOLS,
+)
+def around_build_ascend_mla_kv_pool(original: Any, self: Any, *, max_total_num_tokens: int, is_dsa_model: bool) -> Any:
+    """The pool of a rank on an NPU lies in HMM memory too."""
+    if current_worker().kv is None:
+        return original(self, max_total_num_tokens=max_total_num_tokens, is_dsa_model=is_dsa_model)
+    from elasticmoe_patches.npu_kv_pools import ElasticNpuMlaPool
+
+    assert not is_dsa_model, "models with a sparse-attention indexer are refused at launch"
+    return ElasticNpuMlaPool(
+        max_total_num_tokens,
+        kv_lora_rank=self.model_config.kv_lora_rank,
+        qk_rope_head_dim=self.model_config.qk_rope_head_dim,
+        **_of_any_pool(self),
+    )
+
+
+def _of_any_pool(configurator: Any) -> dict[str, Any]:
+    """Arguments that every pool of SGLang's takes."""
+    return {
+        "page_size": configurator.pool_page_size,
+        "dtype": configurator.kv_cache_dtype,
+        "layer_num": configurator.layer_info.num_effective_layers,
+        "device": configurator.device,
+        "enable_memory_saver": False,
+        "start_layer": configurator.layer_info.start_layer,
+        "end_layer": configurator.layer_info.end_layer,
+    }
