@@ -27,8 +27,8 @@ _TOKENS = 16384
 @pytest.mark.parametrize("model", ARCHES)
 @pytest.mark.parametrize("device", ["ascend-910b", "ascend-910c"])
 def test_it_starts_and_changes(device: str, model: str, tmp_path: Path) -> None:
-    """Its flags and variables; smaller are model, ranks and memory. Its Triton kernels have no compiler here."""
-    python = npusim.python_or_skip()
+    """Its flags and variables; smaller are model, ranks and memory."""
+    python = npusim.python_or_skip(triton_ascend=True)
     config = load_launch_config(CONFIGS / device / f"{model}.json")
     tiny = make_tiny_model(tmp_path / "model", arch=ARCHES[model], dtype="bfloat16")
     smaller = {
@@ -42,7 +42,8 @@ def test_it_starts_and_changes(device: str, model: str, tmp_path: Path) -> None:
     given = iter(config.to_argv())
     flags = {flag: smaller.get(flag, value) for flag, value in zip(given, given, strict=True)}
     args = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
-    variables = {**config.environment, "ELASTICMOE_NPU_GEMM": "grouped_matmul", "TASK_QUEUE_ENABLE": "0"}
+    assert config.environment.items() >= {("ELASTICMOE_NPU_GEMM", "triton")}
+    variables = {**config.environment, **npusim.TRITON_ASCEND, "TASK_QUEUE_ENABLE": "0"}
     with ElasticServer(
         tiny,
         args,

@@ -32,6 +32,12 @@ STREAMS = 6
 WHOLE_WITHIN_S = 240.0
 """A standby imports SGLang and torch_npu anew, for 10 s where nothing else runs."""
 _TOKENS = 16384
+_BUDGET = "60MiB"
+"""Of a device: weights leave room for a part of `_TOKENS`, another part at every size."""
+HEADROOM = 0.12
+"""What KV leaves of a device by default: 1 - --mem-fraction-static."""
+_PAGE = 64 << 10
+"""Granularity of device memory: with CANN's 2 MiB a chunk of these models' KV would be all of it."""
 _KEPT = 2
 """Standbys that are ready, so that growing by two does not wait for an import."""
 SEED = 5
@@ -54,6 +60,9 @@ SETUPS = (
     pytest.param(Setup(arch="deepseek_v2", late=SEED), id="deepseek_v2", marks=pytest.mark.soak),
     pytest.param(
         Setup(late=SEED, variables={"ASCEND_USE_FIA": "1"}), id="qwen3_moe-fused-attention", marks=pytest.mark.soak
+    ),
+    pytest.param(
+        Setup(late=SEED, variables=npusim.TRITON_ASCEND), id="qwen3_moe-triton-ascend", marks=pytest.mark.soak
     ),
 )
 
@@ -93,7 +102,7 @@ def running(
     request: pytest.FixtureRequest, shared: Shared, corpora: Corpora, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
     setup: Setup = request.param
-    python, corpus = npusim.python_or_skip(), corpora[setup.arch]
+    python, corpus = npusim.python_or_skip(triton_ascend=setup.variables == npusim.TRITON_ASCEND), corpora[setup.arch]
     shared.close()
     folder = tmp_path_factory.mktemp("npu")
     record = folder / "operators"
@@ -101,6 +110,7 @@ def running(
     most = max(setup.sizes)
     # SGLang takes a float32 checkpoint for half precision on an accelerator unless told not to.
     args = [*LIMITS, "--dtype", "float32", "--elasticmoe-standbys", str(min(_KEPT, most - 1))]
+    args += ["--elasticmoe-device-budget", _BUDGET]
     with (
         ElasticServer(
             corpus.model,
@@ -111,7 +121,7 @@ def running(
             device="npu",
             kv_tokens=_TOKENS,
             python=python,
-            env={**npusim.environment(devices=most, late=setup.late, record=record), **setup.variables},
+            env={**npusim.environment(devices=most, late=setup.late, record=record, page=_PAGE), **setup.variables},
         ) as server,
         Load(server.url) as load,
     ):
@@ -130,6 +140,22 @@ def test_same_tokens_through_every_change(running: Running) -> None:
         assert bool(moved) == bool(operation["retiring"])
         kept += operation["moved_requests"] - operation["recomputed_requests"]
     assert kept > 0
+
+
+def test_kv_grows_into_what_columns_leave_and_makes_room_for_them(running: Running) -> None:
+    if running.setup.arch != "qwen3_moe":
+        pytest.skip("all the KV that the server may have fits beside this model's weights")
+    seen = {}
+    for size in (1, 2, 1):
+        if len(running.members) != size:
+            running.server.must_scale(size)
+        status = running.server.status()
+        usage = status["memory"]["devices"][0]
+        room = usage["budget"] * (1 - HEADROOM) - usage["by_kind"]["dense"] - usage["by_kind"]["column"]
+        assert 0.97 * room < usage["by_kind"]["kv"] <= room
+        tokens = status["ranks"][0]["kv_tokens"]
+        assert seen.setdefault(size, tokens) == tokens
+    assert seen[1] < 0.8 * seen[2]
 
 
 def test_a_cached_prefix_is_used_after_a_change(running: Running) -> None:

@@ -62,8 +62,14 @@ def build() -> Path:
     return target
 
 
-def environment(*, devices: int = 2, hbm_bytes: int = 4 << 30, soc: str = "Ascend910B3") -> dict[str, str]:
-    """os.environ with the stand-in in CANN's place."""
+def environment(
+    *, devices: int = 2, hbm_bytes: int = 4 << 30, soc: str = "Ascend910B3", page: int | None = None
+) -> dict[str, str]:
+    """os.environ with the stand-in in CANN's place.
+
+    Args:
+        page: granularity of device memory; None: CANN's, 2 MiB.
+    """
     libraries = os.pathsep.join(filter(None, [str(build()), os.environ.get("LD_LIBRARY_PATH")]))
     return {
         **os.environ,
@@ -71,6 +77,7 @@ def environment(*, devices: int = 2, hbm_bytes: int = 4 << 30, soc: str = "Ascen
         "CANN_STANDIN_DEVICES": str(devices),
         "CANN_STANDIN_HBM_BYTES": str(hbm_bytes),
         "CANN_STANDIN_SOC": soc,
+        **({} if page is None else {"CANN_STANDIN_PAGE": str(page)}),
         # Without this, `import torch` itself loads torch_npu wherever it is installed.
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         "OMP_NUM_THREADS": "1",

@@ -180,7 +180,7 @@ static size_t granularity(aclrtMemAttr attr) {
         case ACL_MEM_NORMAL:
         case ACL_MEM_HUGE:
         case ACL_MEM_P2P_NORMAL:
-        case ACL_MEM_P2P_HUGE: return STANDIN_PAGE_2M;
+        case ACL_MEM_P2P_HUGE: return standin_page();
         case ACL_HBM_MEM_HUGE1G:
         case ACL_HBM_MEM_P2P_HUGE1G:
         case ACL_MEM_HUGE1G:
@@ -280,8 +280,8 @@ static aclError check_map(char *base, size_t size, size_t offset, Physical *p, u
     if (offset) return standin_error(ACL_ERROR_RT_PARAM_INVALID, "aclrtMapMem: offset must be 0, got %zu", offset);
     if (size != p->size)
         return standin_error(ACL_ERROR_RT_PARAM_INVALID, "aclrtMapMem: size %zu is not the allocation's %zu", size, p->size);
-    if ((uintptr_t)base % STANDIN_PAGE_2M)
-        return standin_error(ACL_ERROR_RT_ADDR_UNALIGNED, "aclrtMapMem: %p is not aligned to 2 MiB", (void *)base);
+    if ((uintptr_t)base % standin_page())
+        return standin_error(ACL_ERROR_RT_ADDR_UNALIGNED, "aclrtMapMem: %p is not aligned to the granularity", (void *)base);
     Reservation *r = reservations;
     while (r && !(base >= r->base && base + size <= r->base + r->size)) r = r->next;
     if (!r) return standin_error(ACL_ERROR_RT_PARAM_INVALID, "aclrtMapMem: %p is in no reservation", (void *)base);

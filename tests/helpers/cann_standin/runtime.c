@@ -52,6 +52,12 @@ size_t standin_capacity(void) {
     return text ? strtoull(text, NULL, 0) : (size_t)4 << 30;
 }
 
+/* Smaller than CANN's where a test wants a tiny model to have more than one piece of anything. */
+size_t standin_page(void) {
+    const char *text = getenv("CANN_STANDIN_PAGE");
+    return text ? strtoull(text, NULL, 0) : STANDIN_PAGE_2M;
+}
+
 int standin_current_device(void) { return current; }
 int standin_peer_enabled(int device, int other) { return device == other || peer[device][other]; }
 

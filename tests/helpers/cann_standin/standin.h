@@ -69,6 +69,7 @@ int standin_device_count(void);
 int standin_current_device(void); /* -1: this thread has no context */
 int standin_peer_enabled(int device, int peer);
 size_t standin_capacity(void);
+size_t standin_page(void);
 
 aclError standin_check_ends(const char *call, const void *to, const void *from, size_t size, aclrtMemcpyKind kind);
 aclError standin_copy_in_stream(void *to, const void *from, size_t size, aclrtMemcpyKind kind, const void *stream);

@@ -13,14 +13,23 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import cann_standin, torch_npu_wheel
+from tests.helpers.triton_ascend import execute
 
 HERE = Path(__file__).parent
 ROOT = torch_npu_wheel.ROOT
 _BUILD_S = 900
 
 
-def python_or_skip() -> str:
-    """The interpreter of the simulated NPU's venv, which is built where it is not there."""
+TRITON_ASCEND = {"ELASTICMOE_NPU_GEMM": "triton", "NPUSIM_TRITON_ASCEND": "1"}
+"""Variables with which the experts are this project's Triton-Ascend kernels."""
+
+
+def python_or_skip(*, triton_ascend: bool = False) -> str:
+    """The interpreter of the simulated NPU's venv, which is built where it is not there.
+
+    Args:
+        triton_ascend: what lowers and compiles this project's kernels is needed too.
+    """
     environment = {**os.environ, "PYTHON": sys.executable}
     script = ROOT / "tests/helpers/make_npusim_venv.sh"
     done = subprocess.run([str(script)], env=environment, capture_output=True, text=True, timeout=_BUILD_S)
@@ -29,7 +38,10 @@ def python_or_skip() -> str:
     try:
         cann_standin.build()
         library()
-    except (cann_standin.CompilerMissing, torch_npu_wheel.WheelMissing) as error:
+        if triton_ascend:
+            execute.triton_ascend_python()
+            execute.install_llvm()
+    except (cann_standin.CompilerMissing, torch_npu_wheel.WheelMissing, execute.ToolMissing) as error:
         pytest.skip(f"the simulated NPU cannot be built: {error}")
     return done.stdout.strip().splitlines()[-1]
 
@@ -59,17 +71,18 @@ def library() -> Path:
 
 
 def environment(
-    *, devices: int = 2, hbm_bytes: int = 2 << 30, late: int = 0, record: Path | None = None
+    *, devices: int = 2, hbm_bytes: int = 2 << 30, late: int = 0, record: Path | None = None, page: int | None = None
 ) -> dict[str, str]:
     """os.environ for a process on the simulated NPU.
 
     Args:
         late: a seed; which copies are carried out only when somebody waits for them. 0: all of them.
         record: an empty folder, in which each process leaves the operators that it ran (`recorded`).
+        page: granularity of device memory; None: CANN's, 2 MiB.
     """
     path = [HERE / "site", ROOT, ROOT / "kernels", ROOT / "patches"]
     return {
-        **cann_standin.environment(devices=devices, hbm_bytes=hbm_bytes),
+        **cann_standin.environment(devices=devices, hbm_bytes=hbm_bytes, page=page),
         # torch loads torch_npu, and then what replaces its kernels, wherever it is imported.
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
         "PYTHONPATH": os.pathsep.join(map(str, path)),
@@ -81,7 +94,7 @@ def environment(
         "ASCEND_LAUNCH_BLOCKING": "1",
         "TORCHDYNAMO_DISABLE": "1",
         "TRITON_INTERPRET": "1",
-        # Our own Triton kernels take minutes in the interpreter.
+        # Without what lowers our own kernels (TRITON_ASCEND).
         "ELASTICMOE_NPU_GEMM": "grouped_matmul",
     }
 

@@ -131,7 +131,8 @@ def lower(jobs: list[Job]) -> dict[Job, Path]:
         listing = CACHE / f"jobs-{hashlib.sha256(repr(orders).encode()).hexdigest()[:16]}.json"
         listing.write_text(json.dumps(orders))
         command = [triton_ascend_python(), str(HERE / "lower.py"), str(listing)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
     return files

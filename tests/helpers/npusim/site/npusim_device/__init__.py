@@ -33,7 +33,7 @@ def autoload() -> None:
 @functools.cache
 def install() -> None:
     """Replace torch_npu's kernels in this process."""
-    from npusim_device import attention, operators, packages
+    from npusim_device import attention, operators, packages, triton_ascend
     from npusim_device.dispatch import register
 
     torch.ops.load_library(os.environ["NPUSIM_LIBRARY"])
@@ -42,6 +42,8 @@ def install() -> None:
     register(operators.OPERATORS)
     register(attention.OPERATORS)
     attention.install_atb()
+    if os.environ.get(triton_ascend.WANTED) == "1" and not _forks():
+        triton_ascend.install()
     if RECORD in os.environ and not _forks():
         threading.Thread(target=_record, name="npusim-record", daemon=True).start()
 
