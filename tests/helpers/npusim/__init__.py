@@ -109,3 +109,9 @@ def recorded(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
         for name, count in found["calls"].items():
             calls[name] = calls.get(name, 0) + count
     return calls, checked
+
+
+def addresses(folder: Path, pid: int) -> dict[str, list[int]]:
+    """Kernel and argument -> where that process's kernels were told to find it."""
+    found: dict[str, list[int]] = json.loads((folder / f"{pid}.json").read_text())["addresses"]
+    return found

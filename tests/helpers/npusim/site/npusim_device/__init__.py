@@ -55,7 +55,7 @@ def _forks() -> bool:
 
 def _record() -> None:
     """Write what this process has run, again and again: most processes of a server are killed in the end."""
-    from npusim_device.dispatch import CHECKED, calls
+    from npusim_device.dispatch import CHECKED, addresses, calls
 
     path = Path(os.environ[RECORD]) / f"{os.getpid()}.json"
     last: dict[str, int] = {}
@@ -64,6 +64,7 @@ def _record() -> None:
         now = calls()
         if now != last:
             scratch = path.with_suffix(".new")
-            scratch.write_text(json.dumps({"calls": now, "checked": dict(CHECKED)}, indent=1, sort_keys=True))
+            found = {"calls": now, "checked": dict(CHECKED), "addresses": addresses()}
+            scratch.write_text(json.dumps(found, indent=1, sort_keys=True))
             scratch.rename(path)
             last = now

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npusim_device.dispatch import CHECKED, count, to_host
+from npusim_device.dispatch import CHECKED, count, note_address, to_host
 from npusim_device.operators import halves, rms
 
 
@@ -261,6 +261,9 @@ def ring_mla(
         at, kv_at = q_end, kv_end
 
 
+_CACHES = {"key_cache", "value_cache"}
+
+
 def install_atb() -> None:
     """Put them where SGLang finds ATB's."""
     import torch_npu
@@ -280,6 +283,8 @@ def _in_place(name: str, function: Callable[..., None]) -> Callable[..., None]:
 
     def run(*arguments: Any, **options: Any) -> None:
         count(name)
+        for cache in _CACHES & options.keys():
+            note_address(f"{name}.{cache}", options[cache])
         host = to_host((arguments, options), name)
         function(*host[0], **host[1])
 

@@ -19,6 +19,7 @@ Function = Callable[..., Any]
 CHECKED: dict[str, str] = {}
 """Operator -> "Meta kernel", or why its output was not compared."""
 _counted: collections.Counter[str] = collections.Counter()
+_addresses: dict[str, set[int]] = collections.defaultdict(set)
 _libraries: list[torch.library.Library] = []
 
 
@@ -30,6 +31,16 @@ def calls() -> dict[str, int]:
 
 def count(name: str) -> None:
     _counted[name] += 1
+
+
+def note_address(name: str, tensor: torch.Tensor) -> None:
+    """Where a kernel was told to find weights or a cache: a graph that captured the call would go on looking there."""
+    _addresses[name].add(tensor.data_ptr())
+
+
+def addresses() -> dict[str, list[int]]:
+    """Of `note_address`, of this process."""
+    return {name: sorted(found) for name, found in list(_addresses.items())}
 
 
 def to_host(value: Any, name: str) -> Any:

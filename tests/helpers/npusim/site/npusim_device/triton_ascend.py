@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from npusim_device.dispatch import CHECKED, count, device_of
+from npusim_device.dispatch import CHECKED, count, device_of, note_address
 
 WANTED = "NPUSIM_TRITON_ASCEND"
 """1: the kernels of `elasticmoe_kernels.ascend` run. They need triton-ascend's venv and LLVM, which tests install."""
@@ -42,6 +42,8 @@ class _Kernel:
             device_of(arguments, self._name)
             count(self._name)
             CHECKED[self._name] = "this project's kernel, lowered by triton-ascend, its Linalg run on the host"
+            if self._name.endswith("grouped_gemm"):
+                note_address(f"{self._name}.weight", arguments[1])
             launch(*arguments, **constants)
 
         return run
