@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from elasticmoe_patches import imm
 from elasticmoe_sglang.imm import gpu_imports
 from elasticmoe_sglang.imm.gpu_imports import CudaAsked, preload_without_cuda, without_cuda
 
@@ -81,3 +82,32 @@ def test_where_the_gpus_cannot_be_asked_standbys_are_programs(
 
     assert not preload_without_cuda(imported)
     assert "no driver" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("backend", "imports", "forked"), [("cuda", True, True), ("cuda", False, False), ("npu", True, False)]
+)
+def test_the_imm_forks_where_its_imports_allow_it(
+    backend: str, imports: bool, forked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    class Server:
+        def __init__(self, path: str, worker_main: Any, **options: Any) -> None:
+            given.update(options, worker_main=worker_main)
+
+        def serve(self) -> None:
+            given["served"] = True
+
+    config = SimpleNamespace(standbys=1, max_ep_size=2)
+    paths = SimpleNamespace(imm_socket="imm.sock", lifeline="lifeline")
+    monkeypatch.setattr(imm, "current_runtime", lambda: SimpleNamespace(paths=paths, config=config))
+    monkeypatch.setattr(imm, "leave_signals_to_main", lambda: None)
+    monkeypatch.setattr(imm, "tie", lambda path: None)
+    monkeypatch.setattr(imm, "preload_without_cuda", lambda preload: imports)
+    monkeypatch.setattr(imm, "ImmServer", Server)
+    monkeypatch.setattr(imm.logging, "basicConfig", lambda **_: None)
+    imm.serve(backend)
+    assert given["served"]
+    assert (given["become"] is None) == (given["worker_main"] is imm.worker_main) == (given["warm"] is not None)
+    assert (given["become"] is None) == forked
