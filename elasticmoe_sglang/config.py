@@ -64,6 +64,9 @@ class ElasticConfig:
     """Whether ranks count the tokens that are routed to each of their expert columns, for `elasticmoe rebalance`: on,
     off, or auto: where they compute on the CPU (on GPUs it costs an atomic addition for each, not measured yet)."""
 
+    spare_imm: str = AUTO
+    """Whether another IMM waits with its imports done, for when the IMM dies: on, off, or auto: on GPUs."""
+
     hot_standbys: int = 0
     """Inactive ranks for which a worker is kept booted, so that joining takes no boot. A retiring rank's worker becomes
     one instead of ending while there are fewer; others are booted in the background."""
@@ -121,8 +124,9 @@ class ElasticConfig:
         self.mps_percentage()
         if self.cpu_bind not in (cpu_bind.OFF, cpu_bind.AUTO):
             cpu_bind.check(self.cpu_bind, self.num_devices)
-        if self.count_routing not in (AUTO, "on", "off"):
-            raise UserInputError(f"{flag('count_routing')} must be auto, on or off, not {self.count_routing!r}")
+        for name in ("count_routing", "spare_imm"):
+            if (value := getattr(self, name)) not in (AUTO, "on", "off"):
+                raise UserInputError(f"{flag(name)} must be auto, on or off, not {value!r}")
         check_sizes(self.policy_settings(), self.max_ep_size)
         if self.ep_size > self.max_ep_size:
             raise UserInputError(
@@ -292,6 +296,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         f"Inactive ranks whose worker is kept booted; it joins without a boot. Default: {defaults['hot_standbys']}.",
     )
     add("count_routing", str, "on|off", "Count the tokens of each expert, for `rebalance`. Default: on CPUs only.")
+    add("spare_imm", str, "on|off", "Keep another IMM imported, for when the IMM dies. Default: on GPUs only.")
     add("restore", _on_off, "on|off", "Bring lost ranks back as soon as a standby worker is ready. Default: on.")
     add("hmm_endpoint", str, "ENDPOINT", "Use the HMM at this endpoint (ipc://PATH) instead of starting one.")
     add(

@@ -10,22 +10,29 @@ from __future__ import annotations
 import logging
 import sys
 
+import setproctitle
+
 from elasticmoe_patches.device import survives_fork
 from elasticmoe_patches.worker.preload import preload
 from elasticmoe_patches.worker.program import become_standby, never_forked, warm_device, worker_main
 from elasticmoe_sglang.imm.gpu_imports import FORK_SAFE_THREADS, preload_without_cuda
 from elasticmoe_sglang.imm.server import ImmServer
+from elasticmoe_sglang.imm.spare import told_to_serve
 from elasticmoe_sglang.lifeline import leave_signals_to_main, tie
 from elasticmoe_sglang.runtime import current_runtime
 
-logger = logging.getLogger("elasticmoe_patches.imm")  # this file is __main__
+TITLE, SPARE_TITLE = "elasticmoe_patches.imm", "elasticmoe spare IMM"
+
+logger = logging.getLogger(TITLE)  # this file is __main__
 
 
-def serve(backend: str) -> None:
-    """Be the IMM until the server ends."""
+def serve(backend: str, spare: int | None = None) -> None:
+    """Be the IMM until the server ends; with `spare` only once somebody says so there (`SpareImm`)."""
     runtime = current_runtime()
     assert runtime is not None, "the IMM is started by the launcher, which sets its environment"
     paths, config = runtime.paths, runtime.config
+    if spare is not None:
+        setproctitle.setproctitle(f"{SPARE_TITLE}, importing")
     leave_signals_to_main()
     tie(paths.lifeline)
     log_format = "[%(asctime)s IMM] %(message)s"
@@ -35,6 +42,11 @@ def serve(backend: str) -> None:
         preload()
     elif backend == "cuda":
         forks = preload_without_cuda(preload)
+    if spare is not None:
+        setproctitle.setproctitle(SPARE_TITLE)
+        if not told_to_serve(spare):
+            return
+        setproctitle.setproctitle(TITLE)
     ImmServer(
         paths.imm_socket,
         worker_main if forks else never_forked,
@@ -48,4 +60,4 @@ def serve(backend: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:])
+    serve(sys.argv[1], *map(int, sys.argv[2:]))

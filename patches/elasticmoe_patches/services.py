@@ -29,6 +29,7 @@ from elasticmoe_sglang import run_dir_reaper
 from elasticmoe_sglang.api.elastic_ep import ElasticEp
 from elasticmoe_sglang.comm.control_page import ControlPage
 from elasticmoe_sglang.comm.region import format_region, open_region, release_stale_regions
+from elasticmoe_sglang.config import AUTO
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.hmm_failover import HmmFailover
 from elasticmoe_sglang.coordinator.memory import HmmMemory, drop_kv, release_leftovers
@@ -41,6 +42,7 @@ from elasticmoe_sglang.event_loop import run_in
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
 from elasticmoe_sglang.imm.client import ImmClient, start_imm
+from elasticmoe_sglang.imm.spare import SpareImm
 from elasticmoe_sglang.lifeline import Lifeline
 from elasticmoe_sglang.planner import View, initial_placement
 from elasticmoe_sglang.policy.controller import PolicyController
@@ -145,6 +147,7 @@ class Services:
         self._lifeline = Lifeline.hold(runtime.paths.lifeline)
         self._doorbells = create_doorbells(runtime.config.max_ep_size)
         self._imm: subprocess.Popen[bytes] | prefork.ForkedProcess | None = None
+        self._spare_imm = SpareImm(lambda fd: self._new_imm(str(fd), fds=(fd,)))
         self._start_first(may_fork)
         if runtime.config.run_dir is None:
             run_dir_reaper.watch(str(runtime.paths.run_dir), os.getpid())
@@ -197,7 +200,7 @@ class Services:
 
         from elasticmoe_patches import imm
 
-        setproctitle.setproctitle("elasticmoe_patches.imm")
+        setproctitle.setproctitle(imm.TITLE)
         self._lifeline.let_go()
         os.environ[ENV_DOORBELLS] = self._doorbell_numbers()
         imm.serve(device.memory_backend())
@@ -214,13 +217,27 @@ class Services:
         if self._imm is not None:
             self._imm.kill()
             self._imm.wait()
-        self._imm = started = start_imm(
-            "elasticmoe_patches.imm",
-            [device.memory_backend()],
-            environment={ENV_DOORBELLS: self._doorbell_numbers()},
-            fds=self._doorbells,
-        )
+        self._imm = started = self._spare_imm.take() or self._new_imm()
+        if self._coordinator is not None:
+            self._keep_spare_imm()
         return started
+
+    def _new_imm(self, *arguments: str, fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+        return start_imm(
+            "elasticmoe_patches.imm",
+            [device.memory_backend(), *arguments],
+            environment={ENV_DOORBELLS: self._doorbell_numbers()},
+            fds=(*self._doorbells, *fds),
+        )
+
+    def _keep_spare_imm(self) -> None:
+        """On GPUs another IMM imports for half a minute, in which a rank 0 that dies could not be replaced."""
+        wanted = self.runtime.config.spare_imm
+        if wanted == "on" or (wanted == AUTO and device.memory_backend() == "cuda"):
+            try:
+                self._spare_imm.prepare()
+            except OSError as error:
+                logger.error("no spare IMM could be started: %s", error)
 
     async def _open_channel(self) -> None:
         await asyncio.to_thread(self._wait_for_imm)
@@ -335,6 +352,7 @@ class Services:
         coordinator.await_memory = lambda: hmm_failover.whole(_MEMORY_S)
         coordinator.tidy = hmm_failover.tidy
         workers.announce()
+        self._keep_spare_imm()
         return coordinator
 
     def _policy_stepped(self, view: PolicyView) -> None:

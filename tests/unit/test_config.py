@@ -41,6 +41,7 @@ def test_flags_reach_their_fields() -> None:
         "headroom": ("0.02", "0.02"),
         "hot_standbys": ("3", 3),
         "count_routing": ("on", "on"),
+        "spare_imm": ("off", "off"),
         "kv_tokens": ("4096", 4096),
         "run_dir": ("/tmp/r", "/tmp/r"),
         "prepare_deadline_s": ("12.5", 12.5),
