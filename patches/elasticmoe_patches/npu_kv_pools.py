@@ -32,7 +32,7 @@ class _Mapped:
         if self._views is not None:
             self._show()
 
-    def _take_space(self) -> None:
+    def elastic_kv_open(self) -> None:
         self._views = space_views()
         self._show()
 
@@ -41,9 +41,9 @@ class _Mapped:
         rows = self._size // self.page_size * self.page_size + self.page_size  # page 0 is padding
         for name in ("k", "v"):
             whole = [self._views[f"{layer}.{name}"] for layer in range(self.layer_num)]
-            setattr(self, f"{name}_buffer", [self._shaped(view[:rows]) for view in whole])
+            setattr(self, f"{name}_buffer", [self.elastic_kv_shape(view[:rows]) for view in whole])
 
-    def _shaped(self, rows: torch.Tensor) -> torch.Tensor:
+    def elastic_kv_shape(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.view(-1, self.page_size, *rows.shape[1:])
 
 
@@ -51,10 +51,10 @@ class ElasticNpuMhaPool(_Mapped, NPUMHATokenToKVPool):  # type: ignore[misc]
     """[pages, page size, heads, width] a layer; with fused attention [rows, 1, heads, width], as SGLang's."""
 
     def _create_buffers(self) -> None:
-        self._take_space()
+        self.elastic_kv_open()
 
-    def _shaped(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.unsqueeze(1) if self.use_fia else super()._shaped(rows)
+    def elastic_kv_shape(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.unsqueeze(1) if self.use_fia else super().elastic_kv_shape(rows)
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         return held_bytes() // 2, held_bytes() // 2
@@ -66,7 +66,7 @@ class ElasticNpuMlaPool(_Mapped, NPUMLATokenToKVPool):  # type: ignore[misc]
     def __init__(self, size: int, **kwargs: Any) -> None:
         super().__init__(0, **kwargs)  # SGLang makes buffers in the constructor: of one page here
         self._size = size
-        self._take_space()
+        self.elastic_kv_open()
 
     def get_kv_size_bytes(self) -> int:
         return held_bytes()

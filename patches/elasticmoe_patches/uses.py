@@ -188,6 +188,14 @@ USES: tuple[Use, ...] = (
         "_create_buffers! get_kv_size_bytes! kv_buffer= layer_num size= get_key_buffer() get_value_buffer() "
         "set_kv_buffer()",
     ),
+    *_of(
+        "hardware_backend.npu.memory_pool_npu.NPUMHATokenToKVPool",
+        "_create_buffers! get_kv_size_bytes! k_buffer= v_buffer= page_size layer_num size= use_fia",
+    ),
+    *_of(
+        "hardware_backend.npu.memory_pool_npu.NPUMLATokenToKVPool",
+        "get_kv_size_bytes! k_buffer= v_buffer= page_size layer_num size=",
+    ),
     *_of("mem_cache.memory_pool.ReqToTokenPool", "req_to_token"),
     *_of(
         "mem_cache.kv_cache_configurator.KVCacheConfigurator",
