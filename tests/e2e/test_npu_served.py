@@ -153,15 +153,17 @@ def test_same_tokens_through_every_change(running: Running) -> None:
 
 def test_a_graph_would_find_everything_where_it_was_captured(running: Running) -> None:
     """SGLang's NPU graphs are refused so far. What they would hold is the same through all those changes."""
+    setup = running.setup
+    if setup.arch != "qwen3_moe" or "ASCEND_USE_FIA" in setup.variables:
+        pytest.skip("its attention is given copies of a cache, or is an operator of whose arguments no record is kept")
     pid = running.server.worker_pids()[0]
     layers = json.loads((running.corpus.model / "config.json").read_text())["num_hidden_layers"]
     found = {name: len(places) for name, places in npusim.addresses(running.record, pid).items()}
     caches = {name: count for name, count in found.items() if name.endswith("_cache")}
     weights = {name: count for name, count in found.items() if name.endswith(".weight")}
-    assert set(caches.values()) <= {layers}, caches
-    assert set(weights.values()) <= {2 * layers}, weights
-    assert caches or "ASCEND_USE_FIA" in running.setup.variables or running.setup.arch != "qwen3_moe"
-    assert bool(weights) == (running.setup.variables == npusim.TRITON_ASCEND)
+    assert len(caches) >= 4 and set(caches.values()) == {layers}, caches
+    triton_ascend = setup.variables == npusim.TRITON_ASCEND
+    assert set(weights.values()) == ({2 * layers} if triton_ascend else set()), weights
 
 
 def test_kv_grows_into_what_columns_leave_and_makes_room_for_them(running: Running) -> None:
