@@ -190,7 +190,7 @@ class Services:
         """The IMM, and children for SGLang's controller and detokenizer: forks of this process where that is sound. On
         GPUs the IMM does without SGLang, and this process may have initialised CUDA."""
         if not may_fork:
-            self._start_imm()
+            self._imm = self._new_imm()
             return
         self._imm = prefork.ForkedProcess(prefork.fork(self._run_imm))
         prefork.prepare(2, close=self._lifeline.let_go)
