@@ -62,8 +62,8 @@ async def as_dynamo(engine: Any) -> dict[str, Any]:
         await asyncio.sleep(0.02)
     seen["state"] = state
     seen["operation"] = await engine.async_scale_elastic_ep(new_ep_size=1, wait=True)
-    many = [engine.async_generate(input_ids=PROMPT, sampling_params=SAMPLING) for _ in range(16)]
-    *answers, placed = await asyncio.gather(*many, engine.async_rebalance_elastic_ep(observe_s=1.0, dry_run=True))
+    many = [engine.async_generate(input_ids=PROMPT, sampling_params=SAMPLING) for _ in range(96)]
+    *answers, placed = await asyncio.gather(*many, engine.async_rebalance_elastic_ep(observe_s=4.0, dry_run=True))
     seen["placed"] = {"tokens": [list(answer["output_ids"]) for answer in answers], **placed}
     seen["membership"] = (await engine.async_get_elastic_ep_status())["membership"]
     answer = await engine.async_generate(input_ids=PROMPT, sampling_params=SAMPLING)
