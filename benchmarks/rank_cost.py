@@ -203,10 +203,9 @@ async def run(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "gloo": (wide.plain(2, KV_TOKENS), True, anywhere),
         "two of two": (wide.elastic(2, 2), False, anywhere),
     }
-    result: dict[str, Any] = {
-        "machine": describe(),
-        "command": f"python -m benchmarks.rank_cost {' '.join(sys.argv[1:])}",
-    }
+    flags = f"--repetitions {settings.repetitions} --seconds {settings.seconds:g}"
+    flags += "" if settings.py_spy is None else " --py-spy"  # wherever it is
+    result: dict[str, Any] = {"machine": describe(), "command": f"python -m benchmarks.rank_cost {flags}"}
     async with AsyncExitStack() as stack:
         servers = {}
         for name, (args, plain, enter) in wanted.items():
