@@ -20,7 +20,7 @@ TORCH := torch==2.13.0
 TORCHVISION := torchvision==0.28.0
 SGLANG_PINS := requirements-sglang-$(SGLANG).txt
 
-.PHONY: help venv demo ascend-demo quick test check hooks-doc metrics-doc format soak gpu-test gpu-test-nvlink clean distclean
+.PHONY: help venv demo ascend-demo quick test check hooks-doc metrics-doc models-doc format soak gpu-test gpu-test-nvlink clean distclean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

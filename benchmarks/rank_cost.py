@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import psutil
 
+from benchmarks.cuda_server import processes_of
 from benchmarks.scaling.machine import describe
 from benchmarks.scaling.servers import Instance, ServerSettings
 from elasticmoe_sglang.cpu_bind import usable_cores
@@ -45,21 +45,15 @@ _SPY_OPTIONS = ("--duration", str(_SPY_S), "--rate", "100", "--idle", "--format"
 _COLLECTIVES = ("gloo", "all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier")
 
 
-def tree(instance: Instance) -> list[psutil.Process]:
-    assert instance.pid is not None
-    main = psutil.Process(instance.pid)
-    return [main, *main.children(recursive=True)]
-
-
 @contextmanager
 def running(instances: Sequence[Instance]) -> Iterator[None]:
     """Only in here do these servers run."""
-    for process in (each for instance in instances for each in tree(instance)):
+    for process in (each for instance in instances for each in processes_of(instance)):
         process.resume()
     try:
         yield
     finally:
-        for process in (each for instance in instances for each in tree(instance)):
+        for process in (each for instance in instances for each in processes_of(instance)):
             process.suspend()
 
 
@@ -135,7 +129,7 @@ async def shares(servers: dict[str, Instance], spy: Path, folder: Path) -> dict[
     found = {}
     for name in ("gloo", "two of two"):
         with running([servers[name]]):
-            schedulers = [each for each in tree(servers[name]) if "scheduler" in " ".join(each.cmdline())]
+            schedulers = [each for each in processes_of(servers[name]) if "scheduler" in " ".join(each.cmdline())]
             files = [folder / f"{name}-{each.pid}.raw" for each in schedulers]
             recorders = [
                 subprocess.Popen(
@@ -210,7 +204,7 @@ async def run(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
         servers = {}
         for name, (args, plain, enter) in wanted.items():
             servers[name] = await stack.enter_async_context(make(name, args, folder, plain=plain, enter=enter))
-            for process in tree(servers[name]):
+            for process in processes_of(servers[name]):
                 process.suspend()
         try:
             result["alone"] = await alone(servers, settings.repetitions)
@@ -218,7 +212,7 @@ async def run(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if settings.py_spy is not None:
                 result["shares"] = await shares(servers, settings.py_spy, folder)
         finally:
-            for process in (each for server in servers.values() for each in tree(server)):
+            for process in (each for server in servers.values() for each in processes_of(server)):
                 process.resume()
     return result
 

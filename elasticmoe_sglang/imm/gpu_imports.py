@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -172,7 +173,7 @@ def _fork_computes() -> bool:
         if done:
             return status == 0
         time.sleep(0.02)
-    os.kill(pid, 9)
+    os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return False
 

@@ -15,7 +15,7 @@ from elasticmoe_patches.kv_pools import held_bytes, space_views
 
 
 class _Mapped:
-    """What both pools do; `_buffers` is called with the views of all rows that are mapped."""
+    """What both pools do: buffers over the rows that are mapped, in the pool's shape."""
 
     page_size: int
     layer_num: int
@@ -37,11 +37,12 @@ class _Mapped:
         self._show()
 
     def _show(self) -> None:
+        self.k_buffer, self.v_buffer = self._buffers("k"), self._buffers("v")
+
+    def _buffers(self, name: str) -> list[torch.Tensor]:
         assert self._views is not None
-        rows = self._size // self.page_size * self.page_size + self.page_size  # page 0 is padding
-        for name in ("k", "v"):
-            whole = [self._views[f"{layer}.{name}"] for layer in range(self.layer_num)]
-            setattr(self, f"{name}_buffer", [self.elastic_kv_shape(view[:rows]) for view in whole])
+        rows = (self._size // self.page_size + 1) * self.page_size  # page 0 is padding
+        return [self.elastic_kv_shape(self._views[f"{layer}.{name}"][:rows]) for layer in range(self.layer_num)]
 
     def elastic_kv_shape(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.view(-1, self.page_size, *rows.shape[1:])

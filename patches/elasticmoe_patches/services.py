@@ -218,8 +218,7 @@ class Services:
             self._imm.kill()
             self._imm.wait()
         self._imm = started = self._spare_imm.take() or self._new_imm()
-        if self._coordinator is not None:
-            self._keep_spare_imm()
+        self._keep_spare_imm()
         return started
 
     def _new_imm(self, *arguments: str, fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +26,14 @@ def gives_all_back() -> Iterator[None]:
 
 
 @pytest.fixture
-def hmm(tmp_path: Path) -> Iterator[HmmProcess]:
-    with spawn_hmm(f"ipc://{tmp_path}/run/hmm.sock", BUDGETS, log_path=tmp_path / "hmm.log") as process:
+def budgets() -> Sequence[int]:
+    """Of the HMM's devices; a module may have its own."""
+    return BUDGETS
+
+
+@pytest.fixture
+def hmm(tmp_path: Path, budgets: Sequence[int]) -> Iterator[HmmProcess]:
+    with spawn_hmm(f"ipc://{tmp_path}/run/hmm.sock", budgets, log_path=tmp_path / "hmm.log") as process:
         yield process
         assert process.alive(), (tmp_path / "hmm.log").read_text()
         with HmmClient(process.endpoint, name="check") as check:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from elasticmoe_sglang.errors import BudgetExceeded, VmmError, WorkerError
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.kv_space import KvSpace, pieces_of
 from elasticmoe_sglang.hmm.layout import KvPlanes
-from elasticmoe_sglang.hmm.process import HmmProcess, spawn_hmm
+from elasticmoe_sglang.hmm.process import HmmProcess
 from elasticmoe_sglang.hmm.vmm.cpu import CpuBackend
 from elasticmoe_sglang.planner import KvShape
 from elasticmoe_sglang.worker.kv import Resized, WorkerKv, chunks_of, copy_stretches
@@ -33,11 +32,8 @@ WAIT_S = 20.0
 
 
 @pytest.fixture
-def hmm(tmp_path: Path) -> Iterator[HmmProcess]:
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    with spawn_hmm(f"ipc://{folder}/hmm.sock", [BUDGET] * 2) as process:
-        yield process
+def budgets() -> list[int]:
+    return [BUDGET] * 2
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,11 +33,8 @@ WAIT_S = 20.0
 
 
 @pytest.fixture
-def hmm(tmp_path: Path) -> Iterator[HmmProcess]:
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    with spawn_hmm(f"ipc://{folder}/hmm.sock", [BUDGET] * 2) as process:
-        yield process
+def budgets() -> list[int]:
+    return [BUDGET] * 2
 
 
 class Worker:

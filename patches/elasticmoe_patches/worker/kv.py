@@ -94,25 +94,23 @@ def kv_layout(configurator: Any) -> KvLayout:
 
     On NPUs, whose attention takes no strides, each tensor has addresses of its own, and MLA's latent is two of them.
     """
-    from sglang.srt.runtime_context import get_parallel
-
     model, dtype = configurator.model_config, configurator.kv_cache_dtype
     layers = range(configurator.layer_info.num_effective_layers)
-    if on_npu():
-        heads = (
-            1
-            if configurator.use_mla_backend
-            else model.get_num_kv_heads(get_parallel().attn_tp_size, get_parallel().attn_dcp_size)
-        )
-        widths = (model.kv_lora_rank, model.qk_rope_head_dim) if configurator.use_mla_backend else (model.head_dim,) * 2
-        parts = tuple(zip("kv", widths, strict=True))
-        return KvPlanes.of((f"{layer}.{part}", (heads, width), dtype) for layer in layers for part, width in parts)
     if configurator.use_mla_backend:
-        width = model.kv_lora_rank + model.qk_rope_head_dim
-        return KvLayout.of((f"{layer}.kv", (1, width), dtype) for layer in layers)
-    heads = model.get_num_kv_heads(get_parallel().attn_tp_size, get_parallel().attn_dcp_size)
-    shape = (heads, model.head_dim)
-    return KvLayout.of((f"{layer}.{part}", shape, dtype) for layer in layers for part in ("k", "v"))
+        latent, rotated = model.kv_lora_rank, model.qk_rope_head_dim
+        parts = {"k": (1, latent), "v": (1, rotated)} if on_npu() else {"kv": (1, latent + rotated)}
+    else:
+        parts = dict.fromkeys("kv", (kv_heads(configurator), model.head_dim))
+    layout = KvPlanes if on_npu() else KvLayout
+    return layout.of((f"{layer}.{part}", shape, dtype) for layer in layers for part, shape in parts.items())
+
+
+def kv_heads(configurator: Any) -> int:
+    """Heads of keys and values that this rank holds."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return int(configurator.model_config.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size))
 
 
 def publish_first_capacity(scheduler: Any, worker: Worker) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from elasticmoe_patches.device import on_npu
 from elasticmoe_patches.spec import WORKERS, Hooks
-from elasticmoe_patches.worker.kv import open_kv
+from elasticmoe_patches.worker.kv import kv_heads, open_kv
 from elasticmoe_patches.worker.worker import Worker, current_worker
 
 HOOKS = hook = Hooks(__name__, WORKERS)
@@ -102,13 +102,10 @@ def around_build_ascend_mha_kv_pool(original: Any, self: Any, *, max_total_num_t
     """The pool of a rank on an NPU lies in HMM memory too."""
     if current_worker().kv is None:
         return original(self, max_total_num_tokens=max_total_num_tokens)
-    from sglang.srt.runtime_context import get_parallel
-
     from elasticmoe_patches.npu_kv_pools import ElasticNpuMhaPool
 
-    heads = self.model_config.get_num_kv_heads(get_parallel().attn_tp_size, get_parallel().attn_dcp_size)
     return ElasticNpuMhaPool(
-        max_total_num_tokens, head_num=heads, head_dim=self.model_config.head_dim, **_of_any_pool(self)
+        max_total_num_tokens, head_num=kv_heads(self), head_dim=self.model_config.head_dim, **_of_any_pool(self)
     )
 
 

@@ -85,7 +85,7 @@ def device_of(value: Any, name: str) -> torch.device:
 
 
 def register(operators: Mapping[str, Function]) -> None:
-    """Under torch.ops.npu. A name that ends in "_" writes into its first argument and returns it."""
+    """Under torch.ops.npu. One that writes into an argument returns that."""
     library = torch.library.Library("npu", "IMPL")
     _libraries.append(library)
     for name, function in operators.items():
@@ -101,8 +101,6 @@ def _kernel(name: str, function: Function) -> Function:
         host = to_host((arguments, options), full)
         out = function(*host[0], **host[1])
         _check(name, arguments, options, out)
-        if name.endswith("_"):
-            return arguments[0]
         pairs = zip(tree_flatten(host)[0], tree_flatten((arguments, options))[0], strict=True)
         return to_device(out, device, {id(alias): leaf for alias, leaf in pairs})
 
