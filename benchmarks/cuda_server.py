@@ -60,6 +60,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--graph-sizes", type=lambda text: list(map(int, text.split(","))), default=[1, 4, 16, 64])
     parser.add_argument("--prefill-graphs", action="store_true", help="SGLang's CUDA graphs of prefills")
     parser.add_argument("--chunk", type=int, help="prefill tokens of all ranks at a time (SGLang's default: 8192)")
+    parser.add_argument(
+        "--decode-steps", type=int, help="between two prefill steps (SGLang's --prefill-decode-interval)"
+    )
     parser.add_argument("--kv-tokens", type=int, default=65536)
     parser.add_argument("--boot-s", type=float, default=300.0)
 
@@ -101,11 +104,13 @@ class Servers:
     def start(
         self, name: str, args: Sequence[str], *, plain: bool = False, env: Mapping[str, str] | None = None
     ) -> None:
+        steps = self._settings.decode_steps
         common = [
             *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
             *(() if self._settings.prefill_graphs else ("--disable-prefill-cuda-graph",)),
             *("--max-total-tokens", str(self._settings.kv_tokens), "--context-length", "4096"),
             *(() if self._settings.chunk is None else ("--chunked-prefill-size", str(self._settings.chunk))),
+            *(() if steps is None else ("--prefill-decode-interval", str(steps))),
             *("--skip-server-warmup", "--random-seed", "1", "--mem-fraction-static", "0.9"),
         ]
         log = self._settings.logs / f"{name}.log"

@@ -65,7 +65,7 @@ USES: tuple[Use, ...] = (
         "hisparse_coordinator ipc_channels is_mixed_chunk last_batch= max_req_input_len= max_req_len= "
         "max_running_requests= max_total_num_tokens= model_config page_size req_to_token_pool request_receiver "
         "result_queue running_batch= token_to_kv_pool_allocator tp_worker tree_cache waiting_queue= invariant_checker "
-        "pool_stats_observer load_inquirer kv_events_publisher",
+        "pool_stats_observer load_inquirer kv_events_publisher _prefill_decode_interval_remaining=",
     ),
     *_of(
         "managers.scheduler_components.ipc_channels.SchedulerIpcChannels",

@@ -62,8 +62,16 @@ def apply_commit(scheduler: Any, worker: Worker) -> None:
     if command is None:
         return
     scheduler.device_module.synchronize()  # launched kernels read the old table and mask
-    if worker.commit(command) and worker.rank in command.retiring:
+    if not worker.commit(command):
+        return
+    if worker.rank in command.retiring:
         _retire(scheduler, worker, command)
+    decode_first(scheduler)
+
+
+def decode_first(scheduler: Any) -> None:
+    """The first step after a commit computes no prompt: running streams have already waited for the commit."""
+    scheduler._prefill_decode_interval_remaining = max(1, scheduler._prefill_decode_interval_remaining)
 
 
 def _retire(scheduler: Any, worker: Worker, command: CommitCommand) -> None:

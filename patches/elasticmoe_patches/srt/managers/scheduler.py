@@ -8,7 +8,7 @@ from elasticmoe_patches.plugin import verify_for_process
 from elasticmoe_patches.sampling import own_generator
 from elasticmoe_patches.spec import WORKERS, Hooks
 from elasticmoe_patches.worker import first_use
-from elasticmoe_patches.worker.commit import accept_command, apply_commit, receive_migrated, resume_ready
+from elasticmoe_patches.worker.commit import accept_command, apply_commit, decode_first, receive_migrated, resume_ready
 from elasticmoe_patches.worker.hot import become_hot, park, wait_to_join
 from elasticmoe_patches.worker.kv import publish_first_capacity, run_kv_jobs
 from elasticmoe_patches.worker.migration import ACCEPTED
@@ -105,6 +105,7 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
 def _enter_service(scheduler: Any, worker: Worker) -> None:
     own_generator(scheduler.tp_worker.random_seed, worker.rank, worker.join_spec.epoch)
     worker.enter_service()
+    decode_first(scheduler)
     if worker.join_spec.attempt:  # it replaces a dead rank
         report(scheduler, worker, worker.join_spec.operation_id)
 
