@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,8 @@ FIELDS = (
     "global_num_tokens", "global_num_tokens_for_logprob", "can_run_decode_cuda_graph", "is_extend_in_batch",
     "can_run_prefill_cuda_graph", "prefill_cuda_graph_max_prefix_len", "can_run_draft_cuda_graph",
 )  # fmt: skip
+OLD = version("sglang") == "0.5.21"
+SINCE_0_5_23 = () if OLD else ("any_health_check", "global_attention_pairs")
 LOCAL = st.fixed_dictionaries(
     {
         "num_tokens": st.integers(0, 4096),
@@ -27,6 +30,7 @@ LOCAL = st.fixed_dictionaries(
         "local_can_run_tbo": st.booleans(),
         "local_forward_mode": st.integers(1, 6),
         "prefill_cuda_graph_max_prefix_len": st.integers(0, 4096),
+        **({} if OLD else {"is_health_check": st.booleans(), "attention_pairs": st.integers(0, 1 << 20)}),
     }
 )
 
@@ -53,7 +57,7 @@ class Group:
 def info(local: dict[str, Any], size: int) -> Any:
     from sglang.srt.managers.scheduler_components.dp_attn import MLPSyncBatchInfo
 
-    return MLPSyncBatchInfo(dp_size=size, tp_size=1, cp_size=1, **local)
+    return MLPSyncBatchInfo(**{"dp_size" if OLD else "num_dp_ranks": size}, tp_size=1, cp_size=1, **local)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -70,14 +74,14 @@ def test_the_same_as_sglangs_own(
     group = Group(me, rows)
     parallel = SimpleNamespace(tp_group=SimpleNamespace(active_ranks_cpu=torch.ones(size, dtype=torch.int64)))
     monkeypatch.setattr(dp_attn, "get_parallel", lambda: parallel)
-    monkeypatch.setattr(dp_attn, "all_gather_single", group.gather)
+    monkeypatch.setattr(dp_attn, "all_gather_single" if OLD else "exchange_sync_rows", group.gather)
     monkeypatch.setattr(utils, "all_gather_single", group.gather)
     theirs, ours = info(locals_[me], size), info(locals_[me], size)
     theirs.all_gather(device="cpu", group=group)
     alone = set(locals_) == {me}
     batch_sizes.share_batch_info(ours, group, alone=alone)
     assert group.gathers == (1 if alone else 2)
-    for name in FIELDS:
+    for name in (*FIELDS, *SINCE_0_5_23):
         assert getattr(ours, name) == getattr(theirs, name), name
         assert type(getattr(ours, name)) is type(getattr(theirs, name)), name
     assert torch.equal(ours.tp0_info_cpu, theirs.tp0_info_cpu)

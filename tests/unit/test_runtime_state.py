@@ -25,7 +25,14 @@ READS = {
     *("/ready", "/health", "/health_generate", "/ping", "/metrics", "/v1/loads"),
     *("/get_model_info", "/model_info", "/get_server_info", "/server_info"),
     *("/get_remote_instance_transfer_engine_info", "/remote_instance_transfer_engine_info"),
-    *("/list_external_corpora", "/v1/models", "/v1/models/{model:path}", "/api/tags", "/api/show"),
+    *(
+        "/list_external_corpora",
+        "/get_hicache_l3_cache_layout",
+        "/v1/models",
+        "/v1/models/{model:path}",
+        "/api/tags",
+        "/api/show",
+    ),
     *("/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
 }
 REQUESTS = {
@@ -39,7 +46,7 @@ REQUESTS = {
 OURS = {"/scale_elastic_ep", "/is_scaling_elastic_ep"}
 READING_CALLS = {
     *("init_communicators", "update_control_communicator_fan_out", "get_internal_state", "get_loads"),
-    "list_external_corpora",
+    *("list_external_corpora", "get_hicache_l3_cache_layout"),
 }
 ROUTES = [(path, method) for endpoint in REFUSED for path, methods in endpoint.routes for method in methods]
 
