@@ -6,9 +6,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-# make venv SGLANG=0.5.23 builds, and make quick SGLANG=0.5.23 uses, an environment of its own.
-SGLANG ?= 0.5.21
-VENV ?= .venv$(if $(filter-out 0.5.21,$(SGLANG)),-sglang-$(SGLANG))
+# make venv SGLANG=0.5.21 builds, and make quick SGLANG=0.5.21 uses, an environment of its own.
+SGLANG ?= 0.5.23
+VENV ?= .venv$(if $(filter-out 0.5.23,$(SGLANG)),-sglang-$(SGLANG))
 RUN := $(VENV)/bin/python
 # make READY=1 RUN=/path/to/python ... uses an interpreter that has everything already (a machine without an index).
 STAMP := $(if $(READY),,$(VENV)/.installed)

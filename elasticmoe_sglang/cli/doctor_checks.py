@@ -39,7 +39,7 @@ _PACKAGES = ("torchvision", "pyzmq", "msgspec", "numpy", "psutil", "safetensors"
 _TRANSFORMERS = {"0.5.21": "5.12.1", "0.5.23": "5.19.0"}
 """SGLang's version -> the transformers it pins."""
 # By kind of device. SGLang asks for 2.13.0; on an H100 and an H200 2.11.0 served, with the sglang-kernel built for it.
-_TORCH = {"cuda": ("2.13.0", "2.11.0")}
+_TORCH = {"cuda": ("2.11.0", "2.13.0")}
 # By kind of device: what that kind's own checks judge. On NPUs triton-ascend takes triton's place.
 _ELSEWHERE = {"npu": ("triton",)}
 _ENTRY_POINTS = (("sglang.srt.plugins", "elasticmoe"), ("sglang.srt.platforms", "elasticmoe_cpu"))
@@ -113,13 +113,13 @@ def installed_version(name: str) -> str:
 
 
 def _package(name: str, *wanted: str) -> Check:
-    """`wanted`: the versions that serve, the best first; any where none is named."""
+    """`wanted`: the versions that serve, the best last; any where none is named."""
     found = installed_version(name)
     # A build tag such as 2.13.0+cpu is the same version.
     ok = bool(found) and (not wanted or found.split("+")[0] in wanted)
     text = found or "not installed"
     no_deps = "--no-deps " if name in ("sglang", "torchvision") else ""
-    fix = f"{sys.executable} -m pip install {no_deps}{name}" + (f"=={wanted[0]}" if wanted else "")
+    fix = f"{sys.executable} -m pip install {no_deps}{name}" + (f"=={wanted[-1]}" if wanted else "")
     return Check(
         name=name,
         ok=ok,

@@ -66,7 +66,7 @@ _GLM4_HOOKS = "patches/elasticmoe_patches/srt/models/glm4_moe.py"
 _TESTS_ARE = """
 Tokens are float32 and compared with plain SGLang's of the same version; the kill storm compares them with those of the
 undisturbed server, while workers, HMM and standbys are killed. All but the sizes run servers and are in `make soak`
-(`SGLANG=0.5.23` for that version). The KV pools are those of the attention, so one model of each stands for it.
+(`SGLANG=0.5.21` for that version). The KV pools are those of the attention, so one model of each stands for it.
 """
 
 

@@ -59,7 +59,7 @@ def test_a_hook_that_does_not_fit_fails(monkeypatch: pytest.MonkeyPatch, capsys:
     status, out = run_doctor(monkeypatch, capsys, hooks=bad)
     assert status == 1
     assert "has signature (x), expected (y)" in out
-    assert "pip install --force-reinstall --no-deps sglang==0.5.21" in out
+    assert "pip install --force-reinstall --no-deps sglang==0.5.23" in out
     assert out.strip().endswith("serving would not work here")
 
 
@@ -107,7 +107,7 @@ def test_versions_are_compared(monkeypatch: pytest.MonkeyPatch, found: str | Non
     monkeypatch.setattr(importlib.metadata, "version", version)
     check = {check.name: check for check in doctor_checks.versions("cpu")}["sglang"]
     assert (check.ok, check.found) == (ok, text)
-    assert check.fix == ("" if ok else f"{sys.executable} -m pip install --no-deps sglang==0.5.21")
+    assert check.fix == ("" if ok else f"{sys.executable} -m pip install --no-deps sglang==0.5.23")
 
 
 def test_a_plugin_filter_that_leaves_us_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def test_torch_is_judged_by_the_platform(monkeypatch: pytest.MonkeyPatch, found:
         next(check for check in doctor_checks.versions(kind) if check.name == "torch") for kind in ("cuda", "cpu")
     )
     assert on_gpu.ok is ok and on_cpu.ok is (found == "2.13.0")
-    assert ok or on_gpu.found == "2.12.0, needs 2.13.0 or 2.11.0"
+    assert ok or on_gpu.found == "2.12.0, needs 2.11.0 or 2.13.0"
 
 
 def test_ranks_that_share_a_gpu_need_mps() -> None:

@@ -289,7 +289,7 @@ def test_a_wrong_version_is_refused(monkeypatch: pytest.MonkeyPatch, fake: Fake)
         HookError, match=r"version 0\.5\.99 is installed, the hooks were written for 0\.5\.21, 0\.5\.23"
     ) as caught:
         preflight.install([spec], "main")
-    assert "pip install --no-deps sglang==0.5.21" in str(caught.value)
+    assert "pip install --no-deps sglang==0.5.23" in str(caught.value)
     assert fake.module.double(2) == 4
 
 
