@@ -115,14 +115,24 @@ class WarmUp:
 def load_moe_kernels(scheduler: Any, worker: Worker, longest_prompt: int) -> None:
     """Every kernel of the MoE layer, up to the rows of all ranks' longest prompts together."""
     from elasticmoe_kernels.triton.warm import load_moe
+    from elasticmoe_patches.worker.experts import scales_of
     from elasticmoe_patches.worker.loader import moe_layers
 
-    layer = moe_layers(scheduler.tp_worker.model_runner.model)[0]
-    if layer.w13_weight.dtype not in (torch.bfloat16, torch.float16):
+    runner = scheduler.tp_worker.model_runner
+    if runner.dtype not in (torch.bfloat16, torch.float16):
         return  # computed by PyTorch
     most = worker.region.capacity * longest_prompt
-    counts = load_moe(layer.w13_weight, layer.w2_weight, top_k=layer.top_k, most=most)
-    logger.info("rank %d: MoE kernels loaded for batches of %s tokens", worker.rank, counts)
+    # Of a quantised model some layers may be unquantised.
+    for layer in {layer.w13_weight.dtype: layer for layer in moe_layers(runner.model)}.values():
+        counts = load_moe(
+            layer.w13_weight,
+            layer.w2_weight,
+            top_k=layer.top_k,
+            most=most,
+            dtype=runner.dtype,
+            **scales_of(layer),
+        )
+        logger.info("rank %d: %s MoE kernels loaded for %s tokens", worker.rank, layer.w13_weight.dtype, counts)
 
 
 def warm_up(loop: Callable[[Any], None], scheduler: Any, worker: Worker) -> None:
