@@ -165,7 +165,8 @@ def _shape_fp8(args: argparse.Namespace, config: ElasticConfig) -> None:
             "rewrite the weights, which other processes have mapped, or compile while it serves",
             hint="Leave the flag out: triton is used",
         )
-    args.fp8_gemm_runner_backend = "triton"
+    # What SGLang chooses by itself on newer GPUs rearranges weights after loading.
+    args.fp8_gemm_runner_backend = args.moe_runner_backend = "triton"
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:

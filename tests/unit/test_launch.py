@@ -192,7 +192,7 @@ def test_block_quantised_models_are_served(
     write_quantised(model, quantization=quantization)
     args = sglang_arguments(model, *flags)
     shape_arguments(args, CONFIG)
-    assert args.fp8_gemm_runner_backend == "triton"
+    assert args.fp8_gemm_runner_backend == args.moe_runner_backend == "triton"
 
 
 @pytest.mark.parametrize(
