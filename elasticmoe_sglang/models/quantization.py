@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from elasticmoe_sglang.errors import UnsupportedFeature
@@ -35,8 +36,7 @@ def is_block_fp8(config: Config) -> bool:
     blocks = found.get("weight_block_size")
     if blocks is None:
         raise _unsupported("its fp8 weights have one scale a tensor or a channel (no weight_block_size)")
-    if list(blocks) != BLOCK_FP8["weight_block_size"]:
-        raise _unsupported(f"its fp8 weights are in blocks of {' x '.join(map(str, blocks))}")
+    check_blocks(blocks)
     scheme = found.get("activation_scheme")
     if scheme != BLOCK_FP8["activation_scheme"]:
         raise _unsupported(f"the activation_scheme of its fp8 weights is {scheme}, not dynamic")
@@ -50,6 +50,12 @@ def is_block_fp8(config: Config) -> bool:
                 hint="Serve its unquantised checkpoint",
             )
     return True
+
+
+def check_blocks(blocks: Sequence[int]) -> None:
+    """Raises UnsupportedFeature: [rows, columns] of a block are others than can be computed."""
+    if list(blocks) != BLOCK_FP8["weight_block_size"]:
+        raise _unsupported(f"its fp8 weights are in blocks of {' x '.join(map(str, blocks))}")
 
 
 def _unsupported(what: str) -> UnsupportedFeature:

@@ -12,6 +12,7 @@ from elasticmoe_kernels.reference.quantize import dequantize_weight, quantize_we
 from elasticmoe_patches.srt.layers.quantization import fp8_utils
 from elasticmoe_patches.srt.models.deepseek_common import deepseek_weight_loader
 from elasticmoe_patches.worker.linear_kernels import load_linear_kernels
+from elasticmoe_sglang.errors import UnsupportedFeature
 from elasticmoe_sglang.models.quantization import BLOCK_FP8
 
 pytestmark = pytest.mark.process
@@ -54,6 +55,13 @@ def test_absorbed_projections_are_dequantised_to_the_models_dtype(layer: Any) ->
             assert scale is None and torch.equal(wide, expected)
     finally:
         torch.set_default_dtype(default)
+
+
+def test_other_blocks_are_refused(layer: Any) -> None:
+    with pytest.raises(UnsupportedFeature, match="in blocks of 64 x 128"):
+        fp8_utils.linear(torch.ones(1, 256), layer.weight, [64, 128], layer.weight_scale_inv)
+    with pytest.raises(UnsupportedFeature, match="in blocks of 64 x 128"):
+        deepseek_weight_loader.dequantize(layer.weight, layer.weight_scale_inv, [64, 128])
 
 
 def test_one_layer_of_each_shape_is_run_for_every_kind_of_batch(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from elasticmoe_patches.spec import WORKERS, Hooks
+from elasticmoe_sglang.models.quantization import check_blocks
 
 HOOKS = hook = Hooks(__name__, WORKERS, scope="platform")
 
@@ -32,9 +33,11 @@ def linear(
     """SGLang's own is a Triton kernel, the fallback of its dispatch. Weights are dequantised, activations are not
     quantised, as in SGLang's operators for CPUs with AMX.
 
-    [..., K] -> [..., N] in the input's dtype. `input_scale` would come from a fused kernel for GPUs.
+    [..., K] -> [..., N] in the input's dtype. `input_scale` would come from a fused kernel for GPUs. Raises
+    UnsupportedFeature for other blocks than 128 x 128.
     """
     from elasticmoe_kernels.cpu.fp8 import linear
 
-    assert input_scale is None and block_size == [128, 128]
+    assert input_scale is None
+    check_blocks(block_size)
     return linear(input, weight, weight_scale, bias)
