@@ -25,9 +25,11 @@ from safetensors.torch import save_file
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.models import ARCHITECTURES, CORRECTED
 from elasticmoe_sglang.models.base import CONTEXT, EXPERT_GAIN, HEAD_DIM, MLP_GAIN, ROUTER_GAIN, Architecture
+from elasticmoe_sglang.models.quantization import BLOCK, BLOCK_FP8
 
 Arch = Literal["qwen3_moe", "deepseek_v2", "deepseek_v3", "qwen2_moe", "glm4_moe"]
 Dtype = Literal["float32", "bfloat16"]
+Quantization = Literal["fp8"]
 
 VOCAB = 1024
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -38,6 +40,7 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _TRAINING_FILES = 40
+_LARGEST_E4M3 = 448.0
 
 
 def make_tiny_model(
@@ -50,6 +53,7 @@ def make_tiny_model(
     dtype: Dtype = "float32",
     seed: int = 0,
     skew: float | None = None,
+    quantization: Quantization | None = None,
 ) -> Path:
     """Write config.json, model.safetensors, tokenizer and chat template to `out_dir` (created) and return it.
 
@@ -57,15 +61,18 @@ def make_tiny_model(
         arch: what each has is in `models`.
         layers: at least 1, and 2 where the first is dense.
         experts: routed experts a layer, at least 2; four of them see a token, with qwen2_moe eight.
-        hidden: width, a multiple of 64.
+        hidden: width, a multiple of 64, and of 256 with `quantization`.
         seed: of the weights.
         skew: how much more often the first experts are chosen, 0 for not at all; where a correction by expert decides
             (`Architecture.corrected`). None: a correction drawn as the other weights.
+        quantization: "fp8": the weights of all projections (not router, embeddings, norms) as e4m3 with a float32 scale
+            for each block of 128 x 128, made from the same draws. `dtype` is that of the rest. Inner widths that would
+            be no whole blocks are others (`Architecture.tiny_fp8`).
 
     Raises:
         UserInputError: an argument is outside these limits.
     """
-    architecture = _validated(arch, layers, experts, hidden, dtype)
+    architecture = _validated(arch, layers, experts, hidden, dtype, quantization)
     config = _common_config(layers, hidden, dtype) | architecture.tiny_config(experts, hidden)
     config |= {"architectures": [architecture.name], "model_type": arch}
     if skew is not None:
@@ -75,6 +82,8 @@ def make_tiny_model(
                 hint=f"Give 0 or more, with one of {', '.join(CORRECTED)}",
             )
         config["tiny_skew"] = skew
+    if quantization is not None:
+        config |= {**architecture.tiny_fp8, "quantization_config": BLOCK_FP8}
     path = Path(out_dir)
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", config)
@@ -84,7 +93,7 @@ def make_tiny_model(
     return path
 
 
-def _validated(arch: str, layers: int, experts: int, hidden: int, dtype: str) -> Architecture:
+def _validated(arch: str, layers: int, experts: int, hidden: int, dtype: str, quantization: str | None) -> Architecture:
     found = {each.arch: each for each in ARCHITECTURES.values()}.get(arch)
     if found is None:
         raise UserInputError(f"unknown architecture {arch!r}", hint=f"It must be one of {', '.join(get_args(Arch))}")
@@ -96,6 +105,13 @@ def _validated(arch: str, layers: int, experts: int, hidden: int, dtype: str) ->
         raise UserInputError(f"a mixture needs at least 2 experts, not {experts}")
     if hidden < 64 or hidden % 64:
         raise UserInputError(f"hidden must be a positive multiple of 64, not {hidden}")
+    if quantization not in (None, *get_args(Quantization)):
+        raise UserInputError(f"unknown quantization {quantization!r}", hint="It must be fp8")
+    if quantization is not None and hidden % (2 * BLOCK):
+        raise UserInputError(
+            f"hidden must be a multiple of {2 * BLOCK} with quantization {quantization}, not {hidden}",
+            hint=f"Experts, keys and values are half as wide, and a projection is made of blocks of {BLOCK} x {BLOCK}",
+        )
     return found
 
 
@@ -121,17 +137,22 @@ def _common_config(layers: int, hidden: int, dtype: str) -> dict[str, Any]:
 
 
 class _Weights:
-    """Draws weights in a fixed order from one generator, float32, and keeps them in the dtype of the checkpoint."""
+    """Draws weights in a fixed order from one generator, float32, and keeps them in the dtype of the checkpoint, or
+    those of projections as e4m3 and scales if `blocks`."""
 
-    def __init__(self, dtype: str, seed: int) -> None:
+    def __init__(self, dtype: str, seed: int, *, blocks: bool) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self._blocks = blocks
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._generator = torch.Generator().manual_seed(seed)
 
     def matrix(self, name: str, rows: int, columns: int, gain: float = 1.0) -> None:
         """[rows, columns] such that unit-variance input gives outputs of standard deviation `gain`."""
         values = torch.randn(rows, columns, generator=self._generator) * (gain / math.sqrt(columns))
-        self.tensors[name] = values.to(self._dtype)
+        if self._blocks and "_proj" in name.split(".")[-2]:
+            self.tensors[name], self.tensors[f"{name}_scale_inv"] = _quantize(values.to(self._dtype).float())
+        else:
+            self.tensors[name] = values.to(self._dtype)
 
     def vector(self, name: str, size: int, std: float) -> None:
         """float32 in every checkpoint."""
@@ -150,8 +171,18 @@ class _Weights:
         self.matrix(f"{prefix}.down_proj.weight", hidden, inner, gain)
 
 
+def _quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [N, K] -> (e4m3 [N, K], float32 [ceil(N / 128), ceil(K / 128)]), whose product is about `values`."""
+    rows, columns = values.shape
+    padded = torch.nn.functional.pad(values, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    scale = blocks.abs().amax((1, 3)) / _LARGEST_E4M3
+    scaled = (blocks / scale[:, None, :, None]).view(padded.shape)
+    return scaled[:rows, :columns].to(torch.float8_e4m3fn).contiguous(), scale
+
+
 def _write_weights(path: Path, config: dict[str, Any], architecture: Architecture, dtype: str, seed: int) -> None:
-    weights = _Weights(dtype, seed)
+    weights = _Weights(dtype, seed, blocks="quantization_config" in config)
     hidden = config["hidden_size"]
     weights.matrix("model.embed_tokens.weight", VOCAB, hidden, gain=math.sqrt(hidden))
     for index in range(config["num_hidden_layers"]):

@@ -23,6 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
     parser.add_argument("--skew", type=float, help=f"choose the first experts more often ({', '.join(CORRECTED)})")
+    parser.add_argument("--quantization", choices=("fp8",), help="block-quantised weights (--hidden a multiple of 256)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=run)
 
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         seed=args.seed,
         skew=args.skew,
+        quantization=args.quantization,
     )
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if args.json:

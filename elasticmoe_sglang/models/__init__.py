@@ -25,7 +25,6 @@ REFUSED = {
     "Llama4ForConditionalGeneration": "its experts' outputs are weighed before they are computed",
     "Qwen3NextForCausalLM": _HYBRID,
     "Qwen3_5MoeForConditionalGeneration": _HYBRID,
-    "MiniMaxM2ForCausalLM": "its checkpoints are quantised; only unquantised weights are supported",
     "DeepseekV32ForCausalLM": "its sparse attention keeps an index in a KV pool of its own",
 }
 """Architecture -> why it cannot be served elastically, for those that users ask for."""

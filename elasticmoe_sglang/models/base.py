@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Config = Mapping[str, Any]
@@ -54,6 +54,8 @@ class Architecture:
         tiny_attention: (weights, prefix, config).
         corrected: the router's choice is corrected by one number an expert (`draw_correction`).
         fewest_layers: of a tiny model.
+        tiny_fp8: fields of a tiny model with block-quantised weights that differ, so that every width that SGLang
+            fuses or sums over is made of whole blocks.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Architecture:
     dense_layers: Callable[[Config], int] = lambda config: 0
     corrected: bool = False
     fewest_layers: int = 1
+    tiny_fp8: Mapping[str, int] = field(default_factory=dict)
 
     def experts(self, config: Config) -> int:
         """Routed experts of one MoE layer. Raises KeyError if the configuration does not say."""

@@ -118,6 +118,7 @@ DEEPSEEK_V2 = Architecture(
     tiny_attention=_tiny_attention,
     tiny_block=_tiny_block,
     fewest_layers=2,
+    tiny_fp8={"kv_lora_rank": 128},
 )
 DEEPSEEK_V3 = replace(
     DEEPSEEK_V2,
@@ -127,4 +128,5 @@ DEEPSEEK_V3 = replace(
     router="sigmoid with a correction by expert, top k of the best groups",
     tiny_config=_tiny_v3,
     corrected=True,
+    tiny_fp8={"kv_lora_rank": 128, "q_lora_rank": 128},
 )

@@ -26,8 +26,8 @@ _HEAD = """# Models
 Generated from `elasticmoe_sglang/models` by `make models-doc`; do not edit.
 
 A model is served elastically if SGLang's model of it runs attention data-parallel, its routed experts lie in
-`FusedMoE`, and every other weight can be held whole by every rank. Weights are unquantised: float32 or bfloat16.
-`elasticmoe tiny-model --arch` makes a small random one of each architecture.
+`FusedMoE`, and every other weight can be held whole by every rank. Weights are float32 or bfloat16, or e4m3 in blocks
+([below](#quantised-checkpoints)). `elasticmoe tiny-model --arch` makes a small random one of each architecture.
 
 """
 
@@ -56,17 +56,41 @@ def render() -> str:
     served = ARCHITECTURES.values()
     return (
         f"{_HEAD}{_described(served)}\n## Tests\n{_TESTS_ARE}\n{_tested(served)}"
-        f"\n## Refused\n\n{_refused()}{_ADDING.format(glm4_data=_lines(_GLM4_DATA), glm4_hooks=_lines(_GLM4_HOOKS))}"
+        f"{_QUANTISED}\n## Refused\n\n{_refused()}"
+        f"{_ADDING.format(glm4_data=_lines(_GLM4_DATA), glm4_hooks=_lines(_GLM4_HOOKS))}"
     )
 
 
 _ROOT = Path(__file__).resolve().parents[2]
 _GLM4_DATA = "elasticmoe_sglang/models/glm4_moe.py"
 _GLM4_HOOKS = "patches/elasticmoe_patches/srt/models/glm4_moe.py"
+_FP8_TEST = "tests/e2e/test_scale_fp8.py"
 _TESTS_ARE = """
 Tokens are float32 and compared with plain SGLang's of the same version; the kill storm compares them with those of the
 undisturbed server, while workers, HMM and standbys are killed. All but the sizes run servers and are in `make soak`
 (`SGLANG=0.5.21` for that version). The KV pools are those of the attention, so one model of each stands for it.
+"""
+
+
+_QUANTISED = f"""
+## Quantised checkpoints
+
+Block-quantised fp8 as DeepSeek-V3 and Qwen3-*-FP8 ship it is served with every architecture above: weights in e4m3 with
+one float32 scale for each block of 128 x 128 (`"quant_method": "fp8"`, `"weight_block_size": [128, 128]`,
+`"activation_scheme": "dynamic"`), router, norms, embeddings and output unquantised. A column holds weights and scales;
+it moves, is read and is recovered like any other. Experts on GPUs are computed by this project's Triton kernels, which
+quantise activations by token and group of 128 with float32 scales (also where `scale_fmt` is `ue8m0`); dense layers by
+SGLang's Triton kernel (`--fp8-gemm-backend triton`). GPUs older than Ada are refused, and so are NPUs. On the CPU
+platform weights are dequantised and activations stay as they are, in experts and dense layers, as in SGLang's own
+operators for CPUs; float32 activations are possible there.
+
+Refused with the reason: every other `quant_method`, fp8 with a scale for each tensor or channel, other block sizes,
+static activation scales, widths of hidden states or experts that are no multiple of 128, `--quantization` of an
+unquantised checkpoint, quantised KV caches, other backends of the dense layers.
+
+`elasticmoe tiny-model --quantization fp8` makes a small one of each architecture. `{_FP8_TEST}` compares tokens
+with those of transformers on the dequantised weights, through 2 -> 3 -> 1 -> 4 -> 2 and a killed rank;
+`test_scale_tokens.py[qwen3_moe-fp8]` and `[deepseek_v3-fp8]`, in `make soak`, with plain SGLang's.
 """
 
 

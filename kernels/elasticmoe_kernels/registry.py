@@ -11,8 +11,10 @@ import torch
 
 from elasticmoe_kernels.errors import NoBackend, ShapeError
 
-MoeExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+MoeExperts = Callable[..., torch.Tensor]
 
+FP8 = torch.float8_e4m3fn
+GROUP = 128
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,9 +31,11 @@ class Backend:
     """Dtypes of the activations."""
     proven: str
     """What was run, in words; `docs/hardware.md` repeats it and claims no more."""
+    fp8: bool = False
+    """Takes e4m3 weights with scales by 128 x 128 blocks, too: `target` has two more arguments."""
 
-    def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
-        return device.type in self.devices and dtype in self.dtypes
+    def serves(self, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> bool:
+        return device.type in self.devices and dtype in self.dtypes and (self.fp8 or not fp8)
 
     @functools.cache  # noqa: B019  (instances are the few of BACKENDS)
     def load(self) -> MoeExperts:
@@ -50,6 +54,7 @@ BACKENDS: dict[str, Backend] = {
             devices=("cuda",),
             dtypes=(torch.bfloat16, torch.float16),
             proven="run and timed on one H200; every kernel also runs in the Triton interpreter on CPU",
+            fp8=True,
         ),
         Backend(
             name="ascend",
@@ -64,6 +69,7 @@ BACKENDS: dict[str, Backend] = {
             devices=("cpu",),
             dtypes=(*_FLOATS, torch.float64),
             proven="run",
+            fp8=True,
         ),
         Backend(
             name="reference",
@@ -76,24 +82,27 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def select(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Backend:
-    """The backend for these tensors. Raises NoBackend with what exists when none fits."""
+def select(device: torch.device, dtype: torch.dtype, backend: str = "auto", *, fp8: bool = False) -> Backend:
+    """The backend for these activations, with e4m3 weights if `fp8`. Raises NoBackend with what exists when none
+    fits."""
+    what = f"{dtype}{' with e4m3 weights' if fp8 else ''} on {device.type}"
     if backend == "auto":
         for candidate in BACKENDS.values():
-            if candidate.serves(device, dtype):
+            if candidate.serves(device, dtype, fp8):
                 return candidate
-        raise NoBackend(f"no MoE backend for {dtype} on {device.type}; there are: {_listing()}")
+        raise NoBackend(f"no MoE backend for {what}; there are: {_listing()}")
     found = BACKENDS.get(backend)
     if found is None:
         raise NoBackend(f"no MoE backend is called {backend!r}; there are: {_listing()}")
-    if not found.serves(device, dtype):
-        raise NoBackend(f"MoE backend {backend!r} does not serve {dtype} on {device.type}; there are: {_listing()}")
+    if not found.serves(device, dtype, fp8):
+        raise NoBackend(f"MoE backend {backend!r} does not serve {what}; there are: {_listing()}")
     return found
 
 
 def _listing() -> str:
     return "; ".join(
-        f"{b.name} ({'/'.join(b.devices)}: {', '.join(str(d).removeprefix('torch.') for d in b.dtypes)})"
+        f"{b.name} ({'/'.join(b.devices)}: {', '.join(str(d).removeprefix('torch.') for d in b.dtypes)}"
+        f"{', e4m3 weights' if b.fp8 else ''})"
         for b in BACKENDS.values()
     )
 
@@ -105,6 +114,8 @@ def moe_experts(
     topk_slots: torch.Tensor,
     topk_weights: torch.Tensor,
     *,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """The MoE layer over the slots of one rank: sum over k of weight * expert(slot, x[t]).
@@ -115,16 +126,27 @@ def moe_experts(
         w2: [S, H, I], likewise. A slot that no entry of `topk_slots` names is never read: it may have no memory.
         topk_slots: [T, K] int32 or int64, -1 = this expert is not here, the pair adds nothing.
         topk_weights: [T, K] float32.
+        w13_scale, w2_scale: with e4m3 weights, what each block of 128 x 128 is multiplied by: float32
+            [S, 2I / 128, H / 128] and [S, H / 128, I / 128], strides as of the weights; H and I are multiples of 128.
         backend: a name in `BACKENDS`, or "auto".
 
     Returns: [T, H] in x's dtype. Raises ShapeError, NoBackend.
     """
-    check_shapes(x, w13, w2, topk_slots, topk_weights)
-    return select(x.device, x.dtype, backend).load()(x, w13, w2, topk_slots, topk_weights)
+    check_shapes(x, w13, w2, topk_slots, topk_weights, w13_scale, w2_scale)
+    if w13_scale is None:
+        return select(x.device, x.dtype, backend).load()(x, w13, w2, topk_slots, topk_weights)
+    found = select(x.device, x.dtype, backend, fp8=True)
+    return found.load()(x, w13, w2, topk_slots, topk_weights, w13_scale, w2_scale)
 
 
 def check_shapes(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_slots: torch.Tensor, topk_weights: torch.Tensor
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_slots: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
 ) -> None:
     """Raise ShapeError, naming the tensor, when the arguments of `moe_experts` do not belong together."""
     if x.dim() != 2 or w13.dim() != 3 or w2.dim() != 3 or topk_slots.dim() != 2:
@@ -145,8 +167,28 @@ def check_shapes(
         )
     if topk_slots.dtype not in (torch.int32, torch.int64):
         raise ShapeError(f"topk_slots must be int32 or int64, not {topk_slots.dtype}")
-    if w13.dtype != w2.dtype or x.dtype != w13.dtype:
+    if w13_scale is not None or w2_scale is not None:
+        _check_scales(w13, w2, w13_scale, w2_scale)
+    elif w13.dtype != w2.dtype or x.dtype != w13.dtype:
         raise ShapeError(f"x, w13 and w2 must share one dtype; got {x.dtype}, {w13.dtype}, {w2.dtype}")
     for name, weight in (("w13", w13), ("w2", w2)):
         if weight.stride()[1:] != (weight.shape[2], 1):
             raise ShapeError(f"{name}: one slot's matrix must be contiguous; strides are {weight.stride()}")
+
+
+def _check_scales(
+    w13: torch.Tensor, w2: torch.Tensor, w13_scale: torch.Tensor | None, w2_scale: torch.Tensor | None
+) -> None:
+    if w13.dtype != FP8 or w2.dtype != FP8 or w13_scale is None or w2_scale is None:
+        raise ShapeError(f"scales go with {FP8} weights, both of them; the weights are {w13.dtype} and {w2.dtype}")
+    _, hidden, inter = w2.shape
+    if hidden % GROUP or inter % GROUP:
+        raise ShapeError(f"blocks of {GROUP} need H and I in multiples of {GROUP}; got {hidden} and {inter}")
+    for name, weight, scale in (("w13_scale", w13, w13_scale), ("w2_scale", w2, w2_scale)):
+        slots, rows, columns = weight.shape
+        expected = (slots, rows // GROUP, columns // GROUP)
+        if scale.dtype != torch.float32 or tuple(scale.shape) != expected or scale.stride()[1:] != (expected[2], 1):
+            raise ShapeError(
+                f"{name} must be float32 {list(expected)} with contiguous matrices; got {scale.dtype} "
+                f"{list(scale.shape)} with strides {scale.stride()}"
+            )

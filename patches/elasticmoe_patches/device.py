@@ -27,6 +27,7 @@ SERVER_ENDS_S = 10.0
 _LEFT_FREE = 10 << 30
 _STATIC_SHARE = 0.88  # about what SGLang takes for itself on a large GPU
 _OF_A_PROCESS_GIB = 2  # context, libraries' workspaces, graphs: 1.7 to 1.8 GiB of a rank on an H100
+_FP8_SINCE = (8, 9)
 _MPS_CONTROL = "nvidia-cuda-mps-control"
 _MPS_FOLDERS = ("/usr/bin", "/usr/local/nvidia/bin")
 _START_MPS = (
@@ -133,6 +134,26 @@ def _why_no_npu() -> str:
     if acl_probe.visible_devices() == ():
         return f"{acl_probe.VISIBLE} is empty, which hides every NPU"
     return acl_probe.probe().error or "CANN finds no NPU"
+
+
+def check_fp8_devices(config: ElasticConfig) -> None:
+    """Raises UserInputError: no kernel of these devices computes with block-quantised fp8 weights."""
+    if on_npu():
+        raise UserInputError(
+            "block-quantised fp8 weights are not supported on NPUs: the grouped product of experts there takes "
+            "unquantised weights",
+            hint="Serve the model's unquantised checkpoint",
+        )
+    if not on_cuda():
+        return
+    import torch
+
+    for device in range(min(config.num_devices, torch.cuda.device_count())):
+        if (capability := torch.cuda.get_device_capability(device)) < _FP8_SINCE:
+            raise UserInputError(
+                f"GPU {device} has compute capability {capability[0]}.{capability[1]}, whose tensor cores know no fp8",
+                hint="Use Ada, Hopper or newer GPUs, or the model's unquantised checkpoint",
+            )
 
 
 def check_devices(config: ElasticConfig) -> None:

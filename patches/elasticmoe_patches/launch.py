@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from elasticmoe_patches.device import check_fp8_devices
 from elasticmoe_patches.features import LAUNCH_REFUSALS
 from elasticmoe_sglang.comm.membership import MAX_CAPACITY
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.models import architecture_of
+from elasticmoe_sglang.models.quantization import SUPPORTED, is_block_fp8
 
 # flag -> (value that is fine, why others are not)
 _REFUSED: Mapping[str, tuple[Any, str]] = {
@@ -51,7 +53,8 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "enable_flexkv": (False, "its offload of KV knows nothing of caches that change their size"),
     "enable_lmcache": (False, "its offload of KV knows nothing of caches that change their size"),
     "radix_cache_backend": (None, "KV caches that change their size need SGLang's own radix cache"),
-    "quantization": (None, "only unquantised weights are supported"),
+    "quantization": ((None, "fp8"), f"only {SUPPORTED} can be served"),
+    "kv_cache_dtype": (("auto", "bf16", "bfloat16"), "caches move and change their size unquantised only"),
     "load_balance_method": (("auto", "round_robin", "total_requests", "total_tokens"), "it routes by rank"),
     "enforce_shared_experts_fusion": (False, "a fused shared expert is tied to a rank"),
     "moe_runner_backend": (("auto", "triton"), "experts lie in columns, which only this plugin's kernels read"),
@@ -138,7 +141,32 @@ def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
     args.disable_custom_all_reduce = True
     if args.load_balance_method == "auto":
         args.load_balance_method = "round_robin"
-    check_model(args.model_path, config, revision=getattr(args, "revision", None))
+    quantised = check_model(args.model_path, config, revision=getattr(args, "revision", None))
+    if quantised:
+        _shape_fp8(args, config)
+    elif args.quantization is not None:
+        raise UserInputError(
+            f"--quantization {args.quantization} of an unquantised checkpoint is not supported: experts lie in memory "
+            "as the checkpoint has them",
+            hint=f"Serve a checkpoint that is quantised. Supported: {SUPPORTED}",
+        )
+
+
+def _shape_fp8(args: argparse.Namespace, config: ElasticConfig) -> None:
+    """Set what a block-quantised model needs.
+
+    Raises:
+        UserInputError: these devices cannot compute it, or another backend of its dense layers was asked for.
+    """
+    check_fp8_devices(config)
+    if args.fp8_gemm_runner_backend not in ("auto", "triton"):
+        raise UserInputError(
+            f"--fp8-gemm-backend {args.fp8_gemm_runner_backend} is not supported by an elastic server: a backend may "
+            "rewrite the weights, which other processes have mapped, or compile while it serves",
+            hint="Leave the flag out: triton is used",
+        )
+    # What SGLang chooses by itself on newer GPUs rearranges weights after loading.
+    args.fp8_gemm_runner_backend = args.moe_runner_backend = "triton"
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:
@@ -206,11 +234,16 @@ def _config_from_hub(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def check_model(model_path: str, config: ElasticConfig, *, revision: str | None = None) -> None:
-    """Raises UserInputError for a model that cannot be served elastically, with the reason."""
+def check_model(model_path: str, config: ElasticConfig, *, revision: str | None = None) -> bool:
+    """Whether the model's weights are block-quantised fp8.
+
+    Raises:
+        UserInputError, UnsupportedFeature: it cannot be served elastically, with the reason.
+    """
     model = read_model_config(model_path, revision)
     try:
         experts = architecture_of(model).experts(model)
+        quantised = is_block_fp8(model)
     except KeyError as error:
         raise UserInputError(f"the config.json in {model_path} has no {error}") from error
     if experts < config.max_ep_size:
@@ -218,5 +251,4 @@ def check_model(model_path: str, config: ElasticConfig, *, revision: str | None 
             f"the model has {experts} experts, fewer than the {config.max_ep_size} ranks",
             hint=f"Use --elasticmoe-max-ep-size {experts} or less",
         )
-    if model.get("quantization_config"):
-        raise UserInputError(f"the model in {model_path} is quantised; only unquantised weights are supported")
+    return quantised

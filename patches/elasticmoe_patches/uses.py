@@ -299,6 +299,9 @@ USES: tuple[Use, ...] = (
         "routed_scaling_factor swiglu_limit",
     ),
     *_of("layers.quantization.unquant.UnquantizedFusedMoEMethod", "moe_runner_config= with_bias="),
+    *_of("layers.quantization.fp8.Fp8MoEMethod", "moe_runner_config= with_bias="),
+    *_of("layers.quantization.fp8.Fp8LinearMethod", "apply() weight_block_size"),
+    *_of("layers.linear.LinearBase", "quant_method"),
     *_of(
         "layers.attention.base_attn_backend.AttentionBackend",
         "forward_decode! forward_extend! get_cuda_graph_seq_len_fill_value! init_forward_metadata! support_triton!",

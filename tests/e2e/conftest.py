@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elasticmoe_sglang.tiny_model import Arch
+from elasticmoe_sglang.tiny_model import Arch, Quantization
 from tests.helpers.corpus import Corpus, make_corpus
 from tests.helpers.shared import Shared
 
@@ -12,11 +12,15 @@ class Corpora:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._made: dict[Arch, Corpus] = {}
+        self._made: dict[tuple[Arch, Quantization | None], Corpus] = {}
 
     def __getitem__(self, arch: Arch) -> Corpus:
-        if arch not in self._made:
-            self._made[arch] = make_corpus(self._shared.plain(arch))
+        return self.of(arch, None)
+
+    def of(self, arch: Arch, quantization: Quantization | None) -> Corpus:
+        model = (arch, quantization)
+        if model not in self._made:
+            self._made[model] = make_corpus(self._shared.plain(*model))
             # Idle it would take a core from all tests that follow: SGLang's processes poll.
             self._shared.close()
-        return self._made[arch]
+        return self._made[model]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from elasticmoe_sglang.tiny_model import Arch
+from elasticmoe_sglang.tiny_model import Arch, Quantization
 from tests.e2e.conftest import Corpora
 from tests.helpers.corpus import LONG, REASONING, TOKENS, Case, Corpus, settle, spread
 from tests.helpers.elastic import RANKS, ElasticServer, commit_time
@@ -38,6 +38,7 @@ class Setup:
 
     arch: Arch
     args: tuple[str, ...] = ()
+    quantization: Quantization | None = None
 
 
 SETUPS = (
@@ -58,6 +59,8 @@ SETUPS = (
     pytest.param(
         Setup(arch="qwen3_moe", args=("--enable-mixed-chunk",)), id="qwen3_moe-mixed-chunk", marks=pytest.mark.soak
     ),
+    pytest.param(Setup(arch="qwen3_moe", quantization="fp8"), id="qwen3_moe-fp8", marks=pytest.mark.soak),
+    pytest.param(Setup(arch="deepseek_v3", quantization="fp8"), id="deepseek_v3-fp8", marks=pytest.mark.soak),
 )
 
 
@@ -75,7 +78,7 @@ def running(
     request: pytest.FixtureRequest, shared: Shared, corpora: Corpora, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
     setup: Setup | None = request.param
-    corpus = corpora[setup.arch if setup else "qwen3_moe"]
+    corpus = corpora.of(setup.arch, setup.quantization) if setup else corpora["qwen3_moe"]
     if setup is None:
         server = shared.steady()
         with Load(server.url, headers=server.headers) as load:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elasticmoe_sglang.tiny_model import VOCAB, Arch, make_tiny_model
+from elasticmoe_sglang.tiny_model import VOCAB, Arch, Quantization, make_tiny_model
 from tests.helpers.load import Load, Output, Stream, first_difference
 from tests.helpers.server import SglangServer
 
@@ -156,9 +156,9 @@ class Corpus:
 
 
 @contextmanager
-def plain_server(folder: Path, arch: Arch) -> Iterator[SglangServer]:
+def plain_server(folder: Path, arch: Arch, quantization: Quantization | None = None) -> Iterator[SglangServer]:
     """Plain SGLang with the float32 tiny model, both in `folder`. Chunks of a prefill are mixed with decoding."""
-    model = make_tiny_model(folder / "model", arch=arch)
+    model = make_tiny_model(folder / "model", arch=arch, quantization=quantization)
     args = ["--model-path", str(model), "--device", "cpu", "--skip-server-warmup", "--max-total-tokens", "32768"]
     args += ["--disable-overlap-schedule", "--chunked-prefill-size", "32", "--enable-mixed-chunk", *REASONING]
     with SglangServer(args, log=folder / "plain.log", start_timeout_s=400) as server:

@@ -5,7 +5,6 @@ At most one of them runs. `tests/conftest.py` puts tests that are marked `shared
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 from safetensors import safe_open
 
 from elasticmoe_sglang.faults import ENV_FAULTS
-from elasticmoe_sglang.tiny_model import VOCAB, Arch, make_tiny_model
+from elasticmoe_sglang.tiny_model import VOCAB, Arch, Quantization, make_tiny_model
 from tests.helpers.corpus import REASONING, Case, ask, plain_server
 from tests.helpers.elastic import RANKS, ElasticServer
 from tests.helpers.faults import SETTLED_WITHIN_S, ask_for, change, whole
@@ -118,9 +117,10 @@ class Shared:
         self._name = name
         return self._held
 
-    def plain(self, arch: Arch) -> SglangServer:
+    def plain(self, arch: Arch, quantization: Quantization | None = None) -> SglangServer:
         """Plain SGLang, one rank, no flag of ours."""
-        server: SglangServer = self._get(f"plain {arch}", lambda folder: plain_server(folder, arch))
+        name = f"plain {arch}{f' {quantization}' if quantization else ''}"
+        server: SglangServer = self._get(name, lambda folder: plain_server(folder, arch, quantization))
         return server
 
     def steady(self) -> ElasticServer:
@@ -186,5 +186,7 @@ def dense_bytes(model: Path) -> int:
 
 
 def column_bytes(model: Path) -> int:
-    config = json.loads((model / "config.json").read_text())
-    return int(config["num_hidden_layers"] * 3 * config["hidden_size"] * config["moe_intermediate_size"] * 4)
+    """Bytes of one routed expert over all layers, scales included."""
+    with safe_open(model / "model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if ".experts.0." in name]  # noqa: SIM118 (it is no dict)
+        return sum(file.get_tensor(name).nbytes for name in names)

@@ -33,6 +33,16 @@ def test_what_is_there_already_is_not_touched() -> None:
     assert float(dense["embed"].abs().max()) <= 1e-3
 
 
+def test_block_quantised_weights_are_filled_and_scalars_left() -> None:
+    quantised = {"0.w13_weight": torch.full((2, 128, 128), float("nan")).to(torch.float8_e4m3fn)}
+    quantised["0.w13_weight_scale_inv"] = torch.full((2, 1, 1), float("nan"))
+    dense = {"attn.k_scale": torch.nn.Parameter(torch.tensor(-1.0), requires_grad=False)}
+    fill_dummy(dense, quantised, Attached(load_columns=frozenset((1,)), load_dense=True))
+    assert all(view[0].float().isnan().all() and not view[1].float().isnan().any() for view in quantised.values())
+    assert float(quantised["0.w13_weight"][1].float().abs().max()) > 0
+    assert float(dense["attn.k_scale"]) == -1
+
+
 def test_a_fingerprint_is_one_models() -> None:
     known = {
         dummy_fingerprint(config, dtype) for config in ("{}", '{"a": 1}') for dtype in (torch.float32, torch.bfloat16)

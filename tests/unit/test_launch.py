@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from elasticmoe_patches import device
 from elasticmoe_patches.launch import elastic_config, read_model_config, shape_arguments
 from elasticmoe_patches.plugin import flags_used
 from elasticmoe_patches.srt.server_args import after_add_cli_args
 from elasticmoe_sglang.config import ElasticConfig
-from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.errors import UnsupportedFeature, UserInputError
+from elasticmoe_sglang.models.quantization import BLOCK_FP8
 from tests.helpers.hub import cached_on_the_hub
 
 pytestmark = pytest.mark.process
@@ -69,7 +71,11 @@ def test_the_users_choice_stays_where_it_is_possible(model: Path) -> None:
         (("--disaggregation-mode", "prefill"), "disaggregation"),
         (("--tokenizer-worker-num", "2"), "one tokenizer"),
         (("--enable-eplb",), "placement"),
-        (("--quantization", "fp8"), "unquantised"),
+        (("--quantization", "fp8"), "--quantization fp8 of an unquantised checkpoint is not supported"),
+        (("--quantization", "awq"), "--quantization awq .*only unquantised weights, and fp8 in blocks of 128 x 128"),
+        (("--quantization", "w8a8_int8"), "--quantization w8a8_int8 .*only unquantised weights, and fp8"),
+        (("--kv-cache-dtype", "fp8_e4m3"), "--kv-cache-dtype fp8_e4m3 .*unquantised only"),
+        (("--kv-cache-dtype", "fp8_e5m2"), "--kv-cache-dtype fp8_e5m2 .*unquantised only"),
         (("--lora-paths", "a=/adapter"), "LoRA adapters"),
         (("--enable-lora",), "LoRA adapters"),
         (("--return-hidden-states-mode", "last"), "lost with their rank"),
@@ -167,6 +173,75 @@ def test_models_that_cannot_be_served_are_refused(model: Path, config: dict[str,
     write(model, **config)
     with pytest.raises(UserInputError, match=words):
         shape_arguments(sglang_arguments(model), CONFIG)
+
+
+def write_quantised(folder: Path, *, quantization: dict[str, object] | None = None, **changes: object) -> None:
+    """A block-quantised model's config.json, with these changes of its `quantization_config` and of the rest."""
+    blocks = {name: value for name, value in (BLOCK_FP8 | (quantization or {})).items() if value is not None}
+    fields = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 16, "hidden_size": 256}
+    write(folder, **(fields | {"moe_intermediate_size": 128, "quantization_config": blocks} | changes))
+
+
+@pytest.mark.parametrize("flags", [(), ("--quantization", "fp8"), ("--fp8-gemm-backend", "triton")])
+@pytest.mark.parametrize(
+    "quantization", [{}, {"fmt": None}, {"scale_fmt": "ue8m0"}, {"modules_to_not_convert": ["lm_head"]}]
+)
+def test_block_quantised_models_are_served(
+    model: Path, flags: tuple[str, ...], quantization: dict[str, object]
+) -> None:
+    write_quantised(model, quantization=quantization)
+    args = sglang_arguments(model, *flags)
+    shape_arguments(args, CONFIG)
+    assert args.fp8_gemm_runner_backend == args.moe_runner_backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantization": {"quant_method": "awq"}}, "quant_method is awq"),
+        ({"quantization": {"quant_method": "gptq"}}, "quant_method is gptq"),
+        ({"quantization": {"quant_method": "w8a8_int8"}}, "quant_method is w8a8_int8"),
+        ({"quantization": {"quant_method": "compressed-tensors"}}, "quant_method is compressed-tensors"),
+        ({"quantization": {"weight_block_size": None}}, "one scale a tensor or a channel"),
+        ({"quantization": {"weight_block_size": [64, 128]}}, "in blocks of 64 x 128"),
+        ({"quantization": {"weight_block_size": [1, 32]}}, "in blocks of 1 x 32"),
+        ({"quantization": {"activation_scheme": "static"}}, "activation_scheme of its fp8 weights is static"),
+        ({"quantization": {"fmt": "e5m2"}}, "fmt of its fp8 weights is e5m2"),
+        ({"quantization_config": None, "compression_config": {"quant_method": "x"}}, "quant_method is x"),
+        ({"moe_intermediate_size": 192}, "moe_intermediate_size of 192 is no multiple of 128"),
+        ({"hidden_size": 64}, "hidden_size of 64 is no multiple of 128"),
+    ],
+)
+def test_other_quantisations_are_refused_with_their_reason(model: Path, changes: dict[str, Any], words: str) -> None:
+    write_quantised(model, **changes)
+    with pytest.raises(UnsupportedFeature, match=words):
+        shape_arguments(sglang_arguments(model), CONFIG)
+
+
+def test_quantised_experts_of_unknown_width(model: Path) -> None:
+    write(model, architectures=["Qwen3MoeForCausalLM"], num_experts=16, quantization_config=BLOCK_FP8)
+    with pytest.raises(UserInputError, match="has no 'hidden_size'"):
+        shape_arguments(sglang_arguments(model), CONFIG)
+
+
+def test_quantised_models_are_refused_where_no_kernel_takes_them(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    write_quantised(model)
+    with pytest.raises(UserInputError, match=r"--fp8-gemm-backend deep_gemm .*rewrite the weights"):
+        shape_arguments(sglang_arguments(model, "--fp8-gemm-backend", "deep_gemm"), CONFIG)
+    args = sglang_arguments(model)
+    monkeypatch.setattr(device, "on_npu", lambda: True)
+    with pytest.raises(UserInputError, match="not supported on NPUs"):
+        shape_arguments(args, CONFIG)
+    monkeypatch.setattr(device, "on_npu", lambda: False)
+    monkeypatch.setattr(device, "on_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 0) if number == 3 else (9, 0))
+    with pytest.raises(UserInputError, match=r"GPU 3 has compute capability 8\.0"):
+        shape_arguments(args, CONFIG)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    shape_arguments(args, CONFIG)
 
 
 def test_more_ranks_than_experts(model: Path) -> None:

@@ -6,12 +6,14 @@ import ast
 import json
 from math import prod
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from elasticmoe_sglang.errors import UnsupportedFeature, UserInputError
+from elasticmoe_sglang.hmm.layout import ALIGNMENT
 from elasticmoe_sglang.model_shape import shape_of
 from elasticmoe_sglang.models import ARCHITECTURES, REFUSED, architecture_of
 from elasticmoe_sglang.models.docs import cases_of
@@ -38,6 +40,41 @@ def test_a_tiny_model_has_what_is_counted(arch: Arch, tmp_path: Path) -> None:
     assert sum(column.values()) == shape.column_parameters
     assert sum(sizes.values()) == shape.parameters
     assert shape.experts == 6
+
+
+@pytest.mark.parametrize("arch", get_args(Arch))
+def test_a_quantised_column_weighs_its_scales_too(arch: Arch, tmp_path: Path) -> None:
+    """What the checkpoint has of an expert, the sizes count, and the layout holds, but for alignment."""
+    from elasticmoe_patches.worker.loader import column_layout
+
+    folder = make_tiny_model(tmp_path, arch=arch, layers=3, experts=2, hidden=256, quantization="fp8")
+    shape = shape_of(json.loads((folder / "config.json").read_text()))
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        column = [file.get_tensor(name) for name in file.keys() if ".experts.1." in name]  # noqa: SIM118
+    weights, scales = column[0::2], column[1::2]
+    assert {tensor.dtype for tensor in weights} == {torch.float8_e4m3fn} and len(scales) == len(weights)
+    assert sum(tensor.nbytes for tensor in column) == shape.column_bytes("fp8_block128")
+    layout = column_layout(moe_layers_like(shape.moe_layers, hidden=256, inter=128))
+    assert all(offset % ALIGNMENT == 0 for offset in layout.offsets.values())
+    assert sum(spec.nbytes for spec in layout.specs) == shape.column_bytes("fp8_block128")
+    assert 0 <= layout.column_bytes - shape.column_bytes("fp8_block128") < 4 * shape.moe_layers * ALIGNMENT
+
+
+def moe_layers_like(number: int, *, hidden: int, inter: int) -> list[Any]:
+    """Modules with the parameters that SGLang's Fp8MoEMethod registers, on the meta device."""
+    layers = []
+    for layer_id in range(number):
+        layer = torch.nn.Module()
+        layer.layer_id = layer_id
+        for name, rows, columns in (("w13", 2 * inter, hidden), ("w2", hidden, inter)):
+            for suffix, shape, dtype in (
+                ("weight", (2, rows, columns), torch.float8_e4m3fn),
+                ("weight_scale_inv", (2, rows // 128, columns // 128), torch.float32),
+            ):
+                tensor = torch.empty(shape, dtype=dtype, device="meta")
+                layer.register_parameter(f"{name}_{suffix}", torch.nn.Parameter(tensor, requires_grad=False))
+        layers.append(layer)
+    return layers
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "SomethingNewForCausalLM"])

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from elasticmoe_kernels.reference.quantize import dequantize_weight
 from elasticmoe_patches.platform import torchvision_ops
 from elasticmoe_sglang.cli import tiny_model
 from elasticmoe_sglang.errors import UserInputError
-from elasticmoe_sglang.tiny_model import SPECIAL_TOKENS, VOCAB, Arch, make_tiny_model
+from elasticmoe_sglang.models import ARCHITECTURES
+from elasticmoe_sglang.tiny_model import SPECIAL_TOKENS, VOCAB, Arch, Dtype, _write_weights, make_tiny_model
 
 ARCHS: tuple[Arch, ...] = get_args(Arch)
 
@@ -63,13 +65,49 @@ def test_sizes_are_those_asked_for(arch: Arch, tmp_path: Path) -> None:
 @pytest.mark.process
 @pytest.mark.parametrize(
     "changes",
-    [{"arch": "llama"}, {"layers": 0}, {"experts": 1}, {"hidden": 100}, {"dtype": "int8"}, {"skew": 0.5}],
+    [
+        {"arch": "llama"},
+        {"layers": 0},
+        {"experts": 1},
+        {"hidden": 100},
+        {"dtype": "int8"},
+        {"skew": 0.5},
+        {"quantization": "int4"},
+        {"hidden": 384, "quantization": "fp8"},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_impossible_targets_are_refused(changes: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match=str(next(iter(changes.values())))):
         make_tiny_model(tmp_path / "never", **changes)  # type: ignore[arg-type]
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("dtype", get_args(Dtype))
+@pytest.mark.parametrize("arch", ARCHS)
+def test_blocks_come_from_the_same_draws(arch: Arch, dtype: Dtype, tmp_path: Path) -> None:
+    """Every projection is within half a step of e4m3 of what is drawn without quantisation; nothing else differs."""
+    folder = small(tmp_path / "blocks", arch, hidden=256, dtype=dtype, quantization="fp8")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("quantization_config")["weight_block_size"] == [128, 128]
+    architecture = next(each for each in ARCHITECTURES.values() if each.arch == arch)
+    (tmp_path / "plain").mkdir()
+    _write_weights(tmp_path / "plain", config, architecture, dtype, seed=0)
+    drawn = load_file(tmp_path / "plain" / "model.safetensors")
+    written = load_file(folder / "model.safetensors")
+    scales = {name: written.pop(name) for name in list(written) if name.endswith("_scale_inv")}
+    assert written.keys() == drawn.keys()
+    projections = {name for name in drawn if "_proj" in name and name.endswith(".weight")}
+    assert {name.removesuffix("_scale_inv") for name in scales} == projections
+    assert all(torch.equal(written[name], drawn[name]) for name in drawn.keys() - projections)
+    for name in projections:
+        q, scale, wanted = written[name], scales[f"{name}_scale_inv"], drawn[name].double()
+        assert (q.dtype, scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+        assert scale.shape == tuple(-(-size // 128) for size in q.shape)
+        # Three bits behind the point; below 2**-6, e4m3's steps are equal.
+        step = torch.maximum(2.0**-3 * wanted.abs(), 2.0**-9 * dequantize_weight(torch.ones_like(q), scale))
+        assert ((dequantize_weight(q, scale) - wanted).abs() <= 0.5001 * step).all(), name
 
 
 @pytest.mark.process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from elasticmoe_patches.worker.linear_kernels import linear_token_counts
 from elasticmoe_patches.worker.warm_up import Made, WarmedUp, WarmUp, rounds
 
 
@@ -32,6 +33,23 @@ def test_prompts_come_together_and_behind_a_cached_beginning() -> None:
     assert [made.family for made in first] == [made.family for made in second] == [0, 1, 2]
     assert all(short.prompt < long.prompt for short, long in zip(first, second, strict=True))
     assert alone.family == 0 and alone.prompt > second[0].prompt
+
+
+TUNED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
+"""Numbers of tokens in SGLang's files of configurations."""
+
+
+@pytest.mark.parametrize("tuned", [(), (1, 64), TUNED])
+@pytest.mark.parametrize("most", [1, 17, 2048, 6000])
+def test_every_variant_of_a_linear_layers_kernel_is_loaded(tuned: tuple[int, ...], most: int) -> None:
+    def variant(tokens: int) -> tuple[int | None, bool, bool]:
+        nearest = min(tuned, key=lambda number: abs(number - tokens)) if tuned else None
+        return nearest, tokens == 1, tokens % 16 == 0
+
+    counts = linear_token_counts(tuned, most)
+    assert counts == sorted(set(counts)) and counts[0] == 1 and counts[-1] <= most
+    assert {variant(tokens) for tokens in range(1, most + 1)} == {variant(tokens) for tokens in counts}
+    assert len(counts) <= 3 * max(1, len(tuned))
 
 
 class Scheduler:

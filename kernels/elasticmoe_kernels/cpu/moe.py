@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from elasticmoe_kernels.cpu import fp8
+
 # One pass holds at most this many (token, k) rows, so that a long prefill needs a bounded scratch.
 MAX_ROWS_PER_PASS = 32768
 # oneDNN's half-precision product costs about 20 us a call before it computes. Below this many elements, widening the
@@ -27,6 +29,7 @@ GATHER_BELOW_ELEMENTS = 1 << 16
 SMALL_COMBINE_TOKENS = 32
 
 _Index = npt.NDArray[np.int64]
+_Scales = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,30 +65,39 @@ def moe_experts(
     w2: torch.Tensor,
     topk_slots: torch.Tensor,
     topk_weights: torch.Tensor,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `reference.moe.moe_experts`; returns x's dtype. Inference only: no gradient is recorded.
+    """See `registry.moe_experts`; returns x's dtype. Inference only: no gradient is recorded.
 
     float32, float64: computed in that type. bfloat16, float16: products in that type with float32 accumulation (or
-    wholly in float32 for small experts), SwiGLU in float32, combine in float32.
+    wholly in float32 for small experts), SwiGLU in float32, combine in float32. e4m3 weights are dequantised and
+    everything is computed in float32 (float64 for float64), activations are not quantised: `fp8.product`.
     """
+    scales = (w13_scale, w2_scale)
     with torch.no_grad():
         tokens, k = topk_slots.shape
         per_pass = max(1, MAX_ROWS_PER_PASS // max(k, 1))
         if tokens <= per_pass:
-            return _one_pass(x, w13, w2, topk_slots, topk_weights)
+            return _one_pass(x, w13, w2, topk_slots, topk_weights, scales)
         out = torch.empty_like(x)
         for start in range(0, tokens, per_pass):
             part = slice(start, start + per_pass)
-            out[part] = _one_pass(x[part], w13, w2, topk_slots[part], topk_weights[part])
+            out[part] = _one_pass(x[part], w13, w2, topk_slots[part], topk_weights[part], scales)
         return out
 
 
 def _one_pass(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_slots: torch.Tensor, topk_weights: torch.Tensor
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_slots: torch.Tensor,
+    topk_weights: torch.Tensor,
+    scales: _Scales,
 ) -> torch.Tensor:
     k = topk_slots.shape[1]
     order: _Index
-    if topk_slots.numel() * w13.shape[1] * w13.shape[2] <= GATHER_BELOW_ELEMENTS:
+    if scales[0] is None and topk_slots.numel() * w13.shape[1] * w13.shape[2] <= GATHER_BELOW_ELEMENTS:
         order = np.flatnonzero(topk_slots.numpy() >= 0)
         groups = None
     else:
@@ -98,7 +110,7 @@ def _one_pass(
     if groups is None:
         y = _gathered_experts(rows, w13, w2, topk_slots.reshape(-1).index_select(0, index))
     else:
-        y = _experts(rows, w13, w2, groups)
+        y = _experts(rows, w13, w2, groups, scales)
     return _combine(y, order, topk_slots, topk_weights, x.dtype)
 
 
@@ -114,24 +126,31 @@ def _gathered_experts(rows: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, s
     return y
 
 
-def _experts(rows: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, groups: Groups) -> torch.Tensor:
+def _experts(rows: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, groups: Groups, scales: _Scales) -> torch.Tensor:
     """[R, H] in slot order -> [R + 1, H], the last row zero (what absent pairs read in the combine)."""
     inter = w2.shape[2]
     half = rows.dtype in (torch.bfloat16, torch.float16)
-    widen = half and w13.shape[1] * w13.shape[2] <= WIDEN_BELOW_ELEMENTS
+    widen = half and (scales[0] is not None or w13.shape[1] * w13.shape[2] <= WIDEN_BELOW_ELEMENTS)
     if widen:
         rows = rows.float()
     gate_up = rows.new_empty(rows.shape[0], 2 * inter)
-    _products(rows, w13, gate_up, groups, widen)
+    _products(rows, w13, gate_up, groups, widen, scales[0])
     gate, up = gate_up[:, :inter], gate_up[:, inter:]
     activated = F.silu(gate.float() if half and not widen else gate).mul_(up).to(rows.dtype)
     y = rows.new_empty(rows.shape[0] + 1, w2.shape[1])
     y[-1].zero_()
-    _products(activated, w2, y[:-1], groups, widen)
+    _products(activated, w2, y[:-1], groups, widen, scales[1])
     return y
 
 
-def _products(a: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, groups: Groups, widen: bool) -> None:
+def _products(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    groups: Groups,
+    widen: bool,
+    scale: torch.Tensor | None,
+) -> None:
     """out[rows of slot] = a[rows of slot] @ weight[slot].T, slot by slot.
 
     `mm` with `out` on slices made by one `split` each: 5 us less a slot than `out[a:b] = F.linear(...)`.
@@ -139,6 +158,9 @@ def _products(a: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, groups: 
     mm, split = torch.mm, torch.split_with_sizes
     for slot, rows, result in zip(groups.slots, split(a, groups.sizes), split(out, groups.sizes), strict=True):
         matrix = weight[slot]
+        if scale is not None:
+            fp8.product(rows, matrix, scale[slot], result)
+            continue
         mm(rows, (matrix.float() if widen else matrix).t(), out=result)
 
 

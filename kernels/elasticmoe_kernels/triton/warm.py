@@ -49,11 +49,22 @@ def _kernels_of(tokens: int, top_k: int, experts: int, hidden: int, inter: int, 
     return plan, single, chunk, 1 if single else next_power_of_2(chunks)
 
 
-def load_moe(w13: torch.Tensor, w2: torch.Tensor, *, top_k: int, most: int) -> list[int]:
+def load_moe(
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    *,
+    top_k: int,
+    most: int,
+    dtype: torch.dtype,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
+) -> list[int]:
     """Run the layer for every kind of batch up to `most` tokens.
 
     Args:
         w13, w2: of one layer, [S, 2I, H], [S, H, I]; no element is read.
+        dtype: of the activations.
+        w13_scale, w2_scale: of e4m3 weights; no element is read.
 
     Returns:
         The numbers of tokens that were run.
@@ -61,7 +72,8 @@ def load_moe(w13: torch.Tensor, w2: torch.Tensor, *, top_k: int, most: int) -> l
     experts, hidden, inter = w2.shape
     counts = token_counts(most, top_k=top_k, experts=experts, hidden=hidden, inter=inter, dtype=w13.dtype)
     for tokens in counts:
-        x = torch.zeros(tokens, hidden, dtype=w13.dtype, device=w13.device)
+        x = torch.zeros(tokens, hidden, dtype=dtype, device=w13.device)
         nowhere = torch.full((tokens, top_k), -1, dtype=torch.int32, device=w13.device)
-        fused_moe(x, w13, w2, nowhere, torch.zeros(tokens, top_k, device=w13.device))
+        weights = torch.zeros(tokens, top_k, device=w13.device)
+        fused_moe(x, w13, w2, nowhere, weights, w13_scale=w13_scale, w2_scale=w2_scale)
     return counts

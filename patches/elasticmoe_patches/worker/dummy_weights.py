@@ -42,7 +42,10 @@ def fill_dummy(
 
 
 def _fill(tensor: torch.Tensor, name: str) -> None:
-    if not tensor.is_floating_point():
-        return
+    if not tensor.is_floating_point() or tensor.dim() == 0:
+        return  # scalars have SGLang's values
     seed = int.from_bytes(hashlib.sha256(f"{SEED} {name}".encode()).digest()[:7], "little")
-    tensor.uniform_(-_RANGE, _RANGE, generator=torch.Generator(tensor.device).manual_seed(seed))
+    wide = tensor if tensor.itemsize > 1 else torch.empty_like(tensor, dtype=torch.float16)  # fp8 has no uniform_
+    wide.uniform_(-_RANGE, _RANGE, generator=torch.Generator(tensor.device).manual_seed(seed))
+    if wide is not tensor:
+        tensor.copy_(wide)

@@ -41,7 +41,7 @@ from elasticmoe_sglang.worker.weights import Attached, WorkerWeights
 logger = logging.getLogger(__name__)
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_EXPERT_WEIGHTS = ("w13_weight", "w2_weight")
+_EXPERT_WEIGHTS = ("w13_weight", "w2_weight", "w13_weight_scale_inv", "w2_weight_scale_inv")
 _SAMPLE = 1 << 16
 
 
@@ -68,7 +68,7 @@ def moe_layers(model: torch.nn.Module) -> list[FusedMoE]:
 
 
 def column_layout(layers: list[FusedMoE]) -> ColumnLayout:
-    """One expert over all layers; names are `<layer>.<weight>`."""
+    """One expert over all layers, scales of block-quantised weights included; names are `<layer>.<weight>`."""
     entries = []
     for layer in layers:
         for name, param in layer.named_parameters(recurse=False):
@@ -93,15 +93,24 @@ def bind(
     memory: WorkerWeights,
     columns: ColumnLayout,
     table: Any,
+    *,
+    fresh: bool,
 ) -> None:
-    """Point the model's parameters at the mapped memory; table: what maps expert ids to slots."""
+    """Point the model's parameters at the mapped memory.
+
+    Args:
+        table: what maps expert ids to slots.
+        fresh: the dense block is to be filled here. Scalars keep what SGLang gave them: a checkpoint need not have
+            them (the scales of a KV cache).
+    """
     dense = memory.dense.views()
     for name, param in parameters.items():
+        if fresh and param.dim() == 0:
+            dense[name].copy_(param.data)
         param.data = dense[name]
     views = memory.columns.views(columns)
     for layer in layers:
-        for name in _EXPERT_WEIGHTS:
-            old = getattr(layer, name)
+        for name, old in list(layer.named_parameters(recurse=False)):
             new = torch.nn.Parameter(views[f"{layer.layer_id}.{name}"], requires_grad=False)
             new.__dict__.update(old.__dict__)  # SGLang hangs the weight loader on the parameter
             layer.register_parameter(name, new)
@@ -230,7 +239,8 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
         )
         worker.model = LoadedModel(spec=spec, placement=placement)
         worker.fault_point("boot.attached")
-        bind(layers, parameters, worker.memory, columns, self._slots(worker, num_columns, target))
+        slots = self._slots(worker, num_columns, target)
+        bind(layers, parameters, worker.memory, columns, slots, fresh=found.load_dense)
         if target.type != "cpu":
             torch.get_device_module(target).empty_cache()  # the parameters that the model was built with
         if dummy:

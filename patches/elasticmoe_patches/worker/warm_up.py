@@ -4,8 +4,9 @@ The first launch of a kernel loads its module, and the first large batch grows t
 both wait for what runs on the GPU. If that is a collective of another rank, it waits for this rank in turn: probably
 why two ranks that had joined together blocked each other in their first prefill until the collective's deadline (seen
 on an H200, four ranks under MPS). So every captured graph is replayed once, and prompts of
-several lengths are run, while this rank's collectives are local. The MoE layer's kernels are loaded from a list
-(`elasticmoe_kernels.triton.warm`); what is still loaded later is named in the log (`first_use.py`).
+several lengths are run, while this rank's collectives are local. The kernels of the MoE layer and of block-quantised
+linear layers are loaded from lists (`elasticmoe_kernels.triton.warm`, `linear_kernels.py`); what is still loaded later
+is named in the log (`first_use.py`).
 
 What it computes is not the model's answer, since the other ranks' experts are missing: nothing is sent out, and the
 KV cache is emptied afterwards.
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from elasticmoe_patches.worker.linear_kernels import load_linear_kernels
 from elasticmoe_patches.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -115,14 +117,24 @@ class WarmUp:
 def load_moe_kernels(scheduler: Any, worker: Worker, longest_prompt: int) -> None:
     """Every kernel of the MoE layer, up to the rows of all ranks' longest prompts together."""
     from elasticmoe_kernels.triton.warm import load_moe
+    from elasticmoe_patches.worker.experts import scales_of
     from elasticmoe_patches.worker.loader import moe_layers
 
-    layer = moe_layers(scheduler.tp_worker.model_runner.model)[0]
-    if layer.w13_weight.dtype not in (torch.bfloat16, torch.float16):
+    runner = scheduler.tp_worker.model_runner
+    if runner.dtype not in (torch.bfloat16, torch.float16):
         return  # computed by PyTorch
     most = worker.region.capacity * longest_prompt
-    counts = load_moe(layer.w13_weight, layer.w2_weight, top_k=layer.top_k, most=most)
-    logger.info("rank %d: MoE kernels loaded for batches of %s tokens", worker.rank, counts)
+    # Of a quantised model some layers may be unquantised.
+    for layer in {layer.w13_weight.dtype: layer for layer in moe_layers(runner.model)}.values():
+        counts = load_moe(
+            layer.w13_weight,
+            layer.w2_weight,
+            top_k=layer.top_k,
+            most=most,
+            dtype=runner.dtype,
+            **scales_of(layer),
+        )
+        logger.info("rank %d: %s MoE kernels loaded for %s tokens", worker.rank, layer.w13_weight.dtype, counts)
 
 
 def warm_up(loop: Callable[[Any], None], scheduler: Any, worker: Worker) -> None:
@@ -133,6 +145,8 @@ def warm_up(loop: Callable[[Any], None], scheduler: Any, worker: Worker) -> None
     room = min(scheduler.max_req_input_len - 8, scheduler.max_total_num_tokens // 2)
     longest = max(1, min(scheduler.chunked_prefill_size or room, room))
     load_moe_kernels(scheduler, worker, longest)
+    target = scheduler.tp_worker.model_runner
+    load_linear_kernels(target.model, target.dtype, worker.region.capacity * longest)
     worker.warm_up = WarmUp(rounds(sizes, longest)).step
     sender = scheduler.ipc_channels.send_to_detokenizer
     socket, sender.socket = sender.socket, None

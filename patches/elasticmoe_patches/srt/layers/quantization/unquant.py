@@ -6,7 +6,7 @@ from typing import Any
 
 from elasticmoe_patches.spec import WORKERS, Hooks
 from elasticmoe_patches.srt.layers.moe.moe_runner import ascend
-from elasticmoe_sglang.errors import UnsupportedFeature
+from elasticmoe_patches.worker.experts import run_experts
 
 HOOKS = hook = Hooks(__name__, WORKERS)
 
@@ -25,26 +25,10 @@ HOOKS = hook = Hooks(__name__, WORKERS)
 def forward(self: Any, layer: Any, dispatch_output: Any) -> Any:
     """Expert columns are strided and partly unmapped; SGLang's MoE asserts contiguous weights, or reads all.
 
-    StandardDispatchOutput (hidden [tokens, hidden]) -> StandardCombineInput of the same shape. `self` is the
-    UnquantizedFusedMoEMethod, `layer` the FusedMoE. Expert ids are those of this rank's slots, -1 for experts
-    elsewhere; `fused_moe_native.moe_forward_native`, which SGLang uses on CPUs, cannot take -1. The model leaves
-    `routed_scaling_factor` to this method on GPUs, and multiplies by it itself elsewhere.
+    `self` is the UnquantizedFusedMoEMethod, `layer` the FusedMoE; the rest is `run_experts`'s.
+    `fused_moe_native.moe_forward_native`, which SGLang uses on CPUs, cannot take ids of -1.
     """
-    from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
-
-    from elasticmoe_kernels import moe_experts
-
-    config = self.moe_runner_config
-    if config.activation != "silu" or not config.is_gated or config.apply_router_weight_on_input or self.with_bias:
-        raise UnsupportedFeature(
-            "the MoE kernels compute SwiGLU experts without bias only",
-            hint="Qwen3-MoE, DeepSeek-V2 and V3 are such models.",
-        )
-    weights, ids, _ = dispatch_output.topk_output
-    if dispatch_output.hidden_states.is_cuda and config.routed_scaling_factor not in (None, 1.0):
-        weights = weights * config.routed_scaling_factor
-    output = moe_experts(dispatch_output.hidden_states, layer.w13_weight, layer.w2_weight, ids, weights)
-    return StandardCombineInput(hidden_states=output)
+    return run_experts(self, dispatch_output, layer.w13_weight, layer.w2_weight)
 
 
 @hook(
