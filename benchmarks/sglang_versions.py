@@ -41,7 +41,7 @@ _ASKS_VERSION = "import importlib.metadata; print(importlib.metadata.version('sg
 
 async def measure(python: str, settings: ServerSettings, number: int) -> dict[str, Any]:
     """One server of this interpreter from its start through all changes."""
-    args = settings.elastic(SIZES[0], CAPACITY)
+    args = [*settings.elastic(SIZES[0], CAPACITY), "--standbys", str(CAPACITY - 1)]
     log = settings.log_dir / f"{number}.log"
     instance = Instance(args, plain=False, generation=number, size=CAPACITY, log=log)
     instance.command[0] = python
@@ -115,9 +115,10 @@ def main() -> int:
         model = str(make_tiny_model(folder / "model", arch="qwen3_moe"))
         servers = ServerSettings(model=model, device="cpu", kv_tokens=KV_TOKENS, log_dir=folder)
         dice = random.Random(1)
-        for repetition in range(settings.repetitions):
+        numbers = itertools.count()
+        for _ in range(settings.repetitions):
             for version in dice.sample(sorted(pythons), len(pythons)):
-                runs[version].append(asyncio.run(measure(pythons[version], servers, 2 * repetition + len(runs))))
+                runs[version].append(asyncio.run(measure(pythons[version], servers, next(numbers))))
                 print(version, json.dumps(runs[version][-1]), flush=True)
     result["summary"] = {version: summary(found) for version, found in runs.items()}
     settings.out.write_text(json.dumps(result, indent=1) + "\n")
