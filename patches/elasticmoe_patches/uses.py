@@ -65,7 +65,8 @@ USES: tuple[Use, ...] = (
         "hisparse_coordinator ipc_channels is_mixed_chunk last_batch= max_req_input_len= max_req_len= "
         "max_running_requests= max_total_num_tokens= model_config page_size req_to_token_pool request_receiver "
         "result_queue running_batch= token_to_kv_pool_allocator tp_worker tree_cache waiting_queue= invariant_checker "
-        "pool_stats_observer load_inquirer kv_events_publisher _prefill_decode_interval_remaining=",
+        "pool_stats_observer load_inquirer kv_events_publisher _prefill_decode_interval_remaining= "
+        "schedule_stream forward_stream future_map",
     ),
     *_of(
         "managers.scheduler_components.ipc_channels.SchedulerIpcChannels",
@@ -91,11 +92,14 @@ USES: tuple[Use, ...] = (
     *_of("model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner", "capture_bs"),
     *_of("model_executor.pool_configurator.MemoryPoolConfig", "max_total_num_tokens="),
     *_of("managers.utils.GenerationBatchResult", "copy_done"),
-    *_of("managers.schedule_batch.NextBatchPlan", "batch_to_run"),
+    *_of("managers.schedule_batch.NextBatchPlan", "batch_to_run= running_batch="),
+    *_of("managers.overlap_utils.FutureMap", "stash_bonus_tokens()"),
     *_of(
         "managers.schedule_batch.ScheduleBatch",
         "can_run_decode_cuda_graph can_run_dp_draft_cuda_graph dp_spec_prefill_coordination_applied enable_overlap "
-        "forward_mode global_num_tokens global_num_tokens_for_logprob out_cache_loc reqs device",
+        "forward_mode global_num_tokens global_num_tokens_for_logprob out_cache_loc= reqs device extend_lens "
+        "has_grammar input_ids= is_empty() merge_batch() orig_seq_lens= prefill_input_ids_cpu= req_pool_indices "
+        "return_logprob sampling_info seq_lens= seq_lens_cpu= seq_lens_sum=",
     ),
     # -- requests
     *_of(
@@ -114,7 +118,7 @@ USES: tuple[Use, ...] = (
     ),
     *_of(
         "managers.schedule_batch.ReqKvInfo",
-        "cache_protected_len holds_kv kv_allocated_len kv_committed_len req_pool_idx",
+        "cache_protected_len holds_kv kv_allocated_len= kv_committed_len= req_pool_idx",
     ),
     *_of(
         "managers.schedule_batch.ReqLogprob",
@@ -124,7 +128,7 @@ USES: tuple[Use, ...] = (
         "output_token_ids_logprobs_idx=",
     ),
     *_of("sampling.sampling_params.SamplingParams", "max_new_tokens normalize() sampling_seed top_k"),
-    *_of("sampling.sampling_batch_info.SamplingBatchInfo", "sampling_seed="),
+    *_of("sampling.sampling_batch_info.SamplingBatchInfo", "sampling_seed= penalizer_orchestrator"),
     *_of(
         "managers.io_struct.TokenizedGenerateReqInput",
         "cache_salt extra_key input_ids return_logprob routed_dp_rank= sampling_params= stream time_stats= "
@@ -172,7 +176,7 @@ USES: tuple[Use, ...] = (
     *_of("mem_cache.base_prefix_cache.EvictResult", "num_tokens_evicted"),
     *_of(
         "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator",
-        "alloc() alloc_decode! alloc_extend! available_size() device free_group free_pages= get_cpu_copy() "
+        "alloc() alloc_decode! alloc_extend! available_size() device free() free_group free_pages= get_cpu_copy() "
         "get_kvcache() load_cpu_copy() merge_and_sort_free() num_pages= page_size size=",
     ),
     *_of("mem_cache.allocator.token.TokenToKVPoolAllocator", "free_pages= merge_and_sort_free() page_size size="),

@@ -29,6 +29,7 @@ TOKENS = 48
 REFERENCE_TOKENS = 24
 SIZES = (3, 1, 4, 2)
 STREAMS = 6
+DECODES_AGAIN = "requests that came with their KV decode again"
 
 
 def test_tokens_through_every_change_and_a_killed_rank(tmp_path: Path) -> None:
@@ -54,6 +55,9 @@ def test_tokens_through_every_change_and_a_killed_rank(tmp_path: Path) -> None:
         check(load, streams, cases)
         settled(lambda: whole(server), SETTLED_WITHIN_S, "the server is whole")
         check(load, started(load, cases), cases)
+    assert DECODES_AGAIN in (tmp_path / "server.log").read_text(), (
+        "with pages of one token no moved stream is prefilled"
+    )
 
 
 def started(load: Load, cases: Sequence[Case]) -> list[Stream]:

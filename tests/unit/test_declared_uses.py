@@ -24,7 +24,7 @@ from tests.helpers.sglang_uses import touches, touches_in
 _BUILTIN = """
     __func__ __module__ __mro__ __qualname__ addcmul_ append clear clone close dtype eval expand extend fget flatten get
     is_cuda items itemsize load_weights long named_modules numel pop popleft rank repeat scatter_add_ shape sigmoid
-    startswith stride synchronize to tolist unsqueeze values _replace
+    startswith stride synchronize to tolist unsqueeze values wait_stream _replace
 """
 _LIBRARIES = "add_signal_handler architectures lifespan_context pid returncode router run_until_complete to_json_string"
 """Of asyncio, FastAPI, subprocess and transformers."""

@@ -2,9 +2,10 @@
 
 The retiring rank sends the request as its client sent it, what has been generated and streamed so far, and the numbers
 of the pages of its HMM memory that hold the KV of its tokens. The survivor lets SGLang build the request anew, restores
-the progress before it enters the waiting queue, copies the pages and inserts them into its radix cache: the next
-prefill finds them as a prefix and extends by one token. Where the KV cannot be inserted (radix cache off, pool full)
-the same prefill recomputes it; the result is the same. If the pool is not over HMM memory, the KV itself is sent.
+the progress before it enters the waiting queue, copies the pages and inserts them into its radix cache: the request
+then lacks one token and decodes (`decode_again`); with pages of several tokens a prefill computes those of the last
+page. Where the KV cannot be inserted (radix cache off, pool full) a prefill recomputes it; the result is the same. If
+the pool is not over HMM memory, the KV itself is sent.
 """
 
 from __future__ import annotations

@@ -150,6 +150,11 @@ def ahead_of_new_ones(scheduler: Any, rid: str, *, with_kv: bool) -> None:
         begun_ones_first(scheduler)
 
 
+def lacks_one_token(req: Any) -> bool:
+    """Whether a waiting request was put back or moved here with the KV of all its tokens but the last."""
+    return bool(req.output_ids) and getattr(req, _LEFT, 0) == 1
+
+
 def begun_ones_first(scheduler: Any) -> None:
     """Requests whose clients have tokens come first, of those the ones with fewest tokens to compute: a stream that
     needs next to nothing does not wait behind long prompts that are computed again. The others keep their order."""

@@ -9,6 +9,7 @@ from elasticmoe_patches.sampling import own_generator
 from elasticmoe_patches.spec import WORKERS, Hooks
 from elasticmoe_patches.worker import first_use
 from elasticmoe_patches.worker.commit import accept_command, apply_commit, decode_first, receive_migrated, resume_ready
+from elasticmoe_patches.worker.decode_again import decode_again
 from elasticmoe_patches.worker.hot import become_hot, park, wait_to_join
 from elasticmoe_patches.worker.kv import publish_first_capacity, run_kv_jobs
 from elasticmoe_patches.worker.migration import ACCEPTED
@@ -111,16 +112,20 @@ def _enter_service(scheduler: Any, worker: Worker) -> None:
 
 
 @hook(
-    "after",
+    "around",
     "Scheduler.get_new_batch_prefill(self, running_batch)",
-    expires="The scheduler keeps a batch under construction in one of its attributes.",
+    expires="The scheduler keeps a batch under construction in one of its attributes, and resumes a request whose KV "
+    "is there without a prefill.",
 )
-def after_get_new_batch_prefill(plan: Any, self: Any, running_batch: Any) -> None:
-    """Knows the requests of a batch that is being put together when another rank dies.
+def around_get_new_batch_prefill(original: Any, self: Any, running_batch: Any) -> Any:
+    """Requests that come with their KV decode at once. And it knows the requests of a batch that is being put together
+    when another rank dies.
 
     Until it has run they are in no queue and no batch of the scheduler.
     """
+    plan = decode_again(self, running_batch, original) or original(self, running_batch)
     current_worker().iteration.new_batch = plan.batch_to_run
+    return plan
 
 
 @hook(
