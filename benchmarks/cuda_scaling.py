@@ -7,12 +7,13 @@ once, since starting takes most of the time; then the sections measure one after
 exceeds its limit is recorded as such, and the others continue; the JSON is written every few seconds.
 
 - changes: 1 -> 2 -> 4 -> 2 -> 1 repeatedly while streams decode; with `--ranks 8` to eight and back.
-- growth: throughput and TTFT at 1, 2 and 4 ranks (8) of one server, closed loop, each rank with its share of the GPU.
+- growth: throughput and TTFT at 1, 2 and 4 ranks (8) of one server, closed loop, each rank with its share of the GPU;
+  with `--start N` of one that starts with N ranks, at that size only.
 - static: tokens/s of one rank against plain SGLang without the plugin, batch 1, 16, 64.
 - capacity: tokens/s of 2 ranks of 8 against 2 of 2, and each rank's share of memory.
 - deaths: workers and the HMM are killed while two or four ranks decode; how long streams stop, and whether any is lost.
 - storm: random changes, every other one with a random process killed meanwhile.
-- tokens: float32 tiny model, without graphs: tokens through changes equal those of a server that never changed.
+- tokens: float32 tiny model of the same architecture: tokens through changes equal those without a change.
 """
 
 from __future__ import annotations
@@ -54,13 +55,15 @@ from benchmarks.cuda_server import (
 from benchmarks.scaling.machine import describe
 from benchmarks.scaling.servers import Instance
 from benchmarks.streams import Ask, Load, unequal
-from elasticmoe_sglang.tiny_model import make_tiny_model
+from elasticmoe_sglang.tiny_model import Arch, make_tiny_model
 
 TOKENS_SIZES = (2, 4, 2, 1)
 """Of section tokens, from 1 on."""
 BATCHES = (1, 16, 64)
 LOADS = {"prefill": (32, 1000, 8), "mixed": (64, 500, 64), "decode": (64, 32, 200)}
 """Closed loops of section growth: requests at a time, prompt tokens, output tokens of each."""
+ARCHITECTURES: dict[str, Arch] = {"qwen3-30b-a3b": "qwen3_moe", "deepseek-v2-lite": "deepseek_v2"}
+"""Of section tokens' tiny model, by --model."""
 _AROUND_S = 0.3
 _WRITTEN_S = 5.0
 _CONTROL_S = 0.2
@@ -354,8 +357,9 @@ async def growth(servers: Servers, settings: argparse.Namespace, record: dict[st
         name: dict(zip(("requests", "prompt", "output"), load, strict=True)) for name, load in LOADS.items()
     }
     rows = record["rows"] = []
+    sizes = sizes_up_to(settings.ranks) if settings.start == 1 else [settings.start]
     for repetition in range(settings.growth_repetitions):
-        for size in sizes_up_to(settings.ranks):
+        for size in sizes:
             await resize(instance, size, settings)
             # None boots meanwhile.
             await standbys(instance, min(settings.hot_standbys, settings.ranks - size), settings)
@@ -364,7 +368,7 @@ async def growth(servers: Servers, settings: argparse.Namespace, record: dict[st
                 found = await closed_loop(instance, load, settings.growth_rounds, seed)
                 rows.append({"repetition": repetition, "ranks": size, "load": name, **found})
                 print(json.dumps(rows[-1]), flush=True)
-        await resize(instance, 1, settings)
+        await resize(instance, settings.start, settings)
 
 
 async def static(servers: Servers, settings: argparse.Namespace, record: dict[str, Any], device: Device) -> None:
@@ -406,10 +410,17 @@ SECTIONS: dict[str, Section] = {
 }
 
 
+def graph_sizes(settings: argparse.Namespace) -> list[int]:
+    """Of captured decode steps. Section growth needs one for all its requests and that which measures TTFT: a batch
+    larger than any graph is computed without."""
+    most = max(lanes for lanes, _, _ in LOADS.values()) + 1 if "growth" in settings.sections else 0
+    return settings.graph_sizes if most <= max(settings.graph_sizes) else [*settings.graph_sizes, most]
+
+
 def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) -> None:
     shape = str(write_shape(folder / "shape", settings.model, settings.layers))
     dummy = ["--model-path", shape, "--load-format", "dummy", "--skip-tokenizer-init"]
-    graphs = ["--cuda-graph-bs-decode", *map(str, settings.graph_sizes)]
+    graphs = ["--cuda-graph-bs-decode", *map(str, graph_sizes(settings))]
     whole = ["--multiprocessor-share", "all"]  # as the server beside which it is measured
 
     def elastic(
@@ -420,7 +431,7 @@ def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) 
 
     if {"changes", "growth", "deaths", "storm"} & set(settings.sections):
         hot = ["--hot-standbys", str(settings.hot_standbys)]
-        elastic("elastic", 1, settings.ranks, settings.standbys, *dummy, *graphs, *hot)
+        elastic("elastic", settings.start, settings.ranks, settings.standbys, *dummy, *graphs, *hot)
     if "static" in settings.sections:
         elastic("elastic-1-of-2", 1, 2, 0, *dummy, *graphs, *whole)
         servers.start("plain", [*dummy, *graphs], plain=True)
@@ -428,8 +439,9 @@ def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) 
         elastic("elastic-8", 2, 8, 0, *dummy, *graphs, *whole)
         elastic("elastic-2", 2, 2, 0, *dummy, *graphs, *whole)
     if "tokens" in settings.sections:
-        tiny = str(make_tiny_model(folder / "tiny", arch="qwen3_moe"))
-        flags = ["--model-path", tiny, "--dtype", "float32", "--skip-tokenizer-init", "--disable-cuda-graph"]
+        tiny = str(make_tiny_model(folder / "tiny", arch=ARCHITECTURES[settings.model]))
+        flags = ["--model-path", tiny, "--dtype", "float32", "--skip-tokenizer-init"]
+        flags += graphs if settings.float32_graphs else ["--disable-cuda-graph"]
         # SGLang's own fused operators take no float32.
         hot = ["--hot-standbys", str(settings.hot_standbys)]
         elastic("tiny-4", 1, 4, 3, *flags, *hot, env={"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"})
@@ -517,6 +529,8 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=5, help="of section changes")
     parser.add_argument("--growth-repetitions", type=int, default=3, help="of all sizes")
     parser.add_argument("--growth-rounds", type=int, default=4, help="requests of each lane of a closed loop")
+    parser.add_argument("--start", type=int, default=1, help="ranks that the server starts with (growth)")
+    parser.add_argument("--float32-graphs", action="store_true", help="CUDA graphs in section tokens")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--stream-tokens", type=int, default=400)
     parser.add_argument("--tokens", type=int, default=128, help="of each request in static and capacity")

@@ -98,8 +98,8 @@ USES: tuple[Use, ...] = (
         "managers.schedule_batch.ScheduleBatch",
         "can_run_decode_cuda_graph can_run_dp_draft_cuda_graph dp_spec_prefill_coordination_applied enable_overlap "
         "forward_mode global_num_tokens global_num_tokens_for_logprob out_cache_loc= reqs device extend_lens "
-        "has_grammar input_ids= is_empty() merge_batch() orig_seq_lens= prefill_input_ids_cpu= req_pool_indices "
-        "return_logprob sampling_info seq_lens= seq_lens_cpu= seq_lens_sum=",
+        "input_ids= is_empty() merge_batch() orig_seq_lens= prefill_input_ids_cpu= req_pool_indices "
+        "sampling_info seq_lens= seq_lens_cpu= seq_lens_sum=",
     ),
     # -- requests
     *_of(
@@ -176,8 +176,8 @@ USES: tuple[Use, ...] = (
     *_of("mem_cache.base_prefix_cache.EvictResult", "num_tokens_evicted"),
     *_of(
         "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator",
-        "alloc() alloc_decode! alloc_extend! available_size() device free() free_group free_pages= get_cpu_copy() "
-        "get_kvcache() load_cpu_copy() merge_and_sort_free() num_pages= page_size size=",
+        "alloc() alloc_decode! alloc_extend! available_size() device free() free_group free_pages= "
+        "get_kvcache() merge_and_sort_free() num_pages= page_size size=",
     ),
     *_of("mem_cache.allocator.token.TokenToKVPoolAllocator", "free_pages= merge_and_sort_free() page_size size="),
     *_of(

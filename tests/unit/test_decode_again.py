@@ -32,8 +32,6 @@ def batch(reqs: list[Any], **other: Any) -> Any:
     return Batch(
         **{
             "reqs": reqs,
-            "return_logprob": False,
-            "has_grammar": False,
             "sampling_info": SimpleNamespace(penalizer_orchestrator=SimpleNamespace(is_required=False)),
             "extend_lens": [1 for _ in reqs],
             "out_cache_loc": torch.arange(len(reqs)),
@@ -114,8 +112,6 @@ def test_where_nothing_ran_it_is_in_the_scheduler_at_once() -> None:
 @pytest.mark.parametrize(
     "needs",
     [
-        {"return_logprob": True},
-        {"has_grammar": True},
         {"sampling_info": SimpleNamespace(penalizer_orchestrator=SimpleNamespace(is_required=True))},
         {"extend_lens": [4]},
     ],

@@ -14,11 +14,9 @@ from typing import Any
 
 import zmq
 
-from elasticmoe_patches.worker.inbox import MigratedFrames
 from elasticmoe_patches.worker.migration import (
     MigratedRequest,
     Progress,
-    fill_from_frames,
     fill_from_window,
     migrated_requests,
     place_kv,
@@ -80,7 +78,7 @@ def _retire(scheduler: Any, worker: Worker, command: CommitCommand) -> None:
     _read_until_fence(scheduler, worker, command.operation_id)
     _resume_sent_again(scheduler, worker)  # it may have come with the fence, and goes on from here with the others
     survivors = _receivers(worker, command)
-    load = migrated_requests(scheduler, in_hmm=worker.kv is not None)
+    load = migrated_requests(scheduler)
     worker.fault_point("retire.sending")
     dealt = {survivor: load[index :: len(survivors)] for index, survivor in enumerate(survivors)}
     _send(worker, command.operation_id, dealt)
@@ -150,9 +148,7 @@ def _send(worker: Worker, operation_id: str, dealt: dict[int, list[MigratedReque
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.connect(worker.runtime.paths.peer_endpoint(survivor))
         for migrated in load:
-            header, buffers = migrated.kv or (b"", [])
-            frames: list[Any] = [to_wire(_resume_request(worker, operation_id, migrated)), header, *buffers]
-            socket.send_multipart(frames, copy=False)
+            socket.send(to_wire(_resume_request(worker, operation_id, migrated)), copy=False)
         socket.send_multipart([b"", operation_id.encode(), str(worker.rank).encode(), str(len(load)).encode()])
         socket.close()
         # Terminating the context waits until all has been delivered, for as long as the socket lingers.
@@ -208,7 +204,7 @@ def receive_migrated(worker: Worker) -> None:
             worker.inbox.all_sent(frames[1].decode(), int(frames[2]), int(frames[3]))
             continue
         message = from_wire(frames[0])
-        worker.inbox.arrived(message.operation_id, message.retiring_rank, (message, frames[1] or None, frames[2:]))
+        worker.inbox.arrived(message.operation_id, message.retiring_rank, message)
 
 
 def resume_ready(scheduler: Any, worker: Worker) -> None:
@@ -218,8 +214,8 @@ def resume_ready(scheduler: Any, worker: Worker) -> None:
     for operation_id, retiring_rank, retirement in worker.inbox.take_ready():
         worker.fault_point("resume.before")
         migrated, window = retirement.held, retirement.window
-        with_kv = sum(_resume(scheduler, worker, frames, window) for frames in migrated)
-        had_kv = sum(message.kv_tokens >= scheduler.page_size for message, *_ in migrated)  # only whole pages are kept
+        with_kv = sum(_resume(scheduler, worker, message, window) for message in migrated)
+        had_kv = sum(message.kv_tokens >= scheduler.page_size for message in migrated)  # only whole pages are kept
         resumed = Resumed(
             rank=worker.rank,
             operation_id=operation_id,
@@ -238,7 +234,7 @@ def resume_ready(scheduler: Any, worker: Worker) -> None:
 def _resume_sent_again(scheduler: Any, worker: Worker) -> None:
     sent_again, worker.recovery.sent_again = worker.recovery.sent_again, []
     for message in sent_again:
-        _resume(scheduler, worker, (message, None, []))
+        _resume(scheduler, worker, message)
 
 
 def _close_window(worker: Worker, window: KvWindow, resumed: Resumed) -> None:
@@ -247,21 +243,16 @@ def _close_window(worker: Worker, window: KvWindow, resumed: Resumed) -> None:
     worker.agent.post(resumed)
 
 
-def _resume(scheduler: Any, worker: Worker, migrated: MigratedFrames, window: KvWindow | None = None) -> bool:
+def _resume(scheduler: Any, worker: Worker, message: Any, window: KvWindow | None = None) -> bool:
     """Give the request to SGLang; whether its KV could be placed."""
     from sglang.srt.managers.io_struct import AbortReq, unwrap_from_pickle
 
-    message, header, buffers = migrated
     request = message.request
     request.unwrap_pickle_fields()
     progress: Progress = unwrap_from_pickle(message.progress)
     placed = False
-    fill = None
-    if header is not None:
-        fill = fill_from_frames(scheduler, header, buffers)
-    elif window is not None and worker.kv is not None and message.kv_pages:
+    if window is not None and worker.kv is not None and message.kv_pages:
         fill = fill_from_window(scheduler, worker.kv.rows, window.rows(), message.kv_pages)
-    if fill is not None:
         try:
             placed = place_kv(scheduler, request, progress.output_ids, message.kv_tokens, fill)
         except Exception:

@@ -27,8 +27,9 @@ def decode_again(scheduler: Any, running_batch: Any, new_batch: Callable[[Any, A
 
     Returns:
         SGLang's plan. It has nothing to prefill, so that the running batch decodes next, or it has these requests'
-        prefill, where one of them needs it (penalties, grammars and log-probabilities of which SGLang keeps account in
-        a prefill; KV that was evicted meanwhile). None: no such request waits, or a chunked prompt goes on first.
+        prefill, where one of them needs it (penalties, which count the tokens that a decode step begins with;
+        log-probabilities of the prompt; KV that was evicted meanwhile). None: no such request waits, or a chunked
+        prompt goes on first.
     """
     waiting = scheduler.waiting_queue
     ready = [req for req in waiting if lacks_one_token(req)]
@@ -57,8 +58,8 @@ def decode_again(scheduler: Any, running_batch: Any, new_batch: Callable[[Any, A
 
 
 def _can_decode(batch: Any) -> bool:
-    plain = not (batch.return_logprob or batch.has_grammar or batch.sampling_info.penalizer_orchestrator.is_required)
-    return plain and all(length == 1 for length in batch.extend_lens)
+    penalties = batch.sampling_info.penalizer_orchestrator.is_required
+    return not penalties and all(length == 1 for length in batch.extend_lens)
 
 
 def _undo_prefill(scheduler: Any, batch: Any) -> None:

@@ -11,15 +11,13 @@ from elasticmoe_patches.worker.migration import Progress
 from elasticmoe_patches.worker.requests import RecentAborts
 from elasticmoe_sglang.hmm.kv_space import KvWindow
 
-MigratedFrames = tuple[Any, bytes | None, list[Any]]
-"""A migrated request as it arrives: ElasticResumeReq, and header and buffers of its KV where that was sent along."""
-
 
 @dataclass
 class Retirement:
     """What one retiring rank has sent here, held until all its output has reached the tokenizer.
 
     Attributes:
+        held: ElasticResumeReq of each request that has arrived.
         expected: this rank has committed the change; before, only the coordinator's messages can come.
         count: how many requests were sent, known once all were.
         released: its output has been delivered.
@@ -28,7 +26,7 @@ class Retirement:
     """
 
     expected: bool = False
-    held: list[MigratedFrames] = field(default_factory=list)
+    held: list[Any] = field(default_factory=list)
     count: int | None = None
     released: bool = False
     window: KvWindow | None = None
@@ -59,7 +57,7 @@ class MigrationInbox:
                 self._retirements.setdefault((operation_id, rank), Retirement()).expected = True
         self.aborted.clear()
 
-    def arrived(self, operation_id: str, retiring_rank: int, migrated: MigratedFrames) -> None:
+    def arrived(self, operation_id: str, retiring_rank: int, migrated: Any) -> None:
         """A request. Dropped if the rank was given up, or if this process is another than the one it was sent to:
         such requests are sent again from the journal."""
         if (retirement := self._expected(operation_id, retiring_rank)) is not None:

@@ -4,8 +4,7 @@ The retiring rank sends the request as its client sent it, what has been generat
 of the pages of its HMM memory that hold the KV of its tokens. The survivor lets SGLang build the request anew, restores
 the progress before it enters the waiting queue, copies the pages and inserts them into its radix cache: the request
 then lacks one token and decodes (`decode_again`); with pages of several tokens a prefill computes those of the last
-page. Where the KV cannot be inserted (radix cache off, pool full) a prefill recomputes it; the result is the same. If
-the pool is not over HMM memory, the KV itself is sent.
+page. Where the KV cannot be inserted (radix cache off, pool full) a prefill recomputes it; the result is the same.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import torch
 from elasticmoe_patches.versions import api
 from elasticmoe_patches.worker.requests import ORIGIN, live_requests, pages_of
 from elasticmoe_sglang.worker.kv import Rows, copy_tokens
-from elasticmoe_sglang.worker.tensor_pack import pack, unpack
 
 _CARRIED = (
     # what the client's side has received, so that no token is sent twice and none is missing
@@ -97,13 +95,12 @@ def _fill_logprobs(logprob: Any, tokens: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MigratedRequest:
-    """One migrating request: SGLang's message, its progress, and its KV: pages of HMM memory, or (header, buffers)."""
+    """One migrating request: SGLang's message, its progress, and the pages of HMM memory that hold its KV."""
 
     request: Any
     progress: Progress
     kv_tokens: int
     pages: list[int] = field(default_factory=list)
-    kv: tuple[bytes, list[memoryview]] | None = None
 
 
 def progress_of(req: Any) -> Progress:
@@ -114,12 +111,8 @@ def progress_of(req: Any) -> Progress:
     )
 
 
-def migrated_requests(scheduler: Any, *, in_hmm: bool) -> list[MigratedRequest]:
-    """What a retiring rank sends, longest first, so that dealing them out in turn balances the survivors' loads.
-
-    Args:
-        in_hmm: the KV is in HMM memory, from which the survivors copy it.
-    """
+def migrated_requests(scheduler: Any) -> list[MigratedRequest]:
+    """What a retiring rank sends, longest first, so that dealing them out in turn balances the survivors' loads."""
     found = []
     for req, tokens in live_requests(scheduler):
         kept = 0 if scheduler.disable_radix_cache else tokens
@@ -128,16 +121,10 @@ def migrated_requests(scheduler: Any, *, in_hmm: bool) -> list[MigratedRequest]:
                 request=getattr(req, ORIGIN),
                 progress=progress_of(req),
                 kv_tokens=kept,
-                pages=pages_of(scheduler, req, kept) if kept and in_hmm else [],
-                kv=_read_kv(scheduler, req, kept) if kept and not in_hmm else None,
+                pages=pages_of(scheduler, req, kept) if kept else [],
             )
         )
     return sorted(found, key=lambda migrated: -migrated.kv_tokens)
-
-
-def _read_kv(scheduler: Any, req: Any, tokens: int) -> tuple[bytes, list[memoryview]]:
-    indices = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :tokens].long()
-    return pack(scheduler.token_to_kv_pool_allocator.get_cpu_copy(indices))
 
 
 def place_kv(
@@ -175,16 +162,6 @@ def place_kv(
     return True
 
 
-def fill_from_frames(scheduler: Any, header: bytes, buffers: list[Any]) -> Callable[[int, Any], None]:
-    """For `place_kv`: from KV that was sent with the request."""
-
-    def fill(first: int, rows: Any) -> None:
-        nested = _rows(unpack(header, buffers), first, first + len(rows))
-        scheduler.token_to_kv_pool_allocator.load_cpu_copy(nested, rows)
-
-    return fill
-
-
 def fill_from_window(
     scheduler: Any, kv_rows: Rows, window_rows: Rows, pages: Sequence[int]
 ) -> Callable[[int, torch.Tensor], None]:
@@ -209,28 +186,3 @@ def _make_room(scheduler: Any, allocator: Any, tokens: int) -> bool:
     if allocator.available_size() < tokens:
         scheduler.tree_cache.evict(EvictParams(num_tokens=tokens - allocator.available_size()))
     return bool(allocator.available_size() >= tokens)
-
-
-def _rows(nested: Any, start: int, stop: int) -> Any:
-    """Rows [start, stop) of SGLang's per-layer copies, regrouped into the chunks that `load_cpu_copy` expects.
-
-    A layer's copy is a list of chunks; a chunk is a tensor (MLA) or a pair of them (MHA), rows first. All chunks but
-    the last have the same number of rows.
-    """
-
-    def first(chunk: Any) -> Any:
-        return chunk[0] if isinstance(chunk, list) else chunk
-
-    def recut(chunks: list[Any]) -> list[Any]:
-        size = first(chunks[0]).shape[0]
-
-        def cut(parts: list[Any]) -> list[Any]:
-            rows = torch.cat(parts)[start:stop]
-            return [rows[at : at + size] for at in range(0, len(rows), size)]
-
-        if not isinstance(chunks[0], list):
-            return cut(chunks)
-        columns = [cut([chunk[i] for chunk in chunks]) for i in range(len(chunks[0]))]
-        return [list(parts) for parts in zip(*columns, strict=True)]
-
-    return [recut(layer) for layer in nested]
