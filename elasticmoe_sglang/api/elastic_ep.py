@@ -110,16 +110,9 @@ class ElasticEp:
                 f"the request is for the instance {expected[:128]!r}, this one is {self.instance_id!r}",
                 hint="The server was restarted: read its status before the next request",
             )
-        repeated = operation_id is not None and self._coordinator.get(operation_id) is not None
-        generation, epoch = request.expected_generation, self._coordinator.view.membership.epoch
-        # A request that is repeated because its answer was lost may have raised the generation itself.
-        if generation is not msgspec.UNSET and generation != epoch and not repeated:
-            raise StaleRequest(
-                f"the request is for the topology generation {generation}, the current one is {epoch}",
-                hint="The membership has changed: read the status before the next request",
-            )
+        generation = None if request.expected_generation is msgspec.UNSET else request.expected_generation
         submit = self._coordinator.submit if self._policy is None else self._policy.submit
-        return await submit(target_of(request), operation_id)
+        return await submit(target_of(request), operation_id, expected_epoch=generation)
 
     async def wait(self, operation: Operation, timeout_s: float | None = None) -> Operation:
         """The operation once it has ended, or as it is after `timeout_s` seconds; it goes on then."""

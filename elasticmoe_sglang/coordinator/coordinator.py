@@ -34,6 +34,7 @@ from elasticmoe_sglang.errors import (
     HmmUnavailable,
     OperationIdTaken,
     OperationInProgress,
+    StaleRequest,
     UserInputError,
     WorkerError,
 )
@@ -153,14 +154,21 @@ class Coordinator:
         latest = next(ended, None)
         return latest.view() if latest is not None else None
 
-    async def submit(self, target: Target, operation_id: str | None = None) -> Operation:
+    async def submit(
+        self, target: Target, operation_id: str | None = None, *, expected_epoch: int | None = None
+    ) -> Operation:
         """Start a change to `target`, or return the operation that already has this id.
 
         Returns once the change is planned and fits the budgets; if the target is met already, the operation has ended.
         While survivors recover from a loss the change waits for them; a restore that is preparing makes way for it.
 
+        Args:
+            expected_epoch: of the view that the change is planned from; any if None. An operation that has this id
+                already is found whatever its epoch: a request that is repeated may have raised it itself.
+
         Raises:
             PlanError, BudgetExceeded, UserInputError: the target is impossible.
+            StaleRequest: the view has another epoch.
             OperationIdTaken: the id belongs to another target.
             OperationInProgress: a change to another target is running, or the server is shutting down.
             HmmUnavailable: the HMM does not answer, so no change is possible; serving is not affected.
@@ -171,9 +179,9 @@ class Coordinator:
             known = self._operations.get(operation_id) if operation_id is not None else None
             if known is not None:
                 return _same_target(known, target).view()
-            return await self._start(target, operation_id or uuid.uuid4().hex)
+            return await self._start(target, operation_id or uuid.uuid4().hex, expected_epoch)
 
-    async def _start(self, target: Target, operation_id: str) -> Operation:
+    async def _start(self, target: Target, operation_id: str, expected_epoch: int | None) -> Operation:
         started = time.monotonic()
         running = self.running
         if running is not None and running.cause is Cause.TARGET:
@@ -184,11 +192,13 @@ class Coordinator:
             )
         if self._closed:
             raise OperationInProgress("the server is shutting down")
+        self._check_epoch(expected_epoch)
         plan = plan_target(self.view, target)
         if not plan.is_noop:
             if self._memory_held is not None:
                 raise HmmUnavailable(self._memory_held.what, hint=self._memory_held.hint)
             await self._check_room(plan)
+            self._check_epoch(expected_epoch)  # a rank may have been lost meanwhile
         operation = RunningOperation(operation_id, target, plan, started)
         self._remember(operation)
         if not plan.is_noop:
@@ -201,6 +211,13 @@ class Coordinator:
             )
         self.post(s.Wanted(operation_id=operation_id, target=target, plan=plan))
         return operation.view()
+
+    def _check_epoch(self, expected: int | None) -> None:
+        if expected not in (None, self.view.epoch):
+            raise StaleRequest(
+                f"the request is for the topology generation {expected}, the current one is {self.view.epoch}",
+                hint="The membership has changed: read the status before the next request",
+            )
 
     async def observe_routing(self, seconds: float) -> tuple[int, ...]:
         """Tokens routed to each expert column in so many seconds from now; see `routing.observe`."""

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 TICK_S = 1.0
 _REFUSED_WAIT_S = 10.0
 """Without actions after a change of the policy's was refused or failed."""
-_OWN = "policy-"
+OWN = "policy-"
+"""What the ids of its own operations begin with."""
 
 
 class PolicyController:
@@ -97,7 +98,9 @@ class PolicyController:
         self._settings = settings
         return self.view()
 
-    async def submit(self, target: Target, operation_id: str | None = None) -> Operation:
+    async def submit(
+        self, target: Target, operation_id: str | None = None, *, expected_epoch: int | None = None
+    ) -> Operation:
         """A manual request: it wins over the policy, which holds afterwards.
 
         Raises:
@@ -105,7 +108,7 @@ class PolicyController:
         """
         self._hold()
         running = self._coordinator.running
-        if running is not None and running.operation_id.startswith(_OWN):
+        if running is not None and running.operation_id.startswith(OWN):
             try:
                 await asyncio.wait_for(self._coordinator.wait(running.operation_id), self._wait_s)
             except asyncio.TimeoutError:
@@ -113,7 +116,7 @@ class PolicyController:
                     f"the policy's change to EP size {running.new_ep_size} did not end within {self._wait_s:g} s",
                     operation=running.operation_id,
                 ) from None
-        return await self._coordinator.submit(target, operation_id)
+        return await self._coordinator.submit(target, operation_id, expected_epoch=expected_epoch)
 
     def _hold(self) -> None:
         self._state = held(self._state, self._clock() + self._settings.hold_s)
@@ -187,7 +190,7 @@ class PolicyController:
         if operation is None or not operation.phase.ended:
             return
         self._followed = None
-        own = operation.operation_id.startswith(_OWN)
+        own = operation.operation_id.startswith(OWN)
         if not own and operation.cause is Cause.TARGET and not operation.rebalances:
             self._hold()
         if operation.phase is Phase.DONE and operation.old_ep_size == operation.new_ep_size:
@@ -201,7 +204,7 @@ class PolicyController:
     async def _act(self, decision: Decision, state: PolicyState, now: float) -> Decision:
         try:
             operation = await self._coordinator.submit(
-                ScaleTo(size=decision.desired), operation_id=f"{_OWN}{uuid.uuid4().hex}"
+                ScaleTo(size=decision.desired), operation_id=f"{OWN}{uuid.uuid4().hex}"
             )
         except ElasticMoEError as error:
             if not isinstance(error, OperationInProgress):

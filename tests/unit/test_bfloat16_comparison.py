@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.e2e.test_scale_bfloat16 import CHANCE, compare
+from tests.helpers.rounding import CHANCE, compare
 
 pytestmark = pytest.mark.process  # computes for seconds
 

@@ -15,9 +15,9 @@ from fastapi.testclient import TestClient
 from elasticmoe_sglang.api.router import build_router, mount
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.status import Phase
-from elasticmoe_sglang.errors import HmmUnavailable, OperationInProgress, UserInputError
+from elasticmoe_sglang.errors import HmmUnavailable, OperationInProgress, StaleRequest, UserInputError
 from elasticmoe_sglang.planner import ScaleTo
-from elasticmoe_sglang.policy.controller import DECISIONS_KEPT, PolicyController
+from elasticmoe_sglang.policy.controller import DECISIONS_KEPT, OWN, PolicyController
 from elasticmoe_sglang.policy.decision import Action
 from elasticmoe_sglang.policy.estimator import Sample
 from elasticmoe_sglang.policy.meter import RequestMeter
@@ -153,6 +153,26 @@ def test_a_manual_request_wins_and_holds_the_policy() -> None:
         view = rig.policy.view()
         assert "a manual request holds the policy" in view.state and view.held_until is not None
         await rig.steps(10)
+        assert rig.size == 4
+
+    run(main())
+
+
+def test_a_manual_request_for_the_generation_before_the_policys_own_change_is_refused() -> None:
+    """It waits for that change, which raises the generation."""
+
+    async def main() -> None:
+        rig = Rig()
+        await rig.steps(5)
+        before = rig.coordinator.view.epoch
+        own = await rig.coordinator.submit(ScaleTo(size=3), f"{OWN}1")
+        assert not own.phase.ended
+        with pytest.raises(StaleRequest, match=f"generation {before}"):
+            await rig.policy.submit(ScaleTo(size=4), expected_epoch=before)
+        assert rig.size == 3
+        operation = await rig.policy.submit(ScaleTo(size=4), "again", expected_epoch=rig.coordinator.view.epoch)
+        await rig.coordinator.wait(operation.operation_id)
+        assert (await rig.policy.submit(ScaleTo(size=4), "again", expected_epoch=before)).phase.ended
         assert rig.size == 4
 
     run(main())
