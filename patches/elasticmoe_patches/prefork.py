@@ -8,6 +8,7 @@ that a fork would keep open, the processes are started as before, by Popen and b
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -55,6 +56,10 @@ def fork(run: Callable[[], int]) -> int:
 
     Signals have their default effect in the child, and its standard input is empty, as in a program started anew.
     """
+    if not gc.get_freeze_count():
+        # A collection writes to every object it visits, and so unshares the page: 40 to 70 MB in each process.
+        gc.collect()
+        gc.freeze()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     pid = os.fork()
