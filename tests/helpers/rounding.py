@@ -22,7 +22,7 @@ MOVED = 50
 CHANCE = 0.01
 """A test fails by chance once in so many runs, for each of the two statistics."""
 _STREAMS = 12
-_MOST_CHANGES = 40
+_MOST_CHANGES = 80
 _PERMUTATIONS = 2000
 
 
