@@ -168,6 +168,14 @@ async def scale(instance: Instance, body: Mapping[str, Any]) -> dict[str, Any]:
         return operation
 
 
+async def must_scale(instance: Instance, size: int) -> dict[str, Any]:
+    """The ended operation. Raises RuntimeError with it unless it is done."""
+    operation = await scale(instance, {"new_ep_size": size})
+    if operation.get("phase") != "done":
+        raise RuntimeError(f"the change to {size} ended as {json.dumps(operation)[:1500]}")
+    return operation
+
+
 @asynccontextmanager
 async def streaming(load: Load, lanes: int) -> AsyncIterator[None]:
     """The load runs meanwhile; its last requests are waited for."""
@@ -190,9 +198,7 @@ async def resize(instance: Instance, size: int, settings: argparse.Namespace) ->
     if now == size:
         return
     await standbys(instance, size - now, settings)
-    operation = await scale(instance, {"new_ep_size": size})
-    if operation.get("phase") != "done":
-        raise RuntimeError(f"the change to {size} ended as {json.dumps(operation)[:1500]}")
+    await must_scale(instance, size)
 
 
 def processes_of(instance: Instance) -> list[psutil.Process]:

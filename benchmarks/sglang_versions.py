@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cuda_server import ids, outcome, scale, standbys, streaming
+from benchmarks.cuda_scaling import tokens_between
+from benchmarks.cuda_server import ids, must_scale, outcome, standbys, streaming
 from benchmarks.scaling.machine import describe
 from benchmarks.scaling.servers import Instance, ServerSettings
 from benchmarks.streams import Ask, Load
@@ -59,17 +60,14 @@ async def measure(python: str, settings: ServerSettings, number: int) -> dict[st
 
 async def change(instance: Instance, load: Load, size: int) -> dict[str, Any]:
     started = time.monotonic()
-    arrived = sum(started - 1.0 <= at < started for record in load.records for at in record.arrivals)
-    operation = await scale(instance, {"new_ep_size": size})
+    operation = await must_scale(instance, size)
     seconds = time.monotonic() - started
-    if operation.get("phase") != "done":
-        raise RuntimeError(f"the change to {size} ended as {json.dumps(operation)[:1500]}")
     return {
         "from": operation["old_ep_size"],
         "to": size,
         "seconds": round(seconds, 3),
         "pauses_ms": [round(pause, 2) for pause in operation["pause_ms"].values()],
-        "tokens_per_s_before": arrived,
+        "tokens_per_s_before": tokens_between(load, started - 1.0, started),
     }
 
 

@@ -32,7 +32,7 @@ class Backend:
     proven: str
     """What was run, in words; `docs/hardware.md` repeats it and claims no more."""
     fp8: bool = False
-    """Takes e4m3 weights with scales by 128 x 128 blocks, too: `target` has two more arguments."""
+    """Takes e4m3 weights with scales by 128 x 128 blocks, too: `target` takes `w13_scale` and `w2_scale`."""
 
     def serves(self, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> bool:
         return device.type in self.devices and dtype in self.dtypes and (self.fp8 or not fp8)
@@ -50,7 +50,7 @@ BACKENDS: dict[str, Backend] = {
         # In the order of preference: "auto" takes the first that serves the tensors.
         Backend(
             name="triton",
-            target="elasticmoe_kernels.triton.moe:moe_experts",
+            target="elasticmoe_kernels.triton.moe:fused_moe",
             devices=("cuda",),
             dtypes=(torch.bfloat16, torch.float16),
             proven="run and timed on one H200; every kernel also runs in the Triton interpreter on CPU",
@@ -133,10 +133,9 @@ def moe_experts(
     Returns: [T, H] in x's dtype. Raises ShapeError, NoBackend.
     """
     check_shapes(x, w13, w2, topk_slots, topk_weights, w13_scale, w2_scale)
-    if w13_scale is None:
-        return select(x.device, x.dtype, backend).load()(x, w13, w2, topk_slots, topk_weights)
-    found = select(x.device, x.dtype, backend, fp8=True)
-    return found.load()(x, w13, w2, topk_slots, topk_weights, w13_scale, w2_scale)
+    scales = {} if w13_scale is None else {"w13_scale": w13_scale, "w2_scale": w2_scale}
+    found = select(x.device, x.dtype, backend, fp8=bool(scales))
+    return found.load()(x, w13, w2, topk_slots, topk_weights, **scales)
 
 
 def check_shapes(

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from elasticmoe_patches.device import mps_runs
 from elasticmoe_sglang.tiny_model import Arch, make_tiny_model
 from tests.helpers.elastic import ElasticServer
 from tests.helpers.load import settled
 from tests.helpers.record import record
 from tests.helpers.rounding import against, check, move_streams, some_prompts, streams_at_rest
 from tests.helpers.server import SglangServer
+from tests.helpers.shared_gpu import need_shared_gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.server, pytest.mark.timeout(500)]
 
@@ -31,10 +31,7 @@ COMMON = (
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "deepseek_v2"])
 def test_moved_requests_round_as_those_that_stay(arch: Arch, tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    if not mps_runs():
-        pytest.skip("two ranks on a GPU need MPS: scripts/gpu_all.sh starts it")
+    need_shared_gpu()
     model = make_tiny_model(tmp_path / "model", arch=arch, dtype="bfloat16")
     rng = random.Random(21)
     prompts = some_prompts(rng)

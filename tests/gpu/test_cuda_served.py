@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from elasticmoe_patches.device import mps_runs
 from elasticmoe_sglang.tiny_model import Arch, make_tiny_model
 from tests.helpers.elastic import ElasticServer, commit_time
 from tests.helpers.load import Load, settled
 from tests.helpers.reference import dequantised, greedy
+from tests.helpers.shared_gpu import need_shared_gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.server, pytest.mark.timeout(300)]
 
@@ -45,13 +44,6 @@ FP8_KERNELS = ("_direct_kernel", "_sorted_kernel", "_quantize_kernel", "_w8a8_bl
 def hot(request: pytest.FixtureRequest) -> bool:
     """Whether the other rank is kept booted; it joins again after it has retired then."""
     return bool(request.param)
-
-
-def need_shared_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    if not mps_runs():
-        pytest.skip("two ranks on a GPU need MPS: scripts/gpu_all.sh starts it")
 
 
 @pytest.fixture

@@ -16,19 +16,6 @@ from elasticmoe_kernels.triton.route import route
 FP8 = torch.float8_e4m3fn
 
 
-def moe_experts(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_slots: torch.Tensor,
-    topk_weights: torch.Tensor,
-    w13_scale: torch.Tensor | None = None,
-    w2_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See `registry.moe_experts`; x in bfloat16 or float16, w13 and w2 likewise or e4m3; returns x's dtype."""
-    return fused_moe(x, w13, w2, topk_slots, topk_weights, w13_scale=w13_scale, w2_scale=w2_scale)
-
-
 def fused_moe(
     x: torch.Tensor,
     w13: torch.Tensor,
@@ -43,7 +30,7 @@ def fused_moe(
     out: torch.Tensor | None = None,
     plan: MoePlan | None = None,
 ) -> torch.Tensor:
-    """The layer with everything it can take.
+    """See `registry.moe_experts`: the layer with everything it can take.
 
     Args:
         x: [T, H] bfloat16 or float16.

@@ -31,16 +31,15 @@ def decode_again(scheduler: Any, running_batch: Any, new_batch: Callable[[Any, A
         log-probabilities of the prompt; KV that was evicted meanwhile). None: no such request waits, or a chunked
         prompt goes on first.
     """
-    waiting = scheduler.waiting_queue
-    ready = [req for req in waiting if lacks_one_token(req)]
+    ready = [req for req in scheduler.waiting_queue if lacks_one_token(req)]
     if not ready or scheduler.chunked_req is not None or scheduler.is_mixed_chunk:
         return None
+    others = [req for req in scheduler.waiting_queue if not lacks_one_token(req)]
     scheduler.waiting_queue = ready
     try:
         plan = new_batch(scheduler, running_batch)
     finally:
-        admitted = {id(req) for req in ready} - {id(req) for req in scheduler.waiting_queue}
-        scheduler.waiting_queue += [req for req in waiting if id(req) not in admitted and not lacks_one_token(req)]
+        scheduler.waiting_queue += others
     batch = plan.batch_to_run
     if batch is None or not _can_decode(batch):
         return plan
