@@ -1,10 +1,13 @@
-"""Where a decode step's time goes: one rank of two beside plain SGLang, by torch's profiler and by samples of the host.
+"""Where a step's time goes, by torch's profiler and by samples of the host.
 
     python -m benchmarks.cuda_profile --out profile.json      (MPS must run; py-spy on the PATH for the host's samples)
+    python -m benchmarks.cuda_profile --growth prefill --out growth-profile.json --standbys 3 --hot-standbys 3
 
-Qwen3-30B-A3B's shape as in `cuda_scaling`. For each server and batch size: microseconds of a step, kernels of a step
-by name, calls of the CUDA runtime, and, sampled without stopping the process, the share of the scheduler's main thread
-by function. The traces themselves are kept beside the JSON.
+Qwen3-30B-A3B's shape as in `cuda_scaling`. Decode steps of one rank of two beside plain SGLang: for each server and
+batch size microseconds of a step, kernels of a step by name, calls of the CUDA runtime, and, sampled without stopping
+the process, the share of the scheduler's main thread by function. The traces themselves are kept beside the JSON.
+
+With --growth: that of rank 0 at 1, 2 and 4 ranks of one server under a closed loop of `cuda_scaling`'s section growth.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.cuda_scaling import rate, scheduler_of, start_servers
-from benchmarks.cuda_server import Device, Servers, add_options
+from benchmarks.cuda_scaling import LOADS, closed_loop, rate, scheduler_of, sizes_up_to, start_servers
+from benchmarks.cuda_server import Device, Servers, add_options, resize, standbys, status_of
 from benchmarks.scaling.machine import describe
 from benchmarks.scaling.servers import Instance
 
@@ -100,18 +103,24 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 async def host(instance: Instance, batch: int, folder: Path) -> dict[str, Any]:
     """Samples of the scheduler's main thread while `batch` requests decode: share of time in and below functions."""
-    if shutil.which("py-spy") is None:
-        return {"error": "py-spy is not on the PATH"}
-    out, pid = folder / "host.txt", scheduler_of(instance).pid
-    folder.mkdir(parents=True, exist_ok=True)
-    spy = ["py-spy", "record", "--nonblocking", "-r", str(_SAMPLES_HZ), "-d", str(int(_HOST_S)), "-f", "raw"]
     async with aiohttp.ClientSession(instance.url, timeout=aiohttp.ClientTimeout(total=120)) as session:
         running = asyncio.ensure_future(rate(session, batch, 3500 if batch == 1 else 1200, 700 + batch))
         await asyncio.sleep(0.4)
-        done = await asyncio.to_thread(
-            subprocess.run, [*spy, "-o", str(out), "-p", str(pid)], capture_output=True, text=True, timeout=60
-        )
+        found = await samples(scheduler_of(instance).pid, folder)
         await running
+    return found
+
+
+async def samples(pid: int, folder: Path) -> dict[str, Any]:
+    """Of a scheduler's main thread, for some seconds from now: percent of the time in and below each function."""
+    if shutil.which("py-spy") is None:
+        return {"error": "py-spy is not on the PATH"}
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "host.txt"
+    spy = ["py-spy", "record", "--nonblocking", "-r", str(_SAMPLES_HZ), "-d", str(int(_HOST_S)), "-f", "raw"]
+    done = await asyncio.to_thread(
+        subprocess.run, [*spy, "-o", str(out), "-p", str(pid)], capture_output=True, text=True, timeout=60
+    )
     if not out.exists():
         return {"error": done.stderr[-800:]}
     within: collections.Counter[str] = collections.Counter()
@@ -129,6 +138,23 @@ async def host(instance: Instance, batch: int, folder: Path) -> dict[str, Any]:
     }
 
 
+async def growing(servers: Servers, settings: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Rank 0's main thread at each size, in the middle of a closed loop."""
+    instance = await servers.get("elastic")
+    for size in sizes_up_to(settings.ranks):
+        await resize(instance, size, settings)
+        await standbys(instance, min(settings.hot_standbys, settings.ranks - size), settings)
+        pid = next(rank["pid"] for rank in (await status_of(instance))["ranks"] if rank["rank"] == 0)
+        for name in settings.growth:
+            running = asyncio.ensure_future(
+                closed_loop(instance, LOADS[name], settings.growth_rounds, size * 1_000_003)
+            )
+            await asyncio.sleep(1.5)
+            found = await samples(pid, settings.out.parent / f"growth-{name}-{size}")
+            rows.append({"ranks": size, "load": name, **await running, "host": found})
+            print(size, name, rows[-1]["prompt_tokens_per_s"], rows[-1]["tokens_per_s"], flush=True)
+
+
 async def run(settings: argparse.Namespace) -> dict[str, Any]:
     device = Device()
     result: dict[str, Any] = {
@@ -141,6 +167,12 @@ async def run(settings: argparse.Namespace) -> dict[str, Any]:
         servers = Servers(stack, settings)
         start_servers(servers, settings, settings.logs)
         await servers.settled()
+        if settings.growth:
+            try:
+                await growing(servers, settings, result["rows"])
+            finally:
+                settings.out.write_text(json.dumps(result, indent=1) + "\n")
+            return result
         for batch in settings.batches:
             for name in SERVERS:
                 instance = await servers.get(name)
@@ -169,12 +201,17 @@ def main() -> int:
     add_options(parser)
     parser.add_argument("--batches", type=lambda text: list(map(int, text.split(","))), default=[1, 16])
     parser.add_argument("--steps", type=int, default=20, help="of each trace")
-    parser.set_defaults(sections=["static"], standbys=0)
+    parser.add_argument(
+        "--growth", type=lambda text: text.split(","), help=f"loads under which one server grows: {', '.join(LOADS)}"
+    )
+    parser.add_argument("--growth-rounds", type=int, default=8, help="requests of each lane of that load")
+    parser.set_defaults(standbys=0, start=1, section_s=120.0)
     settings = parser.parse_args()
+    settings.sections = ["growth" if settings.growth else "static"]
     settings.logs.mkdir(parents=True, exist_ok=True)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     result = asyncio.run(run(settings))
-    return int(any("error" in row[what] for row in result["rows"] for what in ("device", "host")))
+    return int(any("error" in row.get(what, {}) for row in result["rows"] for what in ("device", "host")))
 
 
 if __name__ == "__main__":

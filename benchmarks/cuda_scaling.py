@@ -62,6 +62,8 @@ TOKENS_SIZES = (2, 4, 2, 1)
 BATCHES = (1, 16, 64)
 LOADS = {"prefill": (32, 1000, 8), "mixed": (64, 500, 64), "decode": (64, 32, 200)}
 """Closed loops of section growth: requests at a time, prompt tokens, output tokens of each."""
+STREAMED = 4
+"""Every so many lanes of a closed loop one whose answers are streamed."""
 ARCHITECTURES: dict[str, Arch] = {"qwen3-30b-a3b": "qwen3_moe", "deepseek-v2-lite": "deepseek_v2"}
 """Of section tokens' tiny model, by --model."""
 _AROUND_S = 0.3
@@ -297,44 +299,41 @@ async def closed_loop(instance: Instance, load: tuple[int, int, int], rounds: in
     """`rounds` requests a lane without a break, of which the first is not counted.
 
     Requests of equal length end together, so whole rounds are timed: from the end of the first to the end of the last.
-    TTFT is the latency of requests for one token among the others, one after the other.
+    TTFT is that of the load's own requests, of every lane in `STREAMED`: requests beside them would make every other
+    step one of prefill.
     """
     lanes, prompt, tokens = load
     done: list[float] = []
-    first: list[tuple[float, float]] = []
+    first: list[float] = []
     numbers = itertools.count(seed)
-    stopping = False
 
-    async def ask(session: aiohttp.ClientSession, count: int) -> None:
-        sampling = {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}
-        body = {"input_ids": fresh(next(numbers), prompt), "sampling_params": sampling}
+    async def ask(session: aiohttp.ClientSession, streamed: bool, counted: bool) -> None:
+        sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        body = {"input_ids": fresh(next(numbers), prompt), "sampling_params": sampling, "stream": streamed}
+        started = time.monotonic()
+        last = b""
         async with session.post("/generate", json=body) as response:
-            answer = await response.json()
-        assert len(answer["output_ids"]) == count, f"{len(answer['output_ids'])} tokens, not {count}"
+            response.raise_for_status()
+            async for line in response.content:
+                if streamed and counted and not last:
+                    first.append(time.monotonic() - started)
+                if line.strip() and not line.startswith(b"data: [DONE]"):
+                    last = line
+        count = json.loads(last.removeprefix(b"data:"))["meta_info"]["completion_tokens"]
+        assert count == tokens, f"{count} tokens, not {tokens}"
 
-    async def lane(session: aiohttp.ClientSession) -> None:
-        for _ in range(rounds):
-            await ask(session, tokens)
+    async def lane(session: aiohttp.ClientSession, number: int) -> None:
+        for turn in range(rounds):
+            await ask(session, streamed=number % STREAMED == 0, counted=turn > 0)
             done.append(time.monotonic())
-
-    async def probe(session: aiohttp.ClientSession) -> None:
-        while not stopping:
-            started = time.monotonic()
-            await ask(session, 1)
-            first.append((started, time.monotonic() - started))
 
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(instance.url, connector=connector, timeout=timeout) as session:
-        probing = asyncio.ensure_future(probe(session))
-        try:
-            await asyncio.gather(*(lane(session) for _ in range(lanes)))
-        finally:
-            stopping = True
-            await probing
+        await asyncio.gather(*(lane(session, number) for number in range(lanes)))
     started, ended = done[lanes - 1], done[-1]
     count = len(done) - lanes
-    times = sorted(taken for at, taken in first if at >= started)
+    times = sorted(first)
     return {
         "requests": count,
         "seconds": round(ended - started, 2),
@@ -409,9 +408,9 @@ SECTIONS: dict[str, Section] = {
 
 
 def graph_sizes(settings: argparse.Namespace) -> list[int]:
-    """Of captured decode steps. Section growth needs one for all its requests and that which measures TTFT: a batch
-    larger than any graph is computed without."""
-    most = max(lanes for lanes, _, _ in LOADS.values()) + 1 if "growth" in settings.sections else 0
+    """Of captured decode steps. Section growth needs one for all its requests: a batch larger than any graph is
+    computed without."""
+    most = max(lanes for lanes, _, _ in LOADS.values()) if "growth" in settings.sections else 0
     return settings.graph_sizes if most <= max(settings.graph_sizes) else [*settings.graph_sizes, most]
 
 
