@@ -29,7 +29,7 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.cuda_scaling import LOADS, closed_loop, rate, scheduler_of, sizes_up_to, start_servers
+from benchmarks.cuda_scaling import LOADS, closed_loop, command_line, rate, scheduler_of, sizes_up_to, start_servers
 from benchmarks.cuda_server import Device, Servers, add_options, resize, standbys, status_of
 from benchmarks.scaling.machine import describe
 from benchmarks.scaling.servers import Instance
@@ -160,7 +160,7 @@ async def run(settings: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "device": device.name,
         "machine": describe(),
-        "command": " ".join(sys.argv),
+        "command": f"python -m benchmarks.cuda_profile {command_line()}",
         "rows": [],
     }
     async with AsyncExitStack() as stack:
