@@ -46,6 +46,19 @@ def test_a_tiny_model_has_what_is_counted(arch: Arch, tmp_path: Path) -> None:
     assert shape.experts == 6
 
 
+@pytest.mark.parametrize(
+    ("layers", "experts", "billions", "kv_bytes"), [(24, 32, 20.91, 48 << 10), (36, 128, 116.83, 72 << 10)]
+)
+def test_gpt_oss_adds_up_to_its_published_sizes(layers: int, experts: int, billions: float, kv_bytes: int) -> None:
+    """Of the model card, for gpt-oss-20b and gpt-oss-120b."""
+    widths = {"hidden_size": 2880, "intermediate_size": 2880, "vocab_size": 201088}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64}
+    counts = {"num_hidden_layers": layers, "num_local_experts": experts}
+    shape = shape_of({"architectures": ["GptOssForCausalLM"], **widths, **heads, **counts})
+    assert shape.parameters / 1e9 == pytest.approx(billions, abs=0.005)
+    assert shape.kv_bytes_per_token() == kv_bytes
+
+
 @pytest.mark.parametrize("arch", QUANTISED)
 def test_a_quantised_column_weighs_its_scales_too(arch: Arch, tmp_path: Path) -> None:
     """What the checkpoint has of an expert, the sizes count, and the layout holds, but for alignment."""

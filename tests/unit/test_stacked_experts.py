@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elasticmoe_patches.worker.stacked import fill_stacked, is_stacked, limit_columns
+from elasticmoe_patches.worker.stacked import check_filled, fill_stacked, is_stacked, limit_columns
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.tiny_model import make_tiny_model
 from elasticmoe_sglang.worker.weights import Attached
@@ -59,6 +59,18 @@ def test_a_tensor_of_another_shape_is_refused() -> None:
         UserInputError, match=r"w2_weight has shape \[4, 5, 7\], and the model \[4, 5, 6\].*config.json"
     ):
         fill_stacked(parameter(4, 5, 6), torch.zeros(4, 5, 7), "w2_weight", interleaved=False)
+
+
+def test_a_tensor_that_is_missing_is_named() -> None:
+    """Else a column would be served that holds zeros. A rank that reads no column misses nothing."""
+    filled, left_out, unwanted = parameter(4, 5), parameter(4, 5), parameter(4, 5)
+    limit_columns(filled, {1})
+    limit_columns(left_out, {1})
+    limit_columns(unwanted, ())
+    fill_stacked(filled, torch.zeros(4, 5), "w2_weight_bias", interleaved=False)
+    check_filled([("0.w2_weight_bias", filled), ("1.w2_weight_bias", unwanted)])
+    with pytest.raises(UserInputError, match=r"no tensor of all experts for 3\.w2_weight_bias.*experts\.gate_up_proj"):
+        check_filled([("0.w2_weight_bias", filled), ("3.w2_weight_bias", left_out)])
 
 
 @pytest.mark.process  # imports SGLang

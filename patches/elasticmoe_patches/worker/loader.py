@@ -31,7 +31,7 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from elasticmoe_patches.device import torch_device
 from elasticmoe_patches.worker.dummy_weights import dummy_fingerprint, fill_dummy
 from elasticmoe_patches.worker.own_rows import rows_of_each
-from elasticmoe_patches.worker.stacked import is_stacked, limit_columns
+from elasticmoe_patches.worker.stacked import check_filled, is_stacked, limit_columns
 from elasticmoe_patches.worker.worker import LoadedModel, Worker, current_worker
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
@@ -85,6 +85,14 @@ def column_layout(layers: list[FusedMoE]) -> ColumnLayout:
                 raise UserInputError(f"the MoE layer has a per-expert weight {name} that is not supported")
             entries.append((f"{layer.layer_id}.{name}", tuple(param.shape[1:]), param.dtype))
     return ColumnLayout.of(entries)
+
+
+def stacked_parameters(layers: list[FusedMoE]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Weights and biases of layers whose checkpoints have all experts in one tensor, named `<layer>.<weight>`."""
+    for layer in layers:
+        if layer.moe_runner_config.gemm1_alpha is not None:
+            for name, param in layer.named_parameters(recurse=False):
+                yield f"{layer.layer_id}.{name}", param
 
 
 def dense_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -285,6 +293,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             reader = CheckpointReader(files, found)
             model.load_weights(iter(reader))
             worker.model.checkpoint_bytes = reader.bytes
+            check_filled(stacked_parameters(moe_layers(model)))
         worker.memory.filled()
         # Tensors that a model derives from its weights (MLA's absorbed projections) belong to the process.
         post_load_weights(model)

@@ -10,7 +10,7 @@ import torch
 from elasticmoe_sglang.errors import UserInputError
 
 _STACKED = re.compile(r"\.experts\.(gate_up|down)_proj(_bias)?$")
-_COLUMNS = "elasticmoe_columns"
+_COLUMNS, _FILLED = "elasticmoe_columns", "elasticmoe_filled"
 
 
 def is_stacked(name: str) -> bool:
@@ -49,3 +49,19 @@ def fill_stacked(param: torch.nn.Parameter, loaded: torch.Tensor, name: str, *, 
             target[half:] = source[1::2]
         else:
             target.copy_(source)
+    setattr(param, _FILLED, True)
+
+
+def check_filled(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+    """Of (name, parameter) pairs that `fill_stacked` was to fill, none was left out.
+
+    Raises:
+        UserInputError: the checkpoint had no tensor for one.
+    """
+    for name, param in parameters:
+        if getattr(param, _COLUMNS, True) and not getattr(param, _FILLED, False):
+            raise UserInputError(
+                f"the checkpoint has no tensor of all experts for {name}",
+                hint="Give a checkpoint whose experts are named as transformers names them: "
+                "...mlp.experts.gate_up_proj, down_proj and their _bias",
+            )
