@@ -10,6 +10,7 @@ from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.models import architecture_of
 from elasticmoe_sglang.models.base import Architecture, swiglu_parameters
 
+FP32 = 4.0
 BF16 = 2.0
 FP8_BLOCK = 1.0 + 4 / (128 * 128)
 """One byte, and a float32 scale for every 128 x 128 block."""
@@ -22,7 +23,8 @@ class ModelShape:
 
     experts: routed experts of one MoE layer, the number of expert columns.
     moe_layers: layers that have them.
-    column_parameters: one expert over all MoE layers.
+    column_parameters: one expert over all MoE layers. column_biases: those of them that are biases, float32 whatever
+        the weights' dtype.
     dense_parameters: everything else; every rank holds it whole, since attention is data-parallel.
     kv_elements: of one token over all layers.
     """
@@ -33,6 +35,7 @@ class ModelShape:
     column_parameters: int
     dense_parameters: int
     kv_elements: int
+    column_biases: int = 0
 
     @property
     def parameters(self) -> int:
@@ -41,7 +44,8 @@ class ModelShape:
 
     def column_bytes(self, dtype: str) -> int:
         """Of one expert column in `dtype`, a key of BYTES_PER_PARAMETER."""
-        return int(self.column_parameters * BYTES_PER_PARAMETER[dtype])
+        weights = self.column_parameters - self.column_biases
+        return int(weights * BYTES_PER_PARAMETER[dtype] + self.column_biases * FP32)
 
     def dense_bytes(self) -> int:
         """In bfloat16, which is what a block-quantised checkpoint comes to at most."""
@@ -71,6 +75,7 @@ def _shape(architecture: Architecture, c: Mapping[str, Any]) -> ModelShape:
     dense_layers = architecture.dense_layers(c)
     moe_layers = layers - dense_layers
     norms = 2 * hidden
+    biases = moe_layers * architecture.bias_parameters(c)
     embeddings = c["vocab_size"] * hidden * (1 if c.get("tie_word_embeddings") else 2)
     dense = (
         layers * (architecture.attention_parameters(c) + norms)
@@ -83,7 +88,8 @@ def _shape(architecture: Architecture, c: Mapping[str, Any]) -> ModelShape:
         architecture=architecture.name,
         experts=architecture.experts(c),
         moe_layers=moe_layers,
-        column_parameters=moe_layers * swiglu_parameters(hidden, c["moe_intermediate_size"]),
+        column_parameters=moe_layers * swiglu_parameters(hidden, c[architecture.inner_field]) + biases,
+        column_biases=biases,
         dense_parameters=dense,
         kv_elements=layers * architecture.kv_elements(c),
     )

@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.models import ARCHITECTURES, CORRECTED
-from elasticmoe_sglang.models.base import CONTEXT, EXPERT_GAIN, HEAD_DIM, MLP_GAIN, ROUTER_GAIN, Architecture
+from elasticmoe_sglang.models.base import CONTEXT, HEAD_DIM, MLP_GAIN, Architecture
 from elasticmoe_sglang.models.quantization import BLOCK, BLOCK_FP8
 
-Arch = Literal["qwen3_moe", "deepseek_v2", "deepseek_v3", "qwen2_moe", "glm4_moe"]
+Arch = Literal["qwen3_moe", "deepseek_v2", "deepseek_v3", "qwen2_moe", "glm4_moe", "gpt_oss"]
 Dtype = Literal["float32", "bfloat16"]
 Quantization = Literal["fp8"]
 
@@ -107,6 +107,10 @@ def _validated(arch: str, layers: int, experts: int, hidden: int, dtype: str, qu
         raise UserInputError(f"hidden must be a positive multiple of 64, not {hidden}")
     if quantization not in (None, *get_args(Quantization)):
         raise UserInputError(f"unknown quantization {quantization!r}", hint="It must be fp8")
+    if quantization is not None and not found.fp8:
+        raise UserInputError(
+            f"{arch} cannot be made with quantization {quantization}", hint="Its experts are served unquantised only"
+        )
     if quantization is not None and hidden % (2 * BLOCK):
         raise UserInputError(
             f"hidden must be a multiple of {2 * BLOCK} with quantization {quantization}, not {hidden}",
@@ -170,6 +174,16 @@ class _Weights:
         self.matrix(f"{prefix}.up_proj.weight", inner, hidden)
         self.matrix(f"{prefix}.down_proj.weight", hidden, inner, gain)
 
+    def stacked(self, name: str, experts: int, inputs: int, outputs: int, gain: float = 1.0) -> None:
+        """[experts, inputs, outputs], each expert's as `matrix`, transposed."""
+        values = torch.randn(experts, inputs, outputs, generator=self._generator) * (gain / math.sqrt(inputs))
+        self.tensors[name] = values.to(self._dtype)
+
+    def biases(self, name: str, shape: Sequence[int], std: float) -> None:
+        """Values that bfloat16 has, in the dtype of the checkpoint."""
+        values = torch.randn(*shape, generator=self._generator) * std
+        self.tensors[name] = values.to(torch.bfloat16).to(self._dtype)
+
 
 def _quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [N, K] -> (e4m3 [N, K], float32 [ceil(N / 128), ceil(K / 128)]), whose product is about `values`."""
@@ -193,19 +207,12 @@ def _write_weights(path: Path, config: dict[str, Any], architecture: Architectur
         if index < architecture.dense_layers(config):
             weights.swiglu(f"{layer}.mlp", hidden, config["intermediate_size"], MLP_GAIN)
         else:
-            _write_experts(weights, f"{layer}.mlp", config, architecture.experts(config))
+            architecture.tiny_experts(weights, f"{layer}.mlp", config, architecture.experts(config))
             architecture.tiny_block(weights, f"{layer}.mlp", config)
     weights.ones("model.norm.weight", hidden)
     weights.matrix("lm_head.weight", VOCAB, hidden, gain=_LOGIT_STD)
     weights.tensors["lm_head.weight"][: len(SPECIAL_TOKENS)] = 0
     save_file(weights.tensors, path / "model.safetensors", metadata={"format": "pt"})
-
-
-def _write_experts(weights: _Weights, prefix: str, config: dict[str, Any], experts: int) -> None:
-    hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
-    weights.matrix(f"{prefix}.gate.weight", experts, hidden, gain=ROUTER_GAIN)
-    for expert in range(experts):
-        weights.swiglu(f"{prefix}.experts.{expert}", hidden, inner, EXPERT_GAIN)
 
 
 def _write_tokenizer(path: Path) -> None:

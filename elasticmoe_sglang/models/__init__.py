@@ -6,10 +6,11 @@ from elasticmoe_sglang.errors import UnsupportedFeature
 from elasticmoe_sglang.models.base import Architecture, Config
 from elasticmoe_sglang.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from elasticmoe_sglang.models.glm4_moe import GLM4_MOE
+from elasticmoe_sglang.models.gpt_oss import GPT_OSS
 from elasticmoe_sglang.models.qwen2_moe import QWEN2_MOE
 from elasticmoe_sglang.models.qwen3_moe import QWEN3_MOE
 
-ARCHITECTURES = {each.name: each for each in (QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3, QWEN2_MOE, GLM4_MOE)}
+ARCHITECTURES = {each.name: each for each in (QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3, QWEN2_MOE, GLM4_MOE, GPT_OSS)}
 
 CORRECTED = tuple(each.arch for each in ARCHITECTURES.values() if each.corrected)
 """Those of which a tiny model can be made with a skew."""
@@ -21,7 +22,6 @@ REFUSED = {
     "OlmoeForCausalLM": _NO_REPLICAS,
     "GraniteMoeForCausalLM": _NO_REPLICAS,
     "PhiMoEForCausalLM": _NO_REPLICAS,
-    "GptOssForCausalLM": "its experts have biases and a clamped SwiGLU, and its sliding windows a second KV pool",
     "Llama4ForConditionalGeneration": "its experts' outputs are weighed before they are computed",
     "Qwen3NextForCausalLM": _HYBRID,
     "Qwen3_5MoeForConditionalGeneration": _HYBRID,

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 Config = Mapping[str, Any]
 
-Attention = Literal["grouped queries", "latent (MLA)"]
+Attention = Literal["grouped queries", "grouped queries with sinks, windows in every other layer", "latent (MLA)"]
 SharedExperts = Literal["none", "whole on every rank, which adds all rows after the sum", "each rank its own rows"]
 
 
@@ -29,20 +29,28 @@ class Weights(Protocol):
 
     def swiglu(self, prefix: str, hidden: int, inner: int, gain: float) -> None: ...
 
+    def stacked(self, name: str, experts: int, inputs: int, outputs: int, gain: float = 1.0) -> None: ...
+
+    def biases(self, name: str, shape: Sequence[int], std: float) -> None: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One architecture. The functions take the fields of a config.json.
 
-    All of them have experts of SwiGLU without biases, whose weights are `...experts.<number>.{gate,up,down}_proj`, and
-    one MLP or one mixture a layer.
+    All of them have experts of three projections, and one MLP or one mixture a layer.
 
     Attributes:
         name: as in `architectures` of a config.json.
         arch: of `elasticmoe tiny-model`, and Hugging Face's `model_type`.
         models: published ones.
         experts_field: counts the routed experts of a layer.
-        attention: which of the two KV pools it needs: keys and values, or one latent vector and one rotary key.
+        inner_field: the inner width of one.
+        biased: routed experts have biases, which columns hold in float32, and their SwiGLU is clamped; a checkpoint
+            has the experts of a layer in one tensor. Else they are plain, `...experts.<number>.{gate,up,down}_proj`.
+        fp8: block-quantised checkpoints of it can be served.
+        attention: which of the two KV pools it needs: keys and values, or one latent vector and one rotary key. Layers
+            with a sliding window keep all keys and values in the one pool.
         router: how experts are chosen; computed by SGLang's model on every rank.
         shared: who computes the shared experts of a token.
         dense_layers: number of layers that have an ordinary MLP in the experts' place.
@@ -52,6 +60,7 @@ class Architecture:
         tiny_config: (experts, hidden) -> fields beside those that all tiny models have.
         tiny_block: (weights, prefix, config) draws what `block_parameters` counts, the router apart.
         tiny_attention: (weights, prefix, config).
+        tiny_experts: (weights, prefix, config, experts) draws router and routed experts.
         corrected: the router's choice is corrected by one number an expert (`draw_correction`).
         fewest_layers: of a tiny model.
         tiny_fp8: fields of a tiny model with block-quantised weights that differ, so that every width that SGLang
@@ -71,6 +80,12 @@ class Architecture:
     tiny_config: Callable[[int, int], dict[str, Any]]
     tiny_attention: Callable[[Weights, str, Config], None]
     tiny_block: Callable[[Weights, str, Config], None]
+    tiny_experts: Callable[[Weights, str, Config, int], None] = lambda weights, prefix, config, experts: draw_experts(
+        weights, prefix, config, experts
+    )
+    inner_field: str = "moe_intermediate_size"
+    biased: bool = False
+    fp8: bool = True
     dense_layers: Callable[[Config], int] = lambda config: 0
     corrected: bool = False
     fewest_layers: int = 1
@@ -79,6 +94,10 @@ class Architecture:
     def experts(self, config: Config) -> int:
         """Routed experts of one MoE layer. Raises KeyError if the configuration does not say."""
         return int(config[self.experts_field])
+
+    def bias_parameters(self, config: Config) -> int:
+        """Biases of one routed expert of one layer: of its gate, up and down projection."""
+        return int(2 * config[self.inner_field] + config["hidden_size"]) if self.biased else 0
 
 
 HEAD_DIM = 32
@@ -104,6 +123,14 @@ def draw_correction(weights: Weights, prefix: str, c: Config) -> None:
         weights.vector(name, experts, CORRECTION)
     else:
         weights.values(name, [-skew * math.log(1 + expert) / math.log(experts) for expert in range(experts)])
+
+
+def draw_experts(weights: Weights, prefix: str, c: Config, experts: int) -> None:
+    """Draw a router and routed experts of plain SwiGLU."""
+    hidden, inner = c["hidden_size"], c["moe_intermediate_size"]
+    weights.matrix(f"{prefix}.gate.weight", experts, hidden, gain=ROUTER_GAIN)
+    for expert in range(experts):
+        weights.swiglu(f"{prefix}.experts.{expert}", hidden, inner, EXPERT_GAIN)
 
 
 def swiglu_parameters(hidden: int, inner: int) -> int:

@@ -12,14 +12,19 @@ from pathlib import Path
 
 from elasticmoe_sglang.generated_page import write_or_check
 from elasticmoe_sglang.models import ARCHITECTURES, REFUSED
-from elasticmoe_sglang.models.base import Architecture
+from elasticmoe_sglang.models.base import Architecture, Attention, grouped_query_kv
+from elasticmoe_sglang.units import format_bytes
 
 _TOKENS = "tests/e2e/test_scale_tokens.py::test_same_tokens_through_every_change"
 _BF16 = "tests/e2e/test_scale_bfloat16.py::test_moved_requests_round_as_those_that_stay"
 _KILLS = "tests/fault/test_kill_storm.py::test_kills_at_any_time_lose_nothing"
 _KV = "tests/e2e/test_kv_elastic.py::test_kv_takes_and_gives_what_columns_leave_and_need"
 _SHAPES = "tests/unit/test_model_shape.py::test_a_tiny_model_has_what_is_counted"
-_POOLS = {"grouped queries": "qwen3_moe-paged", "latent (MLA)": "deepseek_v2"}
+_POOLS: dict[Attention, str] = {
+    "grouped queries": "qwen3_moe-paged",
+    "grouped queries with sinks, windows in every other layer": "gpt_oss",
+    "latent (MLA)": "deepseek_v2",
+}
 
 _HEAD = """# Models
 
@@ -45,9 +50,11 @@ elastic server sets). A shared expert mostly does not, and needs two hooks: one 
 computes it for the rank's own rows only, so that the sum over the ranks that follows counts it once, whoever the
 ranks are (`elasticmoe_patches/worker/own_rows.py`).
 
-The last one added is GLM-4.5: `elasticmoe_sglang/models/glm4_moe.py` with {glm4_data} lines,
+An ordinary one is GLM-4.5: `elasticmoe_sglang/models/glm4_moe.py` with {glm4_data} lines,
 `patches/elasticmoe_patches/srt/models/glm4_moe.py` with {glm4_hooks} lines for its shared expert, one line in
-`elasticmoe_sglang/models/__init__.py`, its name in `Arch` of `tiny_model.py`, and the tests above by that name.
+`elasticmoe_sglang/models/__init__.py`, its name in `Arch` of `tiny_model.py`, and the tests above by that name. gpt-oss
+needed more, because its experts and its attention are others: biases in columns and kernels, checkpoints with all
+experts in one tensor (`elasticmoe_patches/worker/stacked.py`), windows and sinks on the CPU.
 """
 
 
@@ -56,15 +63,17 @@ def render() -> str:
     served = ARCHITECTURES.values()
     return (
         f"{_HEAD}{_described(served)}\n## Tests\n{_TESTS_ARE}\n{_tested(served)}"
-        f"{_QUANTISED}\n## Refused\n\n{_refused()}"
+        f"{_QUANTISED}{_GPT_OSS.format(kv_20b=format_bytes(_KV_20B))}\n## Refused\n\n{_refused()}"
         f"{_ADDING.format(glm4_data=_lines(_GLM4_DATA), glm4_hooks=_lines(_GLM4_HOOKS))}"
     )
 
 
+_KV_20B = 24 * grouped_query_kv({"num_key_value_heads": 8, "head_dim": 64}) * 2
+"""Bytes of one token: 24 layers, two bytes an element."""
 _ROOT = Path(__file__).resolve().parents[2]
 _GLM4_DATA = "elasticmoe_sglang/models/glm4_moe.py"
 _GLM4_HOOKS = "patches/elasticmoe_patches/srt/models/glm4_moe.py"
-_FP8_TEST = "tests/e2e/test_scale_fp8.py"
+_REFERENCE_TEST = "tests/e2e/test_scale_reference.py"
 _TESTS_ARE = """
 Tokens are float32 and compared with plain SGLang's of the same version; the kill storm compares them with those of the
 undisturbed server, while workers, HMM and standbys are killed. All but the sizes run servers and are in `make soak`
@@ -75,8 +84,8 @@ undisturbed server, while workers, HMM and standbys are killed. All but the size
 _QUANTISED = f"""
 ## Quantised checkpoints
 
-Block-quantised fp8 as DeepSeek-V3 and Qwen3-*-FP8 ship it is served with every architecture above: weights in e4m3 with
-one float32 scale for each block of 128 x 128 (`"quant_method": "fp8"`, `"weight_block_size": [128, 128]`,
+Block-quantised fp8 as DeepSeek-V3 and Qwen3-*-FP8 ship it is served with every architecture above but gpt-oss: weights
+in e4m3 with one float32 scale for each block of 128 x 128 (`"quant_method": "fp8"`, `"weight_block_size": [128, 128]`,
 `"activation_scheme": "dynamic"`), router, norms, embeddings and output unquantised. A column holds weights and scales;
 it moves, is read and is recovered like any other. Experts on GPUs are computed by this project's Triton kernels, which
 quantise activations by token and group of 128 with float32 scales (also where `scale_fmt` is `ue8m0`); dense layers by
@@ -88,9 +97,28 @@ Refused with the reason: every other `quant_method`, fp8 with a scale for each t
 static activation scales, widths of hidden states or experts that are no multiple of 128, `--quantization` of an
 unquantised checkpoint, quantised KV caches, other backends of the dense layers.
 
-`elasticmoe tiny-model --quantization fp8` makes a small one of each architecture. `{_FP8_TEST}` compares tokens
-with those of transformers on the dequantised weights, through 2 -> 3 -> 1 -> 4 -> 2 and a killed rank;
+`elasticmoe tiny-model --quantization fp8` makes a small one of each of these. `{_REFERENCE_TEST}`
+compares tokens with those of transformers on the dequantised weights, through 2 -> 3 -> 1 -> 4 -> 2 and a killed rank;
 `test_scale_tokens.py[qwen3_moe-fp8]` and `[deepseek_v3-fp8]`, in `make soak`, with plain SGLang's.
+"""
+_GPT_OSS = f"""
+## gpt-oss
+
+- **Checkpoints** are those in bfloat16 or float32. What OpenAI ships is mxfp4, which is refused at launch: columns hold
+  what the kernels read. transformers writes a bfloat16 one if it loads that with `Mxfp4Config(dequantize=True)` and
+  saves it.
+- **Experts.** Such a checkpoint has all experts of a layer in one tensor, gate and up projection interleaved. A rank
+  reads its own experts' part of it, and a column holds gate rows, then up rows. Biases lie in the column, in float32.
+  This project's kernels add them and clamp SwiGLU: PyTorch's on the CPU, Triton's on GPUs. NPUs are refused, because
+  the grouped product of experts there takes no biases.
+- **Sliding windows.** All layers keep keys and values in one pool (SGLang's `--disable-hybrid-swa-memory`, which an
+  elastic server sets), and a window is a mask ([ADR 16](adr/0016-one-pool-for-sliding-windows.md)). So a token costs KV
+  in every layer for as long as its request runs: {{kv_20b}} for gpt-oss-20b in bfloat16; with a second pool it would be
+  half of that, and 128 tokens a request in the other layers. `--swa-full-tokens-ratio` is refused.
+- **The CPU platform's attention** knows sinks, and reads only the keys in a window.
+
+`{_REFERENCE_TEST}` compares tokens with those of transformers, through 2 -> 3 -> 1 -> 4 -> 2 and a killed
+rank. On GPUs it was not run ([hardware.md](hardware.md)).
 """
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from elasticmoe_sglang.errors import UnsupportedFeature
-from elasticmoe_sglang.models.base import Config
+from elasticmoe_sglang.models.base import Architecture, Config
 
 BLOCK = 128
 BLOCK_FP8: dict[str, Any] = {
@@ -20,7 +20,7 @@ BLOCK_FP8: dict[str, Any] = {
 SUPPORTED = f"unquantised weights, and fp8 in blocks of {BLOCK} x {BLOCK} as a checkpoint has them"
 
 
-def is_block_fp8(config: Config) -> bool:
+def is_block_fp8(config: Config, architecture: Architecture) -> bool:
     """Whether the weights of a model with this config.json are block-quantised fp8; False: unquantised.
 
     Raises:
@@ -31,6 +31,12 @@ def is_block_fp8(config: Config) -> bool:
     if not found:
         return False
     method = found.get("quant_method")
+    if not architecture.fp8:
+        raise UnsupportedFeature(
+            f"the model is quantised: its quant_method is {method}, and a {architecture.name} is served unquantised",
+            hint="Serve a checkpoint in bfloat16: transformers writes one if it loads an mxfp4 checkpoint with "
+            "Mxfp4Config(dequantize=True) and saves it",
+        )
     if method != BLOCK_FP8["quant_method"]:
         raise _unsupported(f"its quant_method is {method}")
     blocks = found.get("weight_block_size")
@@ -43,7 +49,7 @@ def is_block_fp8(config: Config) -> bool:
     fmt = found.get("fmt", BLOCK_FP8["fmt"])
     if fmt not in (BLOCK_FP8["fmt"], "float8_e4m3fn"):
         raise _unsupported(f"the fmt of its fp8 weights is {fmt}, not e4m3")
-    for name in ("hidden_size", "moe_intermediate_size"):
+    for name in ("hidden_size", architecture.inner_field):
         if config[name] % BLOCK:
             raise UnsupportedFeature(
                 f"the model is block-quantised, and its {name} of {config[name]} is no multiple of {BLOCK}",

@@ -33,9 +33,12 @@ class Backend:
     """What was run, in words; `docs/hardware.md` repeats it and claims no more."""
     fp8: bool = False
     """Takes e4m3 weights with scales by 128 x 128 blocks, too: `target` takes `w13_scale` and `w2_scale`."""
+    biased: bool = False
+    """Computes experts with biases and a clamped SwiGLU, too: `target` takes `w13_bias`, `w2_bias` and `clamped`."""
 
-    def serves(self, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> bool:
-        return device.type in self.devices and dtype in self.dtypes and (self.fp8 or not fp8)
+    def serves(self, device: torch.device, dtype: torch.dtype, fp8: bool = False, biased: bool = False) -> bool:
+        able = (self.fp8 or not fp8) and (self.biased or not biased)
+        return device.type in self.devices and dtype in self.dtypes and able
 
     @functools.cache  # noqa: B019  (instances are the few of BACKENDS)
     def load(self) -> MoeExperts:
@@ -53,8 +56,9 @@ BACKENDS: dict[str, Backend] = {
             target="elasticmoe_kernels.triton.moe:fused_moe",
             devices=("cuda",),
             dtypes=(torch.bfloat16, torch.float16),
-            proven="run and timed on one H200; every kernel also runs in the Triton interpreter on CPU",
+            proven="run and timed on one H200, biased experts not; every kernel in the Triton interpreter on CPU, too",
             fp8=True,
+            biased=True,
         ),
         Backend(
             name="ascend",
@@ -70,6 +74,7 @@ BACKENDS: dict[str, Backend] = {
             dtypes=(*_FLOATS, torch.float64),
             proven="run",
             fp8=True,
+            biased=True,
         ),
         Backend(
             name="reference",
@@ -77,24 +82,27 @@ BACKENDS: dict[str, Backend] = {
             devices=("cpu", "cuda", "npu"),
             dtypes=(*_FLOATS, torch.float64),
             proven="run on CPU and CUDA",
+            biased=True,
         ),
     )
 }
 
 
-def select(device: torch.device, dtype: torch.dtype, backend: str = "auto", *, fp8: bool = False) -> Backend:
-    """The backend for these activations, with e4m3 weights if `fp8`. Raises NoBackend with what exists when none
-    fits."""
-    what = f"{dtype}{' with e4m3 weights' if fp8 else ''} on {device.type}"
+def select(
+    device: torch.device, dtype: torch.dtype, backend: str = "auto", *, fp8: bool = False, biased: bool = False
+) -> Backend:
+    """The backend for these activations, with e4m3 weights if `fp8`, with biases and a clamped SwiGLU if `biased`.
+    Raises NoBackend with what exists when none fits."""
+    what = f"{dtype}{' with e4m3 weights' if fp8 else ''}{' with biased experts' if biased else ''} on {device.type}"
     if backend == "auto":
         for candidate in BACKENDS.values():
-            if candidate.serves(device, dtype, fp8):
+            if candidate.serves(device, dtype, fp8, biased):
                 return candidate
         raise NoBackend(f"no MoE backend for {what}; there are: {_listing()}")
     found = BACKENDS.get(backend)
     if found is None:
         raise NoBackend(f"no MoE backend is called {backend!r}; there are: {_listing()}")
-    if not found.serves(device, dtype, fp8):
+    if not found.serves(device, dtype, fp8, biased):
         raise NoBackend(f"MoE backend {backend!r} does not serve {what}; there are: {_listing()}")
     return found
 
@@ -102,7 +110,7 @@ def select(device: torch.device, dtype: torch.dtype, backend: str = "auto", *, f
 def _listing() -> str:
     return "; ".join(
         f"{b.name} ({'/'.join(b.devices)}: {', '.join(str(d).removeprefix('torch.') for d in b.dtypes)}"
-        f"{', e4m3 weights' if b.fp8 else ''})"
+        f"{', e4m3 weights' if b.fp8 else ''}{', biased experts' if b.biased else ''})"
         for b in BACKENDS.values()
     )
 
@@ -116,6 +124,9 @@ def moe_experts(
     *,
     w13_scale: torch.Tensor | None = None,
     w2_scale: torch.Tensor | None = None,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    clamped: tuple[float, float] | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """The MoE layer over the slots of one rank: sum over k of weight * expert(slot, x[t]).
@@ -128,14 +139,20 @@ def moe_experts(
         topk_weights: [T, K] float32.
         w13_scale, w2_scale: with e4m3 weights, what each block of 128 x 128 is multiplied by: float32
             [S, 2I / 128, H / 128] and [S, H / 128, I / 128], strides as of the weights; H and I are multiples of 128.
+        w13_bias, w2_bias: float32 [S, 2I] and [S, H], any stride in dim 0: what is added to both products of a pair,
+            before its weight. Not with e4m3 weights.
+        clamped: given with biases, and only then: (alpha, limit) of gpt-oss's gate * sigmoid(alpha * gate) * (up + 1),
+            gate at most limit, up within -limit ... limit, in the place of silu(gate) * up.
         backend: a name in `BACKENDS`, or "auto".
 
     Returns: [T, H] in x's dtype. Raises ShapeError, NoBackend.
     """
     check_shapes(x, w13, w2, topk_slots, topk_weights, w13_scale, w2_scale)
-    scales = {} if w13_scale is None else {"w13_scale": w13_scale, "w2_scale": w2_scale}
-    found = select(x.device, x.dtype, backend, fp8=bool(scales))
-    return found.load()(x, w13, w2, topk_slots, topk_weights, **scales)
+    check_biases(w13, w2, w13_bias, w2_bias, clamped)
+    more = {} if w13_scale is None else {"w13_scale": w13_scale, "w2_scale": w2_scale}
+    biases = {} if w13_bias is None else {"w13_bias": w13_bias, "w2_bias": w2_bias, "clamped": clamped}
+    found = select(x.device, x.dtype, backend, fp8=bool(more), biased=bool(biases))
+    return found.load()(x, w13, w2, topk_slots, topk_weights, **more, **biases)
 
 
 def check_shapes(
@@ -173,6 +190,28 @@ def check_shapes(
     for name, weight in (("w13", w13), ("w2", w2)):
         if weight.stride()[1:] != (weight.shape[2], 1):
             raise ShapeError(f"{name}: one slot's matrix must be contiguous; strides are {weight.stride()}")
+
+
+def check_biases(
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    clamped: tuple[float, float] | None,
+) -> None:
+    """Raise ShapeError when the biases of `moe_experts` do not belong to the weights."""
+    if w13_bias is None and w2_bias is None and clamped is None:
+        return
+    if w13_bias is None or w2_bias is None or clamped is None:
+        raise ShapeError("w13_bias, w2_bias and clamped go together: SwiGLU is clamped where experts have biases")
+    if w13.dtype == FP8:
+        raise ShapeError("biases do not go with e4m3 weights")
+    for name, weight, bias in (("w13_bias", w13, w13_bias), ("w2_bias", w2, w2_bias)):
+        if bias.dtype != torch.float32 or bias.shape != weight.shape[:2] or bias.stride(1) != 1:
+            raise ShapeError(
+                f"{name} must be float32 {list(weight.shape[:2])} with contiguous rows; got {bias.dtype} "
+                f"{list(bias.shape)} with strides {bias.stride()}"
+            )
 
 
 def _check_scales(

@@ -156,6 +156,16 @@ def check_fp8_devices(config: ElasticConfig) -> None:
             )
 
 
+def check_biased_devices() -> None:
+    """Raises UserInputError: these devices' grouped product of experts takes no biases and no clamped SwiGLU."""
+    if on_npu():
+        raise UserInputError(
+            "gpt-oss is not supported on NPUs: the grouped product of experts there takes no biases and no clamped "
+            "SwiGLU",
+            hint="Serve it on GPUs or on the CPU platform",
+        )
+
+
 def check_devices(config: ElasticConfig) -> None:
     """Raises UserInputError: too few GPUs or NPUs for the ranks, several ranks a GPU without MPS, several an NPU."""
     if on_npu():

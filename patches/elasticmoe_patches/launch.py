@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from elasticmoe_patches.device import check_fp8_devices
+from elasticmoe_patches.device import check_biased_devices, check_fp8_devices
 from elasticmoe_patches.features import LAUNCH_REFUSALS
 from elasticmoe_sglang.comm.membership import MAX_CAPACITY
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.models import architecture_of
+from elasticmoe_sglang.models.base import Architecture
 from elasticmoe_sglang.models.quantization import SUPPORTED, is_block_fp8
 
 # flag -> (value that is fine, why others are not)
@@ -59,6 +60,10 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "enforce_shared_experts_fusion": (False, "a fused shared expert is tied to a rank"),
     "moe_runner_backend": (("auto", "triton"), "experts lie in columns, which only this plugin's kernels read"),
     "moe_a2a_backend": ("none", "tokens travel through this plugin's collectives"),
+    "swa_full_tokens_ratio": (
+        None,
+        "layers with a sliding window keep their KV in the pool of all layers, the only one that can change its size",
+    ),
     "enable_symm_mem": (False, "it needs an NCCL communicator of all ranks"),
     "enable_torch_symm_mem": (False, "it needs a communicator of all ranks"),
     "enable_mscclpp": (False, "it needs a communicator of all ranks"),
@@ -141,7 +146,13 @@ def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
     args.disable_custom_all_reduce = True
     if args.load_balance_method == "auto":
         args.load_balance_method = "round_robin"
-    quantised = check_model(args.model_path, config, revision=getattr(args, "revision", None))
+    architecture, quantised = check_model(args.model_path, config, revision=getattr(args, "revision", None))
+    if architecture.biased:
+        check_biased_devices()
+        # What SGLang chooses by itself may want the experts' weights transposed.
+        args.moe_runner_backend = "triton"
+    # Layers with a sliding window keep their KV in the one pool that changes its size.
+    args.disable_hybrid_swa_memory = True
     if quantised:
         _shape_fp8(args, config)
     elif args.quantization is not None:
@@ -234,16 +245,17 @@ def _config_from_hub(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def check_model(model_path: str, config: ElasticConfig, *, revision: str | None = None) -> bool:
-    """Whether the model's weights are block-quantised fp8.
+def check_model(model_path: str, config: ElasticConfig, *, revision: str | None = None) -> tuple[Architecture, bool]:
+    """The model's architecture, and whether its weights are block-quantised fp8.
 
     Raises:
         UserInputError, UnsupportedFeature: it cannot be served elastically, with the reason.
     """
     model = read_model_config(model_path, revision)
     try:
-        experts = architecture_of(model).experts(model)
-        quantised = is_block_fp8(model)
+        architecture = architecture_of(model)
+        experts = architecture.experts(model)
+        quantised = is_block_fp8(model, architecture)
     except KeyError as error:
         raise UserInputError(f"the config.json in {model_path} has no {error}") from error
     if experts < config.max_ep_size:
@@ -251,4 +263,4 @@ def check_model(model_path: str, config: ElasticConfig, *, revision: str | None 
             f"the model has {experts} experts, fewer than the {config.max_ep_size} ranks",
             hint=f"Use --elasticmoe-max-ep-size {experts} or less",
         )
-    return quantised
+    return architecture, quantised

@@ -252,9 +252,9 @@ USES: tuple[Use, ...] = (
     # -- arguments; the published configuration (`get_exec()`, `get_schedule()`) has the same names
     *_of(
         "server_args.ServerArgs",
-        "attention_backend= chunked_prefill_size dp_size dtype= elastic_ep_backend= enable_deterministic_inference "
-        "enable_dp_attention log_level max_total_tokens= mem_fraction_static model_path nccl_port nnodes page_size "
-        "pp_size sampling_backend tp_size",
+        "attention_backend= chunked_prefill_size disable_hybrid_swa_memory= dp_size dtype= elastic_ep_backend= "
+        "enable_deterministic_inference enable_dp_attention log_level max_total_tokens= mem_fraction_static model_path "
+        "moe_runner_backend= nccl_port nnodes page_size pp_size sampling_backend tp_size",
     ),
     *_of(
         "server_args.PortArgs",
@@ -286,7 +286,10 @@ USES: tuple[Use, ...] = (
     ),
     *_of("model_executor.forward_batch_info.ForwardMode", "is_extend()"),
     # -- layers
-    *_of("layers.moe.fused_moe_triton.layer.FusedMoE", "dispatcher moe_ep_rank= moe_ep_size= top_k num_experts"),
+    *_of(
+        "layers.moe.fused_moe_triton.layer.FusedMoE",
+        "dispatcher moe_ep_rank= moe_ep_size= moe_runner_config top_k num_experts",
+    ),
     *_of("layers.moe.token_dispatcher.standard.StandardDispatcher", "local_expert_mapping="),
     *_of("layers.moe.token_dispatcher.standard.StandardDispatchOutput", "hidden_states topk_output"),
     *_of("layers.moe.topk.StandardTopKOutput", "topk_ids"),

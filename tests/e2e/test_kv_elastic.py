@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 CHECKED = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
 """SGLang's own check that every row of KV is free, cached or a request's: after each iteration, not only when idle."""
-BUDGETS: dict[Arch, int] = {"qwen3_moe": 32 << 20, "deepseek_v2": 24_000_000}
+BUDGETS: dict[Arch, int] = {"qwen3_moe": 32 << 20, "deepseek_v2": 24_000_000, "gpt_oss": 38 << 20}
 """All columns and some KV do not fit one device, and at two ranks a rank has less KV than the longest request."""
 TOKENS = 240
 HOT = 6
@@ -54,6 +54,7 @@ SETUPS = (
         marks=pytest.mark.soak,
     ),
     pytest.param(Setup(arch="deepseek_v2", args=("--page-size", "16")), id="deepseek_v2-paged", marks=pytest.mark.soak),
+    pytest.param(Setup(arch="gpt_oss", args=("--page-size", "4")), id="gpt_oss", marks=pytest.mark.soak),
 )
 
 

@@ -56,6 +56,7 @@ SETUPS = (
     pytest.param(Setup(arch="deepseek_v3"), id="deepseek_v3-overlap", marks=pytest.mark.soak),
     pytest.param(Setup(arch="qwen2_moe"), id="qwen2_moe-overlap", marks=pytest.mark.soak),
     pytest.param(Setup(arch="glm4_moe"), id="glm4_moe-overlap", marks=pytest.mark.soak),
+    pytest.param(Setup(arch="gpt_oss"), id="gpt_oss-overlap", marks=pytest.mark.soak),
     pytest.param(
         Setup(arch="qwen3_moe", args=("--enable-mixed-chunk",)), id="qwen3_moe-mixed-chunk", marks=pytest.mark.soak
     ),

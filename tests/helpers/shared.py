@@ -5,6 +5,7 @@ At most one of them runs. `tests/conftest.py` puts tests that are marked `shared
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import tempfile
@@ -180,13 +181,19 @@ def faulty_server(folder: Path, args: tuple[str, ...] = ()) -> Iterator[Faulty]:
 
 def dense_bytes(model: Path) -> int:
     """Bytes of everything that is not a routed expert."""
-    with safe_open(model / "model.safetensors", framework="pt") as file:
-        names = [name for name in file.keys() if ".experts." not in name]  # noqa: SIM118 (it is no dict)
-        return sum(file.get_tensor(name).nbytes for name in names)
+    return sum(nbytes for name, nbytes in tensor_bytes(model).items() if ".experts." not in name)
 
 
 def column_bytes(model: Path) -> int:
-    """Bytes of one routed expert over all layers, scales included."""
+    """Bytes of one routed expert over all layers, scales or biases included, as a column has them."""
+    experts = json.loads((model / "config.json").read_text()).get("num_local_experts")
+    sizes = tensor_bytes(model)
+    if experts is None:
+        return sum(nbytes for name, nbytes in sizes.items() if ".experts.0." in name)
+    return sum(nbytes for name, nbytes in sizes.items() if ".experts." in name) // int(experts)
+
+
+def tensor_bytes(model: Path) -> dict[str, int]:
+    """Bytes of each tensor of the checkpoint, by name."""
     with safe_open(model / "model.safetensors", framework="pt") as file:
-        names = [name for name in file.keys() if ".experts.0." in name]  # noqa: SIM118 (it is no dict)
-        return sum(file.get_tensor(name).nbytes for name in names)
+        return {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118 (it is no dict)

@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 from elasticmoe_kernels.reference import combine as combine_reference
 from elasticmoe_kernels.reference import quantize as quantize_reference
 from elasticmoe_kernels.reference import route as route_reference
-from elasticmoe_kernels.reference.moe import moe_experts, moe_experts_fp8
+from elasticmoe_kernels.reference.moe import moe_experts, moe_experts_biased, moe_experts_fp8
 from elasticmoe_kernels.triton import windows
 from elasticmoe_kernels.triton.combine import combine
 from elasticmoe_kernels.triton.config import GemmConfig, MoePlan, default_plan
@@ -172,6 +172,28 @@ def layer_fp8(plan, tokens, hidden, inter, experts, top_k, kind, seed):
     return error(out, moe_experts_fp8(x, q13, q2, s13, s2, slots, weights))
 
 
+def layer_biased(plan, tokens, hidden, inter, experts, top_k, dtype, kind, seed):
+    """Biases lie in the columns of the weights; the limit is one that a third of all values reach."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, table = routing_case(tokens, experts, top_k, kind, generator)
+    slots = route_reference.slots_of(ids, table)
+    named = set(slots.flatten().tolist()) - {-1}
+    w13, w2 = poisoned_weights(experts, inter, hidden, dtype, named, generator)
+    pitch = 2 * inter + hidden + 16
+    columns = torch.full((experts, pitch), float("nan"))
+    b13, b2 = columns[:, : 2 * inter], columns[:, 2 * inter : 2 * inter + hidden]
+    for slot in named:
+        b13[slot] = torch.randn(2 * inter, generator=generator)
+        b2[slot] = torch.randn(hidden, generator=generator)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    weights = torch.rand(ids.shape, generator=generator)
+    weights[slots < 0] = float("nan")
+    out = torch.full((tokens, hidden), float("nan"), dtype=dtype)
+    more = {"w13_bias": b13, "w2_bias": b2, "clamped": (1.702, 1.0)}
+    fused_moe(x, w13, w2, ids, weights, slot_table=table, out=out, plan=plan, **more)
+    return error(out, moe_experts_biased(x, w13, w2, b13, b2, slots, weights, alpha=1.702, limit=1.0))
+
+
 def check_route(tokens, experts, top_k, kind, block_m, seed):
     """Every pair that is here has exactly one row, in a block of its slot, and blocks are filled from the front."""
     generator = torch.Generator().manual_seed(seed)
@@ -248,6 +270,16 @@ def main(part: str) -> None:
         check_slots(5, 4, None, (3,), torch.int32, 3)
         check_slots(0, 4, None, (3,), torch.int32, 3)
         cases.append({"case": "route and parts", "error": 0.0, "limit": 1.0})
+    elif part == "biased":
+        for name, plan in PLANS.items():
+            for tokens, kind in ((1, "mixed"), (7, "one")) if plan.direct else ((13, "mixed"), (9, "holes")):
+                value = layer_biased(plan, tokens, 72, 40, 6, 3, torch.float16, kind, tokens)
+                cases.append({"case": f"biased {name} {tokens} {kind}", "error": value, "limit": 1.5e-3})
+        for tokens in (3, 40):
+            value = layer_biased(
+                default_plan(tokens, 3, 6, fp8=False), tokens, 64, 32, 6, 3, torch.bfloat16, "mixed", 2
+            )
+            cases.append({"case": f"biased default {tokens}", "error": value, "limit": 6e-3})
     elif part == "fp8":
         for name, plan in FP8_PLANS.items():
             for tokens, kind in ((1, "mixed"), (7, "one")) if plan.direct else ((7, "mixed"),):

@@ -82,7 +82,8 @@ def test_the_users_variables_win(monkeypatch: pytest.MonkeyPatch) -> None:
 def arguments(**changes: object) -> SimpleNamespace:
     defaults = {"attention_backend": None, "mem_fraction_static": None, "max_total_tokens": None, "dtype": "auto"}
     sizes = {"model_path": "nowhere", "tp_size": 1, "dp_size": 1, "pp_size": 1, "nnodes": 1}
-    return SimpleNamespace(**{**defaults, **sizes, "enable_dp_attention": False, **changes})
+    rest = {"enable_dp_attention": False, "disable_hybrid_swa_memory": False, "moe_runner_backend": "auto"}
+    return SimpleNamespace(**{**defaults, **sizes, **rest, **changes})
 
 
 @pytest.mark.process
@@ -98,6 +99,7 @@ def test_server_defaults(tmp_path: Path) -> None:
     plain = arguments(model_path=str(tmp_path))
     ElasticCpuPlatform().apply_server_args_defaults(plain)
     assert (plain.attention_backend, plain.max_total_tokens, plain.dtype) == ("torch_native", KV_TOKENS, "float32")
+    assert (plain.disable_hybrid_swa_memory, plain.moe_runner_backend) == (True, "triton")
     chosen = arguments(attention_backend="x", mem_fraction_static=0.5, dtype="bfloat16", model_path=str(tmp_path))
     ElasticCpuPlatform().apply_server_args_defaults(chosen)
     assert (chosen.attention_backend, chosen.max_total_tokens, chosen.dtype) == ("x", None, "bfloat16")

@@ -218,6 +218,48 @@ def test_other_quantisations_are_refused_with_their_reason(model: Path, changes:
         shape_arguments(sglang_arguments(model), CONFIG)
 
 
+def write_gpt_oss(folder: Path, **changes: object) -> None:
+    write(folder, **({"architectures": ["GptOssForCausalLM"], "num_local_experts": 32} | changes))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_gpt_oss_has_one_pool_and_weights_as_our_kernels_read_them(model: Path, backend: str) -> None:
+    """SGLang would choose a second pool for the sliding windows and, where `triton_kernels` is installed, transposed
+    experts."""
+    write_gpt_oss(model)
+    args = sglang_arguments(model, "--moe-runner-backend", backend)
+    shape_arguments(args, CONFIG)
+    assert args.moe_runner_backend == "triton" and args.disable_hybrid_swa_memory
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (
+            "mxfp4",
+            r"its quant_method is mxfp4, and a GptOssForCausalLM is served unquantised.*Mxfp4Config\(dequantize=True\)",
+        ),
+        ("fp8", "its quant_method is fp8, and a GptOssForCausalLM is served unquantised"),
+    ],
+)
+def test_quantised_gpt_oss_is_refused(model: Path, method: str, words: str) -> None:
+    write_gpt_oss(model, quantization_config=BLOCK_FP8 | {"quant_method": method})
+    with pytest.raises(UnsupportedFeature, match=words):
+        shape_arguments(sglang_arguments(model), CONFIG)
+
+
+def test_gpt_oss_is_refused_on_npus(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gpt_oss(model)
+    monkeypatch.setattr(device, "on_npu", lambda: True)
+    with pytest.raises(UserInputError, match=r"gpt-oss is not supported on NPUs: .*no biases"):
+        shape_arguments(sglang_arguments(model), CONFIG)
+
+
+def test_a_second_pool_is_refused(model: Path) -> None:
+    with pytest.raises(UserInputError, match=r"--swa-full-tokens-ratio 0.5 .*the pool of all layers"):
+        shape_arguments(sglang_arguments(model, "--swa-full-tokens-ratio", "0.5"), CONFIG)
+
+
 def test_quantised_experts_of_unknown_width(model: Path) -> None:
     write(model, architectures=["Qwen3MoeForCausalLM"], num_experts=16, quantization_config=BLOCK_FP8)
     with pytest.raises(UserInputError, match="has no 'hidden_size'"):

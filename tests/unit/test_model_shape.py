@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from elasticmoe_patches.worker.stacked import is_stacked
 from elasticmoe_sglang.errors import UnsupportedFeature, UserInputError
 from elasticmoe_sglang.hmm.layout import ALIGNMENT
 from elasticmoe_sglang.model_shape import shape_of
@@ -22,6 +23,7 @@ from elasticmoe_sglang.tiny_model import Arch, make_tiny_model
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[2]
+QUANTISED = [each.arch for each in ARCHITECTURES.values() if each.fp8]
 
 
 def test_every_architecture_has_a_tiny_model() -> None:
@@ -36,13 +38,28 @@ def test_a_tiny_model_has_what_is_counted(arch: Arch, tmp_path: Path) -> None:
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         sizes = {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     column = {name: size for name, size in sizes.items() if ".experts.5." in name}
-    assert len(column) == 3 * shape.moe_layers
+    stacked = {name: size for name, size in sizes.items() if is_stacked(name)}
+    assert (len(column), len(stacked)) == ((0, 4 * shape.moe_layers) if stacked else (3 * shape.moe_layers, 0))
+    column |= {name: size // 6 for name, size in stacked.items()}
     assert sum(column.values()) == shape.column_parameters
     assert sum(sizes.values()) == shape.parameters
     assert shape.experts == 6
 
 
-@pytest.mark.parametrize("arch", get_args(Arch))
+@pytest.mark.parametrize(
+    ("layers", "experts", "billions", "kv_bytes"), [(24, 32, 20.91, 48 << 10), (36, 128, 116.83, 72 << 10)]
+)
+def test_gpt_oss_adds_up_to_its_published_sizes(layers: int, experts: int, billions: float, kv_bytes: int) -> None:
+    """Of the model card, for gpt-oss-20b and gpt-oss-120b."""
+    widths = {"hidden_size": 2880, "intermediate_size": 2880, "vocab_size": 201088}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64}
+    counts = {"num_hidden_layers": layers, "num_local_experts": experts}
+    shape = shape_of({"architectures": ["GptOssForCausalLM"], **widths, **heads, **counts})
+    assert shape.parameters / 1e9 == pytest.approx(billions, abs=0.005)
+    assert shape.kv_bytes_per_token() == kv_bytes
+
+
+@pytest.mark.parametrize("arch", QUANTISED)
 def test_a_quantised_column_weighs_its_scales_too(arch: Arch, tmp_path: Path) -> None:
     """What the checkpoint has of an expert, the sizes count, and the layout holds, but for alignment."""
     from elasticmoe_patches.worker.loader import column_layout
@@ -54,25 +71,49 @@ def test_a_quantised_column_weighs_its_scales_too(arch: Arch, tmp_path: Path) ->
     weights, scales = column[0::2], column[1::2]
     assert {tensor.dtype for tensor in weights} == {torch.float8_e4m3fn} and len(scales) == len(weights)
     assert sum(tensor.nbytes for tensor in column) == shape.column_bytes("fp8_block128")
-    layout = column_layout(moe_layers_like(shape.moe_layers, hidden=256, inter=128))
+    layout = column_layout(moe_layers_like(shape.moe_layers, QUANTISED_EXPERT))
     assert all(offset % ALIGNMENT == 0 for offset in layout.offsets.values())
     assert sum(spec.nbytes for spec in layout.specs) == shape.column_bytes("fp8_block128")
     assert 0 <= layout.column_bytes - shape.column_bytes("fp8_block128") < 4 * shape.moe_layers * ALIGNMENT
 
 
-def moe_layers_like(number: int, *, hidden: int, inter: int) -> list[Any]:
-    """Modules with the parameters that SGLang's Fp8MoEMethod registers, on the meta device."""
+def test_a_column_weighs_its_biases_too(tmp_path: Path) -> None:
+    """Weights in bfloat16 and biases in float32, as the layout holds them, but for alignment."""
+    from elasticmoe_patches.worker.loader import column_layout
+
+    folder = make_tiny_model(tmp_path, arch="gpt_oss", layers=3, experts=2, hidden=256, dtype="bfloat16")
+    shape = shape_of(json.loads((folder / "config.json").read_text()))
+    layout = column_layout(moe_layers_like(shape.moe_layers, BIASED_EXPERT))
+    assert all(offset % ALIGNMENT == 0 for offset in layout.offsets.values())
+    assert sum(spec.nbytes for spec in layout.specs) == shape.column_bytes("bfloat16")
+    assert 0 <= layout.column_bytes - shape.column_bytes("bfloat16") < 4 * shape.moe_layers * ALIGNMENT
+
+
+QUANTISED_EXPERT = {
+    "w13_weight": ((256, 256), torch.float8_e4m3fn),
+    "w13_weight_scale_inv": ((2, 2), torch.float32),
+    "w2_weight": ((256, 128), torch.float8_e4m3fn),
+    "w2_weight_scale_inv": ((2, 1), torch.float32),
+}
+"""What SGLang's Fp8MoEMethod registers for experts of H = 256, I = 128: shape and dtype by name."""
+BIASED_EXPERT = {
+    "w13_weight": ((384, 256), torch.bfloat16),
+    "w13_weight_bias": ((384,), torch.float32),
+    "w2_weight": ((256, 192), torch.bfloat16),
+    "w2_weight_bias": ((256,), torch.float32),
+}
+"""The same of its UnquantizedFusedMoEMethod, H = 256, I = 192."""
+
+
+def moe_layers_like(number: int, expert: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> list[Any]:
+    """Modules with these parameters for two experts, on the meta device."""
     layers = []
     for layer_id in range(number):
         layer = torch.nn.Module()
         layer.layer_id = layer_id
-        for name, rows, columns in (("w13", 2 * inter, hidden), ("w2", hidden, inter)):
-            for suffix, shape, dtype in (
-                ("weight", (2, rows, columns), torch.float8_e4m3fn),
-                ("weight_scale_inv", (2, rows // 128, columns // 128), torch.float32),
-            ):
-                tensor = torch.empty(shape, dtype=dtype, device="meta")
-                layer.register_parameter(f"{name}_{suffix}", torch.nn.Parameter(tensor, requires_grad=False))
+        for name, (shape, dtype) in expert.items():
+            tensor = torch.empty((2, *shape), dtype=dtype, device="meta")
+            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
         layers.append(layer)
     return layers
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.process
 CHILD = Path(__file__).parent.parent / "helpers" / "triton_interpreter.py"
 
 
-PARTS = ["float16", "bfloat16", "fp8", "route"]
+PARTS = ["float16", "bfloat16", "fp8", "biased", "route"]
 """The longest first."""
 
 

@@ -27,11 +27,15 @@ def test_weights_carry_the_factor_on_gpus_only(
 
     monkeypatch.setattr("elasticmoe_kernels.moe_experts", moe_experts)
     config = SimpleNamespace(
-        activation="silu", is_gated=True, apply_router_weight_on_input=False, routed_scaling_factor=factor
+        activation="silu",
+        is_gated=True,
+        apply_router_weight_on_input=False,
+        routed_scaling_factor=factor,
+        gemm1_alpha=None,
     )
     dispatched = SimpleNamespace(
         hidden_states=SimpleNamespace(is_cuda=on_gpu), topk_output=(torch.full((2, 3), 0.25), None, None)
     )
-    layer = SimpleNamespace(w13_weight=None, w2_weight=None)
+    layer = SimpleNamespace(w13_weight=None, w2_weight=None, moe_runner_config=config)
     unquant.forward(SimpleNamespace(moe_runner_config=config, with_bias=False), layer, dispatched)
     assert torch.equal(seen[0], torch.full((2, 3), 0.25 * expected))

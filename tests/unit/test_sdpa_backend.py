@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -32,14 +33,18 @@ class Batch:
     keys: torch.Tensor
     values: torch.Tensor | None
     value_width: int
+    window: int | None = None
+    sinks: torch.Tensor | None = None
 
     def plan(self) -> list[Group]:
-        return plan(self.req_to_token, self.req_pool_indices, self.prefix_lens, self.extend_lens, self.q.dtype)
+        return plan(
+            self.req_to_token, self.req_pool_indices, self.prefix_lens, self.extend_lens, self.q.dtype, self.window
+        )
 
     def run(self) -> torch.Tensor:
         out = self.q.new_zeros((self.q.shape[0], self.q.shape[1], self.value_width))
         for group in self.plan():
-            attend(group, self.q, self.keys, self.values, out, self.scale)
+            attend(group, self.q, self.keys, self.values, out, self.scale, self.sinks)
         return out
 
     @property
@@ -53,10 +58,14 @@ class Batch:
         for request, (prefix, extend) in enumerate(zip(self.prefix_lens, self.extend_lens, strict=True)):
             table = self.req_to_token[self.req_pool_indices[request]].long()
             for step in range(extend):
-                seen = table[: prefix + step + 1]
+                first = 0 if self.window is None else max(0, prefix + step - self.window)
+                seen = table[first : prefix + step + 1]
                 key = self.keys[seen].double().repeat_interleave(shared, dim=1)
                 value = key if self.values is None else self.values[seen].double().repeat_interleave(shared, dim=1)
                 scores = torch.einsum("lhd,hd->hl", key, self.q[len(rows)].double()) * self.scale
+                if self.sinks is not None:  # one more score, of a value that is zero
+                    scores = torch.cat([scores, self.sinks.double()[:, None]], 1)
+                    value = torch.cat([value, torch.zeros_like(value[:1])])
                 rows.append(torch.einsum("hl,lhd->hd", scores.softmax(1), value)[:, : self.value_width])
         padding = [torch.zeros_like(rows[0])] * (self.q.shape[0] - len(rows))
         return torch.stack([*rows, *padding])
@@ -75,6 +84,8 @@ def make_batch(
     dtype: torch.dtype = torch.float32,
     padding: int = 0,
     seed: int = 0,
+    window: int | None = None,
+    sinks: bool = False,
 ) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     totals = [p + e for p, e in zip(prefix_lens, extend_lens, strict=True)]
@@ -97,6 +108,8 @@ def make_batch(
         keys=keys,
         values=None if latent else torch.randn(POOL_ROWS, kv_heads, width, generator=generator).to(dtype),
         value_width=value_width or width,
+        window=window,
+        sinks=torch.randn(heads, generator=generator).bfloat16() if sinks else None,
     )
 
 
@@ -106,9 +119,7 @@ def assert_matches(batch: Batch) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("page", [1, 16])
-@pytest.mark.parametrize(
+BATCHES = pytest.mark.parametrize(
     ("prefix", "extend"),
     [
         pytest.param([7], [1], id="decode-one"),
@@ -122,8 +133,39 @@ def assert_matches(batch: Batch) -> None:
         pytest.param([250, 3, 90, 0, 64], [1, 1, 1, 70, 20], id="mixed-with-decode"),
     ],
 )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("page", [1, 16])
+@BATCHES
 def test_matches_reference(prefix: list[int], extend: list[int], page: int, dtype: torch.dtype) -> None:
     assert_matches(make_batch(prefix, extend, page=page, dtype=dtype))
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("window", [None, 0, 7, 31, 127])
+@BATCHES
+def test_windows_and_sinks(prefix: list[int], extend: list[int], window: int | None, sinks: bool) -> None:
+    """Windows shorter than a chunk, longer than a request, and of the query's own key alone."""
+    assert_matches(make_batch(prefix, extend, window=window, sinks=sinks, page=4))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_of_grouped_heads(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    for extend in ([1, 1, 1], [4, 9, 1]):
+        batch = make_batch([11, 0, 40], extend, heads=heads, kv_heads=kv_heads, sinks=True, window=8, dtype=dtype)
+        assert_matches(batch)
+
+
+def test_keys_outside_the_window_are_not_read() -> None:
+    batch = make_batch([3, 900], [1, 1], window=31)
+    for request, prefix in enumerate(batch.prefix_lens):
+        gone = batch.req_to_token[batch.req_pool_indices[request], : max(0, prefix - 31)].long()
+        assert batch.values is not None
+        batch.keys[gone] = batch.values[gone] = torch.nan
+    assert_matches(batch)
+    assert max(group.keys for group in batch.plan()) == 32
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (6, 2), (8, 1)])
@@ -171,13 +213,21 @@ lengths = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1
 
 @pytest.mark.process
 @settings(max_examples=60, deadline=None)
-@given(lengths=lengths, decode=st.booleans(), page=st.sampled_from([1, 4]), seed=st.integers(0, 99))
-def test_any_batch(lengths: list[tuple[int, int]], decode: bool, page: int, seed: int) -> None:
+@given(
+    lengths=lengths,
+    decode=st.booleans(),
+    page=st.sampled_from([1, 4]),
+    window=st.sampled_from([None, 1, 12, 50]),
+    seed=st.integers(0, 99),
+)
+def test_any_batch(lengths: list[tuple[int, int]], decode: bool, page: int, window: int | None, seed: int) -> None:
     extend = [1 if decode else new for _, new in lengths]
-    batch = make_batch([cached for cached, _ in lengths], extend, page=page, seed=seed, heads=2, kv_heads=1, width=8)
+    kind: dict[str, Any] = {"heads": 2, "kv_heads": 1, "width": 8, "window": window, "sinks": bool(seed % 2)}
+    batch = make_batch([cached for cached, _ in lengths], extend, page=page, seed=seed, **kind)
     groups = batch.plan()
     assert sum(group.requests for group in groups) == len(lengths), "every request is in one group"
-    useful = sum(e * (p + e) for p, e in zip(batch.prefix_lens, batch.extend_lens, strict=True))
+    cached = [length if window is None else min(length, window) for length in batch.prefix_lens]
+    useful = sum(e * (p + e) for p, e in zip(cached, batch.extend_lens, strict=True))
     padded = sum(group.requests * group.queries * group.keys for group in groups)
     assert padded <= 4 * useful + 64 * sum(extend) + 4096, "padding is bounded"
     assert_matches(batch)
@@ -201,13 +251,14 @@ def runner(**layer: object) -> SimpleNamespace:
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("layer", "need"),
-    [({"sliding_window_size": 128}, "sliding window"), ({"logit_cap": 30.0}, "logit cap")],
-    ids=["window", "cap"],
+    [({"logit_cap": 30.0}, "logit cap"), ({"is_cross_attention": True}, "cross attention")],
+    ids=["cap", "cross"],
 )
 def test_models_that_need_more_are_refused(layer: dict[str, object], need: str) -> None:
     from elasticmoe_patches.platform.sdpa_backend import refuse_unsupported
 
     refuse_unsupported(runner())
+    refuse_unsupported(runner(sliding_window_size=128))
     with pytest.raises(UnsupportedFeature, match=need):
         refuse_unsupported(runner(**layer))
 
@@ -224,3 +275,16 @@ def test_flags_that_need_more_are_refused() -> None:
     quantised.token_to_kv_pool.dtype = torch.float8_e4m3fn
     with pytest.raises(UnsupportedFeature, match="--kv-cache-dtype"):
         refuse_unsupported(quantised)
+
+
+@pytest.mark.process
+def test_a_second_pool_for_windows_is_refused() -> None:
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    from elasticmoe_patches.platform.sdpa_backend import refuse_unsupported
+
+    two_pools = runner(sliding_window_size=128)
+    two_pools.token_to_kv_pool = SWAKVPool.__new__(SWAKVPool)
+    two_pools.token_to_kv_pool.dtype = torch.float32
+    with pytest.raises(UnsupportedFeature, match="--disable-hybrid-swa-memory"):
+        refuse_unsupported(two_pools)

@@ -33,6 +33,16 @@ _Scales = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Biases:
+    """Of experts with a clamped SwiGLU: w13 float32 [S, 2I], w2 [S, H], and gpt-oss's alpha and limit."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Groups:
     """(token, k) pairs in the order of their slots.
 
@@ -67,6 +77,9 @@ def moe_experts(
     topk_weights: torch.Tensor,
     w13_scale: torch.Tensor | None = None,
     w2_scale: torch.Tensor | None = None,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    clamped: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """See `registry.moe_experts`; returns x's dtype. Inference only: no gradient is recorded.
 
@@ -75,15 +88,18 @@ def moe_experts(
     everything is computed in float32 (float64 for float64), activations are not quantised: `fp8.product`.
     """
     scales = (w13_scale, w2_scale)
+    biases = None
+    if w13_bias is not None and w2_bias is not None and clamped is not None:
+        biases = Biases(w13=w13_bias, w2=w2_bias, alpha=clamped[0], limit=clamped[1])
     with torch.no_grad():
         tokens, k = topk_slots.shape
         per_pass = max(1, MAX_ROWS_PER_PASS // max(k, 1))
         if tokens <= per_pass:
-            return _one_pass(x, w13, w2, topk_slots, topk_weights, scales)
+            return _one_pass(x, w13, w2, topk_slots, topk_weights, scales, biases)
         out = torch.empty_like(x)
         for start in range(0, tokens, per_pass):
             part = slice(start, start + per_pass)
-            out[part] = _one_pass(x[part], w13, w2, topk_slots[part], topk_weights[part], scales)
+            out[part] = _one_pass(x[part], w13, w2, topk_slots[part], topk_weights[part], scales, biases)
         return out
 
 
@@ -94,6 +110,7 @@ def _one_pass(
     topk_slots: torch.Tensor,
     topk_weights: torch.Tensor,
     scales: _Scales,
+    biases: Biases | None,
 ) -> torch.Tensor:
     k = topk_slots.shape[1]
     order: _Index
@@ -108,25 +125,35 @@ def _one_pass(
     index = torch.from_numpy(order)
     rows = x.index_select(0, torch.from_numpy(order // k))
     if groups is None:
-        y = _gathered_experts(rows, w13, w2, topk_slots.reshape(-1).index_select(0, index))
+        y = _gathered_experts(rows, w13, w2, topk_slots.reshape(-1).index_select(0, index), biases)
     else:
-        y = _experts(rows, w13, w2, groups, scales)
+        y = _experts(rows, w13, w2, groups, scales, biases)
     return _combine(y, order, topk_slots, topk_weights, x.dtype)
 
 
-def _gathered_experts(rows: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+def _gathered_experts(
+    rows: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, slots: torch.Tensor, biases: Biases | None
+) -> torch.Tensor:
     """[R, H] and one slot a row -> [R + 1, H] like `_experts`, with one batched product a projection."""
     inter = w2.shape[2]
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     gate_up = torch.bmm(w13.index_select(0, slots).to(wide), rows.to(wide).unsqueeze(2)).squeeze(2)
-    activated = F.silu(gate_up[:, :inter]).mul_(gate_up[:, inter:])
+    if biases is None:
+        activated = F.silu(gate_up[:, :inter]).mul_(gate_up[:, inter:])
+    else:
+        gate_up += biases.w13.index_select(0, slots)
+        activated = _clamped(gate_up, biases)
     y = activated.new_empty(rows.shape[0] + 1, w2.shape[1])
     y[-1].zero_()
     torch.bmm(w2.index_select(0, slots).to(wide), activated.unsqueeze(2), out=y[:-1].unsqueeze(2))
+    if biases is not None:
+        y[:-1] += biases.w2.index_select(0, slots)
     return y
 
 
-def _experts(rows: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, groups: Groups, scales: _Scales) -> torch.Tensor:
+def _experts(
+    rows: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, groups: Groups, scales: _Scales, biases: Biases | None
+) -> torch.Tensor:
     """[R, H] in slot order -> [R + 1, H], the last row zero (what absent pairs read in the combine)."""
     inter = w2.shape[2]
     half = rows.dtype in (torch.bfloat16, torch.float16)
@@ -135,12 +162,34 @@ def _experts(rows: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, groups: Gr
         rows = rows.float()
     gate_up = rows.new_empty(rows.shape[0], 2 * inter)
     _products(rows, w13, gate_up, groups, widen, scales[0])
-    gate, up = gate_up[:, :inter], gate_up[:, inter:]
-    activated = F.silu(gate.float() if half and not widen else gate).mul_(up).to(rows.dtype)
+    if biases is None:
+        gate, up = gate_up[:, :inter], gate_up[:, inter:]
+        activated = F.silu(gate.float() if half and not widen else gate).mul_(up).to(rows.dtype)
+    else:
+        gate_up = _plus_bias(gate_up, biases.w13, groups)
+        activated = _clamped(gate_up, biases).to(rows.dtype)
     y = rows.new_empty(rows.shape[0] + 1, w2.shape[1])
     y[-1].zero_()
     _products(activated, w2, y[:-1], groups, widen, scales[1])
+    if biases is not None:
+        y[:-1] = _plus_bias(y[:-1], biases.w2, groups)
     return y
+
+
+def _plus_bias(rows: torch.Tensor, bias: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """[R, N] in slot order plus each row's bias [S, N], in float32 (float64 for float64); only slots with rows are
+    read."""
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    sizes = torch.tensor(groups.sizes)
+    return wide + bias.index_select(0, torch.tensor(groups.slots)).repeat_interleave(sizes, 0)
+
+
+def _clamped(gate_up: torch.Tensor, biases: Biases) -> torch.Tensor:
+    """gpt-oss's SwiGLU of [R, 2I] -> [R, I]; overwrites its input."""
+    inter = gate_up.shape[1] // 2
+    gate = gate_up[:, :inter].clamp_(max=biases.limit)
+    up = gate_up[:, inter:].clamp_(-biases.limit, biases.limit)
+    return torch.sigmoid(gate * biases.alpha).mul_(gate).mul_(up + 1)
 
 
 def _products(

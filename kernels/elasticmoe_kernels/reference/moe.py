@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from elasticmoe_kernels.reference.gemm_down import gemm_down
-from elasticmoe_kernels.reference.gemm_swiglu import gemm_swiglu
+from elasticmoe_kernels.reference.gemm_swiglu import gemm_clamped_swiglu, gemm_swiglu
 from elasticmoe_kernels.reference.quantize import dequantize, dequantize_weight, quantize
 
 
@@ -72,12 +72,50 @@ def moe_experts_fp8(
     return out
 
 
+def moe_experts_biased(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_bias: torch.Tensor,
+    w2_bias: torch.Tensor,
+    topk_slots: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    alpha: float,
+    limit: float,
+    compute_dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """`moe_experts` with gpt-oss's experts: expert(s, v) = w2[s] @ clamped(w13[s] @ v + w13_bias[s]) + w2_bias[s].
+
+    w13_bias: [S, 2I]; w2_bias: [S, H], added before a pair is weighted. alpha, limit: see `gemm_clamped_swiglu`.
+    """
+    out = torch.zeros(x.shape, dtype=compute_dtype, device=x.device)
+    for slot in _slots_in(topk_slots):
+        token, k = (topk_slots == slot).nonzero(as_tuple=True)
+        wide = [each[slot].to(compute_dtype) for each in (w13, w13_bias, w2, w2_bias)]
+        h = gemm_clamped_swiglu(x[token].to(compute_dtype), wide[0], wide[1], alpha=alpha, limit=limit)
+        y = gemm_down(h, wide[2]) + wide[3]
+        out.index_add_(0, token, y * topk_weights[token, k].to(compute_dtype)[:, None])
+    return out
+
+
 def _slots_in(topk_slots: torch.Tensor) -> list[int]:
     return sorted(set(topk_slots.flatten().tolist()) - {-1})
 
 
 def moe_experts_like_input(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_slots: torch.Tensor, topk_weights: torch.Tensor
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_slots: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    clamped: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """`moe_experts` with the layer's own signature: computed in float64, rounded once to x's dtype."""
-    return moe_experts(x, w13, w2, topk_slots, topk_weights).to(x.dtype)
+    if w13_bias is None or w2_bias is None or clamped is None:
+        return moe_experts(x, w13, w2, topk_slots, topk_weights).to(x.dtype)
+    alpha, limit = clamped
+    out = moe_experts_biased(x, w13, w2, w13_bias, w2_bias, topk_slots, topk_weights, alpha=alpha, limit=limit)
+    return out.to(x.dtype)

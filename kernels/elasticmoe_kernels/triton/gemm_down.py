@@ -1,5 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator, no-untyped-call"
-"""Second grouped product: y[row] = h[row] @ w2[slot].T, rows where the first one put them."""
+"""Second grouped product: y[row] = h[row] @ w2[slot].T, plus the slot's bias if there is one; rows where the first one
+put them."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from elasticmoe_kernels.triton.rows import block_and_column, direct_rows
 
 
 @triton.jit
-def _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, row, valid, first_row, column, hidden, inter,
-          h_stride, hs_stride, w_stride, ws_stride, y_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, b_ptr, y_ptr, slot, row, valid, first_row, column, hidden, inter,
+          h_stride, hs_stride, w_stride, ws_stride, b_stride, y_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
           BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr, TMA: tl.constexpr, TMA_ROWS: tl.constexpr, FP8: tl.constexpr,
-          QUANT_IN: tl.constexpr, EVEN_K: tl.constexpr, W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
+          QUANT_IN: tl.constexpr, EVEN_K: tl.constexpr, BIASED: tl.constexpr, W_TYPE: tl.constexpr,
+          NUM_STAGES: tl.constexpr):  # fmt: skip
     offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     row64 = row.to(tl.int64)
@@ -83,16 +85,20 @@ def _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, row, valid, first_row, colu
             w_ptrs += BLOCK_K
     if SWAP_AB:
         acc = tl.trans(acc)
+    if BIASED:
+        biases = tl.cast(b_ptr, tl.pointer_type(tl.float32)) + slot.to(tl.int64) * b_stride + offs_n
+        acc += tl.load(biases, mask=offs_n < hidden, other=0.0)[None, :]
     y_ptrs = y_ptr + row64[:, None] * y_stride + offs_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=valid[:, None] & (offs_n[None, :] < hidden))
 
 
 @triton.jit(do_not_specialize=["tokens", "top_k"])
-def _direct_kernel(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, ids_ptr, table_ptr, tokens, top_k, hidden, inter, h_stride,
-                   hs_stride, w_stride, ws_stride, y_stride, K_P2: tl.constexpr, HAS_TABLE: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr,
-                   TMA: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr, EVEN_K: tl.constexpr,
-                   W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _direct_kernel(h_ptr, hs_ptr, w_ptr, ws_ptr, b_ptr, y_ptr, ids_ptr, table_ptr, tokens, top_k, hidden, inter,
+                   h_stride, hs_stride, w_stride, ws_stride, b_stride, y_stride, K_P2: tl.constexpr,
+                   HAS_TABLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                   SWAP_AB: tl.constexpr, TMA: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr,
+                   EVEN_K: tl.constexpr, BIASED: tl.constexpr, W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr,
+                   PDL: tl.constexpr):  # fmt: skip
     columns = tl.cdiv(hidden, BLOCK_N)
     block = tl.program_id(0) // columns
     column = tl.program_id(0) - block * columns
@@ -102,16 +108,17 @@ def _direct_kernel(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, ids_ptr, table_ptr, toke
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if slot >= 0:
-        _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, row, valid, 0, column, hidden, inter, h_stride, hs_stride,
-              w_stride, ws_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, TMA, False, FP8, QUANT_IN, EVEN_K,
-              W_TYPE, NUM_STAGES)  # fmt: skip
+        _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, b_ptr, y_ptr, slot, row, valid, 0, column, hidden, inter, h_stride,
+              hs_stride, w_stride, ws_stride, b_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, TMA, False, FP8,
+              QUANT_IN, EVEN_K, BIASED, W_TYPE, NUM_STAGES)  # fmt: skip
 
 
 @triton.jit
-def _sorted_kernel(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, block_slot_ptr, block_rows_ptr, num_blocks_ptr, hidden, inter,
-                   h_stride, hs_stride, w_stride, ws_stride, y_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP_AB: tl.constexpr, TMA: tl.constexpr,
-                   TMA_ROWS: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr, EVEN_K: tl.constexpr,
+def _sorted_kernel(h_ptr, hs_ptr, w_ptr, ws_ptr, b_ptr, y_ptr, block_slot_ptr, block_rows_ptr, num_blocks_ptr, hidden,
+                   inter, h_stride, hs_stride, w_stride, ws_stride, b_stride, y_stride, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP_AB: tl.constexpr,
+                   TMA: tl.constexpr, TMA_ROWS: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr,
+                   EVEN_K: tl.constexpr, BIASED: tl.constexpr,
                    PERSISTENT: tl.constexpr, PARTS: tl.constexpr, W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr,
                    PDL: tl.constexpr):  # fmt: skip
     # A block of the routing is PARTS tiles here.
@@ -134,9 +141,10 @@ def _sorted_kernel(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, block_slot_ptr, block_ro
         rows = tl.load(block_rows_ptr + block // PARTS) - (block % PARTS) * BLOCK_M
         if rows > 0:
             inside = tl.arange(0, BLOCK_M)
-            _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, y_ptr, slot, block * BLOCK_M + inside, inside < rows, block * BLOCK_M,
-                  column, hidden, inter, h_stride, hs_stride, w_stride, ws_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K,
-                  SWAP_AB, TMA, TMA_ROWS, FP8, QUANT_IN, EVEN_K, W_TYPE, NUM_STAGES)  # fmt: skip
+            _tile(h_ptr, hs_ptr, w_ptr, ws_ptr, b_ptr, y_ptr, slot, block * BLOCK_M + inside, inside < rows,
+                  block * BLOCK_M, column, hidden, inter, h_stride, hs_stride, w_stride, ws_stride, b_stride, y_stride,
+                  BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, TMA, TMA_ROWS, FP8, QUANT_IN, EVEN_K, BIASED, W_TYPE,
+                  NUM_STAGES)  # fmt: skip
 
 
 def weight_operand(w2: torch.Tensor, config: GemmConfig) -> int | TensorDescriptor:
@@ -148,22 +156,25 @@ def weight_operand(w2: torch.Tensor, config: GemmConfig) -> int | TensorDescript
 
 def gemm_down_direct(
     h: torch.Tensor, h_scale: torch.Tensor | None, w2: torch.Tensor, w2_scale: torch.Tensor | None,
-    topk_ids: torch.Tensor, slot_table: torch.Tensor | None, y: torch.Tensor, config: GemmConfig, *, pdl: bool = False,
+    topk_ids: torch.Tensor, slot_table: torch.Tensor | None, y: torch.Tensor, config: GemmConfig, *,
+    bias: torch.Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """h [T * K, I], T <= config.block_m -> y [T * K, H]; rows of pairs that are not here are left alone.
 
     w2: [S, H, I] in h's dtype, or e4m3 with w2_scale float32 [S, H / 128, I / 128]. h_scale: as in `gemm_down_sorted`.
+    bias: float32 [S, H], added to every row that is written.
     """
     (tokens, top_k), inter, hidden = topk_ids.shape, h.shape[1], y.shape[1]
     grid = (topk_ids.numel() * triton.cdiv(hidden, config.block_n),)
     scale = h if w2_scale is None else w2_scale  # without scales any address will do: it is not used
+    biases = h if bias is None else bias
     _direct_kernel[grid](
-        h, h if h_scale is None else h_scale, weight_operand(w2, config), address(scale), y, topk_ids,
+        h, h if h_scale is None else h_scale, weight_operand(w2, config), address(scale), address(biases), y, topk_ids,
         topk_ids if slot_table is None else slot_table, tokens, top_k, hidden, inter, h.stride(0),
-        0 if h_scale is None else h_scale.stride(0), w2.stride(0), scale.stride(0), y.stride(0),
+        0 if h_scale is None else h_scale.stride(0), w2.stride(0), scale.stride(0), biases.stride(0), y.stride(0),
         K_P2=next_power_of_2(top_k), HAS_TABLE=slot_table is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_K=config.block_k, SWAP_AB=config.swap_ab, TMA=config.tma, FP8=w2_scale is not None,
-        QUANT_IN=w2_scale is not None and h_scale is None, EVEN_K=inter % config.block_k == 0,
+        QUANT_IN=w2_scale is not None and h_scale is None, EVEN_K=inter % config.block_k == 0, BIASED=bias is not None,
         W_TYPE=TL_TYPES[w2.dtype], NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps,
         num_stages=config.num_stages, **pdl_options(pdl),
     )  # fmt: skip
@@ -171,25 +182,27 @@ def gemm_down_direct(
 
 def gemm_down_sorted(
     h: torch.Tensor, h_scale: torch.Tensor | None, w2: torch.Tensor, w2_scale: torch.Tensor | None, routing: Routing,
-    y: torch.Tensor, config: GemmConfig, *, pdl: bool = False,
+    y: torch.Tensor, config: GemmConfig, *, bias: torch.Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """h [capacity, I] -> y [capacity, H], valid rows only. h_scale: h is e4m3; None with fp8 weights: quantized."""
+    """h [capacity, I] -> y [capacity, H], valid rows only. h_scale: h is e4m3; None with fp8 weights: quantized. bias:
+    float32 [S, H]."""
     hidden, inter = y.shape[1], h.shape[1]
     parts = routing.block_m // config.block_m
     tiles = routing.capacity_blocks * parts * triton.cdiv(hidden, config.block_n)
     grid = (min(tiles, multiprocessors(h.device) * config.per_sm) if config.persistent else tiles,)
     scale = h if w2_scale is None else w2_scale  # without scales any address will do: it is not used
+    biases = h if bias is None else bias
     # TMA over the rows reads the padding rows too; what a padding row gives is never stored.
     rows = (
         TensorDescriptor(h, list(h.shape), [h.stride(0), 1], [config.block_m, config.block_k]) if config.tma_rows else h
     )
     _sorted_kernel[grid](
-        rows, h if h_scale is None else h_scale, weight_operand(w2, config), address(scale), y,
+        rows, h if h_scale is None else h_scale, weight_operand(w2, config), address(scale), address(biases), y,
         routing.block_slot, routing.block_rows, routing.num_blocks, hidden, inter, h.stride(0),
-        0 if h_scale is None else h_scale.stride(0), w2.stride(0), scale.stride(0), y.stride(0),
+        0 if h_scale is None else h_scale.stride(0), w2.stride(0), scale.stride(0), biases.stride(0), y.stride(0),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
         SWAP_AB=config.swap_ab, TMA=config.tma, TMA_ROWS=config.tma_rows, FP8=w2_scale is not None,
-        QUANT_IN=w2_scale is not None and h_scale is None, EVEN_K=inter % config.block_k == 0,
+        QUANT_IN=w2_scale is not None and h_scale is None, EVEN_K=inter % config.block_k == 0, BIASED=bias is not None,
         PERSISTENT=config.persistent, PARTS=parts, W_TYPE=TL_TYPES[w2.dtype], NUM_STAGES=config.num_stages, PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(pdl),
     )  # fmt: skip

@@ -4,6 +4,7 @@
 A program loads the gate tile and the up tile of the same BLOCK_N columns, so that the [rows, 2I] product
 never goes to memory. In fp8 the activations are quantized while they are loaded (small batches), or come quantized
 (prefill); then the result leaves quantized as well, since a program that owns 128 columns owns a whole scale group.
+Biased experts have gpt-oss's clamped SwiGLU: gate * sigmoid(alpha * gate) * (up + 1).
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from elasticmoe_kernels.triton.rows import block_and_column, direct_rows
 
 
 @triton.jit
-def _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, source, source_valid, row, valid, column,
-          hidden, inter, x_stride, xs_stride, w_stride, ws_stride, h_stride, hs_stride,
+def _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, b_ptr, h_ptr, hs_ptr, slot, source, source_valid, row, valid, column,
+          hidden, inter, x_stride, xs_stride, w_stride, ws_stride, b_stride, h_stride, hs_stride, alpha, limit,
           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr,
           TMA: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr, QUANT_OUT: tl.constexpr,
-          EVEN_K: tl.constexpr, ONE_DOT: tl.constexpr, W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
+          EVEN_K: tl.constexpr, ONE_DOT: tl.constexpr, BIASED: tl.constexpr, W_TYPE: tl.constexpr,
+          NUM_STAGES: tl.constexpr):  # fmt: skip
     offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + source.to(tl.int64)[:, None] * x_stride + offs_k[None, :]
@@ -132,7 +134,21 @@ def _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, source, source_vali
             gate, up = tl.split(tl.permute(tl.reshape(both, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
         else:
             gate, up = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
-    h = gate / (1.0 + tl.exp(-gate)) * up
+    if BIASED:
+        biases = tl.cast(b_ptr, tl.pointer_type(tl.float32)) + slot.to(tl.int64) * b_stride + offs_n
+        gate_bias = tl.load(biases, mask=offs_n < inter, other=0.0)
+        up_bias = tl.load(biases + inter, mask=offs_n < inter, other=0.0)
+        if SWAP_AB:
+            gate += gate_bias[:, None]
+            up += up_bias[:, None]
+        else:
+            gate += gate_bias[None, :]
+            up += up_bias[None, :]
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        h = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+    else:
+        h = gate / (1.0 + tl.exp(-gate)) * up
     if SWAP_AB:
         h = tl.trans(h)
     row64 = row.to(tl.int64)
@@ -144,12 +160,13 @@ def _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, source, source_vali
 
 
 @triton.jit(do_not_specialize=["tokens", "top_k"])
-def _direct_kernel(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, ids_ptr, table_ptr, tokens, top_k, hidden, inter,
-                   x_stride, xs_stride, w_stride, ws_stride, h_stride, hs_stride, K_P2: tl.constexpr,
-                   HAS_TABLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                   SWAP_AB: tl.constexpr, TMA: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr,
-                   QUANT_OUT: tl.constexpr, EVEN_K: tl.constexpr, ONE_DOT: tl.constexpr, W_TYPE: tl.constexpr,
-                   NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _direct_kernel(x_ptr, xs_ptr, w_ptr, ws_ptr, b_ptr, h_ptr, hs_ptr, ids_ptr, table_ptr, tokens, top_k, hidden,
+                   inter, x_stride, xs_stride, w_stride, ws_stride, b_stride, h_stride, hs_stride, alpha, limit,
+                   K_P2: tl.constexpr, HAS_TABLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr, TMA: tl.constexpr, FP8: tl.constexpr,
+                   QUANT_IN: tl.constexpr, QUANT_OUT: tl.constexpr, EVEN_K: tl.constexpr, ONE_DOT: tl.constexpr,
+                   BIASED: tl.constexpr, W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr,
+                   PDL: tl.constexpr):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -159,18 +176,20 @@ def _direct_kernel(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, ids_ptr, table_p
     slot, row, valid = direct_rows(ids_ptr, table_ptr, block, tokens, top_k, K_P2, BLOCK_M, HAS_TABLE)
     if slot >= 0:
         token = tl.arange(0, BLOCK_M)
-        _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, token, token < tokens, row, valid, column, hidden,
-              inter, x_stride, xs_stride, w_stride, ws_stride, h_stride, hs_stride, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB,
-              TMA, FP8, QUANT_IN, QUANT_OUT, EVEN_K, ONE_DOT, W_TYPE, NUM_STAGES)  # fmt: skip
+        _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, b_ptr, h_ptr, hs_ptr, slot, token, token < tokens, row, valid, column,
+              hidden, inter, x_stride, xs_stride, w_stride, ws_stride, b_stride, h_stride, hs_stride, alpha, limit,
+              BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, TMA, FP8, QUANT_IN, QUANT_OUT, EVEN_K, ONE_DOT, BIASED, W_TYPE,
+              NUM_STAGES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["top_k"])
-def _sorted_kernel(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, pair_of_row_ptr, block_slot_ptr, block_rows_ptr,
-                   num_blocks_ptr, hidden, inter, top_k, x_stride, xs_stride, w_stride, ws_stride, h_stride, hs_stride,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-                   SWAP_AB: tl.constexpr, TMA: tl.constexpr, FP8: tl.constexpr, QUANT_IN: tl.constexpr,
-                   QUANT_OUT: tl.constexpr, EVEN_K: tl.constexpr, ONE_DOT: tl.constexpr, PERSISTENT: tl.constexpr,
-                   W_TYPE: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _sorted_kernel(x_ptr, xs_ptr, w_ptr, ws_ptr, b_ptr, h_ptr, hs_ptr, pair_of_row_ptr, block_slot_ptr,
+                   block_rows_ptr, num_blocks_ptr, hidden, inter, top_k, x_stride, xs_stride, w_stride, ws_stride,
+                   b_stride, h_stride, hs_stride, alpha, limit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP_AB: tl.constexpr, TMA: tl.constexpr,
+                   FP8: tl.constexpr, QUANT_IN: tl.constexpr, QUANT_OUT: tl.constexpr, EVEN_K: tl.constexpr,
+                   ONE_DOT: tl.constexpr, BIASED: tl.constexpr, PERSISTENT: tl.constexpr, W_TYPE: tl.constexpr,
+                   NUM_STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -191,9 +210,10 @@ def _sorted_kernel(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, pair_of_row_ptr,
         valid = inside < tl.load(block_rows_ptr + block)
         row = block * BLOCK_M + inside
         token = tl.load(pair_of_row_ptr + row, mask=valid, other=0) // top_k
-        _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, slot, token, valid, row, valid, column, hidden, inter,
-              x_stride, xs_stride, w_stride, ws_stride, h_stride, hs_stride, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, TMA,
-              FP8, QUANT_IN, QUANT_OUT, EVEN_K, ONE_DOT, W_TYPE, NUM_STAGES)  # fmt: skip
+        _tile(x_ptr, xs_ptr, w_ptr, ws_ptr, b_ptr, h_ptr, hs_ptr, slot, token, valid, row, valid, column, hidden,
+              inter, x_stride, xs_stride, w_stride, ws_stride, b_stride, h_stride, hs_stride, alpha, limit, BLOCK_M,
+              BLOCK_N, BLOCK_K, SWAP_AB, TMA, FP8, QUANT_IN, QUANT_OUT, EVEN_K, ONE_DOT, BIASED, W_TYPE,
+              NUM_STAGES)  # fmt: skip
 
 
 def weight_operand(w13: torch.Tensor, config: GemmConfig) -> int | TensorDescriptor:
@@ -213,56 +233,65 @@ def weight_operand(w13: torch.Tensor, config: GemmConfig) -> int | TensorDescrip
 def gemm_swiglu_direct(
     x: torch.Tensor, x_scale: torch.Tensor | None, w13: torch.Tensor, w13_scale: torch.Tensor | None,
     topk_ids: torch.Tensor, slot_table: torch.Tensor | None, h: torch.Tensor, h_scale: torch.Tensor | None,
-    config: GemmConfig, *, pdl: bool = False,
+    config: GemmConfig, *, bias: torch.Tensor | None = None, clamped: tuple[float, float] = (0.0, 0.0),
+    pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [T, H], T <= config.block_m -> h [T * K, I], the rows of pairs whose slot is here; nothing else is written.
 
-    w13: [S, 2I, H] in x's dtype, or e4m3 with w13_scale float32 [S, 2I / 128, H / 128]. x_scale, h_scale: as in
-    `gemm_swiglu_sorted`.
+    w13: [S, 2I, H] in x's dtype, or e4m3 with w13_scale float32 [S, 2I / 128, H / 128]. x_scale, h_scale, bias,
+    clamped: as in `gemm_swiglu_sorted`.
     """
     tokens, hidden = x.shape
     top_k, inter = topk_ids.shape[1], h.shape[1]
     assert tokens <= config.block_m
     grid = (topk_ids.numel() * triton.cdiv(inter, config.block_n),)
     scale = x if w13_scale is None else w13_scale  # without scales any address will do: it is not used
+    biases = x if bias is None else bias
+    alpha, limit = clamped
     _direct_kernel[grid](
-        x, x if x_scale is None else x_scale, weight_operand(w13, config), address(scale), h,
+        x, x if x_scale is None else x_scale, weight_operand(w13, config), address(scale), address(biases), h,
         h if h_scale is None else h_scale, topk_ids, topk_ids if slot_table is None else slot_table, tokens, top_k,
         hidden, inter, x.stride(0), 0 if x_scale is None else x_scale.stride(0), w13.stride(0), scale.stride(0),
-        h.stride(0), 0 if h_scale is None else h_scale.stride(0), K_P2=next_power_of_2(top_k),
+        biases.stride(0), h.stride(0), 0 if h_scale is None else h_scale.stride(0), alpha, limit,
+        K_P2=next_power_of_2(top_k),
         HAS_TABLE=slot_table is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         SWAP_AB=config.swap_ab, TMA=config.tma, FP8=w13_scale is not None,
         QUANT_IN=w13_scale is not None and x_scale is None, QUANT_OUT=h_scale is not None,
-        EVEN_K=hidden % config.block_k == 0, ONE_DOT=config.one_dot, W_TYPE=TL_TYPES[w13.dtype],
-        NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
-        **pdl_options(pdl),
+        EVEN_K=hidden % config.block_k == 0, ONE_DOT=config.one_dot, BIASED=bias is not None,
+        W_TYPE=TL_TYPES[w13.dtype], NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps,
+        num_stages=config.num_stages, **pdl_options(pdl),
     )  # fmt: skip
 
 
 def gemm_swiglu_sorted(
     x: torch.Tensor, x_scale: torch.Tensor | None, w13: torch.Tensor, w13_scale: torch.Tensor | None,
     routing: Routing, top_k: int, h: torch.Tensor, h_scale: torch.Tensor | None, config: GemmConfig, *,
-    pdl: bool = False,
+    bias: torch.Tensor | None = None, clamped: tuple[float, float] = (0.0, 0.0), pdl: bool = False,
 ) -> None:  # fmt: skip
     """Rows of `routing`: x [T, H] -> h [capacity, I].
 
     x_scale float32 [T, H / 128]: x is e4m3; None with fp8 weights: x is quantized on the way. h_scale float32
-    [capacity, I / 128]: h is e4m3 and leaves quantized (needs block_n 128).
+    [capacity, I / 128]: h is e4m3 and leaves quantized (needs block_n 128). bias float32 [S, 2I]: SwiGLU is clamped by
+    `clamped`, (alpha, limit).
     """
     hidden, inter = x.shape[1], h.shape[1]
     columns = triton.cdiv(inter, config.block_n)
     tiles = routing.capacity_blocks * columns
     grid = (min(tiles, multiprocessors(x.device) * config.per_sm) if config.persistent else tiles,)
     scale = x if w13_scale is None else w13_scale  # without scales any address will do: it is not used
+    biases = x if bias is None else bias
+    alpha, limit = clamped
     _sorted_kernel[grid](
-        x, x if x_scale is None else x_scale, weight_operand(w13, config), address(scale), h,
+        x, x if x_scale is None else x_scale, weight_operand(w13, config), address(scale), address(biases), h,
         h if h_scale is None else h_scale, routing.pair_of_row, routing.block_slot, routing.block_rows,
         routing.num_blocks, hidden, inter, top_k,
-        x.stride(0), 0 if x_scale is None else x_scale.stride(0), w13.stride(0), scale.stride(0), h.stride(0),
-        0 if h_scale is None else h_scale.stride(0), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        x.stride(0), 0 if x_scale is None else x_scale.stride(0), w13.stride(0), scale.stride(0), biases.stride(0),
+        h.stride(0), 0 if h_scale is None else h_scale.stride(0), alpha, limit,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_K=config.block_k, GROUP_M=config.group_m, SWAP_AB=config.swap_ab, TMA=config.tma,
         FP8=w13_scale is not None, QUANT_IN=w13_scale is not None and x_scale is None, QUANT_OUT=h_scale is not None,
-        EVEN_K=hidden % config.block_k == 0, ONE_DOT=config.one_dot, PERSISTENT=config.persistent,
+        EVEN_K=hidden % config.block_k == 0, ONE_DOT=config.one_dot, BIASED=bias is not None,
+        PERSISTENT=config.persistent,
         W_TYPE=TL_TYPES[w13.dtype], NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps,
         num_stages=config.num_stages,
         **pdl_options(pdl),

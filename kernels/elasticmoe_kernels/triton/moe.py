@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from elasticmoe_kernels.errors import ShapeError
@@ -27,6 +29,9 @@ def fused_moe(
     mapped_slots: int | None = None,
     w13_scale: torch.Tensor | None = None,
     w2_scale: torch.Tensor | None = None,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    clamped: tuple[float, float] | None = None,
     out: torch.Tensor | None = None,
     plan: MoePlan | None = None,
 ) -> torch.Tensor:
@@ -42,6 +47,7 @@ def fused_moe(
         mapped_slots: how many slots hold an expert, if fewer than S (bounds the grid and the scratch).
         w13_scale, w2_scale: float32 [S, 2I/128, H/128], [S, H/128, I/128], needed with e4m3 weights; x and h are then
             quantized by token and group of 128 columns. H and I must be multiples of 128.
+        w13_bias, w2_bias, clamped: of biased experts, all or none: see `registry.moe_experts`.
         out: [T, H] to write to; every element is written.
         plan: overrides the tuned configuration.
 
@@ -59,18 +65,19 @@ def fused_moe(
         share = here / max(slots if slot_table is None else slot_table.shape[0], here)
         plan = plan_for(tokens, top_k, here, share, hidden, inter, w13.dtype)
     pdl = supports_pdl(x.device)
+    first: dict[str, Any] = {} if clamped is None else {"bias": w13_bias, "clamped": clamped}
     x_in, x_scale = quantize(x, pdl=pdl) if plan.quantize_first else (x, None)
     if plan.direct:
         h, h_scale, y = _scratch(x, tokens * top_k, inter, quantized=plan.quantize_h)
-        gemm_swiglu_direct(x_in, x_scale, w13, w13_scale, topk_ids, slot_table, h, h_scale, plan.w13, pdl=pdl)
-        gemm_down_direct(h, h_scale, w2, w2_scale, topk_ids, slot_table, y, plan.w2, pdl=pdl)
+        gemm_swiglu_direct(x_in, x_scale, w13, w13_scale, topk_ids, slot_table, h, h_scale, plan.w13, pdl=pdl, **first)
+        gemm_down_direct(h, h_scale, w2, w2_scale, topk_ids, slot_table, y, plan.w2, bias=w2_bias, pdl=pdl)
         combine(y, topk_ids, slot_table, topk_weights, out, direct=True, pdl=pdl)
         return out
     routing = route(topk_ids, slot_table, num_slots=slots, mapped_slots=here, block_m=plan.w13.block_m, pdl=pdl)
     rows = routing.capacity_blocks * routing.block_m
     h, h_scale, y = _scratch(x, rows, inter, quantized=plan.quantize_h)
-    gemm_swiglu_sorted(x_in, x_scale, w13, w13_scale, routing, top_k, h, h_scale, plan.w13, pdl=pdl)
-    gemm_down_sorted(h, h_scale, w2, w2_scale, routing, y, plan.w2, pdl=pdl)
+    gemm_swiglu_sorted(x_in, x_scale, w13, w13_scale, routing, top_k, h, h_scale, plan.w13, pdl=pdl, **first)
+    gemm_down_sorted(h, h_scale, w2, w2_scale, routing, y, plan.w2, bias=w2_bias, pdl=pdl)
     combine(y, routing.row_of_pair, None, topk_weights, out, direct=False, pdl=pdl)
     return out
 

@@ -56,15 +56,14 @@ def load_moe(
     top_k: int,
     most: int,
     dtype: torch.dtype,
-    w13_scale: torch.Tensor | None = None,
-    w2_scale: torch.Tensor | None = None,
+    **more: Any,
 ) -> list[int]:
     """Run the layer for every kind of batch up to `most` tokens.
 
     Args:
         w13, w2: of one layer, [S, 2I, H], [S, H, I]; no element is read.
         dtype: of the activations.
-        w13_scale, w2_scale: of e4m3 weights; no element is read.
+        more: scales of e4m3 weights, or biases and what clamps: see `fused_moe`; no element is read.
 
     Returns:
         The numbers of tokens that were run.
@@ -75,5 +74,5 @@ def load_moe(
         x = torch.zeros(tokens, hidden, dtype=dtype, device=w13.device)
         nowhere = torch.full((tokens, top_k), -1, dtype=torch.int32, device=w13.device)
         weights = torch.zeros(tokens, top_k, device=w13.device)
-        fused_moe(x, w13, w2, nowhere, weights, w13_scale=w13_scale, w2_scale=w2_scale)
+        fused_moe(x, w13, w2, nowhere, weights, **more)
     return counts

@@ -39,6 +39,10 @@ class ElasticCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             server_args.dtype = "float32"  # SGLang would take float16, which this processor computes in float32 anyway
         if server_args.attention_backend is None:
             server_args.attention_backend = ATTENTION_BACKEND
+        # Layers with a sliding window keep their KV in the one pool there is.
+        server_args.disable_hybrid_swa_memory = True
+        if server_args.moe_runner_backend == "auto":
+            server_args.moe_runner_backend = "triton"  # the layout of weights that this platform's kernels read
         if server_args.mem_fraction_static is None and server_args.max_total_tokens is None and not kv_is_chosen():
             server_args.max_total_tokens = KV_TOKENS
         environment.set_rank_defaults(ranks(server_args), bound_cores())

@@ -12,7 +12,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from elasticmoe_patches.device import torch_device
 from elasticmoe_patches.worker.dummy_weights import dummy_fingerprint, fill_dummy
 from elasticmoe_patches.worker.own_rows import rows_of_each
+from elasticmoe_patches.worker.stacked import check_filled, is_stacked, limit_columns
 from elasticmoe_patches.worker.worker import LoadedModel, Worker, current_worker
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
@@ -41,7 +42,14 @@ from elasticmoe_sglang.worker.weights import Attached, WorkerWeights
 logger = logging.getLogger(__name__)
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_EXPERT_WEIGHTS = ("w13_weight", "w2_weight", "w13_weight_scale_inv", "w2_weight_scale_inv")
+_EXPERT_WEIGHTS = (
+    "w13_weight",
+    "w2_weight",
+    "w13_weight_scale_inv",
+    "w2_weight_scale_inv",
+    "w13_weight_bias",
+    "w2_weight_bias",
+)
 _SAMPLE = 1 << 16
 
 
@@ -68,7 +76,8 @@ def moe_layers(model: torch.nn.Module) -> list[FusedMoE]:
 
 
 def column_layout(layers: list[FusedMoE]) -> ColumnLayout:
-    """One expert over all layers, scales of block-quantised weights included; names are `<layer>.<weight>`."""
+    """One expert over all layers, scales of block-quantised weights and biases included; names are
+    `<layer>.<weight>`."""
     entries = []
     for layer in layers:
         for name, param in layer.named_parameters(recurse=False):
@@ -76,6 +85,14 @@ def column_layout(layers: list[FusedMoE]) -> ColumnLayout:
                 raise UserInputError(f"the MoE layer has a per-expert weight {name} that is not supported")
             entries.append((f"{layer.layer_id}.{name}", tuple(param.shape[1:]), param.dtype))
     return ColumnLayout.of(entries)
+
+
+def stacked_parameters(layers: list[FusedMoE]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Weights and biases of layers whose checkpoints have all experts in one tensor, named `<layer>.<weight>`."""
+    for layer in layers:
+        if layer.moe_runner_config.gemm1_alpha is not None:
+            for name, param in layer.named_parameters(recurse=False):
+                yield f"{layer.layer_id}.{name}", param
 
 
 def dense_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -93,19 +110,18 @@ def bind(
     memory: WorkerWeights,
     columns: ColumnLayout,
     table: Any,
-    *,
-    fresh: bool,
+    found: Attached,
 ) -> None:
     """Point the model's parameters at the mapped memory.
 
     Args:
         table: what maps expert ids to slots.
-        fresh: the dense block is to be filled here. Scalars keep what SGLang gave them: a checkpoint need not have
-            them (the scales of a KV cache).
+        found: what is to be filled here. Scalars of a dense block that is keep what SGLang gave them: a checkpoint need
+            not have them (the scales of a KV cache).
     """
     dense = memory.dense.views()
     for name, param in parameters.items():
-        if fresh and param.dim() == 0:
+        if found.load_dense and param.dim() == 0:
             dense[name].copy_(param.data)
         param.data = dense[name]
     views = memory.columns.views(columns)
@@ -113,6 +129,7 @@ def bind(
         for name, old in list(layer.named_parameters(recurse=False)):
             new = torch.nn.Parameter(views[f"{layer.layer_id}.{name}"], requires_grad=False)
             new.__dict__.update(old.__dict__)  # SGLang hangs the weight loader on the parameter
+            limit_columns(new, found.load_columns)
             layer.register_parameter(name, new)
         layer.dispatcher.local_expert_mapping = table
 
@@ -171,11 +188,15 @@ class CountingSlots:
 
 
 class CheckpointReader:
-    """Yields the tensors that are wanted, and counts the bytes it read of them."""
+    """Yields the tensors that are wanted, and counts the bytes that are read of them.
 
-    def __init__(self, files: list[str], wanted: Callable[[str], bool]) -> None:
+    A tensor of all experts of a layer is one of those that are wanted if any of its columns is; it is mapped, and what
+    is not copied from it is not read.
+    """
+
+    def __init__(self, files: list[str], found: Attached) -> None:
         self._files = files
-        self._wanted = wanted
+        self._found = found
         self.bytes = 0
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -183,8 +204,15 @@ class CheckpointReader:
             with safe_open(path, framework="pt") as file:
                 for name in filter(self._wanted, file.keys()):
                     tensor = file.get_tensor(name)
-                    self.bytes += tensor.nbytes
+                    stacked = is_stacked(name)
+                    self.bytes += tensor[0].nbytes * len(self._found.load_columns) if stacked else tensor.nbytes
                     yield name, tensor
+
+    def _wanted(self, name: str) -> bool:
+        if is_stacked(name):
+            return bool(self._found.load_columns)
+        match = _EXPERT.search(name)
+        return self._found.load_dense if match is None else int(match.group(1)) in self._found.load_columns
 
 
 class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
@@ -240,7 +268,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
         worker.model = LoadedModel(spec=spec, placement=placement)
         worker.fault_point("boot.attached")
         slots = self._slots(worker, num_columns, target)
-        bind(layers, parameters, worker.memory, columns, slots, fresh=found.load_dense)
+        bind(layers, parameters, worker.memory, columns, slots, found)
         if target.type != "cpu":
             torch.get_device_module(target).empty_cache()  # the parameters that the model was built with
         if dummy:
@@ -261,14 +289,11 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
         return table if worker.routed is None else CountingSlots(table, worker.routed)
 
     def _load(self, worker: Worker, model: Any, files: list[str], found: Attached) -> None:
-        def wanted(name: str) -> bool:
-            match = _EXPERT.search(name)
-            return found.load_dense if match is None else int(match.group(1)) in found.load_columns
-
         if files and (found.load_dense or found.load_columns):
-            reader = CheckpointReader(files, wanted)
+            reader = CheckpointReader(files, found)
             model.load_weights(iter(reader))
             worker.model.checkpoint_bytes = reader.bytes
+            check_filled(stacked_parameters(moe_layers(model)))
         worker.memory.filled()
         # Tensors that a model derives from its weights (MLA's absorbed projections) belong to the process.
         post_load_weights(model)

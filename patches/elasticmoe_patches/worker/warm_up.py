@@ -117,7 +117,7 @@ class WarmUp:
 def load_moe_kernels(scheduler: Any, worker: Worker, longest_prompt: int) -> None:
     """Every kernel of the MoE layer, up to the rows of all ranks' longest prompts together."""
     from elasticmoe_kernels.triton.warm import load_moe
-    from elasticmoe_patches.worker.experts import scales_of
+    from elasticmoe_patches.worker.experts import biases_of, scales_of
     from elasticmoe_patches.worker.loader import moe_layers
 
     runner = scheduler.tp_worker.model_runner
@@ -133,6 +133,7 @@ def load_moe_kernels(scheduler: Any, worker: Worker, longest_prompt: int) -> Non
             most=most,
             dtype=runner.dtype,
             **scales_of(layer),
+            **biases_of(layer),
         )
         logger.info("rank %d: %s MoE kernels loaded for %s tokens", worker.rank, layer.w13_weight.dtype, counts)
 

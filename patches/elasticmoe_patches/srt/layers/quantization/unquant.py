@@ -6,7 +6,7 @@ from typing import Any
 
 from elasticmoe_patches.spec import WORKERS, Hooks
 from elasticmoe_patches.srt.layers.moe.moe_runner import ascend
-from elasticmoe_patches.worker.experts import run_experts
+from elasticmoe_patches.worker.experts import biases_of, run_experts
 
 HOOKS = hook = Hooks(__name__, WORKERS)
 
@@ -28,7 +28,7 @@ def forward(self: Any, layer: Any, dispatch_output: Any) -> Any:
     `self` is the UnquantizedFusedMoEMethod, `layer` the FusedMoE; the rest is `run_experts`'s.
     `fused_moe_native.moe_forward_native`, which SGLang uses on CPUs, cannot take ids of -1.
     """
-    return run_experts(self, dispatch_output, layer.w13_weight, layer.w2_weight)
+    return run_experts(self, dispatch_output, layer.w13_weight, layer.w2_weight, **biases_of(layer))
 
 
 @hook(

@@ -55,3 +55,22 @@ def around_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     # What the forward pass asks for; weights and their loader keep one slot an expert.
     self.moe_ep_size = real().moe_ep_size
     self.moe_ep_rank = real().moe_ep_rank
+
+
+@hook(
+    "around",
+    "FusedMoE.weight_loader_fused(self, param, loaded_weight, weight_name, shard_id)",
+    scope="both",
+    expires="FusedMoE loads a tensor of all experts expert by expert, and only those that are wanted.",
+)
+def around_weight_loader_fused(
+    original: Any, self: Any, param: Any, loaded_weight: Any, weight_name: str, shard_id: str
+) -> None:
+    """A tensor of all experts fills only the columns that are read here, since other slots have no memory; and the
+    kernels want the gate projection's rows in front of the up projection's, not between them."""
+    if self.moe_runner_config.gemm1_alpha is None:
+        original(self, param, loaded_weight, weight_name, shard_id)
+        return
+    from elasticmoe_patches.worker.stacked import fill_stacked
+
+    fill_stacked(param, loaded_weight, weight_name, interleaved=shard_id == "w13")

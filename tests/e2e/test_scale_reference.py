@@ -1,8 +1,9 @@
-"""Block-quantised fp8 on the CPU platform: tokens equal transformers' on the dequantised weights, through changes and a
-killed rank.
+"""Greedy tokens equal transformers', through changes and a killed rank: of models that plain SGLang, too, computes with
+this project's own code on the CPU platform, so that a fault of both is seen.
 
-The CPU platform dequantises weights to float32 and leaves activations as they are, so with float32 activations the
-reference computes the same model; tokens that rounding may change are left out, as in the other tests.
+Block-quantised fp8: the CPU platform dequantises weights to float32 and leaves activations as they are, so with float32
+activations the reference computes the same model. gpt-oss: the experts' biases and clamped SwiGLU, sinks and sliding
+windows. Tokens that rounding may change are left out, as in the other tests.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from elasticmoe_sglang.tiny_model import VOCAB, make_tiny_model
+from elasticmoe_sglang.tiny_model import VOCAB, Arch, Quantization, make_tiny_model
 from tests.helpers.corpus import Case, ask
 from tests.helpers.elastic import ElasticServer
 from tests.helpers.faults import SETTLED_WITHIN_S, imbalance, whole
 from tests.helpers.load import Load, Stream, settled
 from tests.helpers.reference import dequantised, greedy
-from tests.helpers.shared import LIMITS, column_bytes
+from tests.helpers.shared import LIMITS, column_bytes, tensor_bytes
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
@@ -32,17 +34,37 @@ STREAMS = 6
 DECODES_AGAIN = "requests that came with their KV decode again"
 
 
-def test_tokens_through_every_change_and_a_killed_rank(tmp_path: Path) -> None:
-    model = make_tiny_model(tmp_path / "model", quantization="fp8")
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Attributes:
+    wide: (model, folder) -> the folder of what transformers is given.
+    """
+
+    arch: Arch
+    quantization: Quantization | None = None
+    wide: Callable[[Path, Path], Path] = lambda model, folder: model
+
+
+SETUPS = (
+    pytest.param(Setup(arch="qwen3_moe", quantization="fp8", wide=dequantised), id="qwen3_moe-fp8"),
+    pytest.param(Setup(arch="gpt_oss"), id="gpt_oss"),
+)
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_tokens_through_every_change_and_a_killed_rank(setup: Setup, tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", arch=setup.arch, quantization=setup.quantization)
     rng = random.Random(5)
     prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((1, 17, 64, 200)))] for _ in range(10)]
     with ElasticServer(model, LIMITS, log=tmp_path / "server.log") as server, Load(server.url) as load:
         print(f"healthy after {server.boot_s:.1f} s")
         weight = server.status()["memory"]["column_bytes"]
-        assert 0 <= weight - column_bytes(model) <= 4096, "weights, scales, alignment, and up to a page"
+        assert 0 <= weight - column_bytes(model) <= 4096, "weights, scales, biases, alignment, and up to a page"
+        read = sum(rank["checkpoint_bytes"] or 0 for rank in server.status()["ranks"])
+        assert read == sum(tensor_bytes(model).values()), "every byte of the checkpoint is read by one rank"
         cases = ask(load, prompts, TOKENS)
         assert len(cases) >= STREAMS
-        expected = greedy(dequantised(model, tmp_path / "wide"), [case.prompt for case in cases], REFERENCE_TOKENS)
+        expected = greedy(setup.wide(model, tmp_path / "wide"), [case.prompt for case in cases], REFERENCE_TOKENS)
         assert [case.ids[:REFERENCE_TOKENS] for case in cases] == expected
         for size in SIZES:
             streams = started(load, cases)
