@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elasticmoe_sglang import cpu_bind
-from elasticmoe_sglang.config import AUTO, ElasticConfig
+from elasticmoe_sglang.config import AUTO, ElasticConfig, flag
 from elasticmoe_sglang.errors import HmmTaken, UserInputError
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.vmm import acl_probe
@@ -154,6 +154,16 @@ def check_fp8_devices(config: ElasticConfig) -> None:
                 f"GPU {device} has compute capability {capability[0]}.{capability[1]}, whose tensor cores know no fp8",
                 hint="Use Ada, Hopper or newer GPUs, or the model's unquantised checkpoint",
             )
+
+
+def check_redundancy(config: ElasticConfig) -> None:
+    """Raises UserInputError: columns may have copies, and these devices cannot share a column's rows among ranks."""
+    if config.redundant_experts and on_npu():
+        raise UserInputError(
+            f"{flag('redundant_experts')} {config.redundant_experts} is not supported on NPUs: rows are sorted by "
+            "expert there before they are looked up, so ranks with a copy could not take turns",
+            hint="Leave it out: `elasticmoe rebalance` moves columns without it",
+        )
 
 
 def check_devices(config: ElasticConfig) -> None:
