@@ -216,7 +216,7 @@ class Workers:
             }
             request = to_worker.PullColumns(operation_id=txn, txn=txn, sources=sources)
             pulled = await self._channel.ask(rank, request, to_worker.Pulled)
-            pulled_here |= sources.keys()
+            pulled_here.update(sources)
         return PullReport(columns=pulled.columns, bytes=pulled.bytes)
 
     async def drop(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from elasticmoe_sglang.faults import ENV_FAULTS
 from elasticmoe_sglang.tiny_model import VOCAB, make_tiny_model
+from tests.helpers.browser import browser
 from tests.helpers.elastic import ElasticServer
 from tests.helpers.faults import arm, armed, imbalance, whole
 from tests.helpers.footprint import named
@@ -86,51 +87,26 @@ class Served:
         return {status["placement"][column], *status["copies"].get(str(column), ())}
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("redundant")
+@contextlib.contextmanager
+def serve(folder: Path, *args: str, ep_size: int = RANKS) -> Iterator[Served]:
+    """A server with answers from before any change."""
     model = make_tiny_model(folder / "model", arch="glm4_moe", skew=SKEW)
     run_dir = folder / "run"
-    # SGLang's own flag means the same.
-    args = ["--elasticmoe-run-dir", str(run_dir), "--disable-radix-cache", "--ep-num-redundant-experts", str(COPIES)]
+    flags = ["--elasticmoe-run-dir", str(run_dir), "--disable-radix-cache", *args]
     rng = random.Random(5)
     prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((3, 20, 60)))] for _ in range(PROMPTS)]
-    with ElasticServer(model, args, log=folder / "server.log", ep_size=RANKS, env={ENV_FAULTS: "1"}) as server:
+    with ElasticServer(model, flags, log=folder / "server.log", ep_size=ep_size, env={ENV_FAULTS: "1"}) as server:
         with Load(server.url) as load:
             streams = [load.start(prompt, TOKENS) for prompt in prompts]
             load.wait(streams)
         yield Served(server=server, run_dir=run_dir, prompts=prompts, answers=[stream.ids for stream in streams])
 
 
-def test_copies_divide_what_moving_cannot(served: Served) -> None:
-    server = served.server
-    before = server.status()
-    assert before["redundant_experts"] == COPIES and before["copies"] == {}
-    with served.under_load():
-        moved = served.rebalance(copies=0)
-        assert moved["expected_copies"] == 0 and moved["expected_imbalance"] > 1.1, moved
-        planned = served.rebalance(dry_run=True)
-        assert planned["operation"] is None and server.status()["copies"] == {}
-        assert 0 < planned["expected_copies"] <= COPIES and planned["expected_imbalance"] < 1.1, planned
-
-        done = served.rebalance()
-        operation = done["operation"]
-        assert operation["phase"] == "done", operation
-        assert operation["columns_moved"] == done["columns"] and operation["bytes_moved"] > 0
-        assert operation["copies"] == done["expected_copies"] > 0 == done["copies"]
-        after = server.status()
-        assert sum(map(len, after["copies"].values())) == operation["copies"]
-        assert sorted(after["placement"]) == sorted(before["placement"]), "each rank owns as many columns as before"
-
-        seen = served.rebalance(dry_run=True, least_gain=2.0)
-        routed = server.status()["routed"]
-        computed = max(routed.values()) / (sum(routed.values()) / len(routed))
-        print("imbalance moved, copied, expected, computed:", [
-            round(each, 2) for each in (done["imbalance"], seen["imbalance"], done["expected_imbalance"], computed)
-        ])  # fmt: skip
-        assert seen["imbalance"] < 1 + (done["imbalance"] - 1) / 2, "what was expected has come true"
-        # Not only by the plan: each rank has counted what it has computed in its turns.
-        assert computed < 1 + (done["imbalance"] - 1) / 2, routed
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    # SGLang's own flag means the same.
+    with serve(tmp_path_factory.mktemp("redundant"), "--ep-num-redundant-experts", str(COPIES)) as found:
+        yield found
 
 
 def imm_pid(server: ElasticServer) -> int | None:
@@ -140,6 +116,30 @@ def imm_pid(server: ElasticServer) -> int | None:
             if "imm" in named([process]).values():
                 return process.pid
     return None
+
+
+def test_the_page_draws_copies_and_takes_them_away(served: Served) -> None:
+    server = served.server
+
+    def held() -> dict[int, list[int]]:
+        status = server.status()
+        ranks = range(status["max_ep_size"])
+        owned = {rank: [c for c, owner in enumerate(status["placement"]) if owner == rank] for rank in ranks}
+        return {
+            rank: owned[rank] + sorted(int(c) for c, at in status["copies"].items() if rank in at) for rank in ranks
+        }
+
+    with served.under_load(), browser() as page:
+        served.copied()
+        page.open(server.url)
+        page.wait_live()
+        page.wait(lambda: page.placement() == held(), "copies are drawn behind the columns that a rank owns")
+        labels = page.js("return [...document.querySelectorAll('.cells')].map(cells => cells.ariaLabel)")
+        assert any("and copies of" in label for label in labels), labels
+        served.rebalance(copies=0, least_gain=0.0)
+        page.wait(lambda: page.placement() == held(), "no copies are drawn")
+        assert page.js("return document.querySelectorAll('.cell.copy').length") == 0
+        assert not page.complaints(), page.complaints()
 
 
 def test_sizes_change_with_copies(served: Served) -> None:
@@ -249,3 +249,28 @@ def test_the_command_and_what_is_refused(served: Served) -> None:
         answer = json.loads(dropped.stdout)
         assert answer["copies"] > 0 == answer["expected_copies"] and answer["operation"]["phase"] == "done"
         assert server.status()["copies"] == {}
+
+
+def test_ranks_of_one_device_share_the_memory_of_copies(tmp_path: Path) -> None:
+    """Two ranks of a device that get the same column copy it once, and it stays there while either holds it."""
+    flags = ("--elasticmoe-redundant-experts", "8", "--elasticmoe-ranks-per-device", "2")
+    with serve(tmp_path, *flags) as served:
+        server = served.server
+        with served.under_load():
+            done = served.rebalance(least_gain=0.0)
+            assert done["operation"]["phase"] == "done" and done["expected_copies"] > 0, done
+            status = server.status()
+            devices = {rank["rank"]: rank["device"] for rank in status["ranks"]}
+            holders = [served.holders(column) for column in range(len(status["placement"]))]
+            together = [ranks for ranks in holders if len({devices[rank] for rank in ranks}) < len(ranks)]
+            print("columns that ranks of one device share:", together)
+            assert together and imbalance(status) is None, imbalance(status)
+            for size in (4, 2, 3):
+                server.must_scale(size)
+                assert imbalance(server.status()) is None, imbalance(server.status())
+            pid = server.status()["memory"]["pid"]
+            os.kill(pid, signal.SIGKILL)
+            settled(lambda: server.status()["memory"]["pid"] not in (None, pid), 60, "another HMM serves")
+            settled(lambda: whole(server), WHOLE_WITHIN_S, "the server is whole")
+            served.rebalance(copies=0, least_gain=0.0)
+            assert imbalance(server.status()) is None, imbalance(server.status())
