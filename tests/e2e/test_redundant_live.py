@@ -253,7 +253,14 @@ def test_the_command_and_what_is_refused(served: Served) -> None:
 
 def test_ranks_of_one_device_share_the_memory_of_copies(tmp_path: Path) -> None:
     """Two ranks of a device that get the same column copy it once, and it stays there while either holds it."""
-    flags = ("--elasticmoe-redundant-experts", "8", "--elasticmoe-ranks-per-device", "2")
+    flags = (
+        "--elasticmoe-redundant-experts",
+        "8",
+        "--elasticmoe-ranks-per-device",
+        "2",
+        "--elasticmoe-hot-standbys",
+        "1",
+    )
     with serve(tmp_path, *flags) as served:
         server = served.server
         with served.under_load():
