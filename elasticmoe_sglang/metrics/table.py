@@ -147,7 +147,7 @@ ROUTED_TOKENS = Metric(
     name="elasticmoe:observed_routed_tokens",
     kind="gauge",
     unit="tokens",
-    help="Routed tokens that a rank computed while routing was observed last, for a rebalance, over all layers",
+    help="Routed tokens, over all layers, that a rank computed while routing was observed last for a rebalance; or 0",
     labels={"rank": "the rank"},
 )
 BYTES_COPIED = Metric(
