@@ -60,9 +60,14 @@ class ElasticConfig:
     auto: on GPUs what SGLang leaves free beside its own pool for activations and graphs, for each rank of the device;
     elsewhere 0.01."""
 
+    redundant_experts: int = 0
+    """The most copies of expert columns on further ranks, over all ranks. `elasticmoe rebalance` makes them of the
+    columns that most tokens are routed to. 0: every column is on one rank. SGLang's --ep-num-redundant-experts."""
+
     count_routing: str = AUTO
     """Whether ranks count the tokens that are routed to each of their expert columns, for `elasticmoe rebalance`: on,
-    off, or auto: where they compute on the CPU (on GPUs it costs an atomic addition for each, not measured yet)."""
+    off, or auto: where they compute on the CPU, and with redundant_experts (on GPUs it costs an atomic addition for
+    each, not measured yet)."""
 
     spare_imm: str = AUTO
     """Whether another IMM waits with its imports done, for when the IMM dies: on, off, or auto: on GPUs."""
@@ -114,6 +119,7 @@ class ElasticConfig:
         _at_least(self, "ranks_per_device", 1)
         _at_least(self, "standbys", 0)
         _at_least(self, "hot_standbys", 0)
+        _at_least(self, "redundant_experts", 0)
         _at_least(self, "window_bytes", 4096)
         for name in ("device_budget", "pull_bandwidth", "kv_tokens"):
             if getattr(self, name) is not None:
@@ -127,6 +133,12 @@ class ElasticConfig:
         for name in ("count_routing", "spare_imm"):
             if (value := getattr(self, name)) not in (AUTO, "on", "off"):
                 raise UserInputError(f"{flag(name)} must be auto, on or off, not {value!r}")
+        if self.redundant_experts and self.count_routing == "off":
+            raise UserInputError(
+                f"{flag('redundant_experts')} {self.redundant_experts} needs counts of the routed tokens, by which "
+                f"copies are made, and {flag('count_routing')} is off",
+                hint="Leave out one of the two",
+            )
         check_sizes(self.policy_settings(), self.max_ep_size)
         if self.ep_size > self.max_ep_size:
             raise UserInputError(
@@ -294,6 +306,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
         int,
         "N",
         f"Inactive ranks whose worker is kept booted; it joins without a boot. Default: {defaults['hot_standbys']}.",
+    )
+    add(
+        "redundant_experts",
+        int,
+        "N",
+        f"Copies of busy experts' columns that `rebalance` may make. Default: {defaults['redundant_experts']}.",
     )
     add("count_routing", str, "on|off", "Count the tokens of each expert, for `rebalance`. Default: on CPUs only.")
     add("spare_imm", str, "on|off", "Keep another IMM imported, for when the IMM dies. Default: on GPUs only.")

@@ -90,7 +90,9 @@ class LiveView:
         if status is not None:
             parts.append(_head(status))
             # Side by side where the terminal is wide enough.
-            parts.append(Columns([ranks_table(status), draw_placement(status.placement)], padding=(0, 3)))
+            parts.append(
+                Columns([ranks_table(status), draw_placement(status.placement, status.copies)], padding=(0, 3))
+            )
             parts.append(_throughput(progress))
         parts.append(_stage(progress, status))
         return Padding(Group(*parts), (0, 1))

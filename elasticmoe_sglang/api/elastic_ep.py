@@ -155,16 +155,31 @@ class ElasticEp:
             # It was observed then. Submitting it again finds it, or says that the id is taken.
             operation = await self._coordinator.submit(Rebalance(load=()), name)
             return self._rebalanced(*self._coordinator.rebalance_of(name), self.answer(operation))
-        target = Rebalance(load=await self._coordinator.observe_routing(request.observe_s))
+        redundant = self._redundant(request)
+        load = await self._coordinator.observe_routing(request.observe_s)
+        target = Rebalance(load=load, redundant=redundant)
         plan = plan_target(self._coordinator.view, target)
         expected = self._rebalanced(target, plan)
         gain = expected.imbalance - expected.expected_imbalance
-        if plan.is_noop or gain < request.least_gain:
+        dropped = request.copies is not None and request.copies < len(plan.before.placement.copies)
+        if plan.is_noop or (gain < request.least_gain and not dropped):
             note = f"the fullest rank's load would fall by {gain:.3f} of the mean only"
-            return msgspec.structs.replace(expected, note="no swap of columns helps" if plan.is_noop else note)
+            return msgspec.structs.replace(
+                expected, note="no swap and no copy of columns helps" if plan.is_noop else note
+            )
         if request.dry_run:
             return msgspec.structs.replace(expected, note="a dry run")
         return msgspec.structs.replace(expected, operation=self.answer(await self._coordinator.submit(target, name)))
+
+    def _redundant(self, request: RebalanceRequest) -> int:
+        """The most copies of columns that the request may end with. Raises UserInputError."""
+        most = self._coordinator.redundant_experts
+        if request.copies is not None and request.copies > most:
+            raise UserInputError(
+                f"copies must be at most {most} on this server, not {request.copies}",
+                hint="It was started with so many --elasticmoe-redundant-experts",
+            )
+        return most if request.copies is None else request.copies
 
     def _rebalanced(
         self, target: Rebalance, plan: TransitionPlan, operation: ScaleAnswer | None = None
@@ -179,6 +194,8 @@ class ElasticEp:
             rank_loads=_shares(before, target.load),
             expected_rank_loads=_shares(after, target.load),
             columns=len(plan.moves),
+            copies=len(before.placement.copies),
+            expected_copies=len(after.placement.copies),
             operation=operation,
         )
 

@@ -73,7 +73,8 @@ class ScaleRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
 _FIELDS = get_type_hints(ScaleRequest, include_extras=True)
 
 REBALANCE_USAGE = (
-    'Send {} or any of "observe_s" (seconds), "least_gain" (a share), "dry_run", "wait" and "operation_id"'
+    'Send {} or any of "observe_s" (seconds), "least_gain" (a share), "copies" (a number), "dry_run", "wait" and '
+    '"operation_id"'
 )
 _LONGEST_OBSERVATION_S = 600.0
 
@@ -84,6 +85,8 @@ class RebalanceRequest(Struct, frozen=True, kw_only=True):
     Attributes:
         observe_s: seconds for which routing is observed before columns are placed by it.
         least_gain: do nothing unless the fullest rank's load falls by this share of the mean.
+        copies: the most copies of columns afterwards; None: the server's redundant_experts. Fewer than there are drops
+            some, whatever is gained.
         dry_run: only say what would be done.
         operation_id: names the operation; repeating a request with the same id returns the same operation.
         wait: respond when the operation has ended.
@@ -91,6 +94,7 @@ class RebalanceRequest(Struct, frozen=True, kw_only=True):
 
     observe_s: Annotated[float, Meta(ge=0.1, le=_LONGEST_OBSERVATION_S, description="seconds from 0.1 to 600")] = 10.0
     least_gain: Annotated[float, Meta(ge=0.0, lt=64.0, description="a share such as 0.05")] = 0.05
+    copies: Annotated[Annotated[int, Meta(ge=0)] | None, Meta(description="a whole number of at least 0")] = None
     dry_run: Annotated[bool, Meta(description="true or false")] = False
     operation_id: Annotated[str | None, Meta(description="a string")] = None
     wait: Annotated[bool, Meta(description="true or false")] = False
@@ -224,7 +228,8 @@ class RebalanceAnswer(Struct, frozen=True, kw_only=True):
         imbalance: the fullest rank's load over the mean, as observed; 1.0 is perfect. expected_imbalance: with the new
             placement, if routing stays.
         rank_loads: rank -> its share of the observed tokens. expected_rank_loads: with the new placement.
-        columns: that move.
+        columns: that move or are copied.
+        copies: of columns, now. expected_copies: with the new placement.
         note: why nothing moves; empty otherwise.
         operation: that moves them; None if nothing moves or it is a dry run.
     """
@@ -237,6 +242,8 @@ class RebalanceAnswer(Struct, frozen=True, kw_only=True):
     rank_loads: dict[int, float]
     expected_rank_loads: dict[int, float]
     columns: int
+    copies: int = 0
+    expected_copies: int = 0
     note: str = ""
     operation: ScaleAnswer | None = None
 

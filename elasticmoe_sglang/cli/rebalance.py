@@ -13,7 +13,8 @@ from elasticmoe_sglang.cli.exits import OK
 from elasticmoe_sglang.coordinator.status import Operation
 
 _TEXT = (
-    "Move expert columns between the active ranks of a running server so that each gets an equal share of the tokens."
+    "Move and copy expert columns between the active ranks of a running server so that each gets an equal share of the "
+    "tokens."
 )
 
 
@@ -35,6 +36,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SHARE",
         help="do nothing unless the fullest rank's load falls by this share of the mean (default: %(default)g)",
     )
+    parser.add_argument(
+        "--copies",
+        type=int,
+        metavar="N",
+        help="the most copies of columns afterwards (default: the server's --elasticmoe-redundant-experts)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     add_change_arguments(parser, prints="answer")
     parser.set_defaults(run=run)
@@ -47,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         RebalanceRequest(
             observe_s=args.observe,
             least_gain=args.least_gain,
+            copies=args.copies,
             dry_run=args.dry_run,
             operation_id=args.operation_id,
         )
@@ -76,6 +84,8 @@ def _show(answer: RebalanceAnswer, operation: Operation | None) -> None:
         f"{answer.observed_tokens} routed tokens seen; the fullest rank has {answer.imbalance:.2f} x the mean, "
         f"then {answer.expected_imbalance:.2f} x, with {answer.columns} columns moved"
     )
+    if answer.copies or answer.expected_copies:
+        console.print(f"copies of columns on further ranks: {answer.copies}, then {answer.expected_copies}")
     if operation is not None:
         console.print(operation_panel(operation))
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -35,7 +35,7 @@ def status_view(status: Status) -> RenderableType:
         ("   epoch ", "dim"), (str(status.epoch), "bold"),
         ("   members ", "dim"), ", ".join(map(str, status.membership)),
     )  # fmt: skip
-    parts: list[RenderableType] = [head, ranks_table(status), draw_placement(status.placement)]
+    parts: list[RenderableType] = [head, ranks_table(status), draw_placement(status.placement, status.copies)]
     parts.append(memory_view(status.memory))
     latest = status.running or status.last
     parts.append(operation_panel(latest) if latest is not None else Text("no change so far", style="dim"))
@@ -62,20 +62,28 @@ def ranks_table(status: Status) -> Table:
             Text(rank.state.value, style=_RANK_STYLES[rank.state]),
             str(rank.device) if rank.cores is None else f"{rank.device} (cores {format_cores(rank.cores)})",
             str(rank.pid) if rank.pid is not None else "-",
-            str(status.placement.count(rank.rank)),
+            _columns(status, rank.rank),
             *("-" if tokens is None else str(tokens) for tokens in (rank.kv_tokens, rank.kv_used, rank.kv_cached)),
         )
     return table
 
 
-def draw_placement(placement: Sequence[int]) -> RenderableType:
-    """One character per expert column: the number of its rank, in the rank's colour."""
+def _columns(status: Status, rank: int) -> str:
+    copies = sum(rank in ranks for ranks in status.copies.values())
+    return f"{status.placement.count(rank)} + {copies}" if copies else str(status.placement.count(rank))
+
+
+def draw_placement(placement: Sequence[int], copies: Mapping[int, Sequence[int]] | None = None) -> RenderableType:
+    """One character per expert column: the number of its rank, in the rank's colour; below it the columns with copies
+    and their other ranks."""
     text = Text()
     for column, rank in enumerate(placement):
         if column and column % _DRAWING_WIDTH == 0:
             text.append("\n")
         # Ranks from 10 on are letters.
         text.append(_digit(rank), style=_COLOURS[rank % len(_COLOURS)])
+    for column, ranks in sorted((copies or {}).items()):
+        text.append(f"\ncolumn {column}: also on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}")
     return Panel(text, title=f"rank of each of {len(placement)} expert columns", title_align="left", expand=False)
 
 

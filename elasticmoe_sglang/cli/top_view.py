@@ -59,7 +59,7 @@ def top_view(seen: Seen, width: int, height: int | None) -> RenderableType:
     parts.append(figures_view(list(seen.figures), seen.operations, int(event.at), width))
     if status.running is not None:
         parts.append(operation_panel(status.running))
-    parts += [ranks_table(status), draw_placement(status.placement), memory_view(status.memory)]
+    parts += [ranks_table(status), draw_placement(status.placement, status.copies), memory_view(status.memory)]
     parts += [policy_view(seen.policy), operations_table(seen.operations[:_OPERATIONS])]
     view = Group(*parts)
     return view if height is None else Panel(view, height=height, padding=0, border_style="dim")

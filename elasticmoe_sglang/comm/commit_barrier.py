@@ -273,7 +273,7 @@ class CommitBarrier:
             if self._decided() < proposal:
                 if view is not None:
                     words[_VERDICT_MASK] = view.membership.mask
-                    self._control.stage_owners(view.owners)
+                    self._control.stage_placement(view.placement)
                 futex.order_stores()
                 verdict = _Verdict(proposal=proposal, decision=decision, reason=reason, culprit=culprit)
                 words[_VERDICT] = verdict.pack()  # decided from here on

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+from array import array
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -23,18 +23,22 @@ from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.planner import Placement, View
 
 PAGE_BYTES = 4096
-CONTROL_BYTES = 4 * PAGE_BYTES
+CONTROL_BYTES = 8 * PAGE_BYTES
 
 _MAGIC = 0x454C4153_4D4F4531
 # Word offsets in the page. Words that different processes write often live in cache lines (8 words) of their own.
 _W_MAGIC, _W_CAPACITY, _W_CHANNELS, _W_WINDOW = 0, 1, 2, 3
-_W_VERSION, _W_SLOTS, _SLOT_WORDS = 8, 9, 3
+_W_VERSION, _W_SLOTS, _SLOT_WORDS = 8, 9, 4
 BARRIER_WORD = 24
 """First of the 32 words that belong to the commit barrier."""
 _W_RANKS, _RANK_WORDS = 64, 8
 _W_OWNERS = 1024
 MAX_COLUMNS = 4096
 """The most expert columns: the page holds the owners of two views, one byte each."""
+MAX_COPIES = 2048
+"""The most copies of expert columns: the page holds those of two views, a column and a rank in four bytes each."""
+_COPY_BYTES = 4
+_COPIES_AT = 8 * _W_OWNERS + 2 * MAX_COLUMNS
 _PID, _START, _STATE = 0, 1, 3
 BARRIER_ARRIVAL = 4
 """Word of a rank's line in which it arrives at the commit barrier."""
@@ -141,7 +145,8 @@ class ControlPage:
     def format(shared: SharedMemory, *, capacity: int, channels: int, window_bytes: int) -> None:
         """Clear the page and write the geometry. Before any rank starts."""
         assert _W_RANKS + _RANK_WORDS * MAX_CAPACITY <= _W_OWNERS
-        assert 8 * _W_OWNERS + 2 * MAX_COLUMNS <= CONTROL_BYTES
+        assert _W_SLOTS + 2 * _SLOT_WORDS <= BARRIER_WORD
+        assert _COPIES_AT + 2 * _COPY_BYTES * MAX_COPIES <= CONTROL_BYTES
         shared.view[:CONTROL_BYTES] = bytes(CONTROL_BYTES)
         words = shared.words(0, CONTROL_BYTES)
         words[_W_CAPACITY], words[_W_CHANNELS], words[_W_WINDOW] = capacity, channels, window_bytes
@@ -151,24 +156,31 @@ class ControlPage:
 
     def publish(self, view: View) -> None:
         """Make `view` the committed one. At launch; from then on only the commit barrier does, under its lock."""
-        self.stage_owners(view.owners)
+        self.stage_placement(view.placement)
         self.publish_staged(view.membership)
 
-    def stage_owners(self, owners: Sequence[int]) -> None:
-        """Write the owners of the next view.
+    def stage_placement(self, placement: Placement) -> None:
+        """Write the placement of the next view.
 
         Raises:
-            UserInputError: more expert columns than the page has room for.
+            UserInputError: more expert columns, or more copies of them, than the page has room for.
         """
+        owners, copies = placement.owners, placement.copies
         if len(owners) > MAX_COLUMNS:
             raise UserInputError(f"{len(owners)} expert columns are more than {MAX_COLUMNS}")
+        if len(copies) > MAX_COPIES:
+            raise UserInputError(f"{len(copies)} copies of expert columns are more than {MAX_COPIES}")
         slot = (self.words[_W_VERSION] + 1) % 2
         start = 8 * _W_OWNERS + MAX_COLUMNS * slot
         self.shared.view[start : start + len(owners)] = bytes(owners)
-        self.words[_W_SLOTS + _SLOT_WORDS * slot + 2] = len(owners)
+        packed = array("I", (column << 8 | rank for column, rank in copies)).tobytes()
+        start = _COPIES_AT + _COPY_BYTES * MAX_COPIES * slot
+        self.shared.view[start : start + len(packed)] = packed
+        words = _W_SLOTS + _SLOT_WORDS * slot
+        self.words[words + 2], self.words[words + 3] = len(owners), len(copies)
 
     def publish_staged(self, membership: Membership) -> None:
-        """Make `membership`, with the owners that were staged last, the committed view."""
+        """Make `membership`, with the placement that was staged last, the committed view."""
         version = self.words[_W_VERSION] + 1
         slot = _W_SLOTS + _SLOT_WORDS * (version % 2)
         self.words[slot], self.words[slot + 1] = membership.epoch, membership.mask
@@ -190,21 +202,25 @@ class ControlPage:
         Raises:
             UserInputError: none was published yet.
         """
-        membership, owners = self._read()
-        return View(membership=membership, placement=Placement(owners=owners))
+        membership, placement = self._read()
+        return View(membership=membership, placement=placement)
 
-    def _read(self) -> tuple[Membership, tuple[int, ...]]:
+    def _read(self) -> tuple[Membership, Placement]:
         while True:
             version = self.words[_W_VERSION]
             if version == 0:
                 raise UserInputError("no membership was published yet")
             slot = version % 2
-            epoch, mask, columns = (self.words[_W_SLOTS + _SLOT_WORDS * slot + index] for index in range(_SLOT_WORDS))
+            words = _W_SLOTS + _SLOT_WORDS * slot
+            epoch, mask, columns, copies = self.words[words : words + _SLOT_WORDS]
             start = 8 * _W_OWNERS + MAX_COLUMNS * slot
             owners = tuple(self.shared.view[start : start + columns])
-            # The slot is rewritten two versions later at the earliest, and its owners are staged one version later.
+            start = _COPIES_AT + _COPY_BYTES * MAX_COPIES * slot
+            packed = array("I", self.shared.view[start : start + _COPY_BYTES * copies].tobytes())
+            # The slot is rewritten two versions later at the earliest, and its placement is staged one version later.
             if self.words[_W_VERSION] == version:
-                return Membership(ranks=mask_to_ranks(mask), epoch=epoch, capacity=self.capacity), owners
+                membership = Membership(ranks=mask_to_ranks(mask), epoch=epoch, capacity=self.capacity)
+                return membership, Placement(owners=owners, copies=tuple((word >> 8, word & 0xFF) for word in packed))
 
     # Workers
 

@@ -95,6 +95,7 @@ class Coordinator:
         self._closed = False
         self._observer = observer or Observer()
         self._memory_held: HmmUnavailable | None = None
+        self._routed: Mapping[int, int] = {}
         self.await_memory: Callable[[], Awaitable[None]] = _at_once
         self.tidy: Callable[[], Awaitable[object]] = _at_once
         deadlines = Deadlines(
@@ -136,6 +137,11 @@ class Coordinator:
         open_ = [operation for operation in self._newest_first() if not operation.phase.ended]
         targets = [operation for operation in open_ if operation.target is not None]
         return (targets or open_)[0].view() if open_ else None
+
+    @property
+    def redundant_experts(self) -> int:
+        """The most copies of expert columns there may be."""
+        return self._config.redundant_experts
 
     @property
     def idle(self) -> bool:
@@ -221,7 +227,9 @@ class Coordinator:
 
     async def observe_routing(self, seconds: float) -> tuple[int, ...]:
         """Tokens routed to each expert column in so many seconds from now; see `routing.observe`."""
-        return await observe(self._workers, lambda: self.view, seconds)
+        seen = await observe(self._workers, lambda: self.view, seconds)
+        self._routed = seen.by_rank
+        return seen.by_column
 
     def _progress(self, effect: s.Opened | s.Advanced) -> None:
         operation = self._operations.get(effect.operation_id)
@@ -399,6 +407,9 @@ class Coordinator:
             target_ranks=list(self._engine.target_ranks),
             ranks=list(self._workers.ranks()),
             placement=list(view.owners),
+            copies={column: list(ranks) for column, ranks in view.placement.copied().items()},
+            redundant_experts=self.redundant_experts,
+            routed=dict(self._routed),
             memory=memory,
             running=self.running,
             last=self.last,

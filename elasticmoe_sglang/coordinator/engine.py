@@ -420,18 +420,20 @@ class Engine:
     def _still_owed(self, step: s.Step) -> s.Step | None:
         """What of a step that has failed is to be done in the present view: a recovery does not wait for it, and may
         have put another worker into the rank, or the columns back."""
-        owners = self.view.owners
+        held = self.view.placement.held()
         match step:
             case s.Dismiss(rank=rank) if rank in self.view.ranks and rank not in self.lost():
                 return None
             case s.Release(rank=rank, columns=columns):
-                left = tuple(column for column in columns if owners[column] != rank)
+                kept = {column for column, holder in held if holder == rank}
+                left = tuple(column for column in columns if column not in kept)
                 return s.Release(rank=rank, columns=left) if left else None
             case s.Drop(rank=rank) if rank in self.lost():
                 return None  # what it mapped has ended with it
             case s.Drop(rank=rank, txn=txn, moves=moves):
-                unowned = tuple(move for move in moves if owners[move.column] != rank)
-                return s.Drop(rank=rank, txn=txn, moves=unowned) if unowned else None
+                kept = {column for column, holder in held if holder == rank}
+                unheld = tuple(move for move in moves if move.column not in kept)
+                return s.Drop(rank=rank, txn=txn, moves=unheld) if unheld else None
             case _:
                 return step
 
@@ -527,6 +529,7 @@ class Engine:
                 epoch=plan.after.epoch,
                 joining_rank=True,
                 placement=plan.after.owners,
+                copies=plan.after.placement.copies,
                 # A rank that takes a lost one's place comes to the commit barrier by itself: it may be the leader.
                 attempt=change.attempt if plan.lost else 0,
                 kv_chunks=kv_chunks,
@@ -537,8 +540,7 @@ class Engine:
 
     def _check_report(self, change: _Transition, step: s.Boot | s.Pull, report: PullReport) -> None:
         rank = step.join_spec.rank if isinstance(step, s.Boot) else step.rank
-        owners = change.plan.after.owners
-        wanted = owners.count(rank) if isinstance(step, s.Boot) else len(step.moves)
+        wanted = len(step.join_spec.held if isinstance(step, s.Boot) else step.moves)
         if report.columns != wanted:
             short = WorkerError(
                 f"only {report.columns} of {wanted} columns were pulled", rank=rank, operation=change.operation_id
@@ -602,7 +604,7 @@ class Engine:
             first += [s.Migrate(rank=rank, operation_id=_commit_id(change)) for rank in plan.retiring]
         problems, _ = yield from self._each_once(change, first)
         release = [
-            s.Release(rank=rank, columns=columns) for rank in plan.survivors if (columns := _departed(plan, rank))
+            s.Release(rank=rank, columns=columns) for rank in plan.survivors if (columns := plan.departing(rank))
         ]
         dismiss = [s.Dismiss(rank=rank) for rank in plan.retiring]
         pauses = s.Pauses(ranks=plan.survivors)
@@ -615,7 +617,7 @@ class Engine:
         # operation's error names the rank.
         kept = {step.rank for step in failed if isinstance(step, s.Dismiss)}
         ended = [rank for rank in (*plan.retiring, *plan.lost) if rank not in kept and rank not in plan.after.ranks]
-        gone = [s.Release(rank=rank, columns=_departed(plan, rank)) for rank in ended]
+        gone = [s.Release(rank=rank, columns=plan.departing(rank)) for rank in ended]
         problems += (yield from self._each(change, gone))[0]
         last = (s.GrowKv(), *((s.Tidy(),) if plan.lost else ()), s.ReadMemory(after=True))
         for step in last:
@@ -684,10 +686,6 @@ class Engine:
         return [f"could not {s.describe(step)}: {text_of(error)}" for step, error in failed], [
             step for step, _ in failed
         ]
-
-
-def _departed(plan: TransitionPlan, rank: int) -> tuple[int, ...]:
-    return tuple(move.column for move in plan.outgoing(rank))
 
 
 def _commit_id(change: _Transition) -> str:

@@ -194,6 +194,7 @@ class HotStandbys:
                 epoch=view.epoch,
                 joining_rank=True,
                 placement=view.owners,
+                copies=view.placement.copies,
                 kv_chunks=chunks,
                 incarnation=self._next_incarnation(),
                 hot=True,

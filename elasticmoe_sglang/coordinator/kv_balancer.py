@@ -160,7 +160,7 @@ class KvBalancer:
                 model,
                 granularity=status.granularity,
                 ranks=here,
-                owners=view.owners,
+                placement=view.placement,
                 held=self._held_besides(usage.device, view.ranks),
             )
             shares = {}
@@ -200,6 +200,9 @@ class KvBalancer:
     def _on(self, device: int, ranks: Iterable[int]) -> list[int]:
         return [rank for rank in ranks if self._config.device_of(rank) == device]
 
+    def _is_on(self, usage: DeviceUsage, rank: int) -> bool:
+        return self._config.device_of(rank) == usage.device
+
     def _held_besides(self, device: int, ranks: Sequence[int]) -> int:
         """Bytes of KV on the device of other ranks than these."""
         return sum(self._bytes(rank) for rank in self._on(device, self._chunks) if rank not in ranks)
@@ -211,10 +214,8 @@ class KvBalancer:
         """Bytes that the plan allocates on the device before any are released there."""
         model = status.model
         assert model is not None, "the HMM of serving ranks has no model"
-        device_of = self._config.device_of
-        new = sum(
-            device_of(move.target) == usage.device and device_of(move.source) != usage.device for move in plan.moves
-        )
+        here = {column for column, rank in plan.before.placement.held() if self._is_on(usage, rank)}
+        new = len({move.column for move in plan.moves if self._is_on(usage, move.target)} - here)
         dense = bool(self._on(usage.device, joining)) and not usage.by_kind.get("dense")
         return new * round_up(model.column_bytes, status.granularity) + dense * round_up(
             model.dense_bytes, status.granularity

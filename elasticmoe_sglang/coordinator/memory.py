@@ -91,11 +91,8 @@ def release_leftovers(client: HmmClient, view: View, config: ElasticConfig, *, h
     Returns:
         Number of released blocks.
     """
-    columns = [
-        block.block_id
-        for block in client.lookup(kind="column")
-        if block.column is not None and config.device_of(view.owners[block.column]) != block.device
-    ]
+    placed = {(column, config.device_of(rank)) for column, rank in view.placement.held()}
+    columns = [block.block_id for block in client.lookup(kind="column") if (block.column, block.device) not in placed]
     staying = (*view.ranks, *hot)
     devices = {config.device_of(rank) for rank in staying}
     dense = [block.block_id for block in client.lookup(kind="dense") if block.device not in devices]

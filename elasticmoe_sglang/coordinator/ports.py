@@ -79,8 +79,8 @@ class WorkersPort(Protocol):
     async def kill(self, rank: int, pid: int) -> None:
         """End the rank's worker, if it is still this process."""
 
-    async def count_routed(self, ranks: Sequence[int]) -> Sequence[int]:
-        """Tokens routed to each expert column on these ranks since their workers have booted, over all layers.
+    async def count_routed(self, ranks: Sequence[int]) -> Mapping[int, Sequence[int]]:
+        """Rank -> tokens routed to each expert column and computed there since its worker has booted, over all layers.
 
         Raises:
             WorkerError: a rank does not count them, or died.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from elasticmoe_sglang.coordinator.ports import WorkersPort
 from elasticmoe_sglang.errors import RoutingUnknown, WorkerError
@@ -15,8 +16,21 @@ LEAST_PER_COLUMN = 800
 one count of so many is off by a tenth."""
 
 
-async def observe(workers: WorkersPort, view: Callable[[], View], seconds: float) -> tuple[int, ...]:
-    """Tokens routed to each expert column in so many seconds from now, summed over all MoE layers.
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Tokens summed over all MoE layers.
+
+    Attributes:
+        by_column: routed to each expert column. by_rank: rank -> computed there; of a column with copies each of its
+            holders computes a part.
+    """
+
+    by_column: tuple[int, ...]
+    by_rank: dict[int, int]
+
+
+async def observe(workers: WorkersPort, view: Callable[[], View], seconds: float) -> Routing:
+    """What is routed in so many seconds from now.
 
     Raises:
         RoutingUnknown: ranks do not count or did not answer, ranks or columns changed meanwhile, or too few tokens were
@@ -33,7 +47,8 @@ async def observe(workers: WorkersPort, view: Callable[[], View], seconds: float
             epoch=view().epoch,
             hint="Ask again when the change has ended",
         )
-    counts = tuple(after - then for then, after in zip(early, late, strict=True))
+    seen = {rank: [now - then for then, now in zip(early[rank], late[rank], strict=True)] for rank in before.ranks}
+    counts = tuple(map(sum, zip(*seen.values(), strict=True)))
     wanted = LEAST_PER_COLUMN * len(counts)
     if sum(counts) < wanted:
         raise RoutingUnknown(
@@ -42,10 +57,10 @@ async def observe(workers: WorkersPort, view: Callable[[], View], seconds: float
             epoch=before.epoch,
             hint=f"Ask under load, or observe for longer: {wanted} are needed",
         )
-    return counts
+    return Routing(by_column=counts, by_rank={rank: sum(tokens) for rank, tokens in seen.items()})
 
 
-async def _read(workers: WorkersPort, ranks: Sequence[int]) -> Sequence[int]:
+async def _read(workers: WorkersPort, ranks: Sequence[int]) -> Mapping[int, Sequence[int]]:
     try:
         return await asyncio.wait_for(workers.count_routed(ranks), _ANSWER_S)
     except asyncio.TimeoutError as error:

@@ -84,7 +84,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         target: the fields of the request, {"new_ep_size": n}, {"retire_ranks": [...]} or {"restore_ranks": [...]};
             empty for the other causes.
         lost: ranks whose workers had died.
-        moves: expert columns that move.
+        moves: expert columns that a rank gets, as their owner or as a copy. copies: of columns, after the change.
         epoch: the one that the change commits, with `ranks_after`. It is not reached where the change is rolled back,
             and another change may reach it then.
         serving_epoch: the one that served when the operation ended; None while it runs. `ranks_after` serve in it if it
@@ -115,6 +115,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     retiring: list[int]
     lost: list[int] = []
     moves: list[ColumnMove]
+    copies: int = 0
     epoch: int
     serving_epoch: int | None = None
     timings: Timings
@@ -193,7 +194,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         membership: the active ranks. target_ranks: those of the last target; ranks that were lost since come back.
-        placement: placement[c] is the rank that holds expert column c.
+        placement: placement[c] is the rank that owns expert column c.
+        copies: expert column -> the other ranks that hold it, ascending, of columns with copies.
+        redundant_experts: the most copies there may be.
+        routed: rank -> tokens that it computed while routing was observed last, over all layers; empty before.
     """
 
     ep_size: int
@@ -203,6 +207,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     target_ranks: list[int]
     ranks: list[RankInfo]
     placement: list[int]
+    copies: dict[int, list[int]] = {}
+    redundant_experts: int = 0
+    routed: dict[int, int] = {}
     memory: MemoryStatus
     running: Operation | None
     last: Operation | None
@@ -369,6 +376,7 @@ class RunningOperation:
             retiring=list(plan.retiring),
             lost=list(plan.lost),
             moves=list(plan.moves),
+            copies=len(plan.after.placement.copies),
             epoch=plan.after.epoch,
             serving_epoch=self._serving_epoch,
             timings=self._timings(),

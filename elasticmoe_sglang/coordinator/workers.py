@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import msgspec
 
@@ -33,6 +33,24 @@ logger = logging.getLogger(__name__)
 
 # Wait this long for the measured pauses; the workers of an idle server report none.
 _PAUSE_REPORT_S = 0.1
+
+
+class _Pulling:
+    """Ranks of one device pull one after the other, so that a column that several of them get is copied once."""
+
+    def __init__(self) -> None:
+        self._locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._pulled: dict[int, tuple[str, set[int]]] = {}
+
+    @contextlib.asynccontextmanager
+    async def turn(self, device: int, txn: str) -> AsyncIterator[set[int]]:
+        """Within it no other rank of the device pulls. The columns that others have pulled there in this transaction;
+        what is added counts."""
+        async with self._locks[device]:
+            known, columns = self._pulled.get(device, ("", set()))
+            if known != txn:
+                self._pulled[device] = txn, (columns := set())
+            yield columns
 
 
 class Workers:
@@ -65,6 +83,7 @@ class Workers:
         self._resends = 0
         self._incarnations = Incarnations()
         self._barrier = CommitBarrier(control, COORDINATOR)
+        self._pulling = _Pulling()
         self._pauses: dict[int, float] = {}
         self.hot = HotStandbys(
             config,
@@ -147,10 +166,10 @@ class Workers:
             self._incarnations.stalled(pid)
             self._channel.tell_imm(to_imm.KillWorker(rank=rank))
 
-    async def count_routed(self, ranks: Sequence[int]) -> Sequence[int]:
+    async def count_routed(self, ranks: Sequence[int]) -> Mapping[int, Sequence[int]]:
         ask = to_worker.CountRouted(operation_id=f"routing-{time.monotonic_ns()}")
         replies = await asyncio.gather(*(self._channel.ask(rank, ask, to_worker.Routed) for rank in ranks))
-        return [sum(tokens) for tokens in zip(*(reply.tokens for reply in replies), strict=True)]
+        return {reply.rank: reply.tokens for reply in replies}
 
     # -- KV -----------------------------------------------------------------------------------------------------
 
@@ -178,7 +197,7 @@ class Workers:
         hello = await self.hot.join(join_spec) or await self._boot(join_spec)
         if hello.checkpoint_bytes:
             logger.warning("rank %d read %d bytes of the checkpoint to join", hello.rank, hello.checkpoint_bytes)
-        return PullReport(columns=join_spec.placement.count(rank), bytes=hello.pulled_bytes)
+        return PullReport(columns=len(join_spec.held), bytes=hello.pulled_bytes)
 
     async def _boot(self, join_spec: to_worker.JoinSpec) -> to_coordinator.Hello:
         rank = join_spec.rank
@@ -188,9 +207,16 @@ class Workers:
         return await self._channel.wait_for(to_coordinator.Hello, rank=rank)
 
     async def pull(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
-        sources = {move.column: self._config.device_of(move.source) for move in moves}
-        request = to_worker.PullColumns(operation_id=txn, txn=txn, sources=sources)
-        pulled = await self._channel.ask(rank, request, to_worker.Pulled)
+        device = self._config.device_of(rank)
+        async with self._pulling.turn(device, txn) as pulled_here:
+            placed = {(column, self._config.device_of(holder)) for column, holder in self.view().placement.held()}
+            near = pulled_here | {column for column, where in placed if where == device}
+            sources = {
+                move.column: device if move.column in near else self._config.device_of(move.source) for move in moves
+            }
+            request = to_worker.PullColumns(operation_id=txn, txn=txn, sources=sources)
+            pulled = await self._channel.ask(rank, request, to_worker.Pulled)
+            pulled_here.update(sources)
         return PullReport(columns=pulled.columns, bytes=pulled.bytes)
 
     async def drop(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> None:
@@ -216,6 +242,7 @@ class Workers:
             epoch=plan.after.epoch,
             attempt=attempt,
             placement=plan.after.owners,
+            copies=plan.after.placement.copies,
             expires=expires,
             parking=self.hot.choose(plan.retiring),
         )
@@ -354,8 +381,9 @@ class Workers:
         if rank in view.ranks:
             await self._unmap(rank, columns, operation_id=f"release-{rank}-{time.monotonic_ns()}")
         device = self._config.device_of(rank)
-        # A column that moved to another rank of the same device keeps its memory.
-        gone = [c for c in columns if self._config.device_of(view.owners[c]) != device]
+        # A column that another rank of the same device holds keeps its memory.
+        here = {column for column, holder in view.placement.held() if self._config.device_of(holder) == device}
+        gone = [column for column in columns if column not in here]
         if gone:
             await self._release_blocks(kind="column", device=device, columns=gone)
         if not self._is_used(device):

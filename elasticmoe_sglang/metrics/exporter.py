@@ -124,6 +124,9 @@ class Metrics(Observer):
         self._show_ranks(status.ep_size)
         for rank in status.ranks:
             self._show_kv(rank)
+            copies = sum(rank.rank in ranks for ranks in status.copies.values())
+            self._gauges[table.COLUMN_COPIES.name].labels(rank=rank.rank).set(copies)
+            self._gauges[table.ROUTED_TOKENS.name].labels(rank=rank.rank).set(status.routed.get(rank.rank, 0))
         memory = self._gauges[table.DEVICE_BYTES.name]
         for device in status.memory.devices:
             for kind in KINDS:

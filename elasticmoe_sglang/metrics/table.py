@@ -133,8 +133,22 @@ COLUMNS_MOVED = Metric(
     name="elasticmoe:columns_moved_total",
     kind="counter",
     unit="expert columns",
-    help="Expert columns that ranks pulled for changes, also for changes that were rolled back",
+    help="Expert columns that ranks pulled for changes, copies too, also for changes that were rolled back",
     labels=_NONE,
+)
+COLUMN_COPIES = Metric(
+    name="elasticmoe:column_copies",
+    kind="gauge",
+    unit="expert columns",
+    help="Copies of expert columns on a rank beside those that it owns",
+    labels={"rank": "the rank"},
+)
+ROUTED_TOKENS = Metric(
+    name="elasticmoe:observed_routed_tokens",
+    kind="gauge",
+    unit="tokens",
+    help="Routed tokens, over all layers, that a rank computed while routing was observed last for a rebalance; or 0",
+    labels={"rank": "the rank"},
 )
 BYTES_COPIED = Metric(
     name="elasticmoe:bytes_copied_total",
@@ -233,6 +247,8 @@ TABLE: tuple[Metric, ...] = (
     REQUESTS_RESENT,
     REQUESTS_LOST,
     COLUMNS_MOVED,
+    COLUMN_COPIES,
+    ROUTED_TOKENS,
     BYTES_COPIED,
     RANK_DEATHS,
     RANKS_REPLACED,

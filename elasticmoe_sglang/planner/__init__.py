@@ -8,7 +8,7 @@ allows. The same arguments give the same plan.
 
 from elasticmoe_sglang.planner.budget import DeviceRoom, ModelNeeds, check_budgets, extra_bytes
 from elasticmoe_sglang.planner.kv import KvDevice, KvShape, kv_shape
-from elasticmoe_sglang.planner.placement import Placement, View, initial_placement
+from elasticmoe_sglang.planner.placement import TURNS, Placement, View, initial_placement
 from elasticmoe_sglang.planner.plan import (
     Cause,
     ColumnMove,
@@ -24,6 +24,7 @@ from elasticmoe_sglang.planner.plan import (
 from elasticmoe_sglang.planner.rebalance import Rebalance, imbalance, rank_loads
 
 __all__ = [
+    "TURNS",
     "Cause",
     "ColumnMove",
     "DeviceRoom",

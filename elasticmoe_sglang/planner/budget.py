@@ -66,11 +66,14 @@ def check_budgets(plan: TransitionPlan, model: ModelNeeds, devices: Sequence[Dev
         for room, need in short
     )
     room, need = short[0]
+    same = plan.before.ranks == plan.after.ranks
+    what = f"placing {len(plan.moves)} columns anew" if same else f"EP size {len(plan.after.ranks)}"
+    other = "Allow fewer copies (elasticmoe rebalance --copies N)" if same else "Ask for more ranks"
     raise BudgetExceeded(
-        f"EP size {len(plan.after.ranks)} does not fit: {listed}",
+        f"{what} does not fit: {listed}",
         device=room.device,
         needed=need,
         free=room.free,
         budget=room.budget,
-        hint="Ask for more ranks, or start the HMM with a larger --budget",
+        hint=f"{other}, or start the HMM with a larger --budget",
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -38,7 +39,7 @@ Target = ScaleTo | RetireRanks | RestoreRanks | Rebalance
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnMove:
-    """Expert column `column` goes from rank `source` to rank `target`."""
+    """Rank `target` gets expert column `column`, which rank `source` holds: as its new owner, or a copy of it."""
 
     column: int
     source: int
@@ -68,7 +69,8 @@ class TransitionPlan:
         retiring: ranks that hand their requests over and end, ascending.
         lost: active ranks whose workers have died, ascending.
         survivors: ranks active before and after whose workers live, ascending.
-        moves: ascending by column. The HMM still holds the columns of lost ranks on their devices.
+        moves: ascending by column and target. The HMM still holds the columns of lost ranks on their devices. Where a
+            rank with a copy becomes the owner, nothing moves.
     """
 
     cause: Cause
@@ -82,7 +84,7 @@ class TransitionPlan:
 
     @property
     def is_noop(self) -> bool:
-        """Whether nothing has to change: no rank joins or retires, none was lost, and no column moves."""
+        """Whether nothing has to change: no rank joins or retires, none was lost, and every column stays."""
         return self.after.epoch == self.before.epoch
 
     @property
@@ -94,30 +96,27 @@ class TransitionPlan:
         """The moves that end on `rank`."""
         return tuple(move for move in self.moves if move.target == rank)
 
-    def outgoing(self, rank: int) -> tuple[ColumnMove, ...]:
-        """The moves that start from `rank`."""
-        return tuple(move for move in self.moves if move.source == rank)
+    def departing(self, rank: int) -> tuple[int, ...]:
+        """The columns that `rank` holds before and not after, ascending."""
+        kept = set(self.after.placement.columns_of(rank))
+        return tuple(column for column in self.before.placement.columns_of(rank) if column not in kept)
 
 
 def plan_target(view: View, target: Target) -> TransitionPlan:
     """The change to `target`.
 
     A larger size adds the lowest inactive ranks, a smaller one retires the highest active ones, never rank 0.
-    A column moves only if its rank retires or holds more than its share, so the number of moves is the smallest that
-    any balanced placement over the new ranks needs. `Rebalance` keeps the ranks and each one's number of columns. The
-    same arguments give the same plan.
+    A column moves only if its rank retires or owns more than its share, so the number of moves is the smallest that
+    any balanced placement over the new ranks needs; a column that has copies may need none, because a rank with one
+    becomes its owner. `Rebalance` keeps the ranks and the number of columns that each owns. The same arguments give
+    the same plan.
 
     Raises:
         PlanError: the target is no legal membership; the text says what is allowed.
     """
     if isinstance(target, Rebalance):
-        owners = balanced(view.placement, view.ranks, target.load).owners
-        moves = tuple(
-            ColumnMove(column=column, source=source, target=owner)
-            for column, (source, owner) in enumerate(zip(view.owners, owners, strict=True))
-            if source != owner
-        )
-        return _plan(Cause.TARGET, view, view.ranks, moves=moves)
+        placement = balanced(view.placement, view.ranks, target.load, redundant=target.redundant)
+        return _plan(Cause.TARGET, view, view.ranks, placement=placement)
     return _plan(Cause.TARGET, view, _ranks_after(view.membership, target))
 
 
@@ -146,28 +145,30 @@ def _plan(
     view: View,
     ranks: tuple[int, ...],
     lost: tuple[int, ...] = (),
-    moves: tuple[ColumnMove, ...] | None = None,
+    placement: Placement | None = None,
 ) -> TransitionPlan:
-    """moves: None: the fewest to a balanced placement over `ranks`."""
-    # After a loss columns move only from ranks that go: balance is for changes that nobody's streams wait for.
-    gone = set(view.ranks) - set(ranks)
-    if moves is None:
-        moves = _fewest_moves(view.placement, ranks) if gone or cause is not Cause.LOSS else ()
-    owners = list(view.owners)
-    for move in moves:
-        owners[move.column] = move.target
+    """placement: None: a balanced one over `ranks` with the fewest moves."""
+    if placement is None:
+        # After a loss columns move only from ranks that go: balance is for changes that nobody's streams wait for.
+        placement = _settled(view.placement, ranks, keep=cause is Cause.LOSS)
     old, new = set(view.ranks), set(ranks)
-    changed = bool(moves) or old != new or cause is Cause.LOSS
+    changed = placement != view.placement or old != new or cause is Cause.LOSS
     membership = Membership(ranks=ranks, epoch=view.epoch + changed, capacity=view.membership.capacity)
+    before = set(view.placement.held())
+    moves = (
+        ColumnMove(column=column, source=view.owners[column], target=rank)
+        for column, rank in placement.held()
+        if (column, rank) not in before
+    )
     return TransitionPlan(
         cause=cause,
         before=view,
-        after=View(membership=membership, placement=Placement(owners=tuple(owners))),
+        after=View(membership=membership, placement=placement),
         joining=tuple(sorted((new - old) | (new & set(lost)))),
         retiring=tuple(sorted(old - new - set(lost))),
         lost=lost,
         survivors=tuple(sorted((old & new) - set(lost))),
-        moves=moves,
+        moves=tuple(moves),
     )
 
 
@@ -240,28 +241,59 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _fewest_moves(placement: Placement, ranks: tuple[int, ...]) -> tuple[ColumnMove, ...]:
-    """Moves to a balanced placement over `ranks` (ascending), as few as there can be, ascending by column.
+def _settled(placement: Placement, ranks: tuple[int, ...], *, keep: bool) -> Placement:
+    """A placement over `ranks` (ascending). Copies on them stay, and one becomes its column where the owner goes.
 
-    With n columns over k ranks, n mod k ranks hold one column more than n // k. Choosing ranks that hold more than
-    n // k already saves one move each, and nothing else can save a move.
+    Args:
+        keep: every column on `ranks` stays with its owner, balanced or not.
     """
-    share, odd = divmod(placement.num_columns, len(ranks))
-    held = {rank: placement.columns_of(rank) for rank in ranks}
-    by_need = sorted(ranks, key=lambda rank: (len(held[rank]) <= share, rank))
-    quota = {rank: share + (place < odd) for place, rank in enumerate(by_need)}
+    copies = [copy for copy in placement.copies if copy[1] in ranks]
+    owners = _inherited(placement.owners, copies, ranks)
+    targets = _fewest_moves(Placement(owners=owners), ranks, keep=keep)
+    after = tuple(targets.get(column, owner) for column, owner in enumerate(owners))
+    return Placement(owners=after, copies=tuple(copy for copy in copies if after[copy[0]] != copy[1]))
 
-    kept = {column for rank in ranks for column in held[rank][: quota[rank]]}
+
+def _inherited(owners: tuple[int, ...], copies: Sequence[tuple[int, int]], ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """The owners, where each column of a rank that goes belongs to the one of `ranks` with a copy that owns least."""
+    after = list(owners)
+    owned = Counter(owner for owner in owners if owner in ranks)
+    for column, owner in enumerate(owners):
+        heirs = [rank for copied, rank in copies if copied == column] if owner not in ranks else []
+        if heirs:
+            after[column] = min(heirs, key=lambda rank: (owned[rank], rank))
+            owned[after[column]] += 1
+    return tuple(after)
+
+
+def _fewest_moves(placement: Placement, ranks: tuple[int, ...], *, keep: bool) -> dict[int, int]:
+    """Column -> its next owner, to a balanced placement over `ranks` (ascending), with as few moves as there can be.
+
+    With n columns over k ranks, n mod k ranks own one column more than n // k. Choosing ranks that own more than
+    n // k already saves one move each, and nothing else can save a move.
+
+    Args:
+        keep: move only what belongs to none of `ranks`, to those that own least.
+    """
+    owned = {rank: placement.owned_by(rank) for rank in ranks}
+    if keep:
+        quota = {rank: len(columns) for rank, columns in owned.items()}
+        for _ in range(placement.num_columns - sum(quota.values())):
+            quota[min(ranks, key=lambda rank: (quota[rank], rank))] += 1
+    else:
+        share, odd = divmod(placement.num_columns, len(ranks))
+        by_need = sorted(ranks, key=lambda rank: (len(owned[rank]) <= share, rank))
+        quota = {rank: share + (place < odd) for place, rank in enumerate(by_need)}
+
+    kept = {column for rank in ranks for column in owned[rank][: quota[rank]]}
     surplus: dict[int, list[int]] = {}
     for column, owner in enumerate(placement.owners):
         if column not in kept:
             surplus.setdefault(owner, []).append(column)
-    wanting = {rank: quota[rank] - len(held[rank]) for rank in ranks if quota[rank] > len(held[rank])}
+    wanting = {rank: quota[rank] - len(owned[rank]) for rank in ranks if quota[rank] > len(owned[rank])}
     # Round robin on both sides: every receiver pulls from many sources, which spreads the load over all links.
     targets = _round_robin([rank] * need for rank, need in wanting.items())
-    pairs = zip(_round_robin(surplus.values()), targets, strict=True)
-    moves = [ColumnMove(column=column, source=placement.owners[column], target=target) for column, target in pairs]
-    return tuple(sorted(moves, key=lambda move: move.column))
+    return dict(zip(_round_robin(surplus.values()), targets, strict=True))
 
 
 def _round_robin(rows: Iterable[list[int]]) -> Iterator[int]:

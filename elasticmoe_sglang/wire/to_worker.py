@@ -22,8 +22,9 @@ class JoinSpec(msgspec.Struct, frozen=True, kw_only=True):
         members, epoch: the membership with this rank in it.
         joining_rank: the rank boots alone and waits at the commit barrier for that epoch. False for the ranks a server
             starts with.
-        placement: expert column -> rank in that membership. Empty at a server's start: the ranks compute the initial
-            placement once the model's number of experts is known.
+        placement: expert column -> its owner in that membership. Empty at a server's start: the ranks compute the
+            initial placement once the model's number of experts is known.
+        copies: (column, rank) of each copy of a column in that membership, ascending.
         attempt: not 0 for a process that takes a lost rank's place: its proposal at the commit barrier, to which it
             comes by itself; `operation_id` names that proposal then.
         kv_chunks: KV memory to begin with; 0: the rank's share of what the weights leave.
@@ -38,12 +39,19 @@ class JoinSpec(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     joining_rank: bool
     placement: tuple[int, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
     attempt: int = 0
     kv_chunks: int = 0
     txn: str = ""
     operation_id: str = ""
     incarnation: int = 0
     hot: bool = False
+
+    @property
+    def held(self) -> list[int]:
+        """The columns on this rank, owned or copies, ascending."""
+        owned = [column for column, owner in enumerate(self.placement) if owner == self.rank]
+        return sorted((*owned, *(column for column, rank in self.copies if rank == self.rank)))
 
 
 class Enter(Message, frozen=True, kw_only=True):
@@ -258,7 +266,7 @@ class CommitCommand(Message, frozen=True, kw_only=True):
         members, epoch: the membership after the change.
         before: the ranks before it. lost: those of them whose workers have died.
         attempt: counts tries to commit; decisions of the commit barrier belong to one attempt.
-        placement: expert column -> rank after the change.
+        placement: expert column -> its owner after the change. copies: (column, rank) of each copy then, ascending.
         expires: CLOCK_MONOTONIC seconds after which the commit barrier's leader refuses to commit: the coordinator has
             given up.
         parking: retiring ranks whose workers become hot standbys; the others' end.
@@ -273,6 +281,7 @@ class CommitCommand(Message, frozen=True, kw_only=True):
     placement: tuple[int, ...]
     expires: float
     parking: tuple[int, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def joining(self) -> tuple[int, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.hmm.vmm.base import round_up
-from elasticmoe_sglang.planner import KvDevice
+from elasticmoe_sglang.planner import KvDevice, Placement
 from elasticmoe_sglang.wire.to_hmm import DeviceUsage, ModelSpec
 
 
@@ -27,17 +27,17 @@ def device_at_rest(
     *,
     granularity: int,
     ranks: Sequence[int],
-    owners: Iterable[int],
+    placement: Placement,
     held: int = 0,
 ) -> KvDevice:
     """The device with the weights of this placement, whatever is allocated there at the moment.
 
     Args:
         ranks: those of the device, which share the rest.
-        owners: each column's rank, of all devices.
+        placement: of all ranks. Ranks of one device have a column's memory there in common.
         held: bytes of KV of other ranks there.
     """
-    columns = sum(config.device_of(owner) == usage.device for owner in owners)
+    columns = len({column for column, rank in placement.held() if config.device_of(rank) == usage.device})
     return KvDevice(
         budget=usage.budget,
         headroom=config.headroom_bytes(usage.budget),

@@ -17,6 +17,7 @@ from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
 from elasticmoe_sglang.hmm.space import ColumnSpace, DenseSpace
+from elasticmoe_sglang.planner.placement import TURNS, turns_of
 from elasticmoe_sglang.wire.to_hmm import Block, ModelSpec
 
 
@@ -74,8 +75,8 @@ class WorkerWeights:
         self.columns: ColumnSpace
         self.dense: DenseSpace
         self.slot_table: torch.Tensor
-        """int32 [columns + 1]: expert column -> slot, -1 for not here. The last entry is -1, so that an id of -1, which
-        indexes it, stays -1."""
+        """int32 [turns, columns + 1]: in each turn, expert column -> slot, -1 for not here or another holder's. The
+        last entry is -1, so that an id of -1, which indexes it, stays -1."""
 
     def attach(
         self,
@@ -88,14 +89,17 @@ class WorkerWeights:
         dense_source: int,
         fill_dense: bool,
         table_device: torch.device,
+        shared: Mapping[int, tuple[int, int]] | None = None,
+        turns: int = 1,
     ) -> Attached:
         """Reserve address space for all columns, map ours, and copy from other devices what they hold already.
 
         Args:
-            owned: this rank's columns.
+            owned: this rank's columns, copies included.
             txn: transaction for what is allocated; None keeps it at once (a server's start).
             dense_source: device whose dense block is copied when ours is new.
             fill_dense: this rank fills the dense block itself when no device holds one yet.
+            shared: see `switch`. turns: TURNS on a server whose columns may have copies, else 1.
 
         Raises:
             ModelMismatch: the HMM holds another model. BudgetExceeded: no memory. WorkerError: no source in time.
@@ -104,10 +108,10 @@ class WorkerWeights:
         backend = self._client.backend
         self.columns = ColumnSpace(backend, spec.num_columns, columns.column_bytes, device=self._device)
         self.dense = DenseSpace(backend, dense, device=self._device)
-        self.slot_table = torch.full((spec.num_columns + 1,), -1, dtype=torch.int32, device=table_device)
+        self.slot_table = torch.full((turns, spec.num_columns + 1), -1, dtype=torch.int32, device=table_device)
         load_dense = self._attach_dense(txn, dense_source, fill_dense)
         load_columns = self._attach_columns(owned, txn)
-        self.switch(owned)
+        self.switch(owned, shared)
         return Attached(load_columns=load_columns, load_dense=load_dense)
 
     def _attach_dense(self, txn: str | None, source_device: int, fill: bool) -> bool:
@@ -174,8 +178,11 @@ class WorkerWeights:
         self._pending_seal += [block.block_id for block in blocks]
         return frozenset(load)
 
-    def take(self, owned: Sequence[int], txn: str | None) -> int:
+    def take(self, owned: Sequence[int], txn: str | None, shared: Mapping[int, tuple[int, int]] | None = None) -> int:
         """Map and serve columns that other ranks hold, as a hot standby that joins; returns the bytes copied.
+
+        Args:
+            shared: see `switch`.
 
         Raises:
             BudgetExceeded: no memory. WorkerError: a column is on no device.
@@ -184,7 +191,7 @@ class WorkerWeights:
         absent = self._attach_columns(owned, txn)
         if absent:
             raise WorkerError(f"columns {sorted(absent)} are on no device", rank=self._rank)
-        self.switch(owned)
+        self.switch(owned, shared)
         return self.pulled_bytes - before
 
     def give_up(self) -> int:
@@ -271,13 +278,28 @@ class WorkerWeights:
                 self.columns.unmap_column(column)
         return len(gone)
 
-    def switch(self, owned: Iterable[int]) -> None:
-        """Point the slot table at these columns; all of them must be mapped. Between two batches only."""
-        table = torch.full((self.slot_table.shape[0],), -1, dtype=torch.int32)
-        here = list(owned)
+    def switch(self, owned: Iterable[int], shared: Mapping[int, tuple[int, int]] | None = None) -> None:
+        """Point the slot table at these columns; all of them must be mapped. Between two batches only.
+
+        Args:
+            shared: of those that other ranks hold too, this rank's place among the holders, and their number: it
+                computes a column's rows in its own turns only. None: of none.
+
+        Raises:
+            WorkerError: a column is not mapped, or is shared and this server's columns have no copies.
+        """
+        here, turns = list(owned), self.slot_table.shape[0]
         mapped = self.columns.mapped()
         absent = [column for column in here if column not in mapped]
         if absent:
             raise WorkerError(f"columns {absent} cannot be served: they are not mapped", rank=self._rank)
-        table[here] = torch.tensor(here, dtype=torch.int32)
+        if shared and turns != TURNS:
+            raise WorkerError(
+                f"columns {sorted(shared)} have copies, and the tables of this rank have no turns", rank=self._rank
+            )
+        table = torch.full(self.slot_table.shape, -1, dtype=torch.int32)
+        table[:, here] = torch.tensor(here, dtype=torch.int32)
+        for column, (place, holders) in (shared or {}).items():
+            table[:, column] = -1
+            table[turns_of(column, place, holders), column] = column
         self.slot_table.copy_(table)

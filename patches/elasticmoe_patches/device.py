@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elasticmoe_sglang import cpu_bind
-from elasticmoe_sglang.config import AUTO, ElasticConfig
+from elasticmoe_sglang.config import AUTO, ElasticConfig, flag
 from elasticmoe_sglang.errors import HmmTaken, UserInputError
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.vmm import acl_probe
@@ -163,6 +163,16 @@ def check_biased_devices() -> None:
             "gpt-oss is not supported on NPUs: the grouped product of experts there takes no biases and no clamped "
             "SwiGLU",
             hint="Serve it on GPUs or on the CPU platform",
+        )
+
+
+def check_redundancy(config: ElasticConfig) -> None:
+    """Raises UserInputError: columns may have copies, and these devices cannot share a column's rows among ranks."""
+    if config.redundant_experts and on_npu():
+        raise UserInputError(
+            f"{flag('redundant_experts')} {config.redundant_experts} is not supported on NPUs: rows are sorted by "
+            "expert there before they are looked up, so ranks with a copy could not take turns",
+            hint="Leave it out: `elasticmoe rebalance` moves columns without it",
         )
 
 

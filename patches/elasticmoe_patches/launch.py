@@ -8,15 +8,17 @@ anything starts.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from elasticmoe_patches.device import check_biased_devices, check_fp8_devices
+from elasticmoe_patches.device import check_biased_devices, check_fp8_devices, check_redundancy
 from elasticmoe_patches.features import LAUNCH_REFUSALS
+from elasticmoe_sglang.comm.control_page import MAX_COPIES
 from elasticmoe_sglang.comm.membership import MAX_CAPACITY
-from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.config import ElasticConfig, flag
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.models import architecture_of
 from elasticmoe_sglang.models.base import Architecture
@@ -35,9 +37,8 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "ep_join_mode": (None, "its standbys join by themselves, no joining group is started"),
     "enable_elastic_expert_backup": (False, "the HMM holds the copies of the experts"),
     "enable_eplb": (False, "expert placement is this plugin's"),
-    "ep_num_redundant_experts": (0, "redundant experts are not supported"),
     "init_expert_location": ("trivial", "expert placement is this plugin's"),
-    "ep_dispatch_algorithm": (None, "every expert exists once"),
+    "ep_dispatch_algorithm": (None, "rows take turns among the ranks that hold an expert"),
     "expert_distribution_recorder_mode": (None, "it takes an equal run of experts for each rank's"),
     "expert_balancedness_report_mode": ("off", "it takes an equal run of experts for each rank's"),
     "speculative_algorithm": (None, "draft models are not supported"),
@@ -81,12 +82,27 @@ def elastic_config(args: argparse.Namespace) -> ElasticConfig | None:
     """The elastic settings of a launch, None if it asks for none.
 
     They come from our flags or, with --elastic-ep-backend elasticmoe, from SGLang's --max-ep-size and
-    --elastic-ep-initial-size (or --tp-size, as in SGLang). SGLang's flags are cleared in `args`: their meaning there is
-    SGLang's own elastic EP.
+    --elastic-ep-initial-size (or --tp-size, as in SGLang). --ep-num-redundant-experts is understood with either.
+    SGLang's flags are cleared in `args`: their meaning there is SGLang's own elastic EP and EPLB.
 
     Raises:
         UserInputError: no size was given, or the two kinds of flags contradict each other.
     """
+    config = _sized_config(args)
+    redundant = args.ep_num_redundant_experts
+    if config is None or not redundant:
+        return config
+    if config.redundant_experts not in (0, redundant):
+        raise UserInputError(
+            f"--ep-num-redundant-experts {redundant} contradicts {flag('redundant_experts')} "
+            f"{config.redundant_experts}",
+            hint="Give one of them: they mean the same",
+        )
+    args.ep_num_redundant_experts = 0
+    return dataclasses.replace(config, redundant_experts=redundant)
+
+
+def _sized_config(args: argparse.Namespace) -> ElasticConfig | None:
     config = ElasticConfig.from_namespace(args)
     if args.elastic_ep_backend != BACKEND:
         return config
@@ -263,4 +279,16 @@ def check_model(model_path: str, config: ElasticConfig, *, revision: str | None 
             f"the model has {experts} experts, fewer than the {config.max_ep_size} ranks",
             hint=f"Use --elasticmoe-max-ep-size {experts} or less",
         )
+    _check_redundancy(config, experts)
     return architecture, quantised
+
+
+def _check_redundancy(config: ElasticConfig, experts: int) -> None:
+    most = min(MAX_COPIES, experts * (config.max_ep_size - 1))
+    if config.redundant_experts > most:
+        raise UserInputError(
+            f"{flag('redundant_experts')} {config.redundant_experts} is more than the {most} copies that "
+            f"{config.max_ep_size} ranks can have of {experts} experts",
+            hint="An equal share of one or two for each rank evens out most loads",
+        )
+    check_redundancy(config)

@@ -6,13 +6,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
 from elasticmoe_sglang.hmm.process import spawn_hmm
+from elasticmoe_sglang.planner import TURNS
+from elasticmoe_sglang.planner.placement import turns_of
 from elasticmoe_sglang.wire.to_hmm import ModelSpec
 from elasticmoe_sglang.worker.weights import Attached, WorkerWeights
 
@@ -97,7 +101,42 @@ def test_blocks_that_may_be_rolled_back_are_not_shared(endpoint: str) -> None:
                 assert torch.all(booted.columns.views(COLUMNS)["0.w13_weight"][column] == column + 1.0)
 
 
-def attach_to(memory: WorkerWeights, *, owned: list[int], txn: str | None, fill_dense: bool = False) -> Attached:
+def test_a_shared_column_is_served_in_its_turns(endpoint: str) -> None:
+    with HmmClient(endpoint, name="first") as client:
+        memory = WorkerWeights(client, rank=0, device=0, bytes_per_second=None, deadline_s=20)
+        owned, shared = [0, 1, 2], {1: (0, 2), 2: (2, 3)}
+        attached = attach_to(memory, owned=owned, txn=None, fill_dense=True, shared=shared, turns=TURNS)
+        assert attached.load_columns == {0, 1, 2}
+        memory.filled()
+        table = memory.slot_table
+        address = table.data_ptr()
+        assert (table.shape, table.dtype) == ((TURNS, RANKS + 1), torch.int32)
+
+        def served(column: int) -> list[int]:
+            assert set(table[:, column].tolist()) <= {-1, column}
+            return (table[:, column] == column).nonzero().flatten().tolist()
+
+        assert served(0) == list(range(TURNS)) and served(3) == served(RANKS) == []
+        assert served(1) == list(turns_of(1, 0, 2)) and served(2) == list(turns_of(2, 2, 3))
+        memory.switch([0, 1], {0: (1, 2)})
+        assert served(0) == list(turns_of(0, 1, 2)) and served(1) == list(range(TURNS)) and served(2) == []
+        assert memory.slot_table.data_ptr() == address, "captured graphs read it there"
+        with pytest.raises(WorkerError, match=r"columns \[3\] cannot be served: they are not mapped"):
+            memory.switch([3], {3: (0, 2)})
+
+
+def test_copies_on_a_server_without_turns_are_refused(endpoint: str) -> None:
+    with HmmClient(endpoint, name="first") as client:
+        memory = WorkerWeights(client, rank=0, device=0, bytes_per_second=None, deadline_s=20)
+        attach_to(memory, owned=[0], txn=None, fill_dense=True)
+        memory.filled()
+        with pytest.raises(WorkerError, match=r"columns \[0\] have copies, and the tables of this rank have no turns"):
+            memory.switch([0], {0: (0, 2)})
+
+
+def attach_to(
+    memory: WorkerWeights, *, owned: list[int], txn: str | None, fill_dense: bool = False, **turns: Any
+) -> Attached:
     return memory.attach(
         SPEC,
         COLUMNS,
@@ -107,4 +146,5 @@ def attach_to(memory: WorkerWeights, *, owned: list[int], txn: str | None, fill_
         dense_source=0,
         fill_dense=fill_dense,
         table_device=torch.device("cpu"),
+        **turns,
     )

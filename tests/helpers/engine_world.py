@@ -3,7 +3,8 @@
 The engine is the real one. What it asks for is done here by small models of the parts, with random delays, reorderings,
 failures and deaths at any moment, and every rule that a server must keep is asserted where it could break:
 
-- a view is committed at most once for each epoch, and its owners have mapped their columns;
+- a view is committed at most once for each epoch, and the holders of columns and copies have mapped them;
+- each row of each column is computed by exactly one rank;
 - the HMM frees nothing that a living worker maps, and a column's memory is never lost;
 - a request runs on one worker at a time, and each is answered exactly once;
 - in the end nothing is left over, and the ranks of the last target serve.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +34,7 @@ from elasticmoe_sglang.errors import (
     WorkerError,
 )
 from elasticmoe_sglang.planner import (
+    TURNS,
     Cause,
     Rebalance,
     RetireRanks,
@@ -42,6 +45,7 @@ from elasticmoe_sglang.planner import (
     initial_placement,
     plan_target,
 )
+from elasticmoe_sglang.planner.placement import turns_of
 from elasticmoe_sglang.wire.to_worker import JoinSpec
 
 DEADLINES = Deadlines(prepare=20.0, commit=2.0, finish=5.0, recover=60.0, collective=3.0)
@@ -97,9 +101,10 @@ class World:
     seed: of everything that is random.
     capacity, columns: of the server; it starts with all but one rank.
     faults: how many of them.
+    redundant: the most copies of columns; then columns are rebalanced often.
     """
 
-    def __init__(self, seed: int, *, capacity: int = 4, columns: int = 7, faults: int = 3) -> None:
+    def __init__(self, seed: int, *, capacity: int = 4, columns: int = 7, faults: int = 3, redundant: int = 0) -> None:
         self.random = random.Random(seed)
         self.seed = seed
         self.now = 0.0
@@ -139,6 +144,9 @@ class World:
         self.engine = Engine(self.view, {p.rank: p.pid for p in self.processes}, DEADLINES, restore=True)
         self.faults = faults
         self.overlapping = 0
+        self.redundant = redundant
+        self.copies_served = 0
+        self._checked: tuple[tuple[int, View | None], ...] = ()
 
     # -- time ---------------------------------------------------------------------------------------------------
 
@@ -173,7 +181,7 @@ class World:
             raise Broken(f"seed {self.seed}: {error}\n{tail}") from error
 
     def _plan_events(self) -> None:
-        for _ in range(self.random.randint(1, 3)):
+        for _ in range(self.random.randint(1, 3) if not self.redundant else self.random.randint(2, 6)):
             self.later(self.random.uniform(0.0, FAULTS_UNTIL_S), self._ask_for_target)
         for number in range(8):
             self.later(self.random.uniform(0.0, FAULTS_UNTIL_S), lambda number=number: self._arrive(number))  # type: ignore[misc]
@@ -250,8 +258,8 @@ class World:
         target: Target = ScaleTo(size=self.random.randint(1, self.capacity))
         if self.random.random() < 0.3 and len(self.engine.view.ranks) > 1:
             target = RetireRanks(ranks=(self.random.choice(self.engine.view.ranks[1:]),))
-        elif self.random.random() < 0.25:
-            target = Rebalance(load=tuple(self.random.randint(0, 9) for _ in self.engine.view.owners))
+        elif self.random.random() < (0.6 if self.redundant else 0.25):
+            target = self._rebalance()
         name = f"target-{len(self.phases)}-{self.now:.3f}"
         busy = any(not phase.ended and key.startswith("target") for key, phase in self.phases.items())
         if busy or not self.hmm_alive:
@@ -262,6 +270,14 @@ class World:
             return
         self.phases[name] = Phase.PLANNED
         self.post(s.Wanted(operation_id=name, target=target, plan=plan))
+
+    def _rebalance(self) -> Rebalance:
+        load = [self.random.randint(0, 9) for _ in self.engine.view.owners]
+        if not self.redundant:
+            return Rebalance(load=tuple(load))
+        # One column gets more than a rank's share: without copies nobody can divide it.
+        load[self.random.randrange(len(load))] *= 10
+        return Rebalance(load=tuple(load), redundant=self.random.choice((0, 1, self.redundant)))
 
     def _arrive(self, number: int) -> None:
         self.remaining[number] = self.random.randint(3, 40)
@@ -385,6 +401,7 @@ class World:
             return
         if len({p.view.epoch for p in serving if p.view}) > 1:
             raise Broken("two views serve at the same time")
+        self._check_turns(serving)
         for process in serving:
             assert process.view is not None
             short = set(process.view.placement.columns_of(process.rank)) - process.mapped.keys()
@@ -392,6 +409,25 @@ class World:
                 raise Broken(f"rank {process.rank} serves without columns {sorted(short)}")
             for number in sorted(process.requests):
                 self._token(process, number)
+
+    def _check_turns(self, serving: list[Process]) -> None:
+        """By the tables of those who serve, each by its own view, every column is computed once in each turn."""
+        views = tuple((p.rank, p.view) for p in serving)
+        if views == self._checked or {rank for rank, _ in views} != set(self.view.ranks):
+            return  # no batch without all of them
+        self._checked = views
+        computed: Counter[tuple[int, int]] = Counter()
+        for rank, view in views:
+            assert view is not None
+            shared = view.placement.shared_by(rank)
+            for column in view.placement.columns_of(rank):
+                computed.update((column, turn) for turn in turns_of(column, *shared.get(column, (0, 1))))
+        once = {(column, turn) for column in range(self.columns) for turn in range(TURNS)}
+        wrong = sorted(pair for pair in once | computed.keys() if computed[pair] != 1)
+        if wrong:
+            column, turn = wrong[0]
+            raise Broken(f"column {column} is computed {computed[wrong[0]]} times in turn {turn}")
+        self.copies_served += len(self.view.placement.copies)
 
     def _waits(self, process: Process) -> bool:
         """It stands at a commit barrier that is not decided yet."""
@@ -596,12 +632,11 @@ class World:
         yield wait + self.random.uniform(0.05, 0.6)
         if not process.alive:
             raise WorkerError("it exited while it booted", rank=spec.rank)
-        columns = [column for column, owner in enumerate(spec.placement) if owner == spec.rank]
-        yield from self._take(process, columns, spec.txn)
+        yield from self._take(process, spec.held, spec.txn)
         process.booted = True
         if spec.attempt:
             self.later(self.soon(), lambda: self._arrive_when_proposed(process, spec.epoch, spec.attempt))
-        return PullReport(columns=len(columns), bytes=0)
+        return PullReport(columns=len(spec.held), bytes=0)
 
     def _arrive_when_proposed(self, process: Process, epoch: int, attempt: int) -> None:
         proposal = self.proposals.get((epoch, attempt))
@@ -793,7 +828,7 @@ class World:
         self.blocks = {block: place for block, place in self.blocks.items() if place not in released}
 
     def _tidy(self) -> None:
-        placed = {(owner, column) for column, owner in enumerate(self.view.owners)}
+        placed = {(holder, column) for column, holder in self.view.placement.held()}
         mapped = {(p.rank, column) for p in self.processes if p.alive for column in p.mapped}
         self.blocks = {block: place for block, place in self.blocks.items() if place in placed or place in mapped}
 
@@ -824,7 +859,7 @@ class World:
         assert not others, f"workers of ranks {others} are left over"
         assert not self.txns, "a transaction is open"
         assert all(phase.ended for phase in self.phases.values()), f"operations are open: {self.phases}"
-        placed = {(owner, column) for column, owner in enumerate(self.view.owners)}
+        placed = {(holder, column) for column, holder in self.view.placement.held()}
         assert placed <= set(self.blocks.values()), "the ledger lacks columns"
         assert not self._in_transit
 

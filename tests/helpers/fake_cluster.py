@@ -55,6 +55,8 @@ class FakeCluster:
     """Bytes of a chunk of KV; a rank keeps two at least."""
     popularity: Sequence[int] | None = None
     """Tokens that are routed to each column between two questions; None: the ranks do not count."""
+    redundant: int = 0
+    """The server's redundant_experts."""
 
     def __post_init__(self) -> None:
         placement = initial_placement(self.columns, self.active)
@@ -71,7 +73,9 @@ class FakeCluster:
         self.counted = 0
 
     def coordinator(self, *, observer: Observer | None = None, **deadlines: float) -> Coordinator:
-        config = ElasticConfig(ep_size=len(self.active), max_ep_size=self.capacity, **deadlines)  # type: ignore[arg-type]
+        config = ElasticConfig(
+            ep_size=len(self.active), max_ep_size=self.capacity, redundant_experts=self.redundant, **deadlines
+        )  # type: ignore[arg-type]
         pids = {rank: 100 + rank for rank in self.active}
         self.driven = Coordinator(
             config=config, view=self.committed, pids=pids, memory=self, workers=self, observer=observer
@@ -132,13 +136,18 @@ class FakeCluster:
         await self._leave("rollback", how)
         return [0] * self.capacity
 
-    async def count_routed(self, ranks: Sequence[int]) -> list[int]:
+    async def count_routed(self, ranks: Sequence[int]) -> dict[int, list[int]]:
         await self._leave("count_routed", await self._enter("count_routed"))
         assert tuple(ranks) == self.committed.ranks
         if self.popularity is None:
             raise WorkerError("this server does not count routed tokens", rank=ranks[0])
         self.counted += 1
-        return [self.counted * each for each in self.popularity]
+        turns = {rank: self.committed.placement.shared_by(rank) for rank in ranks}
+        computed = {rank: [0] * self.columns for rank in ranks}
+        for column, holder in self.committed.placement.held():
+            _, holders = turns[holder].get(column, (0, 1))
+            computed[holder][column] = self.counted * self.popularity[column] // holders
+        return computed
 
     def least_kv_bytes(self) -> int:
         return 2 * self.kv_chunk
@@ -200,8 +209,7 @@ class FakeCluster:
         self.driven.post(WorkerUp(rank=rank, pid=100 + rank))
         assert rank in join_spec.members and join_spec.joining_rank
         holders = {column: holder for holder, column in sorted(self.held)}
-        columns = [column for column, owner in enumerate(join_spec.placement) if owner == rank]
-        moves = [ColumnMove(column=column, source=holders[column], target=rank) for column in columns]
+        moves = [ColumnMove(column=column, source=holders[column], target=rank) for column in join_spec.held]
         return await self._take(call, how, rank, join_spec.txn, moves)
 
     async def pull(self, rank: int, txn: str, moves: Sequence[ColumnMove]) -> PullReport:
@@ -234,8 +242,8 @@ class FakeCluster:
             return CommitReport(committed=False, reason=self.commit_verdict)
         if how == "hang":
             await self._leave("ranks.commit", how)
-        for column, owner in enumerate(plan.after.owners):
-            assert (owner, column) in self.mapped, "a table would point at a column that is not there"
+        for column, holder in plan.after.placement.held():
+            assert (holder, column) in self.mapped, "a table would point at a column that is not there"
         self.committed = plan.after
         for rank in plan.joining:
             self.states[rank] = RankState.ACTIVE
@@ -281,7 +289,7 @@ class FakeCluster:
 
     def check_settled(self, coordinator: Coordinator) -> None:
         """No transaction is open, and what is held and mapped is what the placement says, no more and no less."""
-        placed = {(owner, column) for column, owner in enumerate(coordinator.view.owners)}
+        placed = {(holder, column) for column, holder in coordinator.view.placement.held()}
         assert not self.open
         assert self.mapped == placed
         assert self.kv == dict.fromkeys(self.committed.ranks, KV_CHUNKS)

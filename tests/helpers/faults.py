@@ -60,7 +60,9 @@ def imbalance(status: dict[str, Any]) -> str | None:
     for device in memory["devices"]:
         hot = [rank["rank"] for rank in status["ranks"] if rank["state"] == "hot"]
         here = [rank for rank in (*status["membership"], *hot) if devices[rank] == device["device"]]
-        columns = sum(devices[owner] == device["device"] for owner in status["placement"])
+        copies = {int(column): ranks for column, ranks in status["copies"].items()}
+        holders = [{owner, *copies.get(column, ())} for column, owner in enumerate(status["placement"])]
+        columns = sum(device["device"] in {devices[rank] for rank in ranks} for ranks in holders)
         wanted = {"column": columns * memory["column_bytes"], "dense": memory["dense_bytes"] if here else 0}
         held = dict(device["by_kind"])
         kv = held.pop("kv", 0)

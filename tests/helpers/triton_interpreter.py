@@ -232,19 +232,19 @@ def check_parts(seed):
     assert error(out, combine_reference.combine(y.double(), rows, weights)) < 1e-3
 
 
-def check_slots(tokens, top_k, rows_per_rank, members, dtype, seed):
-    """Ids become slots; rows of ranks that are not members become -1 whatever they name."""
+def check_slots(tokens, top_k, rows_per_rank, members, dtype, seed, turns=1):
+    """Ids become slots, in each row's turn; rows of ranks that are not members become -1 whatever they name."""
     generator = torch.Generator().manual_seed(seed)
     experts = 9
-    table = torch.randint(-1, experts, (experts + 1,), generator=generator, dtype=torch.int32)
-    table[-1] = -1
+    table = torch.randint(-1, experts, (turns, experts + 1), generator=generator, dtype=torch.int32)
+    table[:, -1] = -1
     ids = torch.randint(-1, experts, (tokens, top_k), generator=generator, dtype=dtype)
     control = torch.zeros(windows.COUNTERS, dtype=torch.int64)
     control[windows.MEMBERS] = sum(1 << rank for rank in members)
     counts = torch.zeros(experts, dtype=torch.int64)
     got = slots_of_rows(ids, table, control=control.data_ptr(), rows_per_rank=rows_per_rank, counts=counts)
     assert torch.equal(slots_of_rows(ids, table, control=control.data_ptr(), rows_per_rank=rows_per_rank), got)
-    wanted = torch.where(ids >= 0, table[ids.long()], -1)
+    wanted = route_reference.slots_of_rows(ids, table, rows_per_rank)
     if rows_per_rank is not None:
         absent = [row for row in range(tokens) if row // rows_per_rank not in members]
         wanted[absent] = -1
@@ -269,6 +269,9 @@ def main(part: str) -> None:
         check_slots(2048, 8, 256, (0, 1, 5, 7), torch.int32, 2)
         check_slots(5, 4, None, (3,), torch.int32, 3)
         check_slots(0, 4, None, (3,), torch.int32, 3)
+        check_slots(24, 3, 6, (0, 2), torch.int64, 4, turns=60)
+        check_slots(2048, 8, 256, (0, 1, 5, 7), torch.int32, 5, turns=60)
+        check_slots(70, 4, None, (3,), torch.int32, 6, turns=60)
         cases.append({"case": "route and parts", "error": 0.0, "limit": 1.0})
     elif part == "biased":
         for name, plan in PLANS.items():

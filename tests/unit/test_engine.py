@@ -20,7 +20,16 @@ from elasticmoe_sglang.coordinator import steps as s
 from elasticmoe_sglang.coordinator.engine import Engine
 from elasticmoe_sglang.coordinator.status import Moved, Phase, Withdrawal
 from elasticmoe_sglang.errors import HmmUnavailable, WorkerError
-from elasticmoe_sglang.planner import Placement, RetireRanks, ScaleTo, View, initial_placement, plan_target
+from elasticmoe_sglang.planner import (
+    ColumnMove,
+    Placement,
+    RetireRanks,
+    ScaleTo,
+    TransitionPlan,
+    View,
+    initial_placement,
+    plan_target,
+)
 from tests.helpers.engine_world import DEADLINES, Broken, World
 from tests.helpers.record import record
 
@@ -38,12 +47,29 @@ def world(seed: int) -> World:
     return World(seed, capacity=2 + seed % 4, columns=3 + seed % 7, faults=seed % 5)
 
 
+def world_with_copies(seed: int) -> World:
+    columns = 3 + seed % 7
+    return World(seed, capacity=2 + seed % 4, columns=columns, faults=seed % 5, redundant=1 + seed % (2 * columns))
+
+
 @pytest.mark.parametrize(
     "first", [*range(0, SEEDS // 2, 100), *(pytest.param(s, marks=pytest.mark.process) for s in range(500, SEEDS, 100))]
 )
 def test_every_seed_settles(first: int) -> None:
     for seed in range(first, first + 100):
         world(seed).run()
+
+
+@pytest.mark.parametrize(
+    "first", [*range(0, SEEDS // 2, 100), *(pytest.param(s, marks=pytest.mark.process) for s in range(500, SEEDS, 100))]
+)
+def test_every_seed_settles_with_copies_of_columns(first: int) -> None:
+    served = 0
+    for seed in range(first, first + 100):
+        run = world_with_copies(seed)
+        run.run()
+        served += run.copies_served > 0
+    assert served > 20, "rows took turns among holders in many of the runs"
 
 
 @pytest.mark.parametrize("seed", [23768, 24801, 32218, 39903, 72181, 108846, 134984])
@@ -62,7 +88,7 @@ def test_many_more_seeds_settle() -> None:
     seeds = int(os.environ.get("ELASTICMOE_SEEDS", "200000"))
     overlapping = faults = 0
     for seed in range(SEEDS, SEEDS + seeds):
-        run = world(seed)
+        run = (world_with_copies if seed % 3 == 0 else world)(seed)
         run.run()
         faults += run.faults
         overlapping += run.overlapping
@@ -176,6 +202,28 @@ def _given_up_requests_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "_resend_strayed", resend_others)
 
 
+def _copies_leave_with_a_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """11: whatever a rank gave to another it released, though it still held it."""
+    monkeypatch.setattr(
+        TransitionPlan,
+        "departing",
+        lambda self, rank: tuple(move.column for move in self.moves if move.source == rank),
+    )
+
+
+def _copies_stay_with_a_dead_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """12: the ranks that hold a column with a dead one went on to leave it its turns."""
+    shared_by = Placement.shared_by
+    before: dict[int, tuple[int, int]] = {}
+
+    def as_before(self: Placement, rank: int) -> dict[int, tuple[int, int]]:
+        found = shared_by(self, rank)
+        before.update({column: place for column, place in found.items() if column not in before})
+        return found | {column: place for column, place in before.items() if column in self.columns_of(rank)}
+
+    monkeypatch.setattr(Placement, "shared_by", as_before)
+
+
 DEFECTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "1": _stale_placement,
     "2": _gives_up_by_reading,
@@ -185,7 +233,10 @@ DEFECTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "8": _strayed_requests_stay,
     "9": _late_is_taken_for_dead,
     "10": _given_up_requests_stay,
+    "11": _copies_leave_with_a_move,
+    "12": _copies_stay_with_a_dead_rank,
 }
+OF_COPIES = ("11", "12")
 FROM_SEED = {"2": 80, "8": 300, "9": 1750}
 """Rare ones: nothing is found before, which takes seconds to see."""
 
@@ -196,7 +247,7 @@ def test_a_planted_defect_is_found(defect: str, monkeypatch: pytest.MonkeyPatch)
     first = FROM_SEED.get(defect, 0)
     for seed in range(first, first + SEEDS):
         try:
-            world(seed).run()
+            (world_with_copies if defect in OF_COPIES else world)(seed).run()
         except Broken as found:
             print(f"defect {defect}: seed {seed}: {str(found).splitlines()[0]}")
             return
@@ -461,3 +512,13 @@ def test_a_target_that_waits_for_a_recovery_does_not_wait_for_the_memory_too() -
     rig.post(s.MemoryHeld(reason=None))
     rig.prepared()
     assert rig.engine.running is not None and rig.engine.running.lost == (2,)
+
+
+def test_what_is_owed_of_a_column_that_came_back_as_a_copy_is_nothing() -> None:
+    placement = Placement(owners=(0, 1, 0), copies=((2, 1),))
+    view = View(membership=Membership(ranks=(0, 1), epoch=7, capacity=4), placement=placement)
+    engine = Engine(view, {0: 100, 1: 101}, DEADLINES, restore=False)
+    assert engine._still_owed(s.Release(rank=1, columns=(0, 2))) == s.Release(rank=1, columns=(0,))
+    assert engine._still_owed(s.Release(rank=1, columns=(1, 2))) is None
+    moves = tuple(ColumnMove(column=column, source=0, target=1) for column in (0, 2))
+    assert engine._still_owed(s.Drop(rank=1, txn="t", moves=moves)) == s.Drop(rank=1, txn="t", moves=moves[:1])

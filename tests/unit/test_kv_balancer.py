@@ -60,7 +60,7 @@ class World:
 
     def placed(self, placement: Placement) -> set[tuple[int, int]]:
         """(device, column): ranks of a device share a column's memory."""
-        return {(self.config.device_of(owner), column) for column, owner in enumerate(placement.owners)}
+        return {(self.config.device_of(holder), column) for column, holder in placement.held()}
 
     def usage(self, device: int) -> DeviceUsage:
         here = [rank for rank in self.kv if self.config.device_of(rank) == device]
@@ -109,7 +109,7 @@ def test_a_change_has_room_at_every_moment_and_ends_full() -> None:
             if any(world.config.device_of(rank) == device for rank in plan.after.ranks):
                 assert world.usage(device).used >= 0.97 * BUDGET
         if new > size and share == 1:
-            assert all(world.kv[rank] > before[rank] for rank in plan.survivors if plan.outgoing(rank))
+            assert all(world.kv[rank] > before[rank] for rank in plan.survivors if plan.departing(rank))
 
     for share in (1, 2):
         for size in (1, 2, 3, 4):

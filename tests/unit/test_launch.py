@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -55,6 +56,41 @@ def test_sglang_is_shaped_to_the_capacity(model: Path) -> None:
     assert args.load_balance_method == "round_robin"
 
 
+def test_redundant_experts_are_understood_in_sglangs_words(model: Path) -> None:
+    sizes = ("--elasticmoe-ep-size", "2", "--elasticmoe-max-ep-size", "4")
+    args = sglang_arguments(model, *sizes, "--ep-num-redundant-experts", "6")
+    config = elastic_config(args)
+    assert config is not None and config.redundant_experts == 6
+    assert args.ep_num_redundant_experts == 0, "SGLang's map of experts has no redundant ones"
+    shape_arguments(args, config)
+    both = sglang_arguments(model, *sizes, "--ep-num-redundant-experts", "6", "--elasticmoe-redundant-experts", "6")
+    config = elastic_config(both)
+    assert config is not None and config.redundant_experts == 6
+    other = sglang_arguments(model, *sizes, "--ep-num-redundant-experts", "6", "--elasticmoe-redundant-experts", "4")
+    with pytest.raises(
+        UserInputError, match=r"--ep-num-redundant-experts 6 contradicts .*-redundant-experts 4.*the same"
+    ):
+        elastic_config(other)
+    plain = sglang_arguments(model, "--ep-num-redundant-experts", "6")
+    assert elastic_config(plain) is None and plain.ep_num_redundant_experts == 6, "SGLang's own without our flags"
+
+
+@pytest.mark.parametrize(("experts", "redundant", "most"), [(16, 49, 48), (1024, 2049, 2048)])
+def test_more_copies_than_there_can_be_are_refused(model: Path, experts: int, redundant: int, most: int) -> None:
+    write(model, architectures=["Qwen3MoeForCausalLM"], num_experts=experts)
+    with pytest.raises(
+        UserInputError, match=f"experts {redundant} is more than the {most} copies that 4 ranks can have"
+    ):
+        shape_arguments(sglang_arguments(model), dataclasses.replace(CONFIG, redundant_experts=redundant))
+    shape_arguments(sglang_arguments(model), dataclasses.replace(CONFIG, redundant_experts=most))
+
+
+def test_redundant_experts_on_npus_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "on_npu", lambda: True)
+    with pytest.raises(UserInputError, match="redundant-experts 2 is not supported on NPUs: rows are sorted by expert"):
+        shape_arguments(sglang_arguments(model), dataclasses.replace(CONFIG, redundant_experts=2))
+
+
 def test_the_users_choice_stays_where_it_is_possible(model: Path) -> None:
     args = sglang_arguments(model, "--tp-size", "4", "--load-balance-method", "total_tokens")
     shape_arguments(args, CONFIG)
@@ -96,7 +132,7 @@ def test_the_users_choice_stays_where_it_is_possible(model: Path) -> None:
         (("--lora-paths", "a=/adapters/a"), "--lora-paths .*LoRA adapters are not carried"),
         (("--load-balance-method", "follow_bootstrap_room"), "routes by rank"),
         (("--init-expert-location", "map.json"), "placement is this plugin's"),
-        (("--ep-dispatch-algorithm", "dynamic"), "every expert exists once"),
+        (("--ep-dispatch-algorithm", "dynamic"), "rows take turns among the ranks that hold an expert"),
         (("--expert-distribution-recorder-mode", "stat"), "equal run of experts"),
         (("--expert-balancedness-report-mode", "server_log"), "equal run of experts"),
         (("--max-running-requests", "3"), "--max-running-requests 3 is less than one request for each of 4 ranks"),

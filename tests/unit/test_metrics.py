@@ -458,3 +458,15 @@ def test_in_the_multiprocess_mode_only_what_has_a_value_is_shown(tmp_path: Path)
     assert 'elasticmoe:change_seconds_bucket{le="0.001",phase="preparing"} 0.0\n' in shown
     samples = [line for line in shown.splitlines() if not line.startswith("#")]
     assert not [line for line in samples if "slo_" in line or "goodput" in line or "policy" in line], "no policy runs"
+
+
+def test_copies_and_shares_of_the_tokens_are_those_of_the_status(rig: Rig) -> None:
+    rig.metrics.on_status(status(rig, active=2))
+    copies = [rig.value("elasticmoe:column_copies", rank=rank) for rank in range(3)]
+    assert copies == [0, 0, 0] and rig.value("elasticmoe:observed_routed_tokens", rank=0) == 0, "never observed"
+    found = msgspec.structs.replace(status(rig, active=2), copies={3: [0, 1], 5: [1]}, routed={0: 700, 1: 900})
+    rig.metrics.on_status(found)
+    assert [rig.value("elasticmoe:column_copies", rank=rank) for rank in range(3)] == [1, 2, 0]
+    assert [rig.value("elasticmoe:observed_routed_tokens", rank=rank) for rank in range(3)] == [700, 900, 0]
+    rig.metrics.on_status(msgspec.structs.replace(found, copies={}))
+    assert [rig.value("elasticmoe:column_copies", rank=rank) for rank in range(3)] == [0, 0, 0]

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.errors import BudgetExceeded, UserInputError
-from elasticmoe_sglang.planner import DeviceRoom, ModelNeeds, ScaleTo, check_budgets, extra_bytes, initial_placement
+from elasticmoe_sglang.planner import (
+    DeviceRoom,
+    ModelNeeds,
+    Rebalance,
+    ScaleTo,
+    check_budgets,
+    extra_bytes,
+    initial_placement,
+)
 from elasticmoe_sglang.planner.placement import View
 from elasticmoe_sglang.planner.plan import TransitionPlan, plan_target
 from elasticmoe_sglang.units import format_bytes, parse_bytes
@@ -57,6 +65,18 @@ def test_the_refusal_carries_its_numbers() -> None:
     error = pickle.loads(pickle.dumps(caught.value))
     assert (error.device, error.needed, error.free, error.budget) == (2, 1210, 1209, 5000)
     assert "larger --budget" in str(error)
+
+
+def test_copies_that_do_not_fit_are_refused_with_what_to_do() -> None:
+    view = View(membership=Membership(ranks=(0, 1), epoch=0, capacity=4), placement=initial_placement(4, (0, 1)))
+    plan = plan_target(view, Rebalance(load=(90.0, 1.0, 1.0, 1.0), redundant=2))
+    assert plan.after.placement.holders(0) == (0, 1)
+    needed = 100 * len(plan.incoming(1))
+    assert extra_bytes(plan, MODEL, room(1, (1,), free=0)) == needed > 0
+    check_budgets(plan, MODEL, [room(0, (0,), free=500), room(1, (1,), free=needed)])
+    says = rf"placing {len(plan.moves)} columns anew does not fit: device 1 needs .* Allow fewer copies .*--copies N"
+    with pytest.raises(BudgetExceeded, match=says):
+        check_budgets(plan, MODEL, [room(0, (0,), free=500), room(1, (1,), free=needed - 1)])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ const KIND_SHORT = { column: "columns", kv: "KV", dense: "dense", window: "windo
 const $ = (id) => document.getElementById(id);
 const state = {
   key: sessionStorage.getItem(KEY), connection: "loading", event: null, instance: null, figures: [], operations: [],
-  restarts: [], policy: null, decisions: [], edited: false, selected: new Set(), announced: "", placement: null, heardAt: 0,
+  restarts: [], policy: null, decisions: [], edited: false, selected: new Set(), announced: "", placement: null, copied: "{}", heardAt: 0,
 };
 
 // -- small helpers ---------------------------------------------------------------------------------------------------

@@ -343,9 +343,9 @@ function renderRetire() {
 
 const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-function renderPlacement({ placement, running }) {
-  const before = state.placement;
-  const moved = before === null || before.length !== placement.length || placement.some((rank, column) => rank !== before[column]);
+function renderPlacement({ placement, copies, running }) {
+  const before = state.placement, copied = JSON.stringify(copies);
+  const moved = before === null || before.length !== placement.length || placement.some((rank, column) => rank !== before[column]) || state.copied !== copied;
   if (moved) {
     const places = before && !still() ? new Map([...cells].map(([column, cell]) => [column, cell.getBoundingClientRect()])) : null;
     placement.forEach((rank, column) => {
@@ -359,22 +359,27 @@ function renderPlacement({ placement, running }) {
     });
     for (const row of rows) {
       const own = placement.flatMap((rank, column) => (rank === row.rank ? [column] : []));
-      row.cells.replaceChildren(...own.map((column) => cells.get(column)));
+      const shared = Object.keys(copies).filter((column) => copies[column].includes(row.rank));
+      const second = (column) => make("i", { class: "cell copy", text: column, title: `a copy of column ${column}, which rank ${placement[column]} owns` });
+      row.cells.replaceChildren(...own.map((column) => cells.get(column)), ...shared.map(second));
       const list = own.length ? `: ${own.join(", ")}` : "";
-      put(row.cells, "aria-label", `${plural(own.length, "expert column")} on rank ${row.rank}${list}`);
+      const more = shared.length ? `, and copies of ${shared.join(", ")}` : "";
+      put(row.cells, "aria-label", `${plural(own.length, "expert column")} on rank ${row.rank}${list}${more}`);
     }
     if (places) fly(places);
     state.placement = [...placement];
+    state.copied = copied;
   }
-  const pending = new Map((running && running.phase !== "finishing" ? running.moves : []).filter((move) => placement[move.column] === move.source).map((move) => [move.column, move.target]));
+  const moves = (running && running.phase !== "finishing" ? running.moves : []).filter((move) => placement[move.column] === move.source);
+  const pending = new Map(moves.map((move) => [move.column, move.target]));
   for (const [column, cell] of cells) {
     const target = pending.get(column);
     cell.classList.toggle("leaving", target !== undefined);
-    const title = target === undefined ? `column ${column}, rank ${placement[column]}` : `column ${column}, rank ${placement[column]}, moves to rank ${target}`;
+    const title = target === undefined ? `column ${column}, rank ${placement[column]}` : `column ${column}, rank ${placement[column]}, goes to rank ${target}`;
     if (cell.title !== title) cell.title = title;
   }
   for (const row of rows) {
-    const wanted = [...pending].filter(([, target]) => target === row.rank).map(([column]) => column).join(" ");
+    const wanted = moves.filter((move) => move.target === row.rank).map((move) => move.column).join(" ");
     if (row.ghosts === wanted && !moved) continue;
     row.ghosts = wanted;
     row.cells.querySelectorAll(".ghost").forEach((ghost) => ghost.remove());

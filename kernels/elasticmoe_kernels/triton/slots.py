@@ -4,6 +4,9 @@
 Data-parallel attention gathers one equal part of rows from every rank, inactive ranks' parts included. Nothing has to
 be computed for those: which ranks are there is read from the windows' control block (`windows.py`) at every launch, so
 a captured graph follows the membership.
+
+An expert that several ranks hold is computed by one of them for each row: rows take turns, and the table says for each
+turn which experts are computed here. All ranks see the same rows, so they agree.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ _BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["pairs", "rows", "members"])
-def _slots_kernel(ids_ptr, table_ptr, members, out_ptr, counts_ptr, pairs, rows, TOP_K: tl.constexpr,
-                  PARTS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _slots_kernel(ids_ptr, table_ptr, members, out_ptr, counts_ptr, pairs, rows, stride, TOP_K: tl.constexpr,
+                  PARTS: tl.constexpr, COUNT: tl.constexpr, TURNS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = at < pairs
     here = wanted
@@ -29,7 +32,14 @@ def _slots_kernel(ids_ptr, table_ptr, members, out_ptr, counts_ptr, pairs, rows,
         rank = (at // TOP_K // rows).to(tl.int64)
         here = wanted & (((present >> rank) & 1) != 0)
     ids = tl.load(ids_ptr + at, mask=here, other=-1)
-    slot = tl.load(table_ptr + ids, mask=here & (ids >= 0), other=-1)
+    place = ids
+    if TURNS > 1:
+        row = at // TOP_K
+        turn = row
+        if PARTS:
+            turn = row % rows + row // rows
+        place = ids + (turn % TURNS) * stride
+    slot = tl.load(table_ptr + place, mask=here & (ids >= 0), other=-1)
     tl.store(out_ptr + at, slot, mask=wanted)
     if COUNT:
         tl.atomic_add(counts_ptr + ids, 1, mask=slot >= 0, sem="relaxed")
@@ -46,7 +56,8 @@ def slots_of_rows(
     """Slots [T, K] int32 of the experts `topk_ids` [T, K] (int32 or int64); -1: not on this rank, or an absent row.
 
     Args:
-        table: int32 [experts or more], expert id -> slot, -1 for not here.
+        table: int32 [turns, experts or more], in each turn expert id -> slot, -1 for not here. A row's turn is
+            `reference.route.turns_of_rows`.
         control: address of the windows' control block (`Windows.control`).
         counts: int64 [experts]: one is added at each expert that is here and for each row that it is chosen for.
         rows_per_rank: row r belongs to rank r // rows_per_rank; None: no row is an absent rank's.
@@ -65,7 +76,7 @@ def slots_of_rows(
     pairs = tokens * top_k
     _slots_kernel[(triton.cdiv(pairs, _BLOCK),)](
         topk_ids, table, control + 8 * windows.MEMBERS, slots, table if counts is None else counts, pairs,
-        rows_per_rank or 1, TOP_K=top_k, PARTS=rows_per_rank is not None, COUNT=counts is not None, BLOCK=_BLOCK,
-        num_warps=4,
+        rows_per_rank or 1, table.stride(0), TOP_K=top_k, PARTS=rows_per_rank is not None, COUNT=counts is not None,
+        TURNS=table.shape[0], BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return slots

@@ -15,6 +15,7 @@ from elasticmoe_patches.worker.kv import adopt_capacity
 from elasticmoe_patches.worker.requests import set_aside
 from elasticmoe_patches.worker.worker import RecoveryInbox, Worker
 from elasticmoe_sglang.errors import WorkerError
+from elasticmoe_sglang.planner import Placement
 from elasticmoe_sglang.wire.to_worker import Join, Park, Parked
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,9 @@ def wait_to_join(scheduler: Any, worker: Worker) -> None:
     message = worker.told(Join)
     spec = worker.begin_to_join(message.join_spec)
     _drop_stale_messages(scheduler, worker)
-    owned = [column for column, owner in enumerate(spec.placement) if owner == worker.rank]
+    placement = Placement(owners=spec.placement, copies=spec.copies)
     worker.memory.pulled_bytes = 0
-    worker.memory.take(owned, spec.txn or None)
+    worker.memory.take(spec.held, spec.txn or None, placement.shared_by(worker.rank))
     if worker.kv is not None and spec.kv_chunks:
         worker.kv.resize_idle(spec.kv_chunks, spec.txn or None, adopt_capacity(scheduler, worker))
     worker.fault_point("hot.joining")

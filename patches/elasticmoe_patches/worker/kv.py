@@ -84,7 +84,7 @@ def _first_share(worker: Worker, status: HmmStatus, shape: KvShape) -> int:
         worker.model.spec,
         granularity=status.granularity,
         ranks=[member for member in worker.join_spec.members if config.device_of(member) == worker.device],
-        owners=worker.model.placement,
+        placement=worker.model.placement,
     )
     return device.targets(shape)[worker.rank]
 

@@ -28,6 +28,7 @@ from sglang.srt.model_loader.loader import (
 )
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 
+from elasticmoe_kernels.reference.route import turns_of_rows
 from elasticmoe_patches.device import torch_device
 from elasticmoe_patches.worker.dummy_weights import dummy_fingerprint, fill_dummy
 from elasticmoe_patches.worker.own_rows import rows_of_each
@@ -35,7 +36,7 @@ from elasticmoe_patches.worker.stacked import check_filled, is_stacked, limit_co
 from elasticmoe_patches.worker.worker import LoadedModel, Worker, current_worker
 from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
-from elasticmoe_sglang.planner import initial_placement
+from elasticmoe_sglang.planner import TURNS, Placement, initial_placement
 from elasticmoe_sglang.wire.to_hmm import ModelSpec
 from elasticmoe_sglang.worker.weights import Attached, WorkerWeights
 
@@ -138,7 +139,7 @@ class RowSlots:
     """What SGLang's dispatcher uses as its table of local experts on a GPU: `table[topk_ids]`, computed there.
 
     Args:
-        table: int32, expert id -> slot, -1 for not here.
+        table: int32 [turns, experts + 1], in each turn expert id -> slot, -1 for not here.
         control: address of the windows' control block, which names the active ranks.
         ranks: that exist.
         counts: see `slots_of_rows`.
@@ -158,8 +159,31 @@ class RowSlots:
         return slots_of_rows(topk_ids, self._table, control=self._control, rows_per_rank=each, counts=self._counts)
 
 
+class TurnSlots:
+    """The same on the CPU, where rows are those of active ranks only, on a server whose columns may have copies.
+
+    Args:
+        table: int32 [turns, experts + 1], in each turn expert id -> slot, -1 for not here.
+        ranks: that exist.
+    """
+
+    def __init__(self, table: torch.Tensor, *, ranks: int) -> None:
+        self._table = table
+        self._ranks = ranks
+        self._shape: tuple[int, int | None] | None = None
+        self._turns = table
+
+    def __getitem__(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        """[T, K] expert ids -> slots, of the table's dtype; -1 for not here."""
+        rows = topk_ids.shape[0]
+        shape = rows, rows_of_each(rows, self._ranks)
+        if shape != self._shape:  # all layers of a batch ask for the same
+            self._shape, self._turns = shape, turns_of_rows(*shape, self._table.shape[0])[:, None]
+        return self._table[self._turns, topk_ids]
+
+
 class CountingSlots:
-    """The same on the CPU, where rows are those of active ranks only: a lookup that counts what it finds here.
+    """A lookup on the CPU that counts what it finds here.
 
     Of lookups of few rows one in eight is counted, eightfold: counting takes 30 us, a layer's share of a decode step
     of one request can be 1 ms.
@@ -168,7 +192,7 @@ class CountingSlots:
     SURE_ROWS = 256
     _ONE_IN_BITS = 3
 
-    def __init__(self, table: torch.Tensor, counts: torch.Tensor) -> None:
+    def __init__(self, table: torch.Tensor | TurnSlots, counts: torch.Tensor) -> None:
         self._table = table
         self._counts = counts
         self._bits = random.Random(0).getrandbits
@@ -253,14 +277,18 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             dense_bytes=dense.dense_bytes,
             detail={"architecture": model_config.hf_config.architectures[0], "dtype": str(model_config.dtype)},
         )
-        placement = worker.join_spec.placement or initial_placement(num_columns, worker.join_spec.members).owners
-        owned = [column for column, owner in enumerate(placement) if owner == worker.rank]
+        change = worker.join_spec
+        placement = initial_placement(num_columns, change.members)
+        if change.placement:
+            placement = Placement(owners=change.placement, copies=change.copies)
         found = worker.memory.attach(
             spec,
             columns,
             dense,
-            owned=owned,
-            txn=worker.join_spec.txn or None,
+            owned=placement.columns_of(worker.rank),
+            shared=placement.shared_by(worker.rank),
+            turns=TURNS if worker.runtime.config.redundant_experts else 1,
+            txn=change.txn or None,
             dense_source=worker.runtime.config.device_of(0),
             fill_dense=worker.rank == 0,
             table_device=target,
@@ -277,16 +305,19 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
         self._load(worker, model, files, found)
         self.postprocess_weights(model, target)
 
-    def _slots(self, worker: Worker, columns: int, target: torch.device) -> RowSlots | CountingSlots | torch.Tensor:
+    def _slots(
+        self, worker: Worker, columns: int, target: torch.device
+    ) -> RowSlots | TurnSlots | CountingSlots | torch.Tensor:
         """Expert ids to slots; counting how often, if this server counts."""
-        table = worker.memory.slot_table
-        counting = worker.runtime.config.count_routing
-        if counting == "on" or (counting == "auto" and target.type == "cpu"):
+        table, ranks = worker.memory.slot_table, worker.region.capacity
+        config = worker.runtime.config
+        auto = config.count_routing == "auto" and (target.type == "cpu" or config.redundant_experts > 0)
+        if config.count_routing == "on" or auto:
             worker.routed = torch.zeros(columns, dtype=torch.int64, device=target)
         if worker.cuda is not None:
-            control, ranks = worker.cuda.windows.control, worker.region.capacity
-            return RowSlots(table, control=control, ranks=ranks, counts=worker.routed)
-        return table if worker.routed is None else CountingSlots(table, worker.routed)
+            return RowSlots(table, control=worker.cuda.windows.control, ranks=ranks, counts=worker.routed)
+        slots = table[0] if table.shape[0] == 1 else TurnSlots(table, ranks=ranks)
+        return slots if worker.routed is None else CountingSlots(slots, worker.routed)
 
     def _load(self, worker: Worker, model: Any, files: list[str], found: Attached) -> None:
         if files and (found.load_dense or found.load_columns):

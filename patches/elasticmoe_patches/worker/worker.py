@@ -10,7 +10,7 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -62,12 +62,12 @@ class LoadedModel:
     """What the loader found and did.
 
     Attributes:
-        placement: expert column -> rank, in the membership that this worker joined.
+        placement: in the membership that this worker joined.
         checkpoint_bytes: read by this worker. seconds: for building the model and filling or attaching its weights.
     """
 
     spec: ModelSpec
-    placement: Sequence[int]
+    placement: Placement
     checkpoint_bytes: int = 0
     seconds: float = 0.0
 
@@ -87,6 +87,10 @@ class RecoveryInbox:
     counts: list[to_worker.CountRequests] = field(default_factory=list)
     give_ups: list[to_worker.GiveUpWaiting] = field(default_factory=list)
     sent_again: list[Any] = field(default_factory=list)
+
+
+def _placement(change: JoinSpec | to_worker.CommitCommand) -> Placement:
+    return Placement(owners=change.placement, copies=change.copies)
 
 
 class Worker:
@@ -352,7 +356,7 @@ class Worker:
                 epoch=epoch,
                 attempt=self.join_spec.attempt,
                 participants=members,
-                view=View(membership=membership, placement=Placement(owners=self.join_spec.placement)),
+                view=View(membership=membership, placement=_placement(self.join_spec)),
                 timeout_s=patience_s,
             )
         else:
@@ -395,7 +399,7 @@ class Worker:
         self.client.epoch = view.epoch
         self._set_state(WorkerState.ACTIVE)
         if not joining:
-            self.memory.switch(list(view.placement.columns_of(self.rank)))
+            self.memory.switch(view.placement.columns_of(self.rank), view.placement.shared_by(self.rank))
 
     # -- commits ------------------------------------------------------------------------------------------------
 
@@ -410,7 +414,7 @@ class Worker:
             epoch=command.epoch,
             attempt=command.attempt,
             participants=command.participants,
-            view=View(membership=membership, placement=Placement(owners=command.placement)),
+            view=View(membership=membership, placement=_placement(command)),
             timeout_s=max(0.0, command.expires - time.monotonic()),
         )
         if decision is not Decision.COMMIT:

@@ -56,6 +56,6 @@ def around_init_common(original: Any, model_config: Any) -> Any:
     if found != {"num_physical_experts": columns, "num_local_physical_experts": columns, "ep_size": 1}:
         raise UnsupportedFeature(
             f"SGLang lays {columns} experts out as {found}, but a rank has one slot for each expert",
-            hint="Leave out flags for redundant experts and for SGLang's own elastic EP",
+            hint="Leave out flags for SGLang's own elastic EP; redundant experts are --elasticmoe-redundant-experts",
         )
     return sizes
