@@ -97,8 +97,8 @@ def release_leftovers(client: HmmClient, view: View, config: ElasticConfig, *, h
         if block.column is not None and config.device_of(view.owners[block.column]) != block.device
     ]
     staying = (*view.ranks, *hot)
-    devices = {config.device_of(rank) for rank in staying}
-    dense = [block.block_id for block in client.lookup(kind="dense") if block.device not in devices]
+    used = {(config.device_of(rank), config.shard_of(rank)) for rank in staying}
+    dense = [block.block_id for block in client.lookup(kind="dense") if (block.device, block.shard) not in used]
     kv = [block.block_id for block in client.lookup(kind="kv") if block.rank not in staying]
     leftovers = [*columns, *dense, *kv]
     if leftovers:

@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from elasticmoe_patches import device, measure, prefork
+from elasticmoe_patches.features import pin_refusal
 from elasticmoe_patches.observability import Observability, observability
 from elasticmoe_patches.runtime_state import replay
 from elasticmoe_patches.senders import Sender, Senders
@@ -29,7 +30,7 @@ from elasticmoe_sglang import run_dir_reaper
 from elasticmoe_sglang.api.elastic_ep import ElasticEp
 from elasticmoe_sglang.comm.control_page import ControlPage
 from elasticmoe_sglang.comm.region import format_region, open_region, release_stale_regions
-from elasticmoe_sglang.config import AUTO
+from elasticmoe_sglang.config import AUTO, ElasticConfig
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.hmm_failover import HmmFailover
 from elasticmoe_sglang.coordinator.memory import HmmMemory, drop_kv, release_leftovers
@@ -65,7 +66,8 @@ _services: Services | None = None
 class SglangRouter:
     """The coordinator's `SglangPort`: sends on SGLang's sockets, in the tokenizer's event loop, which owns them."""
 
-    def __init__(self, tokenizer_manager: Any, senders: Senders) -> None:
+    def __init__(self, tokenizer_manager: Any, senders: Senders, config: ElasticConfig) -> None:
+        self._config = config
         self._tokenizer = tokenizer_manager
         self._senders = senders
         self._answers: Answers = getattr(tokenizer_manager, ATTRIBUTE)
@@ -84,7 +86,7 @@ class SglangRouter:
 
         async def send() -> None:
             self._tokenizer._dispatch_to_scheduler(ElasticRouteReq(ranks=list(ranks)))
-            self._answers.resume(len(ranks))
+            self._answers.resume(len(self._config.replicas_of(ranks)))
             replay(self._tokenizer)
 
         await self._run(send())
@@ -98,7 +100,7 @@ class SglangRouter:
             opened = open_requests(self._tokenizer)
             request = ElasticRecoverRouteReq(operation_id=operation_id, ranks=list(ranks))
             self._tokenizer._dispatch_to_scheduler(request)
-            self._answers.resume(len(ranks))
+            self._answers.resume(len(self._config.replicas_of(ranks)))
             self._answers.give_up_later()
             replay(self._tokenizer)
             return opened
@@ -112,12 +114,17 @@ class SglangRouter:
 
         async def send() -> int:
             # Without an await between: what comes later of a dead worker is not in what is sent again.
-            self._senders.bar(gone)
+            self._senders.bar(self._outputs_of(gone))
             return send_again(self._tokenizer, rids, suspect=suspect, ranks=ranks)
 
         if not rids:
             return 0
         return await self._run(send())
+
+    def _outputs_of(self, gone: Collection[Sender]) -> Collection[Sender]:
+        """SGLang names a replica in its outputs, and the rank that leads it sends them."""
+        leading = self._config.leaders_of(rank for rank, _ in gone)
+        return {(self._config.replica_of(rank), number) for rank, number in gone if rank in leading}
 
     async def _run(self, coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:
         loop = self._tokenizer.event_loop
@@ -296,7 +303,7 @@ class Services:
             channel=self._channel,
             hmm=hmm,
             control=self.control,
-            sglang=SglangRouter(self._tokenizer, self.senders),
+            sglang=SglangRouter(self._tokenizer, self.senders, config),
         )
         for message in self._early:
             workers.message(message)
@@ -331,7 +338,9 @@ class Services:
             coordinator,
             config.policy_settings(),
             max_ep_size=config.max_ep_size,
-            sample=measure.sample_of(self._tokenizer, lambda: workers.view().ranks),
+            sample=measure.sample_of(
+                self._tokenizer, lambda: config.replicas_of(workers.view().ranks), ranks_each=config.attention_tp
+            ),
             meter=measure.METER,
             wait_s=config.prepare_deadline_s,
             on_step=self._policy_stepped,
@@ -382,6 +391,11 @@ class Services:
         self.loop.remove_reader(pidfd)
         os.close(pidfd)
         self._end_server(f"SGLang's {name} (pid {pid}) has ended")
+
+    def pin_refusal(self, pinned: int) -> str | None:
+        """Why a request that names a rank (a replica, where those have several) is not accepted, or None."""
+        config, ranks = self.runtime.config, self.control.read_membership().ranks
+        return pin_refusal(pinned, config.replicas_of(ranks), "ranks" if config.attention_tp == 1 else "replicas")
 
     def output_passed(self, operation_id: str, rank: int) -> None:
         """Called in the tokenizer's event loop for the fence behind a rank's last output."""

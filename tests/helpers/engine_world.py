@@ -21,7 +21,8 @@ from typing import Any
 
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.coordinator import steps as s
-from elasticmoe_sglang.coordinator.engine import Deadlines, Engine, commit_id
+from elasticmoe_sglang.coordinator.engine import Engine
+from elasticmoe_sglang.coordinator.proposal import Deadlines, commit_id
 from elasticmoe_sglang.coordinator.status import CommitReport, MemoryStatus, Moved, Phase, PullReport, Withdrawal
 from elasticmoe_sglang.errors import (
     CommitError,

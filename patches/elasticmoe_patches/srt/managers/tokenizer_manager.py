@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from elasticmoe_patches import measure
-from elasticmoe_patches.features import pin_refusal, refusal, seed_refusal
+from elasticmoe_patches.features import refusal, seed_refusal
 from elasticmoe_patches.journal import remember
 from elasticmoe_patches.sampling import draw_seed
 from elasticmoe_patches.spec import MAIN, Hooks
@@ -70,7 +70,7 @@ def before_validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
     sentence = (
         refusal(obj)
         or seed_refusal(obj.sampling_params or {}, get_exec().kernel.sampling_backend)
-        or (pin_refusal(pinned, services().control.read_membership().ranks) if pinned is not None else None)
+        or (services().pin_refusal(pinned) if pinned is not None else None)
     )
     if sentence is not None:
         raise UnsupportedFeature(sentence)
