@@ -400,6 +400,7 @@ class Coordinator:
         return Status(
             ep_size=len(view.ranks),
             max_ep_size=view.membership.capacity,
+            attention_tp=self._config.attention_tp,
             epoch=view.epoch,
             membership=list(view.ranks),
             target_ranks=list(self._engine.target_ranks),

@@ -194,6 +194,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         membership: the active ranks. target_ranks: those of the last target; ranks that were lost since come back.
         placement: placement[c] is the rank that holds expert column c.
+        attention_tp: ranks of an attention replica, of which sizes are multiples: replica r is ranks
+            r * attention_tp to (r + 1) * attention_tp - 1.
     """
 
     ep_size: int
@@ -206,6 +208,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     memory: MemoryStatus
     running: Operation | None
     last: Operation | None
+    attention_tp: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,6 +168,12 @@ def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
         args.load_balance_method = "round_robin"
     quantised = check_model(args.model_path, config, revision=getattr(args, "revision", None))
     if quantised:
+        if config.attention_tp > 1:
+            raise UserInputError(
+                f"--elasticmoe-attention-tp {config.attention_tp} is not supported for quantised checkpoints: their "
+                "blocks of 128 rows would be cut",
+                hint="Leave the flag out, or serve an unquantised checkpoint",
+            )
         _shape_fp8(args, config)
     elif args.quantization is not None:
         raise UserInputError(
@@ -228,11 +234,6 @@ def _check_attention_tp(args: argparse.Namespace, config: ElasticConfig) -> None
         raise UserInputError(
             f"{option} does not divide the model's {heads} attention heads, or its {kv_heads} heads of keys and values",
             hint="Give a size that divides both, or that the second divides",
-        )
-    if is_block_fp8(model):
-        raise UserInputError(
-            f"{option} is not supported for quantised checkpoints: their blocks of 128 rows would be cut",
-            hint="Leave the flag out, or serve an unquantised checkpoint",
         )
 
 

@@ -21,7 +21,6 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from elasticmoe_patches import device, measure, prefork
-from elasticmoe_patches.features import pin_refusal
 from elasticmoe_patches.observability import Observability, observability
 from elasticmoe_patches.runtime_state import replay
 from elasticmoe_patches.senders import Sender, Senders
@@ -338,6 +337,7 @@ class Services:
             coordinator,
             config.policy_settings(),
             max_ep_size=config.max_ep_size,
+            replica_size=config.attention_tp,
             sample=measure.sample_of(
                 self._tokenizer, lambda: config.replicas_of(workers.view().ranks), ranks_each=config.attention_tp
             ),
@@ -391,11 +391,6 @@ class Services:
         self.loop.remove_reader(pidfd)
         os.close(pidfd)
         self._end_server(f"SGLang's {name} (pid {pid}) has ended")
-
-    def pin_refusal(self, pinned: int) -> str | None:
-        """Why a request that names a rank (a replica, where those have several) is not accepted, or None."""
-        config, ranks = self.runtime.config, self.control.read_membership().ranks
-        return pin_refusal(pinned, config.replicas_of(ranks), "ranks" if config.attention_tp == 1 else "replicas")
 
     def output_passed(self, operation_id: str, rank: int) -> None:
         """Called in the tokenizer's event loop for the fence behind a rank's last output."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,17 +97,21 @@ class World:
     """Args:
     seed: of everything that is random.
     capacity, columns: of the server; it starts with all but one rank.
+    replica_size: ranks of an attention replica; requests are on the rank that leads it.
     faults: how many of them.
     """
 
-    def __init__(self, seed: int, *, capacity: int = 4, columns: int = 7, faults: int = 3) -> None:
+    def __init__(
+        self, seed: int, *, capacity: int = 4, columns: int = 7, faults: int = 3, replica_size: int = 1
+    ) -> None:
         self.random = random.Random(seed)
         self.seed = seed
         self.now = 0.0
         self._sequence = 0
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self.trace: list[str] = []
-        size = self.random.randint(2, capacity)
+        self.replica_size = replica_size
+        size = max(1, self.random.randint(2, capacity) // replica_size) * replica_size
         ranks = tuple(range(size))
         membership = Membership(ranks=ranks, epoch=0, capacity=capacity)
         self.view = View(membership=membership, placement=initial_placement(columns, ranks))
@@ -137,7 +141,8 @@ class World:
         self.goal: tuple[int, ...] = ranks
         self.ended: str | None = None
         self._wake = 0
-        self.engine = Engine(self.view, {p.rank: p.pid for p in self.processes}, DEADLINES, restore=True)
+        pids = {p.rank: p.pid for p in self.processes}
+        self.engine = Engine(self.view, pids, DEADLINES, restore=True, replica_size=replica_size)
         self.faults = faults
         self.overlapping = 0
 
@@ -250,7 +255,7 @@ class World:
     def _ask_for_target(self) -> None:
         target: Target = ScaleTo(size=self.random.randint(1, self.capacity))
         if self.random.random() < 0.3 and len(self.engine.view.ranks) > 1:
-            target = RetireRanks(ranks=(self.random.choice(self.engine.view.ranks[1:]),))
+            target = RetireRanks(ranks=self._replica_of(self.random.choice(self.engine.view.ranks[1:])))
         elif self.random.random() < 0.25:
             target = Rebalance(load=tuple(self.random.randint(0, 9) for _ in self.engine.view.owners))
         name = f"target-{len(self.phases)}-{self.now:.3f}"
@@ -258,11 +263,18 @@ class World:
         if busy or not self.hmm_alive:
             return
         try:
-            plan = plan_target(self.engine.view, target)
+            plan = plan_target(self.engine.view, target, replica_size=self.replica_size)
         except PlanError:
             return
         self.phases[name] = Phase.PLANNED
         self.post(s.Wanted(operation_id=name, target=target, plan=plan))
+
+    def _replica_of(self, rank: int) -> tuple[int, ...]:
+        first = rank // self.replica_size * self.replica_size
+        return tuple(range(first, first + self.replica_size))
+
+    def _leading(self, ranks: Iterable[int]) -> list[int]:
+        return [rank for rank in sorted(ranks) if rank % self.replica_size == 0]
 
     def _arrive(self, number: int) -> None:
         self.remaining[number] = self.random.randint(3, 40)
@@ -270,7 +282,7 @@ class World:
 
     def _route(self, number: int, among: set[int] | None = None) -> None:
         """SGLang's controller: to a routed rank; a rank without a worker keeps it until a recovery drops it."""
-        rank = self.random.choice(sorted(among or self.routed))
+        rank = self.random.choice(self._leading(among or self.routed))
         process = self.of(rank)
         self.note(f"request {number} is routed to rank {rank}")
         if process is not None and not process.retiring:
@@ -705,7 +717,7 @@ class World:
             yield 0.01
         yield self.soon(0.05)
         moved = [number for number, source in self._in_transit.items() if source == pid]
-        receivers = [p for p in self.members() if p.rank in self.view.ranks]
+        receivers = [p for p in self.members() if p.rank in self._leading(self.view.ranks)]
         for number in moved:
             del self._in_transit[number]
             if receivers:
@@ -755,8 +767,9 @@ class World:
         # What has arrived and waits for the rest of its rank's requests is on a rank.
         here = {number for process in members for number in process.requests} | set(self._in_transit)
         strayed = [n for n in self.remaining if n not in self.done and n not in here]
+        leading = [process for process in members if process.rank in self._leading(self.view.ranks)]
         for number in strayed:
-            self.random.choice(members).requests.add(number)
+            self.random.choice(leading).requests.add(number)
         return len(strayed)
 
     def _roll_back(self, txn: str) -> None:
@@ -815,6 +828,8 @@ class World:
     def _check_end(self) -> None:
         assert self.engine.view == self.view, "the engine knows another view"
         members = {p.rank: p for p in self.members()}
+        replicas = {rank // self.replica_size for rank in members}
+        assert len(members) == len(replicas) * self.replica_size, f"replicas are not whole: {sorted(members)}"
         assert set(members) == set(self.view.ranks), "workers that are no members are left"
         for rank, process in members.items():
             assert process.view == self.view

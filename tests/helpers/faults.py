@@ -61,7 +61,8 @@ def imbalance(status: dict[str, Any]) -> str | None:
         hot = [rank["rank"] for rank in status["ranks"] if rank["state"] == "hot"]
         here = [rank for rank in (*status["membership"], *hot) if devices[rank] == device["device"]]
         columns = sum(devices[owner] == device["device"] for owner in status["placement"])
-        wanted = {"column": columns * memory["column_bytes"], "dense": memory["dense_bytes"] if here else 0}
+        parts = {rank % status["attention_tp"] for rank in here}
+        wanted = {"column": columns * memory["column_bytes"], "dense": len(parts) * memory["dense_bytes"]}
         held = dict(device["by_kind"])
         kv = held.pop("kv", 0)
         if {kind: size for kind, size in wanted.items() if size} != held or bool(kv) != bool(here):
