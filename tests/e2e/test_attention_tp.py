@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 import uuid
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from elasticmoe_sglang.tiny_model import Arch
+from elasticmoe_sglang.tiny_model import VOCAB, Arch
 from tests.e2e.conftest import Corpora
 from tests.helpers.corpus import REASONING, TOKENS, Case, Corpus, settle, spread
 from tests.helpers.elastic import ElasticServer
@@ -152,6 +153,46 @@ def test_a_control_request_is_answered_by_each_replica(running: Running) -> None
         started = time.monotonic()
         assert running.server.post("/flush_cache", {}).status_code == 200
         assert time.monotonic() - started < 10
+
+
+BUDGET = 22 << 20
+"""At one replica a rank has less KV than its prompts."""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("per_device", [1, 2])
+def test_kv_of_a_replicas_ranks_changes_together(
+    shared: Shared, corpora: Corpora, tmp_path_factory: pytest.TempPathFactory, per_device: int
+) -> None:
+    """16 columns on six ranks are three or two each, so the devices have unequal room, and a replica that of its
+    fullest; caches are full, so that prefixes are evicted and rows move on all of its ranks."""
+    corpus, rng = corpora["qwen3_moe"], random.Random(5)
+    shared.close()
+    args = ["--elasticmoe-attention-tp", str(SIZE), "--elasticmoe-standbys", str(SIZE)]
+    args += ["--elasticmoe-device-budget", str(per_device * BUDGET), "--elasticmoe-ranks-per-device", str(per_device)]
+    log = tmp_path_factory.mktemp("kv") / "server.log"
+    with (
+        ElasticServer(corpus.model, args, log=log, capacity=6, kv_tokens=None, env=STRICT) as server,
+        Load(server.url) as load,
+    ):
+        seen: set[int] = set()
+        for size in (4, 2, 6, 4, 6, 2):
+            load.wait([load.start([rng.randrange(3, VOCAB) for _ in range(320)], 1) for _ in range(20)])
+            sent = [(load.start(case.prompt, len(case.ids)), case) for case in corpus.cases[:12]]
+            for stream, _ in sent:
+                stream.wait_for_tokens(4, 60)
+            server.must_scale(size)
+            load.wait([stream for stream, _ in sent])
+            for stream, case in sent:
+                stream.check(case.ids)
+            status = server.status()
+            tokens = [rank["kv_tokens"] for rank in status["ranks"] if rank["state"] == "active"]
+            assert tokens[::SIZE] == tokens[1::SIZE], status["ranks"]
+            assert imbalance(status) is None
+            seen.update(tokens)
+        assert len(seen) >= 3, "KV has not changed its size"
+        text = log.read_text(errors="replace")
+        assert re.search(r"\([1-9]\d* evicted, [1-9]\d* moved", text), "no row had to move"
 
 
 @pytest.mark.soak

@@ -1,4 +1,4 @@
-"""Meetings of the ranks of an attention replica, where attention is tensor-parallel (docs/adr/0016).
+"""Meetings of the ranks of an attention replica, where attention is tensor-parallel (docs/adr/0017).
 
 They schedule the same batches because each sees the same things in the same iteration: SGLang's requests and commands,
 which come to all of them by its broadcasts, and everything that reaches a rank by itself (a KV resize that its agent
