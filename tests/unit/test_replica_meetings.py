@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
+from elasticmoe_patches.senders import Senders
+from elasticmoe_patches.services import SglangRouter
+from elasticmoe_patches.srt.managers.communicator import ATTRIBUTE
 from elasticmoe_patches.worker import orders as orders_module
 from elasticmoe_patches.worker.inbox import MigrationInbox
 from elasticmoe_patches.worker.orders import _arrivals, _compose
 from elasticmoe_patches.worker.replica import Arrivals, Replica, ReplicaLost
 from elasticmoe_patches.worker.worker import RecoveryInbox
+from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.worker.kv import Resized, ResizeJobs
 
@@ -259,3 +263,15 @@ def test_what_a_dead_rank_has_sent_is_not_resumed(ranks: tuple[Inbox, Inbox]) ->
         rank.inbox.release("o", 4)
     leader.inbox.forget(4)
     assert compose(leader, other).retirements == []
+
+
+# Outputs --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_replica_sends_its_outputs_by_its_leader() -> None:
+    """They have the replica's number, and the incarnation of the rank that leads it."""
+    tokenizer: Any = SimpleNamespace(**{ATTRIBUTE: None})
+    router = SglangRouter(tokenizer, Senders(), ElasticConfig(ep_size=2, max_ep_size=6, attention_tp=2))
+    assert router._outputs_of({(2, 5), (3, 6), (0, 1), (5, 9)}) == {(1, 5), (0, 1)}
+    alone = SglangRouter(tokenizer, Senders(), ElasticConfig(ep_size=2, max_ep_size=6))
+    assert alone._outputs_of({(2, 5), (3, 6)}) == {(2, 5), (3, 6)}
