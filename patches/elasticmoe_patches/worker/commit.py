@@ -222,9 +222,8 @@ def resume_ready(scheduler: Any, worker: Worker) -> None:
     """Resume the requests of retiring ranks that have all arrived and whose last tokens have been delivered, and those
     of a dead or a full rank that the tokenizer has sent again."""
     _resume_sent_again(scheduler, worker)
-    for key in worker.inbox.ready(sent=True):
-        retirement = worker.inbox.take(key)
-        resume_retirement(scheduler, worker, key, retirement.held, retirement.window)
+    for operation_id, rank, retirement in worker.inbox.take_ready():
+        resume_retirement(scheduler, worker, (operation_id, rank), retirement.held, retirement.window)
 
 
 def resume_retirement(

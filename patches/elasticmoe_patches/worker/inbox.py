@@ -117,6 +117,10 @@ class MigrationInbox:
                 if each.expected and each.released and (not sent or len(each.held) == each.count)
             }
 
+    def take_ready(self) -> list[tuple[str, int, Retirement]]:
+        """(change, rank, what it sent) of those whose requests have all arrived and may resume."""
+        return [(*key, self.take(key)) for key in self.ready(sent=True)]
+
     def messages(self, key: RetirementKey) -> list[Any]:
         """ElasticResumeReq of each request that has arrived."""
         with self._lock:
