@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -31,6 +31,10 @@ class ElasticConfig:
 
     max_ep_size: int
     """All ranks, active or not: SGLang runs with tp = dp = ep = max_ep_size, the upper limit of every change."""
+
+    attention_tp: int = 1
+    """Ranks of one attention replica, which share its attention, embeddings and KV: SGLang's attention tensor
+    parallel size. Rank i is in replica i // attention_tp; all sizes are multiples of it."""
 
     ranks_per_device: int = 1
     """Ranks that share one device: rank i uses device i // ranks_per_device."""
@@ -116,6 +120,7 @@ class ElasticConfig:
     def __post_init__(self) -> None:
         _at_least(self, "ep_size", 1)
         _at_least(self, "max_ep_size", 1)
+        _at_least(self, "attention_tp", 1)
         _at_least(self, "ranks_per_device", 1)
         _at_least(self, "standbys", 0)
         _at_least(self, "hot_standbys", 0)
@@ -145,6 +150,12 @@ class ElasticConfig:
                 f"{flag('ep_size')} {self.ep_size} is larger than {flag('max_ep_size')} {self.max_ep_size}",
                 hint="Raise the maximum, which cannot change while the server runs",
             )
+        for name in ("ep_size", "max_ep_size", "hot_standbys"):
+            if (value := getattr(self, name)) % self.attention_tp:
+                raise UserInputError(
+                    f"{flag(name)} {value} is not a multiple of {flag('attention_tp')} {self.attention_tp}",
+                    hint=f"Give a multiple of {self.attention_tp}: ranks join and retire by whole replicas",
+                )
         if self.hmm_endpoint is not None and not self.hmm_endpoint.startswith(_ENDPOINT_SCHEMES):
             raise UserInputError(
                 f"{flag('hmm_endpoint')} {self.hmm_endpoint!r} is not an endpoint",
@@ -192,6 +203,32 @@ class ElasticConfig:
             f"{flag('headroom')} {self.headroom} is neither a fraction below 1 nor a size",
             hint="Write it like 0.02, 2GiB, or 0.02+2GiB for both together",
         )
+
+    @property
+    def num_replicas(self) -> int:
+        """Attention replicas, active or not."""
+        return self.max_ep_size // self.attention_tp
+
+    def replica_of(self, rank: int) -> int:
+        """The attention replica of `rank`: SGLang's data-parallel rank."""
+        return rank // self.attention_tp
+
+    def mates_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks of its replica, itself among them, ascending; the first leads it."""
+        first = self.replica_of(rank) * self.attention_tp
+        return tuple(range(first, first + self.attention_tp))
+
+    def shard_of(self, rank: int) -> int:
+        """Its place in its replica, which says which part of attention and dense layers it has."""
+        return rank % self.attention_tp
+
+    def leaders_of(self, ranks: Iterable[int]) -> tuple[int, ...]:
+        """Those of the ranks that lead their replica, in their order."""
+        return tuple(rank for rank in ranks if rank % self.attention_tp == 0)
+
+    def replicas_of(self, ranks: Iterable[int]) -> tuple[int, ...]:
+        """The replicas of these ranks, ascending."""
+        return tuple(sorted({self.replica_of(rank) for rank in ranks}))
 
     def device_of(self, rank: int) -> int:
         """The device of `rank`."""
@@ -287,6 +324,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, short: bool = False) -> No
     defaults = {field.name: field.default for field in fields(ElasticConfig)}
     add("ep_size", int, "N", "Active ranks at the start: the initial expert-parallel size.")
     add("max_ep_size", int, "N", "All ranks: the largest size the server can be scaled to. Fixed at launch.")
+    add(
+        "attention_tp",
+        int,
+        "T",
+        f"Ranks of an attention replica, which share its attention and KV. Default: {defaults['attention_tp']}.",
+    )
     add("ranks_per_device", int, "N", f"Ranks that share one device. Default: {defaults['ranks_per_device']}.")
     add(
         "multiprocessor_share",

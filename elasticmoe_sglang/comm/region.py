@@ -21,8 +21,7 @@ from elasticmoe_sglang.errors import UserInputError
 from elasticmoe_sglang.hmm.client import HmmClient, RegionHandle
 from elasticmoe_sglang.planner import Placement, View
 
-CHANNELS = 16
-"""Process groups of more than one rank that a server can have."""
+_CHANNELS = 16
 _MAX_EPOCH = 1 << 22
 _NAME_PREFIX = "collective-region-"
 
@@ -191,13 +190,19 @@ class CollectiveRegion:
 # The region of a server: named in the HMM, formatted by the launcher, opened by every worker
 
 
+def channels_of(config: ElasticConfig) -> int:
+    """Process groups of more than one rank that a server can have. Of those of its attention replicas SGLang makes two
+    each, one for the device and one for the CPU."""
+    return _CHANNELS + (2 * config.num_replicas if config.attention_tp > 1 else 0)
+
+
 def _name(run_id: str) -> str:
     return f"{_NAME_PREFIX}{run_id}"
 
 
 def open_region(client: HmmClient, config: ElasticConfig, run_id: str) -> RegionHandle:
     """The region of the server with this id; made by the first call."""
-    nbytes = CollectiveRegion.region_bytes(config.max_ep_size, CHANNELS, config.window_bytes)
+    nbytes = CollectiveRegion.region_bytes(config.max_ep_size, channels_of(config), config.window_bytes)
     return client.region(_name(run_id), nbytes)
 
 
@@ -223,7 +228,7 @@ def format_region(region: RegionHandle, config: ElasticConfig) -> ControlPage:
         The control page with a descriptor of its own, which the commit barrier's lock needs.
     """
     control = CollectiveRegion.format(
-        region.fd, capacity=config.max_ep_size, channels=CHANNELS, window_bytes=config.window_bytes
+        region.fd, capacity=config.max_ep_size, channels=channels_of(config), window_bytes=config.window_bytes
     )
     membership = Membership(ranks=tuple(range(config.ep_size)), epoch=0, capacity=config.max_ep_size)
     control.publish(View(membership=membership, placement=Placement(owners=())))

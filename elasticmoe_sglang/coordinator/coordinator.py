@@ -12,9 +12,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator import steps as s
 from elasticmoe_sglang.coordinator.driver import Driver
-from elasticmoe_sglang.coordinator.engine import Deadlines, Engine
+from elasticmoe_sglang.coordinator.engine import Engine
 from elasticmoe_sglang.coordinator.observer import Observer, Recovery
 from elasticmoe_sglang.coordinator.ports import MemoryPort, WorkersPort
+from elasticmoe_sglang.coordinator.proposal import Deadlines
 from elasticmoe_sglang.coordinator.routing import observe
 from elasticmoe_sglang.coordinator.status import (
     CommitReport,
@@ -105,7 +106,7 @@ class Coordinator:
             recover=config.prepare_deadline_s,
             collective=config.collective_deadline_s,
         )
-        self._engine = Engine(view, dict(pids), deadlines, restore=config.restore)
+        self._engine = Engine(view, dict(pids), deadlines, restore=config.restore, replica_size=config.attention_tp)
         self._driver = Driver(
             self._engine,
             memory=memory,
@@ -199,7 +200,7 @@ class Coordinator:
         if self._closed:
             raise OperationInProgress("the server is shutting down")
         self._check_epoch(expected_epoch)
-        plan = plan_target(self.view, target)
+        plan = plan_target(self.view, target, replica_size=self._config.attention_tp)
         if not plan.is_noop:
             if self._memory_held is not None:
                 raise HmmUnavailable(self._memory_held.what, hint=self._memory_held.hint)
@@ -336,7 +337,12 @@ class Coordinator:
         if memory.column_bytes is None or memory.dense_bytes is None:
             raise HmmUnavailable("the HMM holds no model yet", hint="Try again when the server has loaded it")
         least = self._workers.least_kv_bytes()
-        model = ModelNeeds(column_bytes=memory.column_bytes, dense_bytes=memory.dense_bytes, rank_bytes=least)
+        model = ModelNeeds(
+            column_bytes=memory.column_bytes,
+            dense_bytes=memory.dense_bytes,
+            rank_bytes=least,
+            replica_size=self._config.attention_tp,
+        )
         check_budgets(plan, model, [self._room(device, plan, least) for device in memory.devices])
 
     def _room(self, device: DeviceMemory, plan: TransitionPlan, least: int) -> DeviceRoom:
@@ -402,6 +408,7 @@ class Coordinator:
         return Status(
             ep_size=len(view.ranks),
             max_ep_size=view.membership.capacity,
+            attention_tp=self._config.attention_tp,
             epoch=view.epoch,
             membership=list(view.ranks),
             target_ranks=list(self._engine.target_ranks),

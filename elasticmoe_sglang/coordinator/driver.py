@@ -162,6 +162,6 @@ class Driver:
                 return workers.dismiss(rank)
             case s.Release(rank=rank, columns=columns):
                 return workers.release(rank, columns)
-            case s.Kill(rank=rank, pid=pid):
-                return workers.kill(rank, pid)
+            case s.Kill(rank=rank, pid=pid, stalled=stalled):
+                return workers.kill(rank, pid, stalled=stalled)
         raise AssertionError(f"no call for {step}")

@@ -23,9 +23,10 @@ from typing import Any
 from elasticmoe_sglang.comm.commit_barrier import Attempts
 from elasticmoe_sglang.coordinator import steps as s
 from elasticmoe_sglang.coordinator.program import All, Failed, Program, Runner, Until, text_of
+from elasticmoe_sglang.coordinator.proposal import Deadlines, commit_id
 from elasticmoe_sglang.coordinator.status import CommitReport, Phase, PullReport, Withdrawal
 from elasticmoe_sglang.errors import ElasticMoEError, TransactionError, WorkerError
-from elasticmoe_sglang.planner import Cause, TransitionPlan, View, plan_loss, plan_restore, plan_target
+from elasticmoe_sglang.planner import Cause, TransitionPlan, View, plan_loss, plan_restore, plan_target, whole_replicas
 from elasticmoe_sglang.wire.to_worker import JoinSpec
 
 logger = logging.getLogger(__name__)
@@ -43,23 +44,6 @@ _MEETINGS, _MEETINGS_S = 3, 60.0
 _CLOSING = "the server is shutting down"
 _OWED = (s.Drop, s.Dismiss, s.Release, s.CommitMemory, s.RollBackMemory)
 """Steps that are done again, later, when they have failed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deadlines:
-    """Seconds.
-
-    Attributes:
-        prepare, commit, finish: of the phases; `finish` also of each step that undoes another.
-        recover: for all attempts to recover from the same losses; then the server ends.
-        collective: after which a rank misses another one in a collective.
-    """
-
-    prepare: float
-    commit: float
-    finish: float
-    recover: float
-    collective: float
 
 
 @dataclass
@@ -88,12 +72,16 @@ class Engine:
     """Args:
     view: the committed view. workers: rank -> pid of the worker that serves it.
     restore: bring lost ranks back as soon as a standby worker is ready.
+    replica_size: ranks of an attention replica, which join, retire and are lost together.
     """
 
-    def __init__(self, view: View, workers: dict[int, int], deadlines: Deadlines, *, restore: bool) -> None:
+    def __init__(
+        self, view: View, workers: dict[int, int], deadlines: Deadlines, *, restore: bool, replica_size: int = 1
+    ) -> None:
         self.view = view
         self._deadlines = deadlines
         self._restore = restore
+        self._replica_size = replica_size
         self._serving: dict[int, int | None] = {rank: workers.get(rank) for rank in view.ranks}
         self._alive: dict[int, int] = dict(workers)
         self._goal = view.ranks  # the ranks of the last target
@@ -249,7 +237,7 @@ class Engine:
     def _reach_target(self, wanted: s.Wanted) -> Program[None]:
         name = wanted.operation_id
         try:
-            plan = plan_target(self.view, wanted.target)
+            plan = plan_target(self.view, wanted.target, replica_size=self._replica_size)
         except ElasticMoEError as error:  # the view has changed since it was asked for
             self._wanted = None
             self._effects.append(s.Advanced(operation_id=name, phase=Phase.ROLLED_BACK, error=str(error)))
@@ -270,7 +258,8 @@ class Engine:
             self._restore_backoff, self._restore_at = _RESTORE_BACKOFF_S, self._now
 
     def _bring_back(self) -> Program[None]:
-        plan = plan_restore(self.view, self.missing()[: self._standbys])
+        ready = max(1, self._standbys // self._replica_size) * self._replica_size  # whole replicas
+        plan = plan_restore(self.view, self.missing()[:ready])
 
         def interrupted() -> str | None:
             if self._closing:
@@ -299,10 +288,12 @@ class Engine:
         while self.lost() or self._broken:
             if not self.lost() and not (yield from self._everybody_waits()):
                 continue
+            if self.lost() and not (yield from self._end_mates()):
+                return
             lost = self.lost()
             if lost != tried:
                 tried, failures, deadline = lost, 0, self._now + self._deadlines.recover
-            plan = plan_loss(self.view, lost, replace_all=failures % 2 == 1)
+            plan = plan_loss(self.view, lost, replace_all=failures % 2 == 1, replica_size=self._replica_size)
             committed, error = yield from self._change(name, plan, deadline - self._now, self._overtaken(lost))
             if committed:
                 name, tried = self._name("loss"), None
@@ -317,15 +308,28 @@ class Engine:
                 self._end(f"ranks {list(lost)} were lost and could not be replaced: {error}")
                 return
 
+    def _mates(self) -> list[int]:
+        """Ranks that live and have a part of the KV of a replica of which another rank is lost."""
+        return sorted(set(whole_replicas(self.view.ranks, self.lost(), self._replica_size)) - set(self.lost()))
+
+    def _end_mates(self) -> Program[bool]:
+        """Most end by themselves. False when one did not end in time, and the server does."""
+        deadline = self._now + self._deadlines.finish
+        while (mates := self._mates()) and self._now < deadline:
+            yield from self._kill(mates, stalled=False)
+            yield Until(lambda: not self._mates(), min(self._now + _SILENT_S, deadline))
+        if mates:
+            self._end(f"ranks {mates} share a replica with lost ranks {list(self.lost())} and could not be ended")
+        return not mates
+
     def _kill_absent(self, plan: TransitionPlan) -> Program[None]:
         """Survivors that did not come to the commit barrier in all its time have stalled."""
-        absent = [rank for rank in self._absent if rank in plan.survivors]
-        yield from self._kill(absent)
+        yield from self._kill([rank for rank in self._absent if rank in plan.survivors])
 
-    def _kill(self, ranks: Sequence[int]) -> Program[None]:
-        kills = [s.Kill(rank=rank, pid=pid) for rank in ranks if (pid := self._serving[rank]) is not None]
+    def _kill(self, ranks: Sequence[int], *, stalled: bool = True) -> Program[None]:
+        kills = [s.Kill(rank=rank, pid=pid, stalled=stalled) for rank in ranks if (pid := self._serving[rank])]
         if kills:
-            yield All(kills, "ending ranks that have stalled", self._now + self._deadlines.finish, each=True)
+            yield All(kills, "ending ranks that cannot go on", self._now + self._deadlines.finish, each=True)
 
     def _overtaken(self, lost: tuple[int, ...]) -> Callable[[], str | None]:
         return lambda: None if self.lost() == lost else "another rank was lost too"
@@ -601,7 +605,8 @@ class Engine:
                 self._unsent = True
         else:
             first.append(s.Route(ranks=plan.after.ranks))
-            first += [s.Migrate(rank=rank, operation_id=_commit_id(change)) for rank in plan.retiring]
+            leading = (rank for rank in plan.retiring if rank % self._replica_size == 0)
+            first += [s.Migrate(rank=rank, operation_id=_commit_id(change)) for rank in leading]
         problems, _ = yield from self._each_once(change, first)
         release = [
             s.Release(rank=rank, columns=columns) for rank in plan.survivors if (columns := plan.departing(rank))
@@ -691,8 +696,3 @@ class Engine:
 def _commit_id(change: _Transition) -> str:
     """Names the proposal, in messages and fences."""
     return commit_id(change.plan, change.attempt)
-
-
-def commit_id(plan: TransitionPlan, attempt: int) -> str:
-    """The name of a plan's proposal in messages and fences."""
-    return f"{plan.after.epoch}.{attempt}"

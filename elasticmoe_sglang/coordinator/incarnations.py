@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+from elasticmoe_sglang.wire.to_coordinator import REPLICA_LOST
+
 
 class Incarnations:
     """Attributes:
@@ -39,7 +41,7 @@ class Incarnations:
         """
         self.gone.add((rank, self._of.pop(pid, 0)))
         if serving:
-            self._crashed |= status != -signal.SIGKILL or pid in self._stalled
+            self._crashed |= status not in (-signal.SIGKILL, REPLICA_LOST) or pid in self._stalled
         self._stalled.discard(pid)
 
     def take_suspicion(self) -> bool:

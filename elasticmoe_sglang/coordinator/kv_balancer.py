@@ -117,8 +117,9 @@ class KvBalancer:
                 held=self._held_besides(usage.device, ranks),
             )
             wanted |= {rank: max(share, shape.least_chunks) for rank, share in device.targets(shape).items()}
+        wanted = self._alike(wanted)
         staying = [rank for rank in wanted if rank in self._chunks and rank not in joining]
-        await self._set_sizes({rank: min(self._chunks[rank], wanted[rank]) for rank in staying})
+        await self._set_sizes(self._alike({rank: min(self._chunks[rank], wanted[rank]) for rank in staying}))
         return {rank: wanted[rank] for rank in joining if rank in wanted}
 
     async def grow_kv(self, whose: Callable[[], View | None], *, only_grow: bool = False) -> None:
@@ -169,13 +170,19 @@ class KvBalancer:
                 shares[rank] = max(device.targets(shape)[rank], shape.least_chunks)
             if not only_grow or all(share >= self._chunks[rank] for rank, share in shares.items()):
                 wanted |= shares
+        wanted = self._alike(wanted)
         # Shrink before growing: ranks of one device share its memory.
-        await self._set_sizes({rank: chunks for rank, chunks in wanted.items() if chunks < self._chunks[rank]})
+        smaller = [rank for rank, chunks in wanted.items() if chunks < self._chunks[rank]]
+        first = {mate for rank in smaller for mate in self._config.mates_of(rank)}
+        await self._set_sizes({rank: chunks for rank, chunks in wanted.items() if rank in first})
         await self._set_sizes(wanted)
 
     async def _set_sizes(self, wanted: Mapping[int, int]) -> None:
         """Resize to these numbers of chunks, concurrently, on ranks that still have a worker. Raises WorkerError."""
-        changes = {rank: n for rank, n in wanted.items() if rank in self._chunks and self._chunks[rank] != n}
+        changed = {rank for rank, n in wanted.items() if rank in self._chunks and self._chunks[rank] != n}
+        # The ranks of a replica change the capacity together, also those that have the memory.
+        together = {mate for rank in changed for mate in self._config.mates_of(rank)}
+        changes = {rank: n for rank, n in wanted.items() if rank in self._chunks and rank in together}
         results = await asyncio.gather(
             *(self._resize(rank, chunks) for rank, chunks in changes.items()), return_exceptions=True
         )
@@ -197,6 +204,12 @@ class KvBalancer:
         message = to_worker.ResizeKv(operation_id=f"kv-{rank}-{self._resizes}", chunks=chunks, timeout_s=self._resize_s)
         self._chunks[rank] = (await self._channel.ask(rank, message, to_worker.KvResized)).chunks
 
+    def _alike(self, wanted: Mapping[int, int]) -> dict[int, int]:
+        """The ranks of an attention replica hold parts of the same tokens: none has more chunks than another. Of a
+        replica that is not here whole nothing changes."""
+        whole = {rank: n for rank, n in wanted.items() if all(mate in wanted for mate in self._config.mates_of(rank))}
+        return {rank: min(wanted[mate] for mate in self._config.mates_of(rank)) for rank in whole}
+
     def _on(self, device: int, ranks: Iterable[int]) -> list[int]:
         return [rank for rank in ranks if self._config.device_of(rank) == device]
 
@@ -216,7 +229,11 @@ class KvBalancer:
         assert model is not None, "the HMM of serving ranks has no model"
         here = {column for column, rank in plan.before.placement.held() if self._is_on(usage, rank)}
         new = len({move.column for move in plan.moves if self._is_on(usage, move.target)} - here)
-        dense = bool(self._on(usage.device, joining)) and not usage.by_kind.get("dense")
-        return new * round_up(model.column_bytes, status.granularity) + dense * round_up(
-            model.dense_bytes, status.granularity
+        column, dense = (round_up(each, status.granularity) for each in (model.column_bytes, model.dense_bytes))
+        shards = {self._config.shard_of(rank) for rank in self._on(usage.device, plan.after.ranks)}
+        copies = (
+            max(0, len(shards) - usage.by_kind.get("dense", 0) // max(1, dense))
+            if self._on(usage.device, joining)
+            else 0
         )
+        return new * column + copies * dense

@@ -94,8 +94,8 @@ def release_leftovers(client: HmmClient, view: View, config: ElasticConfig, *, h
     placed = {(column, config.device_of(rank)) for column, rank in view.placement.held()}
     columns = [block.block_id for block in client.lookup(kind="column") if (block.column, block.device) not in placed]
     staying = (*view.ranks, *hot)
-    devices = {config.device_of(rank) for rank in staying}
-    dense = [block.block_id for block in client.lookup(kind="dense") if block.device not in devices]
+    used = {(config.device_of(rank), config.shard_of(rank)) for rank in staying}
+    dense = [block.block_id for block in client.lookup(kind="dense") if (block.device, block.shard) not in used]
     kv = [block.block_id for block in client.lookup(kind="kv") if block.rank not in staying]
     leftovers = [*columns, *dense, *kv]
     if leftovers:

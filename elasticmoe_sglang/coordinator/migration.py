@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator.status import Moved, RankInfo, RankState
@@ -46,9 +46,15 @@ class OutputFences:
         return True
 
 
-async def migrate(channel: WorkerChannel, fences: OutputFences, retired: Retired) -> Moved:
+async def migrate(
+    channel: WorkerChannel, fences: OutputFences, retired: Retired, mates_of: Callable[[int], Sequence[int]]
+) -> Moved:
     """Have the survivors resume the requests that the retiring rank sent them, and wait until all run there and their
     KV has been copied out of the retiring rank's memory.
+
+    Args:
+        mates_of: returns the ranks of a rank's attention replica. All of a survivor's copy their parts of the KV; the
+            one that leads it got the requests, and answers for it.
 
     Raises:
         WorkerError: the rank's last output did not arrive in time, or requests are missing at survivors.
@@ -57,8 +63,9 @@ async def migrate(channel: WorkerChannel, fences: OutputFences, retired: Retired
     for survivor, chunks in retired.kv_chunks.items():
         if chunks:  # mapped while the last output is on its way
             request = MapMigrated(operation_id=retired.operation_id, retiring_rank=retired.rank, kv_chunks=chunks)
-            with contextlib.suppress(WorkerError):  # it has died, which shows below
-                await channel.tell_worker(survivor, request)
+            for mate in mates_of(survivor):
+                with contextlib.suppress(WorkerError):  # it has died, which shows below
+                    await channel.tell_worker(mate, request)
     if not await fences.wait(retired.operation_id, [retired.rank]):
         raise WorkerError("its last output did not arrive in time", rank=retired.rank, operation=retired.operation_id)
     passed = time.monotonic()
@@ -69,7 +76,8 @@ async def migrate(channel: WorkerChannel, fences: OutputFences, retired: Retired
         mapped = bool(retired.kv_chunks.get(survivor))
         release = ReleaseMigrated(operation_id=retired.operation_id, retiring_rank=retired.rank, mapped=mapped)
         try:
-            await channel.tell_worker(survivor, release)
+            for mate in mates_of(survivor):
+                await channel.tell_worker(mate, release)
             message = await channel.wait_for(
                 Resumed, rank=survivor, about=lambda message: message.retiring_rank == retired.rank
             )

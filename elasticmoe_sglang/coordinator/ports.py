@@ -76,8 +76,8 @@ class WorkersPort(Protocol):
     def view(self) -> View:
         """The view committed last, read from the control page: correct even if no report of a commit arrived."""
 
-    async def kill(self, rank: int, pid: int) -> None:
-        """End the rank's worker, if it is still this process."""
+    async def kill(self, rank: int, pid: int, *, stalled: bool) -> None:
+        """End the rank's worker, if it is still this process. stalled: perhaps by a request's doing."""
 
     async def count_routed(self, ranks: Sequence[int]) -> Mapping[int, Sequence[int]]:
         """Rank -> tokens routed to each expert column and computed there since its worker has booted, over all layers.

@@ -198,6 +198,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         copies: expert column -> the other ranks that hold it, ascending, of columns with copies.
         redundant_experts: the most copies there may be.
         routed: rank -> tokens that it computed while routing was observed last, over all layers; empty before.
+        attention_tp: ranks of an attention replica, of which sizes are multiples: replica r is ranks
+            r * attention_tp to (r + 1) * attention_tp - 1.
     """
 
     ep_size: int
@@ -213,6 +215,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     memory: MemoryStatus
     running: Operation | None
     last: Operation | None
+    attention_tp: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -188,10 +188,12 @@ class Tidy:
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """End the worker of a rank that others miss in a collective and that does not answer."""
+    """End the worker of a rank that others miss in a collective and that does not answer; or, not `stalled`, of one
+    that shares an attention replica with a lost rank."""
 
     rank: int
     pid: int
+    stalled: bool = True
 
 
 Step = (

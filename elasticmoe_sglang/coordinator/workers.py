@@ -15,19 +15,18 @@ from elasticmoe_sglang.comm.commit_barrier import COORDINATOR, CommitBarrier, De
 from elasticmoe_sglang.comm.control_page import ControlPage
 from elasticmoe_sglang.config import ElasticConfig
 from elasticmoe_sglang.coordinator import steps as s
-from elasticmoe_sglang.coordinator.engine import commit_id
 from elasticmoe_sglang.coordinator.hot_standbys import HotStandbys
 from elasticmoe_sglang.coordinator.incarnations import Incarnations
 from elasticmoe_sglang.coordinator.kv_balancer import KvBalancer
 from elasticmoe_sglang.coordinator.migration import OutputFences, migrate, snapshot
 from elasticmoe_sglang.coordinator.ports import SglangPort
+from elasticmoe_sglang.coordinator.proposal import commit_id
 from elasticmoe_sglang.coordinator.status import CommitReport, Moved, PullReport, RankInfo, Withdrawal
 from elasticmoe_sglang.coordinator.worker_channel import Incoming, WorkerChannel
 from elasticmoe_sglang.errors import CommitError, HmmUnavailable, WorkerError
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.planner import Cause, ColumnMove, TransitionPlan, View
 from elasticmoe_sglang.wire import to_coordinator, to_imm, to_worker
-from elasticmoe_sglang.wire.to_hmm import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -160,10 +159,12 @@ class Workers:
             kv_bytes=self._kv.held(),
         )
 
-    async def kill(self, rank: int, pid: int) -> None:
+    async def kill(self, rank: int, pid: int, *, stalled: bool) -> None:
         if self.pids.get(rank) == pid:
-            logger.error("the worker of rank %d (pid %d) has stalled; killing it", rank, pid)
-            self._incarnations.stalled(pid)
+            why = "has stalled" if stalled else "shares a replica with a lost rank"
+            logger.error("the worker of rank %d (pid %d) %s; killing it", rank, pid, why)
+            if stalled:
+                self._incarnations.stalled(pid)
             self._channel.tell_imm(to_imm.KillWorker(rank=rank))
 
     async def count_routed(self, ranks: Sequence[int]) -> Mapping[int, Sequence[int]]:
@@ -305,7 +306,7 @@ class Workers:
 
     async def migrate(self, rank: int, operation_id: str) -> Moved:
         retired = await self._channel.wait_for(to_coordinator.Retired, rank=rank, operation_id=operation_id)
-        return await migrate(self._channel, self.fences, retired)
+        return await migrate(self._channel, self.fences, retired, self._config.mates_of)
 
     async def spread_waiting(self, ranks: Sequence[int], joining: Sequence[int]) -> int:
         view = self.view()
@@ -325,6 +326,7 @@ class Workers:
 
     async def resend(self, operation_id: str, forget: Sequence[int]) -> int:
         members = self.view().ranks
+        leading = self._config.leaders_of(members)  # a replica's requests are all that this rank has
         known, opened = self._opened
         if operation_id != known or not known:
             self._resends += 1
@@ -334,10 +336,10 @@ class Workers:
                 await self._channel.tell_worker(member, count)
             opened = await self._sglang.send_recover_route(operation_id, members)
         reports = await asyncio.gather(
-            *(self._channel.wait_for(to_worker.Counted, rank=rank, operation_id=operation_id) for rank in members)
+            *(self._channel.wait_for(to_worker.Counted, rank=rank, operation_id=operation_id) for rank in leading)
         )
         # A request that ended on a member is missing in its report, and stays open until its last output has passed.
-        if not await self.fences.wait(operation_id, members):
+        if not await self.fences.wait(operation_id, leading):
             raise WorkerError("the output of a rank did not pass in time", operation=operation_id)
         here = {rid for report in reports for rid in report.rids}
         suspect = self._incarnations.take_suspicion()
@@ -359,12 +361,18 @@ class Workers:
         """Release what an inactive rank's worker, which has ended, had for itself; what it had for a change goes with
         that."""
         await self._kv.drop([rank], settled=True)
-        device = self._config.device_of(rank)
-        if not self._is_used(device):
-            await self._release_blocks(kind="dense", device=device)
+        await self._release_dense(self._config.device_of(rank))
 
-    def _is_used(self, device: int) -> bool:
-        return any(self._config.device_of(rank) == device for rank in (*self.view().ranks, *self.hot.ranks))
+    async def _release_dense(self, device: int) -> None:
+        """What no active rank and no hot standby of the device uses of its dense weights."""
+        here = [rank for rank in (*self.view().ranks, *self.hot.ranks) if self._config.device_of(rank) == device]
+        used = {self._config.shard_of(rank) for rank in here}
+        if len(used) == self._config.attention_tp:
+            return
+        found = await asyncio.to_thread(self._hmm.lookup, kind="dense", device=device)
+        unused = [block.block_id for block in found if block.shard not in used]
+        if unused:
+            await asyncio.to_thread(self._hmm.release, unused)
 
     async def _cancel_join(self, rank: int) -> None:
         try:
@@ -385,14 +393,10 @@ class Workers:
         here = {column for column, holder in view.placement.held() if self._config.device_of(holder) == device}
         gone = [column for column in columns if column not in here]
         if gone:
-            await self._release_blocks(kind="column", device=device, columns=gone)
-        if not self._is_used(device):
-            await self._release_blocks(kind="dense", device=device)
-
-    async def _release_blocks(self, *, kind: Kind, device: int, columns: Sequence[int] | None = None) -> None:
-        blocks = await asyncio.to_thread(self._hmm.lookup, kind=kind, device=device, columns=columns)
-        if blocks:
-            await asyncio.to_thread(self._hmm.release, [block.block_id for block in blocks])
+            blocks = await asyncio.to_thread(self._hmm.lookup, kind="column", device=device, columns=gone)
+            if blocks:
+                await asyncio.to_thread(self._hmm.release, [block.block_id for block in blocks])
+        await self._release_dense(device)
 
     # -- another HMM --------------------------------------------------------------------------------------------
 

@@ -54,6 +54,7 @@ class BlockTable:
         name: str | None = None,
         rank: int | None = None,
         chunk: int | None = None,
+        shard: int = 0,
         txn: str | None = None,
     ) -> Block:
         """Charges and creates; `nbytes` is a multiple of the granularity. Raises BudgetExceeded or VmmError."""
@@ -73,6 +74,7 @@ class BlockTable:
             name=name,
             rank=rank,
             chunk=chunk,
+            shard=shard,
             nbytes=nbytes,
             txn=txn,
         )
@@ -189,7 +191,7 @@ class BlockTable:
 
 
 def _require_same(held: Block, offered: Block) -> None:
-    for name in ("device", "kind", "column", "name", "rank", "chunk", "nbytes"):
+    for name in ("device", "kind", "column", "name", "rank", "chunk", "shard", "nbytes"):
         if getattr(held, name) != getattr(offered, name):
             raise ProtocolError(
                 f"block {held.block_id} was offered with {name} {getattr(offered, name)}, "

@@ -203,10 +203,13 @@ class HmmClient:
         columns: Sequence[int] | None = None,
         rank: int | None = None,
         chunks: Sequence[int] | None = None,
+        shard: int = 0,
         nbytes: int | None = None,
         txn: str | None = None,
     ) -> list[to_hmm.Block]:
         """One zeroed block a column or a chunk of a rank's KV cache, or a single block; all or none.
+
+        shard: which part of the dense weights, for kind "dense".
 
         nbytes: of each block, rounded up to the granularity; None takes the registered model's size. The
         transaction may be another client's. Raises BudgetExceeded with the numbers.
@@ -214,7 +217,7 @@ class HmmClient:
         wanted = list(columns) if columns is not None else None
         parts = list(chunks) if chunks is not None else None
         command = to_hmm.Allocate(
-            device=device, kind=kind, columns=wanted, rank=rank, chunks=parts, nbytes=nbytes, txn=txn
+            device=device, kind=kind, columns=wanted, rank=rank, chunks=parts, shard=shard, nbytes=nbytes, txn=txn
         )
         return self._call(command, to_hmm.BlocksReply).blocks
 

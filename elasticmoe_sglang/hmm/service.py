@@ -258,6 +258,7 @@ class HmmService:
                     column=column,
                     rank=command.rank,
                     chunk=chunk,
+                    shard=command.shard,
                     txn=command.txn,
                 )
                 steps.record(f"free block {block.block_id}", partial(self._retire_if_live, block.block_id))

@@ -17,6 +17,8 @@ def parts_of(
     """The blocks to make; `held` finds the live ones."""
     if (command.chunks is None) != (command.rank is None) or (command.rank is not None and command.kind != "kv"):
         raise UserInputError("the chunks of a KV cache are allocated with kind kv and their rank")
+    if command.shard and command.kind != "dense":
+        raise UserInputError(f"a block of kind {command.kind} is no part of the dense weights")
     if command.chunks is None:
         return [(column, None) for column in _columns_of(command, model)]
     if command.columns is not None or not command.chunks or len(set(command.chunks)) != len(command.chunks):

@@ -31,7 +31,8 @@ _HEAD = """# Models
 Generated from `elasticmoe_sglang/models` by `make models-doc`; do not edit.
 
 A model is served elastically if SGLang's model of it runs attention data-parallel, its routed experts lie in
-`FusedMoE`, and every other weight can be held whole by every rank. Weights are float32 or bfloat16, or e4m3 in blocks
+`FusedMoE`, and every other weight can be held whole by every rank, or attention, embeddings and output in parts by the
+ranks of a replica (`--elasticmoe-attention-tp`). Weights are float32 or bfloat16, or e4m3 in blocks
 ([below](#quantised-checkpoints)). `elasticmoe tiny-model --arch` makes a small random one of each architecture.
 
 """
@@ -78,6 +79,7 @@ _TESTS_ARE = """
 Tokens are float32 and compared with plain SGLang's of the same version; the kill storm compares them with those of the
 undisturbed server, while workers, HMM and standbys are killed. All but the sizes run servers and are in `make soak`
 (`SGLANG=0.5.21` for that version). The KV pools are those of the attention, so one model of each stands for it.
+`test_attention_tp.py` serves each with replicas of two ranks, through 2 -> 4 -> 2 and killed ranks.
 """
 
 

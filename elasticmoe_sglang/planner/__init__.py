@@ -20,6 +20,7 @@ from elasticmoe_sglang.planner.plan import (
     plan_loss,
     plan_restore,
     plan_target,
+    whole_replicas,
 )
 from elasticmoe_sglang.planner.rebalance import Rebalance, imbalance, rank_loads
 
@@ -48,4 +49,5 @@ __all__ = [
     "plan_restore",
     "plan_target",
     "rank_loads",
+    "whole_replicas",
 ]

@@ -16,13 +16,16 @@ class ModelNeeds:
 
     Attributes:
         column_bytes: one expert column, rounded up to the device's allocation granularity.
-        dense_bytes: everything but the experts; one copy per device, shared by its ranks.
+        dense_bytes: everything but the experts, or a rank's part of it; one copy per device, shared by the ranks that
+            have the same.
         rank_bytes: private memory of each active rank (its smallest KV cache).
+        replica_size: ranks of an attention replica, each of which has another part of the dense weights.
     """
 
     column_bytes: int
     dense_bytes: int
     rank_bytes: int = 0
+    replica_size: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,12 @@ def extra_bytes(plan: TransitionPlan, model: ModelNeeds, room: DeviceRoom) -> in
     """
     joining = [rank for rank in room.ranks if rank in plan.joining]
     columns = sum(len(plan.incoming(rank)) for rank in room.ranks)
-    dense = model.dense_bytes if joining and not room.holds_dense else 0
-    return columns * model.column_bytes + dense + len(joining) * model.rank_bytes
+    parts = {rank % model.replica_size for rank in joining}
+    if model.replica_size > 1:
+        parts -= {rank % model.replica_size for rank in room.ranks if rank in plan.before.ranks}
+    elif room.holds_dense:
+        parts = set()
+    return columns * model.column_bytes + len(parts) * model.dense_bytes + len(joining) * model.rank_bytes
 
 
 def check_budgets(plan: TransitionPlan, model: ModelNeeds, devices: Sequence[DeviceRoom]) -> None:

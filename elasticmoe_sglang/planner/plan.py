@@ -102,7 +102,7 @@ class TransitionPlan:
         return tuple(column for column in self.before.placement.columns_of(rank) if column not in kept)
 
 
-def plan_target(view: View, target: Target) -> TransitionPlan:
+def plan_target(view: View, target: Target, *, replica_size: int = 1) -> TransitionPlan:
     """The change to `target`.
 
     A larger size adds the lowest inactive ranks, a smaller one retires the highest active ones, never rank 0.
@@ -111,13 +111,16 @@ def plan_target(view: View, target: Target) -> TransitionPlan:
     becomes its owner. `Rebalance` keeps the ranks and the number of columns that each owns. The same arguments give
     the same plan.
 
+    Args:
+        replica_size: ranks of an attention replica, which join and retire together.
+
     Raises:
         PlanError: the target is no legal membership; the text says what is allowed.
     """
     if isinstance(target, Rebalance):
         placement = balanced(view.placement, view.ranks, target.load, redundant=target.redundant)
         return _plan(Cause.TARGET, view, view.ranks, placement=placement)
-    return _plan(Cause.TARGET, view, _ranks_after(view.membership, target))
+    return _plan(Cause.TARGET, view, _ranks_after(view.membership, target, replica_size))
 
 
 def plan_restore(view: View, ranks: Collection[int]) -> TransitionPlan:
@@ -125,19 +128,28 @@ def plan_restore(view: View, ranks: Collection[int]) -> TransitionPlan:
     return _plan(Cause.RESTORE, view, tuple(sorted({*view.ranks, *ranks})))
 
 
-def plan_loss(view: View, lost: Collection[int], *, replace_all: bool = False) -> TransitionPlan:
+def plan_loss(view: View, lost: Collection[int], *, replace_all: bool = False, replica_size: int = 1) -> TransitionPlan:
     """How to go on after workers of active ranks have died: without their ranks, or with standby workers for them.
 
-    Rank 0 is always replaced, because SGLang's control messages and the commit barrier depend on it.
+    Rank 0 is always replaced, because SGLang's control messages and the commit barrier depend on it, and with it the
+    other ranks of its replica.
 
     Args:
-        lost: ranks of `view`; none when its workers live and their collectives failed: they meet again.
+        lost: ranks of `view`; none when its workers live and their collectives failed: they meet again. Whoever shares
+            an attention replica with one of them is lost too: it has a part of the replica's KV only.
         replace_all: replace the worker of every lost rank instead of moving its columns to survivors.
+        replica_size: ranks of an attention replica.
     """
-    dead = tuple(sorted(set(lost) & set(view.ranks)))
-    replaced = dead if replace_all else tuple(rank for rank in dead if rank == LEADER)
+    dead = whole_replicas(view.ranks, lost, replica_size)
+    replaced = dead if replace_all else tuple(rank for rank in dead if rank // replica_size == LEADER)
     ranks = tuple(rank for rank in view.ranks if rank not in dead or rank in replaced)
     return _plan(Cause.LOSS, view, ranks, lost=dead)
+
+
+def whole_replicas(ranks: Iterable[int], some: Iterable[int], replica_size: int) -> tuple[int, ...]:
+    """Those of `ranks` that share an attention replica with any of `some`, in their order."""
+    replicas = {rank // replica_size for rank in some}
+    return tuple(rank for rank in ranks if rank // replica_size in replicas)
 
 
 def _plan(
@@ -172,69 +184,99 @@ def _plan(
     )
 
 
-def _ranks_after(membership: Membership, target: ScaleTo | RetireRanks | RestoreRanks) -> tuple[int, ...]:
+def _ranks_after(membership: Membership, target: ScaleTo | RetireRanks | RestoreRanks, size: int) -> tuple[int, ...]:
     if isinstance(target, ScaleTo):
-        return _ranks_for_size(membership, target.size)
+        return _ranks_for_size(membership, target.size, size)
     if isinstance(target, RestoreRanks):
-        return _ranks_with(membership, target.ranks)
-    return _ranks_without(membership, target.ranks)
+        return _ranks_with(membership, target.ranks, size)
+    return _ranks_without(membership, target.ranks, size)
 
 
-def _ranks_for_size(membership: Membership, size: int) -> tuple[int, ...]:
-    if not 1 <= size <= membership.capacity:
+def _ranks_for_size(membership: Membership, size: int, replica_size: int) -> tuple[int, ...]:
+    if not 1 <= size <= membership.capacity or size % replica_size:
+        wanted = f"a size from 1 to {membership.capacity}"
+        if replica_size > 1:
+            wanted = f"a multiple of {replica_size}, the ranks of an attention replica, up to {membership.capacity}"
         raise PlanError(
             f"the EP size {size} is not possible on this server",
-            hint=f"It has {_count(membership.capacity, 'rank')}: ask for a size from 1 to {membership.capacity}",
+            hint=f"It has {_count(membership.capacity, 'rank')}: ask for {wanted}",
         )
     if size <= len(membership.ranks):
         return membership.ranks[:size]
     return tuple(sorted((*membership.ranks, *_inactive(membership)[: size - len(membership.ranks)])))
 
 
-def _ranks_without(membership: Membership, retired: tuple[int, ...]) -> tuple[int, ...]:
+def _ranks_without(membership: Membership, retired: tuple[int, ...], size: int) -> tuple[int, ...]:
+    hint = _retirable(membership, size)
     if not retired:
-        raise PlanError("retire_ranks is empty", hint=_retirable(membership))
+        raise PlanError("retire_ranks is empty", hint=hint)
     if len(set(retired)) != len(retired):
         raise PlanError(f"a rank is repeated in {list(retired)}", hint="List each rank to retire once")
     if 0 in retired:
-        raise PlanError("rank 0 cannot be retired, because it leads the commit barrier", hint=_retirable(membership))
+        raise PlanError("rank 0 cannot be retired, because it leads the commit barrier", hint=hint)
     absent = sorted(set(retired) - set(membership.ranks))
     if absent:
         listed = ", ".join(map(str, absent))
         plural, verb = ("", "is") if len(absent) == 1 else ("s", "are")
-        raise PlanError(f"rank{plural} {listed} {verb} not active", hint=_retirable(membership))
+        raise PlanError(f"rank{plural} {listed} {verb} not active", hint=hint)
+    _require_replicas(retired, size, hint)
     return tuple(rank for rank in membership.ranks if rank not in retired)
 
 
-def _ranks_with(membership: Membership, restored: tuple[int, ...]) -> tuple[int, ...]:
+def _ranks_with(membership: Membership, restored: tuple[int, ...], size: int) -> tuple[int, ...]:
+    hint = _restorable(membership, size)
     if not restored:
-        raise PlanError("restore_ranks is empty", hint=_restorable(membership))
+        raise PlanError("restore_ranks is empty", hint=hint)
     if len(set(restored)) != len(restored):
         raise PlanError(f"a rank is repeated in {list(restored)}", hint="List each rank to restore once")
     wrong = sorted(set(restored) - set(_inactive(membership)))
     if wrong:
         listed = ", ".join(map(str, wrong))
         plural, verb = ("", "is") if len(wrong) == 1 else ("s", "are")
-        raise PlanError(f"rank{plural} {listed} {verb} not inactive", hint=_restorable(membership))
+        raise PlanError(f"rank{plural} {listed} {verb} not inactive", hint=hint)
+    _require_replicas(restored, size, hint)
     return tuple(sorted((*membership.ranks, *restored)))
+
+
+def _require_replicas(ranks: tuple[int, ...], size: int, hint: str) -> None:
+    """Raises PlanError where a part of an attention replica is named."""
+    for replica in sorted({rank // size for rank in ranks}):
+        whole = _of_replica(replica, size)
+        if missing := [rank for rank in whole if rank not in ranks]:
+            named = ", ".join(str(rank) for rank in whole if rank in ranks)
+            raise PlanError(
+                f"rank {named} cannot be named without rank {', '.join(map(str, missing))} of its attention replica",
+                hint=hint,
+            )
 
 
 def _inactive(membership: Membership) -> list[int]:
     return [rank for rank in range(membership.capacity) if rank not in membership.ranks]
 
 
-def _restorable(membership: Membership) -> str:
-    others = ", ".join(map(str, _inactive(membership)))
+def _restorable(membership: Membership, size: int) -> str:
+    others = _listed(_inactive(membership), size)
     if not others:
         return "All ranks are active, so none can be restored now"
     return f"Ranks that can be restored now: {others}"
 
 
-def _retirable(membership: Membership) -> str:
-    others = ", ".join(str(rank) for rank in membership.ranks if rank != 0)
+def _retirable(membership: Membership, size: int) -> str:
+    others = _listed([rank for rank in membership.ranks if rank // size != LEADER], size)
     if not others:
-        return "Only rank 0 is active, so none can be retired now"
+        only = "Only rank 0 is active" if size == 1 else "Only the replica of rank 0 is active"
+        return f"{only}, so none can be retired now"
     return f"Ranks that can be retired now: {others}"
+
+
+def _of_replica(replica: int, size: int) -> range:
+    return range(replica * size, (replica + 1) * size)
+
+
+def _listed(ranks: list[int], size: int) -> str:
+    """Ranks, or where a replica has several, its ranks together: "2 and 3, 4 and 5"."""
+    replicas = sorted({rank // size for rank in ranks})
+    return ", ".join(" and ".join(map(str, _of_replica(replica, size))) for replica in replicas)
 
 
 def _count(number: int, noun: str) -> str:

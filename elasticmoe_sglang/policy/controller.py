@@ -39,7 +39,7 @@ class PolicyController:
     Args:
         coordinator: carries changes out.
         settings: at the start.
-        max_ep_size: all ranks.
+        max_ep_size: all ranks. replica_size: ranks of an attention replica, of which sizes are multiples.
         sample: returns what the active ranks do now, None where that is not known.
         clock: the clock of the meter's times.
         wait_s: seconds that a manual request waits for the end of a change that the policy started.
@@ -52,6 +52,7 @@ class PolicyController:
         settings: PolicySettings,
         *,
         max_ep_size: int,
+        replica_size: int = 1,
         sample: Callable[[], Sample | None],
         meter: RequestMeter,
         clock: Callable[[], float] = time.perf_counter,
@@ -62,6 +63,7 @@ class PolicyController:
         self._coordinator = coordinator
         self._settings = settings
         self._max = max_ep_size
+        self._replica_size = replica_size
         self._sampler = sample
         self._meter = meter
         self._clock = clock
@@ -150,7 +152,13 @@ class PolicyController:
         if self._settings.autoscale is Autoscale.OFF:
             return None
         decision, state = decide(
-            snapshot, self._settings, self._state, now, max_ep_size=self._max, busy=self._busy(now)
+            snapshot,
+            self._settings,
+            self._state,
+            now,
+            max_ep_size=self._max,
+            replica_size=self._replica_size,
+            busy=self._busy(now),
         )
         if self._settings.autoscale is Autoscale.SHADOW:
             self._state = msgspec.structs.replace(state, trial=None)

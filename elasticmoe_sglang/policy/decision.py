@@ -107,11 +107,19 @@ class _View:
     """The numbers that the rules below share, for one snapshot."""
 
     def __init__(
-        self, snapshot: Snapshot, slo: Slo, settings: PolicySettings, state: PolicyState, capacity: int, now: float
+        self,
+        snapshot: Snapshot,
+        slo: Slo,
+        settings: PolicySettings,
+        state: PolicyState,
+        capacity: int,
+        now: float,
+        step: int = 1,
     ) -> None:
         self.now, self.s, self.slo, self.settings, self.state = now, snapshot, slo, settings, state
         self.most = capacity
-        self.least = min(settings.min_ep_size, capacity)
+        self.step = step
+        self.least = min(self.possible(settings.min_ep_size), capacity)
         output = snapshot.output_tokens
         self.fast, self.slow = snapshot.arrivals_fast * output, snapshot.arrivals_slow * output
         self.now_load = snapshot.arrivals_now * output
@@ -123,6 +131,10 @@ class _View:
         self.slow_error = math.sqrt((1 + snapshot.output_spread**2) / slow_seen)
         self.backlog = snapshot.waiting * output / settings.drain_s
         self.expected = (snapshot.expected_tokens_per_s or 0.0) if settings.forecast else 0.0
+
+    def possible(self, size: int) -> int:
+        """The smallest size there can be, not below this one."""
+        return -(-size // self.step) * self.step
 
     def capacity(self, size: int) -> RankCapacity | None:
         """Of each rank."""
@@ -142,11 +154,12 @@ class _View:
         return size * rank.tokens_per_s * share
 
     def size_for(self, load: float, *, above: int = 0) -> int:
-        """The smallest size, larger than `above`, that is sized for a load; the maximum where none is, and one more
+        """The smallest size, larger than `above`, that is sized for a load; the maximum where none is, and the next one
         where nothing is known of what a rank can do."""
+        larger = self.possible(above + 1)
         if self.capacity(self.s.ranks) is None:
-            return min(above + 1, self.most)
-        for size in range(max(above + 1, self.least), self.most):
+            return min(larger, self.most)
+        for size in range(max(larger, self.least), self.most, self.step):
             fits = self.fits(size, _SIZE)
             if fits is not None and fits >= load:
                 return size
@@ -173,12 +186,14 @@ def decide(
     now: float,
     *,
     max_ep_size: int,
+    replica_size: int = 1,
     busy: str | None = None,
 ) -> tuple[Decision, PolicyState]:
     """What to do now.
 
     Args:
         now: seconds, on the clock of the state's times.
+        replica_size: of which all sizes are multiples.
         busy: what is going on that forbids any action, such as a change that runs; None: nothing is.
 
     Returns:
@@ -199,7 +214,7 @@ def decide(
         return nothing(busy), state
     if now < state.held_until:
         return nothing(f"a manual request holds the policy for {state.held_until - now:.0f} s more"), state
-    view = _View(snapshot, slo, settings, state, max_ep_size, now)
+    view = _View(snapshot, slo, settings, state, max_ep_size, now, replica_size)
     if now < state.outgrown_at + _OUTGROWN_S and view.slow > state.outgrown_load:
         # A burst that has just begun is larger than what was measured when it was seen.
         view.state = state = msgspec.structs.replace(state, outgrown_load=view.slow)
@@ -265,7 +280,7 @@ def _needs(view: _View) -> Iterator[_Need]:
         text = f"{s.waiting} requests wait, the last of them for about {_seconds(wait)}"
         size = view.size_for(max(load, view.latest, s.tokens_per_s) + view.backlog)
         # Where this size should work the queue off, it is given the time to.
-        yield _Need(max(size, min(s.ranks + 1, view.most)), text, unexpected=size <= s.ranks)
+        yield _Need(max(size, min(s.ranks + view.step, view.most)), text, unexpected=size <= s.ranks)
     if limit is not None and sure > limit:
         text = f"the load of {load:.0f} tokens/s is more than the {limit:.0f} that {_ranks(s.ranks)} are used up to"
         yield _Need(view.size_for(load + view.backlog, above=s.ranks), text)
@@ -419,7 +434,7 @@ def _smaller(view: _View) -> int | None:
     if view.now < view.state.outgrown_at + _OUTGROWN_S and surely > _OUTGROWN_SHARE * view.state.outgrown_load:
         too_small = view.state.outgrown
     # By half at most: what is known of this size says less of much smaller ones.
-    for size in range(max(view.least, too_small + 1, -(-s.ranks // 2)), s.ranks):
+    for size in range(view.possible(max(view.least, too_small + 1, -(-s.ranks // 2))), s.ranks, view.step):
         if s.kv_use is not None and s.kv_use * s.ranks / size > _KV_AFTER:
             continue
         if slow <= 0 and view.expected <= 0 and not s.running:

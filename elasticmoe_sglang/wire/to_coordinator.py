@@ -100,6 +100,10 @@ class Retired(Message, frozen=True, kw_only=True):
 # From the IMM, to everybody who is connected to it ------------------------------------------------------------------
 
 
+REPLICA_LOST = 75
+"""Exit status of a worker that lives and ends because another rank of its attention replica has ended."""
+
+
 class WorkerNote(Message, frozen=True, kw_only=True):
     """Worker -> IMM -> here: SGLang's "ready" message of a freshly booted scheduler (JSON)."""
 
@@ -118,6 +122,8 @@ class WorkerExited(Message, frozen=True, kw_only=True):
     @property
     def how(self) -> str:
         """For a sentence about the worker."""
+        if self.status == REPLICA_LOST:
+            return "ended with another rank of its attention replica"
         return "exited" if self.status is None else f"exited with status {self.status}"
 
 

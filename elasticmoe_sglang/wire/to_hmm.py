@@ -44,6 +44,7 @@ class Block(msgspec.Struct, frozen=True, kw_only=True):
     column: the expert column it holds, for kind "column".
     name: the shared region's name, for a region.
     rank, chunk: whose KV cache it is a part of and which part, for kind "kv".
+    shard: which part of the dense weights it holds, for kind "dense": 0 unless attention is tensor-parallel.
     nbytes: physical size, a multiple of the granularity.
     sealed: somebody declared its content complete.
     txn: the open transaction it was allocated in; None once committed.
@@ -56,6 +57,7 @@ class Block(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
     rank: int | None = None
     chunk: int | None = None
+    shard: int = 0
     nbytes: int
     sealed: bool = False
     txn: str | None = None
@@ -159,13 +161,15 @@ class Rollback(Message, frozen=True, kw_only=True):
 
 
 class Allocate(Message, frozen=True, kw_only=True):
-    """columns: one block each, kind "column". rank and chunks: one block a chunk of the rank's KV cache, kind "kv"."""
+    """columns: one block each, kind "column". rank and chunks: one block a chunk of the rank's KV cache, kind "kv".
+    shard: of the dense weights, kind "dense"."""
 
     device: Index
     kind: Kind
     columns: Columns | None = None
     rank: Index | None = None
     chunks: Columns | None = None
+    shard: Index = 0
     nbytes: Annotated[int, Meta(gt=0, lt=1 << 53)] | None = None
     txn: Text | None = None
 

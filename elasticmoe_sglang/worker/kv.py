@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.02
 _GIVEN_BACK_S = 1.0
+_CLAIMED_S = 0.05
 _PART_BYTES = 256 << 20
 _COPY_BYTES = 64 << 20
 
@@ -47,6 +48,7 @@ class Resized:
 @dataclass(eq=False)
 class _Job:
     tokens: int
+    claimed: bool = False
     done: threading.Event = field(default_factory=threading.Event)
     result: Resized | None = None
     error: Exception | None = None
@@ -55,7 +57,8 @@ class _Job:
 class ResizeJobs:
     """New capacities for the scheduler, passed from the agent's thread to the scheduler's.
 
-    A job that was not started before its deadline is cancelled.
+    A job that was not started before its deadline is cancelled. Where several ranks have to start theirs in the same
+    iteration, a rank claims its job while it asks the others (`claim`), and it is not cancelled meanwhile.
     """
 
     def __init__(self) -> None:
@@ -69,18 +72,43 @@ class ResizeJobs:
             self._jobs.append(job)
         wake()
         job.done.wait(timeout_s)
-        with self._lock:
-            if job in self._jobs:
-                self._jobs.remove(job)
-                raise WorkerError(
-                    f"the scheduler did not change its KV capacity to {tokens} tokens within {timeout_s:.0f} s",
-                    hint="Its event loop does not run; its log says why",
-                )
+        while not self._cancel(job, timeout_s):
+            job.done.wait(_CLAIMED_S)
         job.done.wait()  # it has started, so it ends
         if job.error is not None:
             raise job.error
         assert job.result is not None
         return job.result
+
+    def _cancel(self, job: _Job, timeout_s: float) -> bool:
+        """False while the job is claimed, True when it has started. Raises WorkerError when it never will."""
+        with self._lock:
+            if job not in self._jobs or job.claimed:
+                return job not in self._jobs
+            self._jobs.remove(job)
+        raise WorkerError(
+            f"the scheduler did not change its KV capacity to {job.tokens} tokens within {timeout_s:.0f} s",
+            hint="Its event loop does not run; its log says why",
+        )
+
+    def claim(self) -> int | None:
+        """The next job's capacity in tokens; it waits for `run_claimed` or `unclaim`. None: there is none."""
+        with self._lock:
+            if not self._jobs:
+                return None
+            self._jobs[0].claimed = True
+            return self._jobs[0].tokens
+
+    def unclaim(self) -> None:
+        """The claimed job is not started now."""
+        with self._lock:
+            self._jobs[0].claimed = False
+
+    def run_claimed(self, resize: Callable[[int], Resized]) -> None:
+        """Start the claimed job, in the scheduler's thread."""
+        with self._lock:
+            job = self._jobs.popleft()
+        self._do(job, resize)
 
     def run(self, resize: Callable[[int], Resized]) -> None:
         """In the scheduler's thread, at the top of an iteration."""
@@ -89,11 +117,14 @@ class ResizeJobs:
                 if not self._jobs:
                     return
                 job = self._jobs.popleft()
-            try:
-                job.result = resize(job.tokens)
-            except Exception as error:
-                job.error = error
-            job.done.set()
+            self._do(job, resize)
+
+    def _do(self, job: _Job, resize: Callable[[int], Resized]) -> None:
+        try:
+            job.result = resize(job.tokens)
+        except Exception as error:
+            job.error = error
+        job.done.set()
 
 
 class WorkerKv:

@@ -38,10 +38,11 @@ def device_at_rest(
         held: bytes of KV of other ranks there.
     """
     columns = len({column for column, rank in placement.held() if config.device_of(rank) == usage.device})
+    shards = len({config.shard_of(rank) for rank in ranks})
     return KvDevice(
         budget=usage.budget,
         headroom=config.headroom_bytes(usage.budget),
-        weights=round_up(model.dense_bytes, granularity) + columns * round_up(model.column_bytes, granularity),
+        weights=shards * round_up(model.dense_bytes, granularity) + columns * round_up(model.column_bytes, granularity),
         others=others_of(usage),
         ranks=ranks,
         held=held,

@@ -51,6 +51,7 @@ class WorkerWeights:
     """Args:
     client: this process's HMM client.
     rank, device: whose memory this is.
+    shard: which part of the dense weights this rank has; 0 where it has all.
     bytes_per_second: limit for copies during a change; None for no limit.
     """
 
@@ -62,10 +63,12 @@ class WorkerWeights:
         device: int,
         bytes_per_second: int | None,
         deadline_s: float,
+        shard: int = 0,
     ) -> None:
         self._client = client
         self._rank = rank
         self._device = device
+        self._shard = shard
         self._limit = bytes_per_second
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
@@ -123,9 +126,7 @@ class WorkerWeights:
         if not new:
             self._client.wait_sealed([block.block_id], self._deadline_s)
             return False
-        sources = [
-            other for other in self._client.lookup(kind="dense") if other.device != self._device and other.sealed
-        ]
+        sources = [other for other in self._dense_blocks() if other.device != self._device and other.sealed]
         if not sources and fill:
             self._pending_seal.append(block.block_id)
             return True
@@ -137,15 +138,19 @@ class WorkerWeights:
 
     def _await_block(self) -> None:
         deadline = time.monotonic() + self._deadline_s
-        while not self._client.lookup(kind="dense", device=self._device) and time.monotonic() < deadline:
+        while not self._dense_blocks(self._device) and time.monotonic() < deadline:
             time.sleep(0.01)
+
+    def _dense_blocks(self, device: int | None = None) -> list[Block]:
+        """Blocks that hold our part of the dense weights."""
+        return [block for block in self._client.lookup(kind="dense", device=device) if block.shard == self._shard]
 
     def _dense_block(self, txn: str | None) -> tuple[Block, bool]:
         """Our device's dense block, and whether this rank has just allocated it (ranks of one device share it)."""
-        found = self._client.lookup(kind="dense", device=self._device)
+        found = self._dense_blocks(self._device)
         if settled := _settled(found, txn):
             return settled[0], False
-        [block] = self._client.allocate(self._device, "dense", txn=txn)
+        [block] = self._client.allocate(self._device, "dense", shard=self._shard, txn=txn)
         return block, True
 
     def _await_dense(self, sources: list[Block]) -> Block:
@@ -155,7 +160,7 @@ class WorkerWeights:
         deadline = time.monotonic() + self._deadline_s
         while time.monotonic() < deadline:
             # Any that is filled: another rank's may be waiting just as this one does.
-            for block in self._client.lookup(kind="dense"):
+            for block in self._dense_blocks():
                 if block.device != self._device and block.sealed:
                     return block
             time.sleep(0.01)

@@ -186,15 +186,15 @@ def refusal(request: Any) -> str | None:
     return None
 
 
-def pin_refusal(rank: int | None, active: Sequence[int]) -> str | None:
+def pin_refusal(rank: int | None, active: Sequence[int], what: str = "ranks") -> str | None:
     """Why a request that names a rank is not accepted, or None.
 
     Args:
-        rank: `routed_dp_rank`. active: the committed membership.
+        rank: `routed_dp_rank`. active: the committed membership. what: its numbers are.
     """
     if rank is None or rank in active:
         return None
-    return f"routed_dp_rank {rank} is not active; the active ranks are {', '.join(map(str, sorted(active)))}"
+    return f"routed_dp_rank {rank} is not active; the active {what} are {', '.join(map(str, sorted(active)))}"
 
 
 def seed_refusal(sampling: Mapping[str, Any], backend: str | None) -> str | None:

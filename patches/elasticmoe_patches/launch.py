@@ -1,20 +1,27 @@
 """From our flags to the SGLang arguments of an elastic server, and what is refused.
 
-SGLang is told tp = dp = ep = max_ep_size with DP attention, so that every rank is one attention replica and holds a
-share of the experts. Features that would make ranks depend on each other in other ways are refused here, before
+SGLang is told tp = ep = max_ep_size with DP attention over max_ep_size / attention_tp replicas (a rank each unless
+attention is tensor-parallel), so that every rank holds a share of the experts and an attention replica, or a part of
+one. Features that would make ranks depend on each other in other ways are refused here, before
 anything starts.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elasticmoe_patches.device import check_biased_devices, check_fp8_devices, check_redundancy
+from elasticmoe_patches.device import (
+    check_biased_devices,
+    check_fp8_devices,
+    check_redundancy,
+    on_cuda,
+    on_npu,
+)
 from elasticmoe_patches.features import LAUNCH_REFUSALS
 from elasticmoe_sglang.comm.control_page import MAX_COPIES
 from elasticmoe_sglang.comm.membership import MAX_CAPACITY
@@ -74,6 +81,9 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
 }
 
 
+_REPLICA_SIZES = ("dp_size", "attn_dp_size")
+"""SGLang's numbers of attention replicas."""
+
 BACKEND = "elasticmoe"
 """Our value of SGLang's --elastic-ep-backend."""
 
@@ -99,13 +109,13 @@ def elastic_config(args: argparse.Namespace) -> ElasticConfig | None:
             hint="Give one of them: they mean the same",
         )
     args.ep_num_redundant_experts = 0
-    return dataclasses.replace(config, redundant_experts=redundant)
+    return replace(config, redundant_experts=redundant)
 
 
 def _sized_config(args: argparse.Namespace) -> ElasticConfig | None:
     config = ElasticConfig.from_namespace(args)
     if args.elastic_ep_backend != BACKEND:
-        return config
+        return None if config is None else _with_replicas(args, config)
     largest, initial = args.max_ep_size, args.elastic_ep_initial_size
     if config is None:
         if largest is None:
@@ -126,6 +136,19 @@ def _sized_config(args: argparse.Namespace) -> ElasticConfig | None:
         if given not in (None, ours):
             raise UserInputError(f"{option} {given} contradicts the {ours} of this plugin's flags")
     args.elastic_ep_backend = args.max_ep_size = args.elastic_ep_initial_size = None
+    return _with_replicas(args, config)
+
+
+def _with_replicas(args: argparse.Namespace, config: ElasticConfig) -> ElasticConfig:
+    """With attention tensor parallelism where SGLang's own flags ask for it: fewer replicas than ranks.
+
+    Raises:
+        UserInputError: the sizes are no whole replicas.
+    """
+    for name in _REPLICA_SIZES:
+        replicas, capacity = getattr(args, name, 1) or 1, config.max_ep_size
+        if config.attention_tp == 1 and 1 < replicas < capacity and capacity % replicas == 0:
+            return replace(config, attention_tp=capacity // replicas)
     return config
 
 
@@ -142,19 +165,26 @@ def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
             "--elasticmoe-max-ep-size 1 leaves nothing to scale to",
             hint="Give at least 2, or serve one rank with SGLang alone, without this plugin's flags",
         )
+    if config.attention_tp > 1:
+        _check_attention_tp(args, config)
     if capacity > MAX_CAPACITY:
         raise UserInputError(f"--elasticmoe-max-ep-size {capacity} is more than the {MAX_CAPACITY} ranks supported")
     # Newer versions of SGLang say attn_dp_size for the dp_size that is set here.
     sizes = ("tp_size", "dp_size", "ep_size", *(["attn_dp_size"] if hasattr(args, "attn_dp_size") else []))
     for name in sizes:
         option, given = f"--{name.replace('_', '-')}", getattr(args, name)
-        if given not in (1, capacity):
+        replicas = name in _REPLICA_SIZES
+        wanted = config.num_replicas if replicas else capacity
+        if given not in (1, wanted):
+            sizes_of_ours = f"--elasticmoe-max-ep-size {capacity}"
+            if replicas and config.attention_tp > 1:
+                sizes_of_ours += f" with --elasticmoe-attention-tp {config.attention_tp}"
             raise UserInputError(
-                f"{option} {given} contradicts --elasticmoe-max-ep-size {capacity}",
-                hint=f"Leave {option} out: it is set to the number of ranks",
+                f"{option} {given} contradicts {sizes_of_ours}",
+                hint=f"Leave {option} out: it is set to the number of {'replicas' if replicas else 'ranks'}",
             )
-        setattr(args, name, capacity if name != "attn_dp_size" else 1)
-    _refuse_empty_shares(args, capacity)
+        setattr(args, name, wanted if name != "attn_dp_size" else 1)
+    _refuse_empty_shares(args, config)
     args.enable_dp_attention = True
     args.enable_dp_lm_head = True
     args.moe_dense_tp_size = 1
@@ -170,6 +200,12 @@ def shape_arguments(args: argparse.Namespace, config: ElasticConfig) -> None:
     # Layers with a sliding window keep their KV in the one pool that changes its size.
     args.disable_hybrid_swa_memory = True
     if quantised:
+        if config.attention_tp > 1:
+            raise UserInputError(
+                f"--elasticmoe-attention-tp {config.attention_tp} is not supported for quantised checkpoints: their "
+                "blocks of 128 rows would be cut",
+                hint="Leave the flag out, or serve an unquantised checkpoint",
+            )
         _shape_fp8(args, config)
     elif args.quantization is not None:
         raise UserInputError(
@@ -208,23 +244,53 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
             )
 
 
-def _refuse_empty_shares(args: argparse.Namespace, capacity: int) -> None:
-    """SGLang divides these limits by the capacity; a share of nothing fails when ranks boot, or means no limit at all.
+def _check_attention_tp(args: argparse.Namespace, config: ElasticConfig) -> None:
+    """Raises UserInputError where attention tensor parallelism is not supported, or cannot be for this model."""
+    size, capacity = config.attention_tp, config.max_ep_size
+    option = f"--elasticmoe-attention-tp {size}"
+    if capacity < 2 * size:
+        raise UserInputError(
+            f"--elasticmoe-max-ep-size {capacity} with {option} is one attention replica, which leaves nothing to "
+            "scale to",
+            hint=f"Give at least {2 * size}",
+        )
+    if on_cuda() or on_npu():
+        raise UserInputError(
+            f"{option} is supported on the CPU only: the device collectives of a part of the ranks were not tried",
+            hint="Leave the flag out",
+        )
+    model = read_model_config(args.model_path, getattr(args, "revision", None))
+    heads = model.get("num_attention_heads") or size
+    kv_heads = model.get("num_key_value_heads") or heads
+    if heads % size or (kv_heads % size and size % kv_heads):
+        raise UserInputError(
+            f"{option} does not divide the model's {heads} attention heads, or its {kv_heads} heads of keys and values",
+            hint="Give a size that divides both, or that the second divides",
+        )
+
+
+def _refuse_empty_shares(args: argparse.Namespace, config: ElasticConfig) -> None:
+    """SGLang divides these limits by the number of replicas; a share of nothing fails when ranks boot, or means no
+    limit at all.
 
     Raises:
-        UserInputError: a limit has less than one request, or one page of a chunk, for each rank.
+        UserInputError: a limit has less than one request, or one page of a chunk, for each replica.
     """
+    shares = config.num_replicas
+    each, divisor = "ranks", "--elasticmoe-max-ep-size"
+    if config.attention_tp > 1:
+        each, divisor = "attention replicas", "their number"
     page = args.page_size or 1
     pages = "token" if page == 1 else f"page of {page} tokens"
     for name, least, what in (
-        ("max_running_requests", capacity, "request"),
-        ("chunked_prefill_size", capacity * page, pages),
+        ("max_running_requests", shares, "request"),
+        ("chunked_prefill_size", shares * page, pages),
     ):
         value = getattr(args, name)
         if value is not None and 0 < value < least:
             raise UserInputError(
-                f"--{name.replace('_', '-')} {value} is less than one {what} for each of {capacity} ranks",
-                hint=f"Give {least} or more: it is divided by --elasticmoe-max-ep-size, however many ranks are active",
+                f"--{name.replace('_', '-')} {value} is less than one {what} for each of {shares} {each}",
+                hint=f"Give {least} or more: it is divided by {divisor}, however many ranks are active",
             )
 
 

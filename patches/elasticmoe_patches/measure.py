@@ -39,23 +39,25 @@ def aborted(request: Any) -> None:
     METER.aborted(time.perf_counter(), request.rid)
 
 
-def sample_of(tokenizer_manager: Any, ranks: Callable[[], Sequence[int]]) -> Callable[[], Sample | None]:
-    """Returns a function that reads what the active ranks published last; it returns None until all have.
+def sample_of(
+    tokenizer_manager: Any, replicas: Callable[[], Sequence[int]], *, ranks_each: int = 1
+) -> Callable[[], Sample | None]:
+    """Returns a function that reads what the active replicas published last; it returns None until all have.
 
     Args:
-        ranks: returns the active ranks.
+        replicas: returns the active replicas, SGLang's data-parallel ranks. ranks_each: ranks of one.
     """
     reader = tokenizer_manager.load_snapshot_reader
 
     def sample() -> Sample | None:
-        active = ranks()
-        loads = [load for rank in active if (load := reader.read(rank)) is not None]
+        active = replicas()
+        loads = [load for replica in active if (load := reader.read(replica)) is not None]
         if len(loads) < len(active):
             return None
         room = sum(load.max_total_num_tokens for load in loads)
-        slots = min(load.max_running_requests for load in loads)
+        slots = min(load.max_running_requests for load in loads) // ranks_each
         return Sample(
-            ranks=len(active),
+            ranks=len(active) * ranks_each,
             running=sum(load.num_running_reqs for load in loads),
             waiting=sum(load.num_waiting_reqs for load in loads),
             kv_use=sum(load.num_used_tokens for load in loads) / room if room else None,

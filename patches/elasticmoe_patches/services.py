@@ -29,7 +29,7 @@ from elasticmoe_sglang import run_dir_reaper
 from elasticmoe_sglang.api.elastic_ep import ElasticEp
 from elasticmoe_sglang.comm.control_page import ControlPage
 from elasticmoe_sglang.comm.region import format_region, open_region, release_stale_regions
-from elasticmoe_sglang.config import AUTO
+from elasticmoe_sglang.config import AUTO, ElasticConfig
 from elasticmoe_sglang.coordinator.coordinator import Coordinator
 from elasticmoe_sglang.coordinator.hmm_failover import HmmFailover
 from elasticmoe_sglang.coordinator.memory import HmmMemory, drop_kv, release_leftovers
@@ -65,7 +65,8 @@ _services: Services | None = None
 class SglangRouter:
     """The coordinator's `SglangPort`: sends on SGLang's sockets, in the tokenizer's event loop, which owns them."""
 
-    def __init__(self, tokenizer_manager: Any, senders: Senders) -> None:
+    def __init__(self, tokenizer_manager: Any, senders: Senders, config: ElasticConfig) -> None:
+        self._config = config
         self._tokenizer = tokenizer_manager
         self._senders = senders
         self._answers: Answers = getattr(tokenizer_manager, ATTRIBUTE)
@@ -84,7 +85,7 @@ class SglangRouter:
 
         async def send() -> None:
             self._tokenizer._dispatch_to_scheduler(ElasticRouteReq(ranks=list(ranks)))
-            self._answers.resume(len(ranks))
+            self._answers.resume(len(self._config.replicas_of(ranks)))
             replay(self._tokenizer)
 
         await self._run(send())
@@ -98,7 +99,7 @@ class SglangRouter:
             opened = open_requests(self._tokenizer)
             request = ElasticRecoverRouteReq(operation_id=operation_id, ranks=list(ranks))
             self._tokenizer._dispatch_to_scheduler(request)
-            self._answers.resume(len(ranks))
+            self._answers.resume(len(self._config.replicas_of(ranks)))
             self._answers.give_up_later()
             replay(self._tokenizer)
             return opened
@@ -112,12 +113,17 @@ class SglangRouter:
 
         async def send() -> int:
             # Without an await between: what comes later of a dead worker is not in what is sent again.
-            self._senders.bar(gone)
+            self._senders.bar(self._outputs_of(gone))
             return send_again(self._tokenizer, rids, suspect=suspect, ranks=ranks)
 
         if not rids:
             return 0
         return await self._run(send())
+
+    def _outputs_of(self, gone: Collection[Sender]) -> Collection[Sender]:
+        """SGLang names a replica in its outputs, and the rank that leads it sends them."""
+        leading = self._config.leaders_of(rank for rank, _ in gone)
+        return {(self._config.replica_of(rank), number) for rank, number in gone if rank in leading}
 
     async def _run(self, coroutine: Coroutine[Any, Any, _ResultT]) -> _ResultT:
         loop = self._tokenizer.event_loop
@@ -296,7 +302,7 @@ class Services:
             channel=self._channel,
             hmm=hmm,
             control=self.control,
-            sglang=SglangRouter(self._tokenizer, self.senders),
+            sglang=SglangRouter(self._tokenizer, self.senders, config),
         )
         for message in self._early:
             workers.message(message)
@@ -331,7 +337,10 @@ class Services:
             coordinator,
             config.policy_settings(),
             max_ep_size=config.max_ep_size,
-            sample=measure.sample_of(self._tokenizer, lambda: workers.view().ranks),
+            replica_size=config.attention_tp,
+            sample=measure.sample_of(
+                self._tokenizer, lambda: config.replicas_of(workers.view().ranks), ranks_each=config.attention_tp
+            ),
             meter=measure.METER,
             wait_s=config.prepare_deadline_s,
             on_step=self._policy_stepped,

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from elasticmoe_sglang.errors import WorkerError
+from elasticmoe_sglang.comm.membership import Membership
+from elasticmoe_sglang.config import ElasticConfig
+from elasticmoe_sglang.coordinator.memory import release_leftovers
+from elasticmoe_sglang.errors import UserInputError, WorkerError
 from elasticmoe_sglang.hmm.client import HmmClient
 from elasticmoe_sglang.hmm.layout import ColumnLayout, DenseLayout
 from elasticmoe_sglang.hmm.process import spawn_hmm
-from elasticmoe_sglang.planner import TURNS
+from elasticmoe_sglang.planner import TURNS, View, initial_placement
 from elasticmoe_sglang.planner.placement import turns_of
 from elasticmoe_sglang.wire.to_hmm import ModelSpec
 from elasticmoe_sglang.worker.weights import Attached, WorkerWeights
@@ -99,6 +102,47 @@ def test_blocks_that_may_be_rolled_back_are_not_shared(endpoint: str) -> None:
             assert sorted(block.column for block in held if block.column is not None) == [1, 2]
             for column in (1, 2):
                 assert torch.all(booted.columns.views(COLUMNS)["0.w13_weight"][column] == column + 1.0)
+
+
+def test_ranks_of_a_replica_have_parts_of_the_dense_weights(endpoint: str) -> None:
+    """Ranks 0 to 3 are two replicas of two ranks, each replica on one device: rank 2 copies rank 0's part, rank 3 rank
+    1's, and a device holds both."""
+    with HmmClient(endpoint, name="coordinator") as coordinator:
+        kept = []
+        for rank in range(RANKS):
+            client = HmmClient(endpoint, name=f"rank-{rank}")
+            kept.append(client)
+            memory = WorkerWeights(
+                client, rank=rank, device=rank // 2, shard=rank % 2, bytes_per_second=None, deadline_s=20
+            )
+            found = memory.attach(
+                SPEC,
+                COLUMNS,
+                DENSE,
+                owned=[rank],
+                txn=None,
+                dense_source=0,
+                fill_dense=rank < 2,
+                table_device=torch.device("cpu"),
+            )
+            assert found.load_dense == (rank < 2)
+            dense = memory.dense.views()["embed"]
+            if found.load_dense:
+                dense.fill_(rank + 5.0)
+            memory.filled()
+            assert bool((dense == rank % 2 + 5.0).all())
+        held = [(block.device, block.shard) for block in coordinator.lookup(kind="dense")]
+        assert sorted(held) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        view = View(
+            membership=Membership(ranks=(0, 1), epoch=1, capacity=RANKS), placement=initial_placement(RANKS, (0, 1))
+        )
+        config = ElasticConfig(ep_size=2, max_ep_size=RANKS, ranks_per_device=2, attention_tp=2)
+        release_leftovers(coordinator, view, config)
+        assert [(b.device, b.shard) for b in coordinator.lookup(kind="dense")] == [(0, 0), (0, 1)]
+        with pytest.raises(UserInputError, match="a block of kind column is no part of the dense weights"):
+            coordinator.allocate(0, "column", columns=[0], shard=1)
+        for client in kept:
+            client.close()
 
 
 def test_a_shared_column_is_served_in_its_turns(endpoint: str) -> None:

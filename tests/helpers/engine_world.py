@@ -17,13 +17,14 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from elasticmoe_sglang.comm.membership import Membership
 from elasticmoe_sglang.coordinator import steps as s
-from elasticmoe_sglang.coordinator.engine import Deadlines, Engine, commit_id
+from elasticmoe_sglang.coordinator.engine import Engine
+from elasticmoe_sglang.coordinator.proposal import Deadlines, commit_id
 from elasticmoe_sglang.coordinator.status import CommitReport, MemoryStatus, Moved, Phase, PullReport, Withdrawal
 from elasticmoe_sglang.errors import (
     CommitError,
@@ -100,18 +101,29 @@ class World:
     """Args:
     seed: of everything that is random.
     capacity, columns: of the server; it starts with all but one rank.
+    replica_size: ranks of an attention replica; requests are on the rank that leads it.
     faults: how many of them.
     redundant: the most copies of columns; then columns are rebalanced often.
     """
 
-    def __init__(self, seed: int, *, capacity: int = 4, columns: int = 7, faults: int = 3, redundant: int = 0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        capacity: int = 4,
+        columns: int = 7,
+        faults: int = 3,
+        redundant: int = 0,
+        replica_size: int = 1,
+    ) -> None:
         self.random = random.Random(seed)
         self.seed = seed
         self.now = 0.0
         self._sequence = 0
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self.trace: list[str] = []
-        size = self.random.randint(2, capacity)
+        self.replica_size = replica_size
+        size = max(1, self.random.randint(2, capacity) // replica_size) * replica_size
         ranks = tuple(range(size))
         membership = Membership(ranks=ranks, epoch=0, capacity=capacity)
         self.view = View(membership=membership, placement=initial_placement(columns, ranks))
@@ -141,7 +153,8 @@ class World:
         self.goal: tuple[int, ...] = ranks
         self.ended: str | None = None
         self._wake = 0
-        self.engine = Engine(self.view, {p.rank: p.pid for p in self.processes}, DEADLINES, restore=True)
+        pids = {p.rank: p.pid for p in self.processes}
+        self.engine = Engine(self.view, pids, DEADLINES, restore=True, replica_size=replica_size)
         self.faults = faults
         self.overlapping = 0
         self.redundant = redundant
@@ -257,7 +270,7 @@ class World:
     def _ask_for_target(self) -> None:
         target: Target = ScaleTo(size=self.random.randint(1, self.capacity))
         if self.random.random() < 0.3 and len(self.engine.view.ranks) > 1:
-            target = RetireRanks(ranks=(self.random.choice(self.engine.view.ranks[1:]),))
+            target = RetireRanks(ranks=self._replica_of(self.random.choice(self.engine.view.ranks[1:])))
         elif self.random.random() < (0.6 if self.redundant else 0.25):
             target = self._rebalance()
         name = f"target-{len(self.phases)}-{self.now:.3f}"
@@ -265,7 +278,7 @@ class World:
         if busy or not self.hmm_alive:
             return
         try:
-            plan = plan_target(self.engine.view, target)
+            plan = plan_target(self.engine.view, target, replica_size=self.replica_size)
         except PlanError:
             return
         self.phases[name] = Phase.PLANNED
@@ -279,13 +292,20 @@ class World:
         load[self.random.randrange(len(load))] *= 10
         return Rebalance(load=tuple(load), redundant=self.random.choice((0, 1, self.redundant)))
 
+    def _replica_of(self, rank: int) -> tuple[int, ...]:
+        first = rank // self.replica_size * self.replica_size
+        return tuple(range(first, first + self.replica_size))
+
+    def _leading(self, ranks: Iterable[int]) -> list[int]:
+        return [rank for rank in sorted(ranks) if rank % self.replica_size == 0]
+
     def _arrive(self, number: int) -> None:
         self.remaining[number] = self.random.randint(3, 40)
         self._route(number)
 
     def _route(self, number: int, among: set[int] | None = None) -> None:
         """SGLang's controller: to a routed rank; a rank without a worker keeps it until a recovery drops it."""
-        rank = self.random.choice(sorted(among or self.routed))
+        rank = self.random.choice(self._leading(among or self.routed))
         process = self.of(rank)
         self.note(f"request {number} is routed to rank {rank}")
         if process is not None and not process.retiring:
@@ -739,7 +759,7 @@ class World:
             yield 0.01
         yield self.soon(0.05)
         moved = [number for number, source in self._in_transit.items() if source == pid]
-        receivers = [p for p in self.members() if p.rank in self.view.ranks]
+        receivers = [p for p in self.members() if p.rank in self._leading(self.view.ranks)]
         for number in moved:
             del self._in_transit[number]
             if receivers:
@@ -789,8 +809,9 @@ class World:
         # What has arrived and waits for the rest of its rank's requests is on a rank.
         here = {number for process in members for number in process.requests} | set(self._in_transit)
         strayed = [n for n in self.remaining if n not in self.done and n not in here]
+        leading = [process for process in members if process.rank in self._leading(self.view.ranks)]
         for number in strayed:
-            self.random.choice(members).requests.add(number)
+            self.random.choice(leading).requests.add(number)
         return len(strayed)
 
     def _roll_back(self, txn: str) -> None:
@@ -849,6 +870,8 @@ class World:
     def _check_end(self) -> None:
         assert self.engine.view == self.view, "the engine knows another view"
         members = {p.rank: p for p in self.members()}
+        replicas = {rank // self.replica_size for rank in members}
+        assert len(members) == len(replicas) * self.replica_size, f"replicas are not whole: {sorted(members)}"
         assert set(members) == set(self.view.ranks), "workers that are no members are left"
         for rank, process in members.items():
             assert process.view == self.view

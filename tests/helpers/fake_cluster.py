@@ -174,7 +174,7 @@ class FakeCluster:
     def view(self) -> View:
         return self.committed
 
-    async def kill(self, rank: int, pid: int) -> None:
+    async def kill(self, rank: int, pid: int, *, stalled: bool) -> None:
         raise AssertionError("nobody has stalled")
 
     def lose(self, rank: int) -> None:

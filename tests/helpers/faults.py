@@ -63,7 +63,8 @@ def imbalance(status: dict[str, Any]) -> str | None:
         copies = {int(column): ranks for column, ranks in status["copies"].items()}
         holders = [{owner, *copies.get(column, ())} for column, owner in enumerate(status["placement"])]
         columns = sum(device["device"] in {devices[rank] for rank in ranks} for ranks in holders)
-        wanted = {"column": columns * memory["column_bytes"], "dense": memory["dense_bytes"] if here else 0}
+        parts = {rank % status["attention_tp"] for rank in here}
+        wanted = {"column": columns * memory["column_bytes"], "dense": len(parts) * memory["dense_bytes"]}
         held = dict(device["by_kind"])
         kv = held.pop("kv", 0)
         if {kind: size for kind, size in wanted.items() if size} != held or bool(kv) != bool(here):

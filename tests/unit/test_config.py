@@ -31,6 +31,7 @@ def test_flags_reach_their_fields() -> None:
     values = {
         "ep_size": ("2", 2),
         "max_ep_size": ("6", 6),
+        "attention_tp": ("2", 2),
         "ranks_per_device": ("2", 2),
         "multiprocessor_share": ("40", "40"),
         "cpu_bind": ("0-3;4-7;9", "0-3;4-7;9"),
@@ -39,7 +40,7 @@ def test_flags_reach_their_fields() -> None:
         "hmm_endpoint": ("ipc:///tmp/x.sock", "ipc:///tmp/x.sock"),
         "device_budget": ("2GiB", 2 << 30),
         "headroom": ("0.02", "0.02"),
-        "hot_standbys": ("3", 3),
+        "hot_standbys": ("4", 4),
         "redundant_experts": ("4", 4),
         "count_routing": ("on", "on"),
         "spare_imm": ("off", "off"),

@@ -96,6 +96,12 @@ def test_many_more_seeds_settle() -> None:
     record("engine-simulation", f"seeds {SEEDS} to {SEEDS + seeds - 1}", found)
 
 
+@pytest.mark.parametrize("replica_size", [2, 3])
+def test_every_seed_settles_with_replicas_of_several_ranks(replica_size: int) -> None:
+    for seed in range(200):
+        World(seed, capacity=replica_size * (2 + seed % 2), columns=7, faults=seed % 5, replica_size=replica_size).run()
+
+
 def test_a_seed_is_a_run() -> None:
     first, second = world(7), world(7)
     first.run()

@@ -11,6 +11,7 @@ import pytest
 
 from elasticmoe_patches import featuredocs
 from elasticmoe_patches.features import FEATURES, LAUNCH_REFUSALS, pin_refusal, refusal, seed_refusal
+from elasticmoe_sglang.config import ElasticConfig
 from tests.helpers.corpus import FEATURE_NAMES
 
 REFUSED = [feature for feature in FEATURES if feature.refused]
@@ -51,6 +52,7 @@ def test_a_beam_is_refused_and_a_width_of_one_is_none() -> None:
 
 def test_a_pin_to_a_rank_that_is_not_active_is_refused() -> None:
     assert pin_refusal(None, (0, 2)) is None and pin_refusal(2, (0, 2)) is None
+    assert pin_refusal(1, (0,), "replicas") == "routed_dp_rank 1 is not active; the active replicas are 0"
     assert pin_refusal(1, (2, 0)) == "routed_dp_rank 1 is not active; the active ranks are 0, 2"
 
 
@@ -113,7 +115,8 @@ def test_admission_refuses_before_a_request_is_tokenised(monkeypatch: pytest.Mon
     exec_ = SimpleNamespace(kernel=SimpleNamespace(sampling_backend="flashinfer"))
     control = SimpleNamespace(read_membership=lambda: SimpleNamespace(ranks=(0, 2)))
     monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: exec_)
-    monkeypatch.setattr(services, "services", lambda: SimpleNamespace(control=control))
+    runtime = SimpleNamespace(config=ElasticConfig(ep_size=2, max_ep_size=4))
+    monkeypatch.setattr(services, "services", lambda: SimpleNamespace(control=control, runtime=runtime))
 
     def admit(sampling: dict[str, Any] | None = None, **fields: Any) -> None:
         asked = GenerateReqInput(input_ids=[5, 6], sampling_params=sampling or {}, **fields)
@@ -123,7 +126,7 @@ def test_admission_refuses_before_a_request_is_tokenised(monkeypatch: pytest.Mon
     admit()
     admit(routed_dp_rank=2, return_logprob=True, extra_key="a")
     for words, refused in (
-        ("routed_dp_rank 1 is not active", {"routed_dp_rank": 1}),
+        ("routed_dp_rank 1 is not active; the active ranks are 0, 2", {"routed_dp_rank": 1}),
         ("image_data is not supported", {"image_data": "file.png"}),
         ("session_params is not supported", {"session_params": {"id": "a"}}),
         ("no effect with --sampling-backend", {"sampling": {"sampling_seed": 4}}),
@@ -131,3 +134,9 @@ def test_admission_refuses_before_a_request_is_tokenised(monkeypatch: pytest.Mon
     ):
         with pytest.raises(UnsupportedFeature, match=words):
             admit(**refused)
+    # SGLang's data-parallel ranks are replicas; ranks 0, 1, 4 and 5 are the first and the third.
+    runtime.config = ElasticConfig(ep_size=2, max_ep_size=6, attention_tp=2)
+    control.read_membership = lambda: SimpleNamespace(ranks=(0, 1, 4, 5))
+    admit(routed_dp_rank=2)
+    with pytest.raises(UnsupportedFeature, match="routed_dp_rank 1 is not active; the active replicas are 0, 2"):
+        admit(routed_dp_rank=1)

@@ -29,9 +29,13 @@ MODEL = ModelSpec(fingerprint="m", num_columns=16, column_bytes=COLUMN, dense_by
 class World:
     """The ledger and the ranks: a resize charges and refunds, and refuses what does not fit."""
 
-    def __init__(self, members: tuple[int, ...], ranks_per_device: int = 1) -> None:
+    def __init__(self, members: tuple[int, ...], ranks_per_device: int = 1, attention_tp: int = 1) -> None:
         self.config = ElasticConfig(
-            ep_size=len(members), max_ep_size=4, ranks_per_device=ranks_per_device, headroom=str(2 * CHUNK)
+            ep_size=len(members),
+            max_ep_size=4,
+            ranks_per_device=ranks_per_device,
+            attention_tp=attention_tp,
+            headroom=str(2 * CHUNK),
         )
         membership = Membership(ranks=members, epoch=0, capacity=4)
         self.view = View(membership=membership, placement=initial_placement(16, members))
@@ -116,6 +120,29 @@ def test_a_change_has_room_at_every_moment_and_ends_full() -> None:
             for new in (1, 2, 3, 4):
                 if new != size:
                     asyncio.run(main(size, new, share))
+
+
+def test_the_ranks_of_a_replica_have_what_the_fullest_device_leaves() -> None:
+    async def main() -> None:
+        world = World((0, 1, 2, 3), attention_tp=2)
+        # Rank 1's device has least room.
+        world.view = View(
+            membership=world.view.membership,
+            placement=Placement(owners=(*[0] * 3, *[1] * 5, *[2] * 4, *[3] * 4)),
+        )
+        world.columns = world.placed(world.view.placement)
+        await world.fill()
+        assert world.kv[0] == world.kv[1] < world.kv[2] == world.kv[3]
+        # One that could not take its memory is asked again, together with its mate.
+        world.asked.clear()
+        world.boots(3, world.kv[3] - 1)
+        await world.fill()
+        assert sorted(rank for rank, _ in world.asked) == [2, 3] and world.kv[2] == world.kv[3]
+        world.asked.clear()
+        await world.fill()
+        assert world.asked == []
+
+    asyncio.run(main())
 
 
 def test_nobody_is_asked_for_what_they_have() -> None:

@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from elasticmoe_patches import device
+from elasticmoe_patches import device, launch
 from elasticmoe_patches.launch import elastic_config, read_model_config, shape_arguments
 from elasticmoe_patches.plugin import flags_used
 from elasticmoe_patches.srt.server_args import after_add_cli_args
@@ -89,6 +90,78 @@ def test_redundant_experts_on_npus_are_refused(model: Path, monkeypatch: pytest.
     monkeypatch.setattr(device, "on_npu", lambda: True)
     with pytest.raises(UserInputError, match="redundant-experts 2 is not supported on NPUs: rows are sorted by expert"):
         shape_arguments(sglang_arguments(model), dataclasses.replace(CONFIG, redundant_experts=2))
+
+
+REPLICAS = ElasticConfig(ep_size=2, max_ep_size=4, attention_tp=2)
+
+
+def test_sglang_is_shaped_to_replicas_of_several_ranks(model: Path) -> None:
+    args = sglang_arguments(model)
+    shape_arguments(args, REPLICAS)
+    assert (args.tp_size, args.dp_size, args.ep_size) == (4, 2, 4)
+    assert args.enable_dp_attention and args.moe_dense_tp_size == 1
+
+
+@pytest.mark.parametrize("name", ["dp_size", "attn_dp_size"])
+def test_sglangs_number_of_replicas_is_understood(model: Path, name: str) -> None:
+    args = sglang_arguments(model, "--elasticmoe-ep-size", "2", "--elasticmoe-max-ep-size", "4")
+    setattr(args, name, 2)
+    config = elastic_config(args)
+    assert config == REPLICAS
+    shape_arguments(args, config)
+    assert (args.tp_size, args.dp_size, args.ep_size) == (4, 2, 4)
+    assert getattr(args, "attn_dp_size", 1) == 1
+
+
+def test_a_number_of_replicas_that_cannot_be_is_refused(model: Path) -> None:
+    """3 replicas of 4 ranks; 2 replicas of 3 ranks that are active at the start."""
+    args = sglang_arguments(model, "--elasticmoe-max-ep-size", "4", "--dp-size", "3")
+    config = elastic_config(args)
+    assert config is not None
+    with pytest.raises(UserInputError, match="--dp-size 3 contradicts --elasticmoe-max-ep-size 4"):
+        shape_arguments(args, config)
+    args = sglang_arguments(model, "--elasticmoe-ep-size", "3", "--elasticmoe-max-ep-size", "4", "--dp-size", "2")
+    with pytest.raises(UserInputError, match="--elasticmoe-ep-size 3 is not a multiple of --elasticmoe-attention-tp 2"):
+        elastic_config(args)
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "words"),
+    [
+        ({}, ("--dp-size", "4"), "--dp-size 4 contradicts --elasticmoe-max-ep-size 4 with --elasticmoe-attention-tp 2"),
+        ({}, ("--max-running-requests", "1"), "less than one request for each of 2 attention replicas"),
+        ({"max_ep_size": 2}, (), "one attention replica, which leaves nothing to scale to. Give at least 4"),
+    ],
+)
+def test_what_cannot_be_with_replicas_is_refused_with_its_reason(
+    model: Path, config: dict[str, Any], flags: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(UserInputError, match=words):
+        shape_arguments(sglang_arguments(model, *flags), replace(REPLICAS, **config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_attention_heads": 7}, "does not divide the model's 7 attention heads"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 3}, "or its 3 heads of keys and values"),
+        (
+            {"quantization_config": BLOCK_FP8, "hidden_size": 256, "moe_intermediate_size": 128},
+            "not supported for quantised checkpoints: their blocks of 128 rows",
+        ),
+    ],
+)
+def test_models_that_cannot_be_split_are_refused(model: Path, fields: dict[str, Any], words: str) -> None:
+    write(model, architectures=["Qwen3MoeForCausalLM"], num_experts=16, **fields)
+    with pytest.raises(UserInputError, match=words):
+        shape_arguments(sglang_arguments(model), REPLICAS)
+
+
+@pytest.mark.parametrize("where", ["on_cuda", "on_npu"])
+def test_replicas_of_several_ranks_are_for_cpus(model: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setattr(launch, where, lambda: True)
+    with pytest.raises(UserInputError, match="--elasticmoe-attention-tp 2 is supported on the CPU only"):
+        shape_arguments(sglang_arguments(model), REPLICAS)
 
 
 def test_the_users_choice_stays_where_it_is_possible(model: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from elasticmoe_patches.platform import torchvision_ops
 from elasticmoe_patches.worker import own_rows as own_rows_module
 from elasticmoe_patches.worker.own_rows import in_own_rows, is_shared_expert, own_rows
+from elasticmoe_sglang.config import ElasticConfig
 
 pytestmark = pytest.mark.process
 
@@ -23,8 +24,9 @@ def batch(monkeypatch: pytest.MonkeyPatch) -> Any:
     torchvision_ops.declare_if_unloadable()
     from sglang.srt.layers import dp_attention
 
-    def set_batch(rank: int, tokens: list[int], *, padded: bool) -> int:
-        worker = SimpleNamespace(rank=rank, region=SimpleNamespace(capacity=RANKS))
+    def set_batch(rank: int, tokens: list[int], *, padded: bool, each: int = 1) -> int:
+        config = ElasticConfig(ep_size=RANKS * each, max_ep_size=RANKS * each, attention_tp=each)
+        worker = SimpleNamespace(rank=rank, shard=config.shard_of(rank), runtime=SimpleNamespace(config=config))
         monkeypatch.setattr(own_rows_module, "current_worker", lambda: worker)
         monkeypatch.setattr(dp_attention, "is_dp_max_padding", lambda: padded)
         monkeypatch.setattr(dp_attention, "get_dp_global_num_tokens", lambda: tokens)
@@ -39,6 +41,16 @@ def test_the_ranks_rows_are_all_rows_once(batch: Any, tokens: list[int], padded:
     taken: list[int] = []
     for rank in range(RANKS):
         rows = batch(rank, tokens, padded=padded)
+        taken += range(rows)[own_rows(rows)]
+    assert taken == list(range(rows))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("each", [2, 3])
+def test_the_ranks_of_a_replica_share_its_rows(batch: Any, padded: bool, each: int) -> None:
+    taken: list[int] = []
+    for rank in range(RANKS * each):
+        rows = batch(rank, [3, 1, 0, 5], padded=padded, each=each)
         taken += range(rows)[own_rows(rows)]
     assert taken == list(range(rows))
 

@@ -274,6 +274,22 @@ def test_bounds_and_a_reason(seen: Snapshot, queue: int, chosen: PolicySettings,
 
 
 @settings(max_examples=300)
+@given(snapshots, counts, limits, states)
+def test_sizes_are_whole_replicas(seen: Snapshot, queue: int, chosen: PolicySettings, state: PolicyState) -> None:
+    """Of two ranks each."""
+    most = 2 * MOST
+    seen = msgspec.structs.replace(seen, ranks=2 * seen.ranks, waiting=queue, waiting_least=queue)
+    unpaid = state.unpaid and 2 * state.unpaid
+    state = msgspec.structs.replace(state, unpaid=unpaid, outgrown=2 * state.outgrown, trial=None)
+    decision, _ = ask(seen, state, settings=chosen, max_ep_size=most, replica_size=2)
+    assert decision.desired % 2 == 0 and 2 <= decision.desired <= most
+    if decision.action is Action.GROW:
+        assert decision.desired > seen.ranks
+    if decision.action is Action.SHRINK:
+        assert chosen.min_ep_size <= decision.desired < seen.ranks
+
+
+@settings(max_examples=300)
 @given(snapshots, counts, counts, limits, states)
 def test_a_longer_queue_never_gives_fewer_ranks(
     seen: Snapshot, one: int, other: int, chosen: PolicySettings, state: PolicyState

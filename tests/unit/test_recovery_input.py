@@ -11,6 +11,7 @@ from elasticmoe_patches.worker import recovery
 from elasticmoe_patches.worker.inbox import MigrationInbox
 from elasticmoe_patches.worker.requests import IterationInput, ahead_of_new_ones
 from elasticmoe_patches.worker.worker import RecoveryInbox
+from elasticmoe_sglang.config import ElasticConfig
 
 pytestmark = pytest.mark.process
 
@@ -147,6 +148,7 @@ def test_a_retiring_rank_hands_on_what_was_sent_to_it_with_the_fence(
     scheduler.handle_generate_request = begin
     scheduler.enable_overlap, scheduler.disable_radix_cache = False, False
     worker.kv, worker.parking, worker.fault_point = None, True, lambda name: None
+    worker.leads, worker.runtime = True, SimpleNamespace(config=ElasticConfig(ep_size=2, max_ep_size=2))
     worker.region = SimpleNamespace(control=SimpleNamespace(alive=lambda member: True))
     sent: dict[int, list[Any]] = {}
     monkeypatch.setattr(commit, "_send", lambda _worker, _operation, dealt: sent.update(dealt))
@@ -163,3 +165,26 @@ def test_a_retiring_rank_hands_on_what_was_sent_to_it_with_the_fence(
     assert sorted(migrated.request.rid for migrated in sent[0]) == ["given up", "new"]
     [retired] = rank.posted
     assert retired.migrated == {0: 2} and rank.fences == ["op"]
+
+
+def test_a_retiring_rank_that_does_not_lead_its_replica_leaves_at_once(rank: Rank) -> None:
+    """The rank that leads it sends the requests, and reads the fence: none comes here."""
+    from elasticmoe_patches.worker import commit
+    from elasticmoe_patches.worker.worker import RankRetired
+
+    rank.worker.leads, rank.scheduler.enable_overlap = False, False
+    command: Any = SimpleNamespace(operation_id="op", members=[0], joining=[], retiring=[0, 1])
+    with pytest.raises(RankRetired):
+        commit._retire(rank.scheduler, rank.worker, command)
+    assert rank.posted == [] and rank.fences == []
+
+
+def test_who_does_not_lead_a_replica_forgets_a_dead_rank_and_counts_nothing(rank: Rank) -> None:
+    """No fence comes here, and the rank that leads the replica reports all its requests."""
+    rank.worker.leads = False
+    rank.worker.inbox.expect("down", [4])
+    rank.worker.inbox.release("down", 4)
+    rank.worker.recovery.counts.append(SimpleNamespace(operation_id="op", forget=(4,)))
+    recovery.answer_counts(rank.scheduler, rank.worker)
+    assert rank.worker.recovery.counts == [] and rank.posted == [] and rank.fences == []
+    assert rank.worker.inbox.ready(sent=False) == {}

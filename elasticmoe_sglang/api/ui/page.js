@@ -194,10 +194,11 @@ function renderTiles(status) {
 // -- changing the size -----------------------------------------------------------------------------------------------
 
 function renderScale(status) {
-  put($("size"), "max", status.max_ep_size);
+  for (const [name, value] of [["min", status.attention_tp], ["step", status.attention_tp], ["max", status.max_ep_size]]) put($("size"), name, value);
   if (!state.edited && $("size").value !== String(status.ep_size)) $("size").value = status.ep_size;
   const hmm = status.memory.available ? "" : " The HMM does not answer: changes are refused.";
-  say($("size-note"), `Now ${status.ep_size} of ${status.max_ep_size}: rank${status.ep_size === 1 ? "" : "s"} ${ranges(status.membership)}.${hmm}`);
+  const replicas = status.attention_tp === 1 ? "" : ` Replicas of ${status.attention_tp} ranks.`;
+  say($("size-note"), `Now ${status.ep_size} of ${status.max_ep_size}: rank${status.ep_size === 1 ? "" : "s"} ${ranges(status.membership)}.${replicas}${hmm}`);
   const running = status.running;
   show($("running"), Boolean(running));
   if (running) {
@@ -292,7 +293,11 @@ function buildRows(count) {
     row.state.append(row.label);
     row.box = make("input", { type: "checkbox", "aria-label": `Select rank ${rank} to retire it` });
     row.box.addEventListener("change", () => {
-      if (row.box.checked) state.selected.add(rank); else state.selected.delete(rank);
+      const size = state.event.status.attention_tp, first = rank - (rank % size);
+      for (let mate = first; mate < first + size; mate += 1) { // a replica retires as a whole
+        if (row.box.checked) state.selected.add(mate); else state.selected.delete(mate);
+        rows[mate].box.checked = row.box.checked;
+      }
       renderRetire();
     });
     row.pick = make("label", {}, row.box, String(rank));
@@ -314,7 +319,7 @@ function buildRows(count) {
 function renderRanks(status) {
   if (rows.length !== status.ranks.length) buildRows(status.ranks.length);
   for (const info of status.ranks) {
-    const row = rows[info.rank], retirable = info.state === "active" && info.rank !== 0;
+    const row = rows[info.rank], retirable = info.state === "active" && info.rank >= status.attention_tp;
     if (!retirable) state.selected.delete(info.rank);
     show(row.pick, retirable);
     show(row.plain, !retirable);
@@ -610,8 +615,8 @@ function setTheme(name) {
 }
 
 function step(by) {
-  const { max_ep_size } = state.event.status, from = Number.isNaN($("size").valueAsNumber) ? state.event.status.ep_size : $("size").valueAsNumber;
-  $("size").value = Math.min(max_ep_size, Math.max(1, from + by));
+  const { max_ep_size, attention_tp } = state.event.status, from = Number.isNaN($("size").valueAsNumber) ? state.event.status.ep_size : $("size").valueAsNumber;
+  $("size").value = Math.min(max_ep_size, Math.max(attention_tp, from + by * attention_tp));
   state.edited = Number($("size").value) !== state.event.status.ep_size;
 }
 

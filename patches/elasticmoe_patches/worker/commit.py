@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
+from elasticmoe_patches.worker.inbox import RetirementKey
 from elasticmoe_patches.worker.migration import (
     MigratedRequest,
     Progress,
@@ -28,6 +30,9 @@ from elasticmoe_sglang.hmm.kv_space import KvWindow
 from elasticmoe_sglang.wire.to_coordinator import Retired
 from elasticmoe_sglang.wire.to_worker import CommitCommand, Resumed
 from elasticmoe_sglang.worker.kv import chunks_of
+
+if TYPE_CHECKING:
+    from elasticmoe_patches.srt.managers.io_struct import ElasticResumeReq
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +80,10 @@ def decode_first(scheduler: Any) -> None:
 def _retire(scheduler: Any, worker: Worker, command: CommitCommand) -> None:
     """Send every request to a survivor and the fence behind the last output, and leave the event loop."""
     drain_results(scheduler)
+    if not worker.leads:
+        # Whoever leads the replica sends its requests. Each rank of another one copies its part of their KV from the
+        # HMM's memory, where it stays when this process has ended.
+        raise RankRetired
     _read_until_fence(scheduler, worker, command.operation_id)
     _resume_sent_again(scheduler, worker)  # it may have come with the fence, and goes on from here with the others
     survivors = _receivers(worker, command)
@@ -99,9 +108,11 @@ def _retire(scheduler: Any, worker: Worker, command: CommitCommand) -> None:
 
 
 def _receivers(worker: Worker, command: CommitCommand) -> list[int]:
-    """Survivors that get requests: the living ones. What a dead one gets is sent again without its KV."""
-    survivors = [member for member in command.members if member not in command.joining] or [0]
-    return [survivor for survivor in survivors if worker.region.control.alive(survivor)] or survivors
+    """Survivors that get requests: the living ones (of a replica the rank that leads it). What a dead one gets is sent
+    again without its KV."""
+    config, control = worker.runtime.config, worker.region.control
+    survivors = [m for m in config.leaders_of(command.members) if m not in command.joining] or [0]
+    return [survivor for survivor in survivors if all(map(control.alive, config.mates_of(survivor)))] or survivors
 
 
 def send_fence(scheduler: Any, operation_id: str, rank: int) -> None:
@@ -211,30 +222,56 @@ def resume_ready(scheduler: Any, worker: Worker) -> None:
     """Resume the requests of retiring ranks that have all arrived and whose last tokens have been delivered, and those
     of a dead or a full rank that the tokenizer has sent again."""
     _resume_sent_again(scheduler, worker)
-    for operation_id, retiring_rank, retirement in worker.inbox.take_ready():
-        worker.fault_point("resume.before")
-        migrated, window = retirement.held, retirement.window
-        with_kv = sum(_resume(scheduler, worker, message, window) for message in migrated)
-        had_kv = sum(message.kv_tokens >= scheduler.page_size for message in migrated)  # only whole pages are kept
-        resumed = Resumed(
-            rank=worker.rank,
-            operation_id=operation_id,
-            retiring_rank=retiring_rank,
-            requests=len(migrated),
-            with_kv=with_kv,
-            recomputed=had_kv - with_kv,
-        )
-        if window is None:
-            worker.agent.post(resumed)
-        else:
-            scheduler.device_module.synchronize()  # the copies are done
-            worker.agent.run(partial(_close_window, worker, window, resumed))
+    for operation_id, rank, retirement in worker.inbox.take_ready():
+        resume_retirement(scheduler, worker, (operation_id, rank), retirement.held, retirement.window)
+
+
+def resume_retirement(
+    scheduler: Any,
+    worker: Worker,
+    key: RetirementKey,
+    migrated: Sequence[ElasticResumeReq],
+    window: KvWindow | None,
+    *,
+    with_kv: bool = True,
+    aborted: Collection[str] | None = None,
+) -> None:
+    """Resume the requests of a retiring rank here, and tell the coordinator.
+
+    Args:
+        migrated: ElasticResumeReq of each.
+        window: the retiring rank's KV memory, where it could be mapped; it is closed.
+        with_kv: False: the KV is recomputed all the same, since another rank of the replica has no window.
+        aborted: as for `resume`.
+    """
+    worker.fault_point("resume.before")
+    source = window if with_kv else None
+    placed = sum(resume(scheduler, worker, message, source, aborted=_said(aborted, message)) for message in migrated)
+    had_kv = sum(message.kv_tokens >= scheduler.page_size for message in migrated)  # only whole pages are kept
+    operation_id, retiring_rank = key
+    resumed = Resumed(
+        rank=worker.rank,
+        operation_id=operation_id,
+        retiring_rank=retiring_rank,
+        requests=len(migrated),
+        with_kv=placed,
+        recomputed=had_kv - placed,
+    )
+    if window is None:
+        worker.agent.post(resumed)
+    else:
+        scheduler.device_module.synchronize()  # the copies are done
+        worker.agent.run(partial(_close_window, worker, window, resumed))
+
+
+def _said(aborted: Collection[str] | None, message: Any) -> bool | None:
+    return None if aborted is None else message.request.rid in aborted
 
 
 def _resume_sent_again(scheduler: Any, worker: Worker) -> None:
     sent_again, worker.recovery.sent_again = worker.recovery.sent_again, []
     for message in sent_again:
-        _resume(scheduler, worker, message)
+        resume(scheduler, worker, message)
 
 
 def _close_window(worker: Worker, window: KvWindow, resumed: Resumed) -> None:
@@ -243,8 +280,15 @@ def _close_window(worker: Worker, window: KvWindow, resumed: Resumed) -> None:
     worker.agent.post(resumed)
 
 
-def _resume(scheduler: Any, worker: Worker, message: Any, window: KvWindow | None = None) -> bool:
-    """Give the request to SGLang; whether its KV could be placed."""
+def resume(
+    scheduler: Any, worker: Worker, message: Any, window: KvWindow | None = None, *, aborted: bool | None = None
+) -> bool:
+    """Give the request to SGLang; whether its KV could be placed.
+
+    Args:
+        message: ElasticResumeReq. window: of the retiring rank, to copy the KV from.
+        aborted: on its way here; None: as this rank has heard.
+    """
     from sglang.srt.managers.io_struct import AbortReq, unwrap_from_pickle
 
     request = message.request
@@ -261,6 +305,7 @@ def _resume(scheduler: Any, worker: Worker, message: Any, window: KvWindow | Non
     worker.inbox.resuming[request.rid] = progress
     scheduler.handle_generate_request(request)
     ahead_of_new_ones(scheduler, request.rid, with_kv=placed)
-    if progress.aborted or worker.inbox.aborted.reaches(request.rid):
+    reached = worker.inbox.aborted.reaches(request.rid) if aborted is None else aborted
+    if progress.aborted or reached:
         scheduler.abort_request(AbortReq(rid=request.rid))
     return placed

@@ -11,6 +11,9 @@ from elasticmoe_patches.worker.migration import Progress
 from elasticmoe_patches.worker.requests import RecentAborts
 from elasticmoe_sglang.hmm.kv_space import KvWindow
 
+RetirementKey = tuple[str, int]
+"""(change, rank that retires; of a replica with several the one that leads it)."""
+
 
 @dataclass
 class Retirement:
@@ -45,8 +48,8 @@ class MigrationInbox:
 
     aborted: RecentAborts = field(default_factory=RecentAborts)
     resuming: dict[str, Progress] = field(default_factory=dict)
-    _retirements: dict[tuple[str, int], Retirement] = field(default_factory=dict)
-    _ended: set[tuple[str, int]] = field(default_factory=set)
+    _retirements: dict[RetirementKey, Retirement] = field(default_factory=dict)
+    _ended: set[RetirementKey] = field(default_factory=set)
     """Those whose rank died: what still arrives of them is dropped. As many as there were such deaths."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -101,11 +104,32 @@ class MigrationInbox:
             if retirement is not None:
                 retirement.released = True
 
+    def ready(self, *, sent: bool) -> dict[RetirementKey, bool]:
+        """Those that may resume here: whether their KV can be copied.
+
+        Args:
+            sent: and whose requests have all arrived, which they do at the rank that leads a replica.
+        """
+        with self._lock:
+            return {
+                key: each.window is not None
+                for key, each in self._retirements.items()
+                if each.expected and each.released and (not sent or len(each.held) == each.count)
+            }
+
     def take_ready(self) -> list[tuple[str, int, Retirement]]:
         """(change, rank, what it sent) of those whose requests have all arrived and may resume."""
+        return [(*key, self.take(key)) for key in self.ready(sent=True)]
+
+    def messages(self, key: RetirementKey) -> list[Any]:
+        """ElasticResumeReq of each request that has arrived."""
         with self._lock:
-            ready = [key for key, each in self._retirements.items() if each.released and len(each.held) == each.count]
-            return [(*key, self._retirements.pop(key)) for key in ready]
+            return self._retirements[key].held
+
+    def take(self, key: RetirementKey) -> Retirement:
+        """It resumes now."""
+        with self._lock:
+            return self._retirements.pop(key)
 
     def forget(self, retiring_rank: int) -> None:
         """The rank died: what has arrived of it may be incomplete, and the rest must be dropped."""

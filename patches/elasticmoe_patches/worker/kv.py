@@ -117,7 +117,7 @@ def publish_first_capacity(scheduler: Any, worker: Worker) -> None:
     """Before the first iteration: limits that SGLang took from the address space become those of what is mapped."""
     if worker.kv is not None:
         update_limits(scheduler, scheduler.token_to_kv_pool_allocator.size)
-        _publish_use(scheduler, worker)
+        publish_use(scheduler, worker)
 
 
 def run_kv_jobs(scheduler: Any, worker: Worker) -> None:
@@ -125,7 +125,7 @@ def run_kv_jobs(scheduler: Any, worker: Worker) -> None:
     if worker.kv is None:
         return
     worker.kv.jobs.run(adopt_capacity(scheduler, worker))
-    _publish_use(scheduler, worker)
+    publish_use(scheduler, worker)
 
 
 def adopt_capacity(scheduler: Any, worker: Worker) -> Callable[[int], Resized]:
@@ -155,7 +155,7 @@ def adopt_capacity(scheduler: Any, worker: Worker) -> Callable[[int], Resized]:
     return apply
 
 
-def _publish_use(scheduler: Any, worker: Worker) -> None:
+def publish_use(scheduler: Any, worker: Worker) -> None:
     """Write capacity and use to the control page, for the status."""
     allocator = scheduler.token_to_kv_pool_allocator
     cached = 0 if scheduler.disable_radix_cache else scheduler.tree_cache.evictable_size()

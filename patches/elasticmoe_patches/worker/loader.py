@@ -2,7 +2,8 @@
 
 The model is built by SGLang; its dense parameters are then rebound to the device's dense block and its expert weights
 to the rank's column space. What no device holds yet is read from the checkpoint, each byte by one rank only: columns by
-the rank that owns them, the dense block by rank 0. A joining rank reads nothing.
+the rank that owns them, the dense block by rank 0 (a part of it by each rank of the first replica, where attention is
+tensor-parallel). A joining rank reads nothing.
 """
 
 from __future__ import annotations
@@ -267,6 +268,9 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             if not use_safetensors:
                 raise UserInputError(f"{folder} has no safetensors files", hint="Convert the checkpoint to safetensors")
             content = fingerprint(Path(folder), model_config.dtype)
+        config = worker.runtime.config
+        if config.attention_tp > 1:  # dense weights in the HMM are parts of that many
+            content = hashlib.sha256(f"{content} attention_tp {config.attention_tp}".encode()).hexdigest()
         layers, parameters = moe_layers(model), dense_parameters(model)
         columns, dense = column_layout(layers), dense_layout(parameters)
         num_columns = layers[0].num_experts
@@ -287,10 +291,10 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             dense,
             owned=placement.columns_of(worker.rank),
             shared=placement.shared_by(worker.rank),
-            turns=TURNS if worker.runtime.config.redundant_experts else 1,
+            turns=TURNS if config.redundant_experts else 1,
             txn=change.txn or None,
-            dense_source=worker.runtime.config.device_of(0),
-            fill_dense=worker.rank == 0,
+            dense_source=config.device_of(config.shard_of(worker.rank)),
+            fill_dense=config.replica_of(worker.rank) == 0,
             table_device=target,
         )
         worker.model = LoadedModel(spec=spec, placement=placement)

@@ -29,7 +29,7 @@ def init_whole(original: Any, mlp: Any, *args: Any, prefix: str, **kwargs: Any) 
 
 def rows_of_each(rows: int, ranks: int) -> int | None:
     """Of `rows` gathered rows, how many are each rank's where every rank has an equal part; None: inactive ranks have
-    none."""
+    none. Replicas of several ranks count as one."""
     from sglang.srt.layers.dp_attention import is_dp_max_padding
 
     # With rows padded to the longest batch every rank has an equal part; without, inactive ranks have no rows.
@@ -42,13 +42,19 @@ def own_rows(rows: int) -> slice:
     from sglang.srt.layers.dp_attention import get_dp_global_num_tokens
 
     worker = current_worker()
-    rank = worker.rank
-    each = rows_of_each(rows, worker.region.capacity)
+    config = worker.runtime.config
+    replica = config.replica_of(worker.rank)
+    each = rows_of_each(rows, config.num_replicas)
     if each is not None:
-        return slice(rank * each, (rank + 1) * each)
-    tokens = get_dp_global_num_tokens()
-    start = sum(tokens[:rank])
-    return slice(start, start + tokens[rank])
+        start, count = replica * each, each
+    else:
+        tokens = get_dp_global_num_tokens()
+        start, count = sum(tokens[:replica]), tokens[replica]
+    size = config.attention_tp
+    if size == 1:
+        return slice(start, start + count)
+    # The ranks of a replica have the same rows: each takes a part of them.
+    return slice(start + count * worker.shard // size, start + count * (worker.shard + 1) // size)
 
 
 def in_own_rows(compute: Callable[[Any], Any], hidden_states: Any) -> Any:

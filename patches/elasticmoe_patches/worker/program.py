@@ -22,6 +22,7 @@ from elasticmoe_patches.worker.preload import preload
 from elasticmoe_sglang.errors import WorkerError
 from elasticmoe_sglang.imm.server import StandbyChannel
 from elasticmoe_sglang.runtime import current_runtime
+from elasticmoe_sglang.wire.to_coordinator import REPLICA_LOST
 from elasticmoe_sglang.wire.to_worker import Enter
 from elasticmoe_sglang.worker.idle import ENV_DOORBELLS
 
@@ -48,6 +49,7 @@ def worker_main(channel: StandbyChannel, enter: Enter) -> int:
     Raises:
         WorkerError: the scheduler ended in another way.
     """
+    from elasticmoe_patches.worker.replica import ReplicaLost
     from elasticmoe_patches.worker.worker import RankRetired, start_worker
 
     install_for_process("worker")
@@ -63,6 +65,7 @@ def worker_main(channel: StandbyChannel, enter: Enter) -> int:
     server_args, port_args, gpu_id = pickle.loads(enter.arguments)
     worker = start_worker(runtime, enter.join_spec)
     rank = worker.rank
+    replica = runtime.config.replica_of(rank)
     try:
         run_scheduler_process(
             server_args,
@@ -70,15 +73,17 @@ def worker_main(channel: StandbyChannel, enter: Enter) -> int:
             gpu_id,
             rank,
             0,
-            rank,
+            replica,
             ReadyPipe(channel, rank),
             display_tp_rank=rank,
-            display_dp_rank=rank,
+            display_dp_rank=replica,
             display_moe_ep_rank=rank,
         )
     except RankRetired:
         logger.info("rank %d has retired", rank)
         return 0
+    except ReplicaLost:
+        return REPLICA_LOST
     finally:
         worker.close()
     if worker.stopped:

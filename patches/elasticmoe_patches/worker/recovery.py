@@ -16,11 +16,13 @@ from typing import Any
 
 from elasticmoe_patches.worker.commit import receive_migrated, resume_ready, send_fence
 from elasticmoe_patches.worker.kv import run_kv_jobs
+from elasticmoe_patches.worker.orders import step_together
+from elasticmoe_patches.worker.replica import Replica
 from elasticmoe_patches.worker.requests import give_up_waiting, live_requests, set_aside
 from elasticmoe_patches.worker.worker import Worker
 from elasticmoe_sglang.errors import CollectiveError, CollectiveMismatch, CommitError
 from elasticmoe_sglang.wire.to_coordinator import Broken
-from elasticmoe_sglang.wire.to_worker import Counted, GaveUp
+from elasticmoe_sglang.wire.to_worker import CommitCommand, Counted, GaveUp
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +42,60 @@ def recover(scheduler: Any, worker: Worker, error: CollectiveError | CommitError
     # Ranks that do not do the same accuse each other; none of them has stalled.
     missed = None if isinstance(error, CollectiveMismatch) else error.rank
     worker.agent.post(Broken(rank=worker.rank, epoch=worker.region.epoch, culprit=-1 if missed is None else missed))
+    wait = _wait_alone if worker.replica is None else _Together(worker.replica).wait
     # Without a deadline of its own: the coordinator decides when to give up, and ends the server then.
     while True:
-        run_kv_jobs(scheduler, worker)
         # A change that is finishing waits until its retiring ranks' requests have been resumed; the commit comes after.
         receive_migrated(worker)
-        resume_ready(scheduler, worker)
-        answer_give_ups(scheduler, worker)
-        try:
-            command = worker.recovery.commands.get(timeout=_POLL_S)
-        except queue.Empty:
-            continue
-        if worker.commit_recovery(command):
-            report(scheduler, worker, command.operation_id)
-            logger.info("rank %d continues in epoch %d with %d requests set aside", worker.rank, command.epoch, kept)
-            return
+        command = wait(scheduler, worker)
+        if command is not None and worker.commit_recovery(command):
+            break
+    if worker.replica is not None:
+        worker.replica.require_same_requests()
+    worker.recovery.give_ups.clear()  # what is given up from here on would be missed by nobody
+    if worker.leads:
+        report(scheduler, worker, command.operation_id)
+    logger.info("rank %d continues in epoch %d with %d requests set aside", worker.rank, command.epoch, kept)
+
+
+def _wait_alone(scheduler: Any, worker: Worker) -> CommitCommand | None:
+    """Do what has to be done while the others recover. Returns a commit that has come."""
+    run_kv_jobs(scheduler, worker)
+    resume_ready(scheduler, worker)
+    answer_give_ups(scheduler, worker)
+    return _next_command(worker)
+
+
+def _next_command(worker: Worker) -> CommitCommand | None:
+    try:
+        return worker.recovery.commands.get(timeout=_POLL_S)
+    except queue.Empty:
+        return None
+
+
+class _Together:
+    """The same in step with the other ranks of the replica, which all go on with the same commit."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self._command: CommitCommand | None = None
+        self._apart = False
+
+    def wait(self, scheduler: Any, worker: Worker) -> CommitCommand | None:
+        """As `_wait_alone`. Raises ReplicaLost when a rank of the replica is gone."""
+        self._replica.leave_if_one_is_lost()
+        self._command = _next_command(worker) or self._command
+        if not self._apart:
+            try:
+                if not step_together(scheduler, worker, self._replica, self._command):
+                    return None
+            except CollectiveError as error:
+                # Perhaps the ranks of the replica have failed at two points. Whether they still have the same is
+                # compared when they have met in the next epoch.
+                logger.warning("rank %d waits apart from its replica: %s", worker.rank, error)
+                self._apart = True
+        command, self._command = self._command, None
+        return command
 
 
 def answer_give_ups(scheduler: Any, worker: Worker) -> None:
@@ -71,17 +112,20 @@ def answer_give_ups(scheduler: Any, worker: Worker) -> None:
 def answer_counts(scheduler: Any, worker: Worker) -> None:
     """A retiring rank died while migrating: report which requests are here, so that the others are sent again."""
     counts = worker.recovery.counts
-    for message in [count for count in counts if count.operation_id in worker.fences]:
+    # The fence comes to the rank that leads a replica, which reports for it.
+    for message in [count for count in counts if not worker.leads or count.operation_id in worker.fences]:
         counts.remove(message)
         receive_migrated(worker)
         for rank in message.forget:
             worker.inbox.forget(rank)
-        report(scheduler, worker, message.operation_id)
+        worker.recovery.give_ups.clear()
+        if worker.leads:
+            report(scheduler, worker, message.operation_id)
 
 
 def report(scheduler: Any, worker: Worker, operation_id: str) -> None:
-    """Report which requests are here, once everything that was routed here before the recovery has been read."""
-    worker.recovery.give_ups.clear()  # what is given up from here on would be missed by nobody
+    """Report which requests are here, once everything that was routed here before the recovery has been read. For the
+    rank that leads a replica."""
     iteration = worker.iteration
     deadline = time.monotonic() + _FENCE_DEADLINE_S
     # Out of the reader's sight, which would return it again.

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import torch
 
     from elasticmoe_kernels.triton.loads import KernelLoads
+    from elasticmoe_patches.worker.replica import Replica
     from elasticmoe_sglang.comm.cuda_region import CudaRegion
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,8 @@ class Worker:
     """Attributes:
     rank, device: what this process serves, and where.
     join_spec: the change that started this worker.
+    shard, leads: place in the attention replica; whether it leads it: receives its requests and sends its outputs.
+    mates: ranks of the replica, this one among them; only this one unless attention is tensor-parallel.
     region, barrier: this rank's view of the collective region; its end of the commit barrier.
     cuda: the windows of a rank on a GPU, from `init_world` on; None elsewhere.
     loads: hears of kernels that are loaded; as `cuda`.
@@ -105,6 +108,7 @@ class Worker:
     routed: int64 [columns] on the device: tokens routed to each column while it was here, over all layers; None: this
         server does not count.
     kv: the KV cache in HMM memory, set by `open_kv`; None where SGLang's pool has memory of its own.
+    replica: meetings with its mates, from when it has booted; None: it has no mates.
     boot_chunks: of KV that a hot standby needs while it boots.
     parking: this rank retires and becomes a hot standby.
     idle, pause: the sleep between batches; the meter of a commit's pause.
@@ -127,6 +131,9 @@ class Worker:
         self.join_spec = join_spec
         self.rank = join_spec.rank
         self.device = config.device_of(join_spec.rank)
+        self.mates = config.mates_of(self.rank)
+        self.shard = config.shard_of(self.rank)
+        self.leads = self.shard == 0
         self._started = time.monotonic()
         self.client = HmmClient(runtime.hmm_endpoint, name=f"rank-{self.rank}")
         region = open_region(self.client, config, runtime.run_id)
@@ -147,11 +154,13 @@ class Worker:
             self.client,
             rank=self.rank,
             device=self.device,
+            shard=self.shard,
             bytes_per_second=config.pull_bandwidth,
             deadline_s=config.prepare_deadline_s,
         )
         self.routed: torch.Tensor | None = None
         self.kv: WorkerKv | None = None
+        self.replica: Replica | None = None
         self.boot_chunks = 0
         self.parking = False
         self._told: queue.SimpleQueue[to_worker.Request] = queue.SimpleQueue()
@@ -240,7 +249,8 @@ class Worker:
         retiring_rank, window = message.retiring_rank, None
         started = time.monotonic()
         try:
-            window = self.kv.window(retiring_rank, message.kv_chunks)
+            # Of a replica's ranks the one at the same place has this rank's part of the KV, in the same rows.
+            window = self.kv.window(retiring_rank + self.shard, message.kv_chunks)
             seconds = time.monotonic() - started
             logger.debug("rank %d: %d chunks mapped in %.1f ms", self.rank, len(message.kv_chunks), seconds * 1e3)
         except ElasticMoEError as error:
@@ -331,6 +341,7 @@ class Worker:
     def become_hot(self) -> None:
         """Wait outside the membership."""
         self.parking = False
+        self.replica = None  # it meets its mates anew when it joins
         self._set_state(WorkerState.HOT)
         self.pause.idle()
 
@@ -439,7 +450,7 @@ class Worker:
         self.fault_point("barrier.before")
         committed = self._meet(command)
         if committed and command.retiring and self.rank in command.members:
-            self.inbox.expect(command.operation_id, command.retiring)
+            self.inbox.expect(command.operation_id, self.runtime.config.leaders_of(command.retiring))
         barrier_ms = (time.monotonic() - started) * 1e3
         self._report(command.operation_id, committed=committed, barrier_ms=barrier_ms)
         if committed:

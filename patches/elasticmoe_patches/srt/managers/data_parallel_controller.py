@@ -10,6 +10,7 @@ import json
 import pickle
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import zmq
@@ -81,11 +82,12 @@ def launch_workers(self: Any, server_args: Any, port_args: Any) -> None:
     assert runtime is not None
     config = runtime.config
     client = ImmClient(runtime.paths.imm_socket, timeout_s=_BOOT_DEADLINE_S)
-    for rank in range(config.max_ep_size):
-        endpoint = runtime.paths.rank_endpoint(rank)
-        self.workers[rank] = WorkerLine(get_zmq_socket(self.context, zmq.PUSH, endpoint, True))
+    for replica in range(config.num_replicas):
+        endpoint = runtime.paths.rank_endpoint(replica)
+        self.workers[replica] = WorkerLine(get_zmq_socket(self.context, zmq.PUSH, endpoint, True))
         only_this_user(endpoint)
-        rank_ports = PortArgs.init_new(server_args, rank)
+    for rank in range(config.max_ep_size):
+        rank_ports = PortArgs.init_new(server_args, config.replica_of(rank))
         rank_ports.nccl_port = port_args.nccl_port
         rank_ports.instance_id = port_args.instance_id
         arguments = pickle.dumps((server_args, rank_ports, config.device_of(rank)))
@@ -95,9 +97,9 @@ def launch_workers(self: Any, server_args: Any, port_args: Any) -> None:
         client.send(Assign(join_spec=JoinSpec(rank=rank, members=members, epoch=0, joining_rank=False)))
     infos = _wait_until_ready(client, members)
     client.close()
-    self._active_workers = list(members)
-    self._active_count_cache = len(members)
-    self.dp_active = [rank in members for rank in range(config.max_ep_size)]
+    self._active_workers = list(config.replicas_of(members))
+    self._active_count_cache = len(self._active_workers)
+    self.dp_active = [replica in self._active_workers for replica in range(config.num_replicas)]
     self.status = list(self.dp_active)
     api().record_init_infos(self, infos)
     self.max_total_num_tokens = min(int(info["max_total_num_tokens"]) for info in infos)
@@ -125,9 +127,17 @@ def _wait_until_ready(client: ImmClient, members: tuple[int, ...]) -> list[dict[
     return [ready[rank] for rank in members]
 
 
+def _replicas_of(ranks: Iterable[int]) -> tuple[int, ...]:
+    """Requests go to attention replicas, each by a socket to the rank that leads it."""
+    runtime = current_runtime()
+    assert runtime is not None
+    return runtime.config.replicas_of(ranks)
+
+
 def route_to(self: Any, ranks: list[int]) -> None:
     """New requests go to these ranks only."""
-    self.dp_active = [rank in ranks for rank in range(self.max_dp_size)]
+    replicas = _replicas_of(ranks)
+    self.dp_active = [replica in replicas for replica in range(self.max_dp_size)]
     self.status = list(self.dp_active)
     self._refresh_active_workers()
     self.round_robin_counter = 0
@@ -141,8 +151,8 @@ def _on_command(self: Any, request: Any) -> None:
 
     command = request.command
     route_to(self, [rank for rank in command.before if rank in command.members])
-    for rank in command.retiring:
-        sock_send(self.workers[rank], ElasticFenceReq(operation_id=command.operation_id, rank=rank))
+    for replica in _replicas_of(command.retiring):
+        sock_send(self.workers[replica], ElasticFenceReq(operation_id=command.operation_id, rank=replica))
     self.send_control_message(request)
 
 
@@ -152,19 +162,21 @@ def _on_recover_route(self: Any, request: Any) -> None:
 
     from elasticmoe_patches.srt.managers.io_struct import ElasticFenceReq
 
-    for rank, worker in enumerate(self.workers):
-        if rank not in request.ranks:
+    replicas = _replicas_of(request.ranks)
+    for replica, worker in enumerate(self.workers):
+        if replica not in replicas:
             worker.drop()
     route_to(self, request.ranks)
-    for rank in request.ranks:
-        sock_send(self.workers[rank], ElasticFenceReq(operation_id=request.operation_id, rank=rank))
+    for replica in replicas:
+        sock_send(self.workers[replica], ElasticFenceReq(operation_id=request.operation_id, rank=replica))
 
 
 def _on_resume(self: Any, request: Any) -> None:
     """A request that is on no rank goes to the next one in turn."""
     from sglang.srt.managers.io_struct import sock_send
 
-    active = [rank for rank in request.to_ranks if rank in self._active_workers] or self._active_workers
+    wanted = _replicas_of(request.to_ranks)
+    active = [replica for replica in wanted if replica in self._active_workers] or self._active_workers
     sock_send(self.workers[active[self.round_robin_counter % len(active)]], request)
     self.round_robin_counter = (self.round_robin_counter + 1) % len(self._active_workers)
 

@@ -13,6 +13,7 @@ from elasticmoe_patches.worker.decode_again import decode_again
 from elasticmoe_patches.worker.hot import become_hot, park, wait_to_join
 from elasticmoe_patches.worker.kv import publish_first_capacity, run_kv_jobs
 from elasticmoe_patches.worker.migration import ACCEPTED
+from elasticmoe_patches.worker.orders import join_replica, step_together
 from elasticmoe_patches.worker.recovery import answer_counts, answer_give_ups, recover, report
 from elasticmoe_patches.worker.requests import ORIGIN
 from elasticmoe_patches.worker.warm_up import warm_up
@@ -54,11 +55,16 @@ def around_ingest_requests(original: Any, self: Any, **kwargs: Any) -> Any:
     if worker.warm_up is not None:
         worker.warm_up(self)
         return None
-    run_kv_jobs(self, worker)
-    receive_migrated(worker)
-    apply_commit(self, worker)
-    resume_ready(self, worker)
-    answer_give_ups(self, worker)
+    if worker.replica is None:
+        run_kv_jobs(self, worker)
+        receive_migrated(worker)
+        apply_commit(self, worker)
+        resume_ready(self, worker)
+        answer_give_ups(self, worker)
+    else:
+        receive_migrated(worker)
+        step_together(self, worker, worker.replica)
+        apply_commit(self, worker)
     answer_counts(self, worker)
     worker.iteration.new_batch = None
     received = original(self, **kwargs)
@@ -78,7 +84,8 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
     verify_for_process("worker")
     publish_first_capacity(scheduler, worker)
     for socket in (scheduler.ipc_channels.recv_from_tokenizer, scheduler.ipc_channels.recv_from_rpc):
-        worker.idle.watch(socket)
+        if socket is not None:  # requests come to the rank that leads a replica
+            worker.idle.watch(socket)
     if worker.loads is not None:
         first_use.watch(worker, worker.loads)
     worker.listen()
@@ -86,8 +93,13 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
         become_hot(scheduler, worker)
         wait_to_join(scheduler, worker)
     _enter_service(scheduler, worker)
+    error: CollectiveError | CommitError | None = None
     while True:
         try:
+            if error is not None:
+                recover(scheduler, worker, error)
+            if worker.replica is None and len(worker.mates) > 1:
+                join_replica(scheduler, worker)
             original(scheduler)
             worker.stopped = True  # SGLang leaves its event loop only when the server is stopped
             return
@@ -97,17 +109,18 @@ def around_dispatch_event_loop(original: Any, scheduler: Any) -> None:
             park(scheduler, worker)
             wait_to_join(scheduler, worker)
             _enter_service(scheduler, worker)
-        except (CollectiveError, CommitError) as error:  # a rank died in a collective, or the leader at the barrier
+            error = None
+        except (CollectiveError, CommitError) as raised:  # a rank died in a collective, or the leader at the barrier
             if worker.cuda is not None:
                 worker.cuda.stop_waiting()  # kernels that wait for the dead rank; to set requests aside waits for them
-            recover(scheduler, worker, error)
+            error = raised
 
 
 def _enter_service(scheduler: Any, worker: Worker) -> None:
-    own_generator(scheduler.tp_worker.random_seed, worker.rank, worker.join_spec.epoch)
+    own_generator(scheduler.tp_worker.random_seed, worker.mates[0], worker.join_spec.epoch)
     worker.enter_service()
     decode_first(scheduler)
-    if worker.join_spec.attempt:  # it replaces a dead rank
+    if worker.join_spec.attempt and worker.leads:  # it replaces a dead rank
         report(scheduler, worker, worker.join_spec.operation_id)
 
 

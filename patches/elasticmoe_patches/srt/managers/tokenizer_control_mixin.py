@@ -18,7 +18,7 @@ def after_init_communicators(_result: None, self: Any) -> None:
     ranks that join know nothing are refused (`runtime_state.py`)."""
     runtime = current_runtime()
     assert runtime is not None
-    answers = Answers(runtime.config.ep_size)
+    answers = Answers(len(runtime.config.replicas_of(range(runtime.config.ep_size))))
     setattr(self, ATTRIBUTE, answers)
     for name, communicator in vars(self).items():
         if name.endswith("_communicator"):

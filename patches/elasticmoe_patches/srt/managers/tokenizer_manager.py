@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elasticmoe_patches import measure
 from elasticmoe_patches.features import pin_refusal, refusal, seed_refusal
@@ -14,6 +14,9 @@ from elasticmoe_patches.sampling import draw_seed
 from elasticmoe_patches.spec import MAIN, Hooks
 from elasticmoe_sglang.errors import UnsupportedFeature
 from elasticmoe_sglang.runtime import only_this_user
+
+if TYPE_CHECKING:
+    from elasticmoe_patches.services import Services
 
 HOOKS = hook = Hooks(__name__, MAIN)
 
@@ -70,10 +73,16 @@ def before_validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
     sentence = (
         refusal(obj)
         or seed_refusal(obj.sampling_params or {}, get_exec().kernel.sampling_backend)
-        or (pin_refusal(pinned, services().control.read_membership().ranks) if pinned is not None else None)
+        or (_refuse_pin(services(), pinned) if pinned is not None else None)
     )
     if sentence is not None:
         raise UnsupportedFeature(sentence)
+
+
+def _refuse_pin(services: Services, pinned: int) -> str | None:
+    """SGLang's data-parallel rank is an attention replica; one of several ranks is not called by one of them."""
+    config, ranks = services.runtime.config, services.control.read_membership().ranks
+    return pin_refusal(pinned, config.replicas_of(ranks), "ranks" if config.attention_tp == 1 else "replicas")
 
 
 @hook(
