@@ -114,7 +114,7 @@ _GPT_OSS = f"""
   This project's kernels add them and clamp SwiGLU: PyTorch's on the CPU, Triton's on GPUs. NPUs are refused, because
   the grouped product of experts there takes no biases.
 - **Sliding windows.** All layers keep keys and values in one pool (SGLang's `--disable-hybrid-swa-memory`, which an
-  elastic server sets), and a window is a mask ([ADR 16](adr/0016-one-pool-for-sliding-windows.md)). So a token costs KV
+  elastic server sets), and a window is a mask ([ADR 18](adr/0018-one-pool-for-sliding-windows.md)). So a token costs KV
   in every layer for as long as its request runs: {{kv_20b}} for gpt-oss-20b in bfloat16; with a second pool it would be
   half of that, and 128 tokens a request in the other layers. `--swa-full-tokens-ratio` is refused.
 - **The CPU platform's attention** knows sinks, and reads only the keys in a window.
