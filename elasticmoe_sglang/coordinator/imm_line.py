@@ -101,8 +101,10 @@ class ImmLine:
 
     def _send(self, request: to_imm.Request, fds: Sequence[int] = ()) -> None:
         if self._client is not None:
-            with contextlib.suppress(WorkerError):  # it has ended; what it had said before is read first
+            try:
                 self._client.send(request, fds)
+            except WorkerError as error:  # mostly it has ended; what it had said before is read first
+                logger.warning("%s was not sent to the IMM: %s", type(request).__name__, error)
 
     # -- what the IMM says ----------------------------------------------------------------------------------------
 
@@ -184,8 +186,9 @@ class ImmLine:
                 if process is None:
                     return
                 logger.error("the IMM has ended; its workers go on, and another IMM (pid %d) starts", process.pid)
-                self._use(await self._listening(process))
-                self._hand_over()
+                client = await self._listening(process)
+                self._use(client)
+                self._hand_over(client)
             except (ElasticMoEError, OSError) as error:
                 logger.error("no IMM could be started: %s; the next attempt follows in %.1f s", error, backoff_s)
                 self._hang_up()
@@ -207,14 +210,18 @@ class ImmLine:
             await asyncio.sleep(_LOOK_S)
         raise WorkerError(f"it does not listen after {_LISTENS_WITHIN_S:g} s")
 
-    def _hand_over(self) -> None:
-        """Tell another IMM what the one before knew, and ask again for what it had not done."""
+    def _hand_over(self, client: ImmClient) -> None:
+        """Tell another IMM what the one before knew, and ask again for what it had not done.
+
+        Raises:
+            WorkerError: it has ended, or does not read.
+        """
         for rank, arguments in self._arguments.items():
-            self._send(to_imm.Register(rank=rank, arguments=arguments))
-        self._send(to_imm.AdoptWorkers(ranks=self._ranks()), [worker.pidfd for worker in self._workers.values()])
+            client.send(to_imm.Register(rank=rank, arguments=arguments))
+        client.send(to_imm.AdoptWorkers(ranks=self._ranks()), [worker.pidfd for worker in self._workers.values()])
         for request in list(self._unanswered.values()):
-            self._send(request)
-        self._send(to_imm.Query())
+            client.send(request)
+        client.send(to_imm.Query())
 
     def _watch_workers(self, watch: bool) -> None:
         loop = asyncio.get_running_loop()

@@ -16,6 +16,8 @@ from elasticmoe_sglang.wire import to_imm
 from elasticmoe_sglang.wire.seqpacket import close_all, new_socket, receive_packet, send_packet
 from elasticmoe_sglang.wire.to_coordinator import FROM_IMM, FromImm
 
+_SEND_S = 5.0
+
 
 @dataclass
 class ImmClient:
@@ -39,6 +41,8 @@ class ImmClient:
             self.sock = new_socket(blocking=True)
             try:
                 self.sock.connect(self.path)
+                # A deadline, and no blocking socket: uvloop makes those that it watches non-blocking.
+                self.sock.settimeout(_SEND_S)
                 return
             except (FileNotFoundError, ConnectionRefusedError) as error:
                 self.sock.close()
@@ -56,12 +60,16 @@ class ImmClient:
         """Send one request, with descriptors that stay the caller's.
 
         Raises:
-            WorkerError: the IMM has gone.
+            WorkerError: the IMM has gone, or does not read.
         """
         try:
             send_packet(self.sock, to_imm.REQUESTS.pack(request), fds)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise _gone() from error
+        except TimeoutError as error:
+            raise WorkerError(
+                f"the IMM has not read for {_SEND_S:g} s", hint="End its process: another one takes its place."
+            ) from error
 
     def receive(self, timeout_s: float) -> FromImm | None:
         """The next message without its descriptors, or None when none came in time.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from elasticmoe_sglang.coordinator.imm_line import ImmLine
 from elasticmoe_sglang.descriptors import RESERVE
@@ -26,6 +27,8 @@ from tests.helpers.limits import limited
 pytestmark = pytest.mark.usefixtures("gives_all_back")
 
 WITHIN_S = 30.0
+
+uvloop.new_event_loop().close()  # libuv's own descriptors stay until the process ends
 
 
 class Site:
@@ -119,7 +122,11 @@ def run(tmp_path: Path) -> Callable[[Callable[[Site], Coroutine[Any, Any, None]]
             site.close()
 
     def call(main: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
-        asyncio.run(body(main))
+        loop = uvloop.new_event_loop()  # the coordinator's; it makes the sockets that it watches non-blocking
+        try:
+            loop.run_until_complete(body(main))
+        finally:
+            loop.close()
 
     return call
 
@@ -190,6 +197,25 @@ def test_a_request_that_the_imm_died_with_is_asked_again(run) -> None:
         site.kill_imm()
         other = await site.worker(1)
         await site.whole({0: pid, 1: other})
+
+    run(main)
+
+
+def test_an_imm_gets_more_than_its_socket_holds(run) -> None:
+    """Launch arguments of 16 ranks, 60 KiB each: a socket's buffer has room for three of them."""
+
+    async def main(site: Site) -> None:
+        site.assign(0)
+        ranks = {0: await site.worker(0)}
+        for rank in range(1, 16):
+            site.line.tell(Register(rank=rank, arguments=b"hang" + b" " * (60 << 10)))
+        await site.whole(ranks)
+        site.kill_imm()
+        await site.until(lambda: site.population() == Population(ranks=ranks, standbys=[], starting=[]), "no IMM")
+        await site.whole(ranks)
+        assert len(site.started) == 2, "the first one that was started was handed everything"
+        site.line.tell(Assign(join_spec=join_spec(15)))
+        await site.worker(15)
 
     run(main)
 

@@ -47,6 +47,7 @@ SETUPS = (
     pytest.param(Setup(arch="deepseek_v3"), id="deepseek_v3", marks=pytest.mark.soak),
     pytest.param(Setup(arch="qwen2_moe"), id="qwen2_moe", marks=pytest.mark.soak),
     pytest.param(Setup(arch="glm4_moe"), id="glm4_moe", marks=pytest.mark.soak),
+    pytest.param(Setup(arch="gpt_oss"), id="gpt_oss", marks=pytest.mark.soak),
     pytest.param(
         Setup(arch="qwen3_moe", args=("--page-size", "16", _NO_OVERLAP)),
         id="qwen3_moe-paged-no-overlap",

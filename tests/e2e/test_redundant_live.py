@@ -88,14 +88,15 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, *args: str, ep_size: int = RANKS) -> Iterator[Served]:
+def serve(folder: Path, *args: str, ep_size: int = RANKS, capacity: int = 4) -> Iterator[Served]:
     """A server with answers from before any change."""
     model = make_tiny_model(folder / "model", arch="glm4_moe", skew=SKEW)
     run_dir = folder / "run"
     flags = ["--elasticmoe-run-dir", str(run_dir), "--disable-radix-cache", *args]
     rng = random.Random(5)
     prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((3, 20, 60)))] for _ in range(PROMPTS)]
-    with ElasticServer(model, flags, log=folder / "server.log", ep_size=ep_size, env={ENV_FAULTS: "1"}) as server:
+    log = folder / "server.log"
+    with ElasticServer(model, flags, log=log, ep_size=ep_size, capacity=capacity, env={ENV_FAULTS: "1"}) as server:
         with Load(server.url) as load:
             streams = [load.start(prompt, TOKENS) for prompt in prompts]
             load.wait(streams)
@@ -281,3 +282,28 @@ def test_ranks_of_one_device_share_the_memory_of_copies(tmp_path: Path) -> None:
             settled(lambda: whole(server), WHOLE_WITHIN_S, "the server is whole")
             served.rebalance(copies=0, least_gain=0.0)
             assert imbalance(server.status()) is None, imbalance(server.status())
+
+
+@pytest.mark.soak
+def test_copies_with_attention_replicas_of_two_ranks(tmp_path: Path) -> None:
+    """A copy outlives its owner's replica, which is lost with one of its ranks and comes back."""
+    own = (
+        "--elasticmoe-attention-tp",
+        "2",
+        "--elasticmoe-standbys",
+        "2",
+        "--elasticmoe-redundant-experts",
+        str(COPIES),
+    )
+    with serve(tmp_path, *own, ep_size=6, capacity=6) as served:
+        server = served.server
+        with served.under_load():
+            assert served.rebalance(least_gain=0.0)["operation"]["phase"] == "done"
+            assert server.status()["copies"]
+        for rank in (3, 0):
+            pid = server.worker_pids()[rank]
+            with served.under_load():
+                os.kill(pid, signal.SIGKILL)
+                settled(lambda: server.status()["ep_size"] == 6, WHOLE_WITHIN_S, "all replicas are back")
+            lost = [set(operation["lost"]) for operation in server.operations() if operation["cause"] == "loss"]
+            assert {rank, rank ^ 1} in lost

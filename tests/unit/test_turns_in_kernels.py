@@ -59,7 +59,7 @@ def test_the_lookup_on_the_cpu_is_the_reference(equal_parts: bool, monkeypatch: 
 
     monkeypatch.setattr(loader, "rows_of_each", rows_of_each)
     table = table_of(1)
-    slots = loader.TurnSlots(table, ranks=4)
+    slots = loader.TurnSlots(table, parts=4)
     counts = torch.zeros(EXPERTS, dtype=torch.int64)
     counting = loader.CountingSlots(slots, counts)
     monkeypatch.setattr(loader.CountingSlots, "SURE_ROWS", 0)

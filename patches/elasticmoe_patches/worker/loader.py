@@ -165,19 +165,19 @@ class TurnSlots:
 
     Args:
         table: int32 [turns, experts + 1], in each turn expert id -> slot, -1 for not here.
-        ranks: that exist.
+        parts: of a gathered batch, at most: attention replicas that exist.
     """
 
-    def __init__(self, table: torch.Tensor, *, ranks: int) -> None:
+    def __init__(self, table: torch.Tensor, *, parts: int) -> None:
         self._table = table
-        self._ranks = ranks
+        self._parts = parts
         self._shape: tuple[int, int | None] | None = None
         self._turns = table
 
     def __getitem__(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """[T, K] expert ids -> slots, of the table's dtype; -1 for not here."""
         rows = topk_ids.shape[0]
-        shape = rows, rows_of_each(rows, self._ranks)
+        shape = rows, rows_of_each(rows, self._parts)
         if shape != self._shape:  # all layers of a batch ask for the same
             self._shape, self._turns = shape, turns_of_rows(*shape, self._table.shape[0])[:, None]
         return self._table[self._turns, topk_ids]
@@ -320,7 +320,7 @@ class ElasticModelLoader(DefaultModelLoader):  # type: ignore[misc]
             worker.routed = torch.zeros(columns, dtype=torch.int64, device=target)
         if worker.cuda is not None:
             return RowSlots(table, control=worker.cuda.windows.control, ranks=ranks, counts=worker.routed)
-        slots = table[0] if table.shape[0] == 1 else TurnSlots(table, ranks=ranks)
+        slots = table[0] if table.shape[0] == 1 else TurnSlots(table, parts=config.num_replicas)
         return slots if worker.routed is None else CountingSlots(slots, worker.routed)
 
     def _load(self, worker: Worker, model: Any, files: list[str], found: Attached) -> None:
