@@ -2,8 +2,8 @@
 
 Receives the view (membership and placement) and a target (a size, ranks to retire or to restore) or the ranks whose
 workers died from the engine [2] and returns a `TransitionPlan`: joining ranks, retiring ranks and the moves of expert
-columns. The new placement is balanced to within one column per rank, with the fewest moves that any balanced placement
-allows. The same arguments give the same plan.
+columns. The new placement is balanced to within one owned column per rank, with the fewest moves that any balanced
+placement allows; copies of columns come on top, and are made by measured load. The same arguments give the same plan.
 """
 
 from elasticmoe_sglang.planner.budget import DeviceRoom, ModelNeeds, check_budgets, extra_bytes
