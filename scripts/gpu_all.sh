@@ -33,6 +33,7 @@ if [[ " $only " == *" tests "* ]]; then
     "$python" -m pytest -v -p no:cacheprovider -m "gpu and not nvlink" ${ARGS:-} \
         tests/contract/test_vmm.py tests/gpu/test_cuda_vmm.py tests/gpu/test_cuda_collectives.py \
         tests/gpu/test_cuda_loads.py tests/gpu/test_cuda_biased_experts.py tests/gpu/test_cuda_served.py \
+        tests/gpu/test_cuda_rounding.py \
         2>&1 | tee "$out/gpu-tests.log" || status=1
 fi
 if [[ " $only " == *" benchmark "* ]]; then

@@ -26,7 +26,7 @@ from elasticmoe_patches.features import LAUNCH_REFUSALS
 from elasticmoe_sglang.comm.control_page import MAX_COPIES
 from elasticmoe_sglang.comm.membership import MAX_CAPACITY
 from elasticmoe_sglang.config import ElasticConfig, flag
-from elasticmoe_sglang.errors import UserInputError
+from elasticmoe_sglang.errors import UnsupportedFeature, UserInputError
 from elasticmoe_sglang.models import architecture_of
 from elasticmoe_sglang.models.base import Architecture
 from elasticmoe_sglang.models.quantization import SUPPORTED, is_block_fp8
@@ -83,6 +83,8 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
 
 _REPLICA_SIZES = ("dp_size", "attn_dp_size")
 """SGLang's numbers of attention replicas."""
+
+_MODELOPT = "hf_quant_config.json"
 
 BACKEND = "elasticmoe"
 """Our value of SGLang's --elastic-ep-backend."""
@@ -327,6 +329,20 @@ def _config_from_hub(name: str, revision: str | None) -> Path:
         ) from error
 
 
+def _has_file(model_path: str, name: str, revision: str | None) -> bool:
+    """Whether the folder has it, or the model on the hub: in its cache, or found by asking."""
+    if Path(model_path).is_dir():
+        return (Path(model_path) / name).is_file()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        hf_hub_download(model_path, name, revision=revision)
+    except (EntryNotFoundError, OSError, ValueError):  # or nobody can be asked: then SGLang finds none either
+        return False
+    return True
+
+
 def check_model(model_path: str, config: ElasticConfig, *, revision: str | None = None) -> tuple[Architecture, bool]:
     """The model's architecture, and whether its weights are block-quantised fp8.
 
@@ -334,6 +350,11 @@ def check_model(model_path: str, config: ElasticConfig, *, revision: str | None 
         UserInputError, UnsupportedFeature: it cannot be served elastically, with the reason.
     """
     model = read_model_config(model_path, revision)
+    if not model.get("quantization_config") and _has_file(model_path, _MODELOPT, revision):
+        raise UnsupportedFeature(
+            f"the model is quantised: {model_path} has a {_MODELOPT}, as NVIDIA's modelopt writes it",
+            hint=f"Supported: {SUPPORTED}",
+        )
     try:
         architecture = architecture_of(model)
         experts = architecture.experts(model)

@@ -465,11 +465,25 @@ def test_a_name_on_the_hub_is_checked_like_a_folder(model: Path, tmp_path_factor
     check = (
         "from elasticmoe_patches.launch import check_model as check; from elasticmoe_sglang.config import ElasticConfig"
     )
-    refused = {"someone/llama": "a LlamaForCausalLM cannot be served", "someone/else": "nor to be had from the hub"}
+    refused = {
+        "someone/llama": "a LlamaForCausalLM cannot be served",
+        "someone/else": "nor to be had from the hub",
+        "someone/quantised": "someone/quantised has a hf_quant_config.json",
+    }
+    (model / "hf_quant_config.json").write_text("{}")
+    cached_on_the_hub(Path(environment["HF_HUB_CACHE"]), "someone/quantised", model)
     for name, words in refused.items():
         command = [sys.executable, "-c", f"{check}; check({name!r}, ElasticConfig(ep_size=1, max_ep_size=2))"]
         done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
         assert done.returncode == 1 and words in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_checkpoint_that_says_elsewhere_how_it_is_quantised_is_refused(model: Path) -> None:
+    """SGLang looks for NVIDIA's file where config.json says nothing, in every worker, too late to refuse a model."""
+    write(model, architectures=["Qwen3MoeForCausalLM"], num_experts=16)
+    (model / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(UnsupportedFeature, match=r"has a hf_quant_config\.json, as NVIDIA's modelopt writes it"):
+        shape_arguments(sglang_arguments(model), CONFIG)
 
 
 @pytest.mark.parametrize("name", ["s3://bucket/model", "a/b/c"])
