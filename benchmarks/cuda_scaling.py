@@ -438,8 +438,8 @@ def start_servers(servers: Servers, settings: argparse.Namespace, folder: Path) 
     if "tokens" in settings.sections:
         tiny = str(make_tiny_model(folder / "tiny", arch=ARCHITECTURES[settings.model]))
         flags = ["--model-path", tiny, "--dtype", "float32", "--skip-tokenizer-init"]
-        flags += graphs if settings.float32_graphs else ["--disable-cuda-graph"]
-        # SGLang's own fused operators take no float32.
+        # SGLang's own fused operators take no float32, and those that stand in for them cannot be captured.
+        flags += ["--disable-cuda-graph"]
         hot = ["--hot-standbys", str(settings.hot_standbys)]
         elastic("tiny-4", 1, 4, 3, *flags, *hot, env={"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"})
 
@@ -527,7 +527,6 @@ def main() -> int:
     parser.add_argument("--growth-repetitions", type=int, default=3, help="of all sizes")
     parser.add_argument("--growth-rounds", type=int, default=4, help="requests of each lane of a closed loop")
     parser.add_argument("--start", type=int, default=1, help="ranks that the server starts with (growth)")
-    parser.add_argument("--float32-graphs", action="store_true", help="CUDA graphs in section tokens")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--stream-tokens", type=int, default=400)
     parser.add_argument("--tokens", type=int, default=128, help="of each request in static and capacity")
