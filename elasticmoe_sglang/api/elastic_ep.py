@@ -164,9 +164,9 @@ class ElasticEp:
         dropped = request.copies is not None and request.copies < len(plan.before.placement.copies)
         if plan.is_noop or (gain < request.least_gain and not dropped):
             note = f"the fullest rank's load would fall by {gain:.3f} of the mean only"
-            return msgspec.structs.replace(
-                expected, note="no swap and no copy of columns helps" if plan.is_noop else note
-            )
+            if plan.is_noop:
+                note = "no swap and no copy of columns helps" if redundant else "no swap of columns helps"
+            return msgspec.structs.replace(expected, note=note)
         if request.dry_run:
             return msgspec.structs.replace(expected, note="a dry run")
         return msgspec.structs.replace(expected, operation=self.answer(await self._coordinator.submit(target, name)))
