@@ -3,69 +3,29 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from elasticmoe_sglang.faults import ENV_FAULTS
-from elasticmoe_sglang.tiny_model import VOCAB, make_tiny_model
-from tests.helpers.elastic import ElasticServer
 from tests.helpers.faults import arm, armed, imbalance, whole
-from tests.helpers.load import Load, Pump, Stream, settled
+from tests.helpers.load import Load, Pump, settled
+from tests.helpers.skewed import Skewed, serve_skewed
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
-TOKENS = 48
-PROMPTS = 12
 SKEW = 1.5
 """With it the first half of the experts gets about four fifths of the tokens."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Served:
-    server: ElasticServer
-    run_dir: Path
-    prompts: list[list[int]]
-    answers: list[list[int]]
-
-    def start(self, load: Load) -> Stream:
-        return load.start(self.prompts[len(load.streams) % PROMPTS], TOKENS)
-
-    def check(self, streams: list[Stream]) -> None:
-        """Greedy tokens are those of the server before any change."""
-        known = {tuple(prompt): answer for prompt, answer in zip(self.prompts, self.answers, strict=True)}
-        for stream in streams:
-            stream.check(known[tuple(stream.prompt)])
-
-    def rebalance(self, **body: Any) -> dict[str, Any]:
-        response = self.server.post("/elastic_ep/rebalance", {"observe_s": 4.0, "wait": True, **body})
-        assert response.status_code == 200, f"{response.status_code}: {response.text}"
-        answer: dict[str, Any] = response.json()
-        return answer
-
-
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("skewed")
-    model = make_tiny_model(folder / "model", arch="glm4_moe", skew=SKEW)
-    run_dir = folder / "run"
-    args = ["--elasticmoe-run-dir", str(run_dir), "--disable-radix-cache"]
-    rng = random.Random(5)
-    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((3, 20, 60)))] for _ in range(PROMPTS)]
-    with ElasticServer(model, args, log=folder / "server.log", env={ENV_FAULTS: "1"}) as server:
-        with Load(server.url) as load:
-            streams = [load.start(prompt, TOKENS) for prompt in prompts]
-            load.wait(streams)
-        yield Served(server=server, run_dir=run_dir, prompts=prompts, answers=[stream.ids for stream in streams])
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Skewed]:
+    with serve_skewed(tmp_path_factory.mktemp("skewed"), SKEW) as found:
+        yield found
 
 
-def test_columns_follow_the_tokens(served: Served) -> None:
+def test_columns_follow_the_tokens(served: Skewed) -> None:
     server = served.server
     before = server.status()
     with Load(server.url) as load:
@@ -94,7 +54,7 @@ def test_columns_follow_the_tokens(served: Served) -> None:
     assert imbalance(server.status()) is None, imbalance(server.status())
 
 
-def test_sizes_change_afterwards(served: Served) -> None:
+def test_sizes_change_afterwards(served: Skewed) -> None:
     with Load(served.server.url) as load:
         with Pump(load, served.start, 6) as pump:
             for size in (3, 1, 2):
@@ -104,7 +64,7 @@ def test_sizes_change_afterwards(served: Served) -> None:
     assert imbalance(served.server.status()) is None, imbalance(served.server.status())
 
 
-def test_a_rank_dies_while_it_pulls(served: Served) -> None:
+def test_a_rank_dies_while_it_pulls(served: Skewed) -> None:
     server = served.server
     epoch = server.status()["epoch"]
     with Load(server.url) as load:
@@ -122,7 +82,7 @@ def test_a_rank_dies_while_it_pulls(served: Served) -> None:
     assert imbalance(server.status()) is None, imbalance(server.status())
 
 
-def test_the_command(served: Served) -> None:
+def test_the_command(served: Skewed) -> None:
     def cli(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "elasticmoe_sglang.cli.main", "rebalance", *words]
         return subprocess.run([*command, "--url", served.server.url], capture_output=True, text=True, timeout=60)

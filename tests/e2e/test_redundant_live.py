@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -17,18 +16,15 @@ from typing import Any
 import psutil
 import pytest
 
-from elasticmoe_sglang.faults import ENV_FAULTS
-from elasticmoe_sglang.tiny_model import VOCAB, make_tiny_model
 from tests.helpers.browser import browser
 from tests.helpers.elastic import ElasticServer
 from tests.helpers.faults import arm, armed, imbalance, whole
 from tests.helpers.footprint import named
 from tests.helpers.load import Load, Pump, Stream, settled
+from tests.helpers.skewed import Skewed, serve_skewed
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
 
-TOKENS = 48
-PROMPTS = 12
 STREAMS = 12
 SKEW = 10.0
 """With it a quarter of the experts gets nearly all tokens: more than a rank's share, which moving cannot divide."""
@@ -38,37 +34,21 @@ WHOLE_WITHIN_S = 90.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
-    server: ElasticServer
-    run_dir: Path
-    prompts: list[list[int]]
-    answers: list[list[int]]
-
-    def start(self, load: Load) -> Stream:
-        return load.start(self.prompts[len(load.streams) % PROMPTS], TOKENS)
-
-    def rebalance(self, **body: Any) -> dict[str, Any]:
+class Served(Skewed):
+    def rebalance(self, **body: Any) -> dict[str, Any]:  # type: ignore[override]
         """Observed for as long as it takes on a busy machine."""
-        for observe_s in (4.0, 12.0, 40.0):
-            response = self.server.post("/elastic_ep/rebalance", {"observe_s": observe_s, "wait": True, **body})
-            if response.status_code != 409 or "too few" not in response.text:
-                break
-        assert response.status_code == 200, f"{response.status_code}: {response.text}"
-        answer: dict[str, Any] = response.json()
-        return answer
+        return super().rebalance(observe_s=(4.0, 12.0, 40.0), **body)
 
     @contextlib.contextmanager
     def under_load(self) -> Iterator[list[Stream]]:
         """Streams decode within; afterwards the server is whole, and every token is that of a server never changed."""
-        known = {tuple(prompt): answer for prompt, answer in zip(self.prompts, self.answers, strict=True)}
         with Load(self.server.url) as load:
             with Pump(load, self.start, STREAMS) as pump:
                 settled(lambda: len(pump.streams) > STREAMS, 60, "requests have ended")
                 yield pump.streams
                 settled(lambda: whole(self.server), WHOLE_WITHIN_S, "the server is whole")
             load.wait(pump.streams)
-        for stream in pump.streams:
-            stream.check(known[tuple(stream.prompt)])
+        self.check(pump.streams)
         assert imbalance(self.server.status()) is None, imbalance(self.server.status())
 
     def copied(self) -> dict[int, set[int]]:
@@ -90,17 +70,8 @@ class Served:
 @contextlib.contextmanager
 def serve(folder: Path, *args: str, ep_size: int = RANKS, capacity: int = 4) -> Iterator[Served]:
     """A server with answers from before any change."""
-    model = make_tiny_model(folder / "model", arch="glm4_moe", skew=SKEW)
-    run_dir = folder / "run"
-    flags = ["--elasticmoe-run-dir", str(run_dir), "--disable-radix-cache", *args]
-    rng = random.Random(5)
-    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.choice((3, 20, 60)))] for _ in range(PROMPTS)]
-    log = folder / "server.log"
-    with ElasticServer(model, flags, log=log, ep_size=ep_size, capacity=capacity, env={ENV_FAULTS: "1"}) as server:
-        with Load(server.url) as load:
-            streams = [load.start(prompt, TOKENS) for prompt in prompts]
-            load.wait(streams)
-        yield Served(server=server, run_dir=run_dir, prompts=prompts, answers=[stream.ids for stream in streams])
+    with serve_skewed(folder, SKEW, *args, ep_size=ep_size, capacity=capacity) as found:
+        yield Served(**vars(found))
 
 
 @pytest.fixture(scope="module")
