@@ -30,8 +30,8 @@ from benchmarks.scaling.machine import describe
 from elasticmoe_kernels import moe_experts
 from elasticmoe_kernels.reference.route import turns_of_rows
 from elasticmoe_sglang.planner import TURNS, Placement, imbalance, initial_placement
-from elasticmoe_sglang.planner.placement import turns_of
 from elasticmoe_sglang.planner.rebalance import balanced
+from elasticmoe_sglang.worker.weights import slots_by_turn
 
 _OBSERVED = 20_000
 """Tokens whose routing is the load that columns are placed by."""
@@ -87,15 +87,9 @@ def arrangements(case: Case) -> dict[str, Placement]:
 
 
 def table_of(placement: Placement, rank: int, turns: int, device: str) -> torch.Tensor:
-    """int32 [turns, experts + 1]: as `WorkerWeights.switch` writes it."""
-    table = torch.full((turns, placement.num_columns + 1), -1, dtype=torch.int32)
-    shared = placement.shared_by(rank)
-    for column in placement.columns_of(rank):
-        table[:, column] = column
-        if column in shared:
-            table[:, column] = -1
-            table[turns_of(column, *shared[column]), column] = column
-    return table.to(device)
+    """int32 [turns, experts + 1]: the rank's slots."""
+    shape = (turns, placement.num_columns + 1)
+    return slots_by_turn(shape, placement.columns_of(rank), placement.shared_by(rank)).to(device)
 
 
 class Layer:

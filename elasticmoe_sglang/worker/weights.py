@@ -302,9 +302,18 @@ class WorkerWeights:
             raise WorkerError(
                 f"columns {sorted(shared)} have copies, and the tables of this rank have no turns", rank=self._rank
             )
-        table = torch.full(self.slot_table.shape, -1, dtype=torch.int32)
-        table[:, here] = torch.tensor(here, dtype=torch.int32)
-        for column, (place, holders) in (shared or {}).items():
-            table[:, column] = -1
-            table[turns_of(column, place, holders), column] = column
-        self.slot_table.copy_(table)
+        self.slot_table.copy_(slots_by_turn(self.slot_table.shape, here, shared or {}))
+
+
+def slots_by_turn(shape: Sequence[int], here: Sequence[int], shared: Mapping[int, tuple[int, int]]) -> torch.Tensor:
+    """int32 [turns, columns + 1] of this shape: in each turn the slots of the columns that a rank computes, else -1.
+
+    Args:
+        here, shared: see `WorkerWeights.switch`.
+    """
+    table = torch.full(tuple(shape), -1, dtype=torch.int32)
+    table[:, list(here)] = torch.tensor(list(here), dtype=torch.int32)
+    for column, (place, holders) in shared.items():
+        table[:, column] = -1
+        table[turns_of(column, place, holders), column] = column
+    return table
